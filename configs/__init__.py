@@ -1,0 +1,7 @@
+"""What a run is: the schema, the YAML presets and the DeepSpeed JSON files. Imports no torch, so a typo is
+reported in milliseconds."""
+
+from configs.load import fingerprint, load_config, to_yaml
+from configs.schema import Config, UserError
+
+__all__ = ["Config", "UserError", "fingerprint", "load_config", "to_yaml"]

@@ -1,0 +1,197 @@
+"""YAML preset + dotted overrides -> a validated Config, or one clear error.
+
+    load_config("configs/demo.yaml", ["optim.steps=10", "batch.clip=32"])
+
+YAML 1.1 has traps: `on` is true, `1e-3` is a word, 010 is eight, 1:30 is ninety, a key given twice is its
+last value. Here a word is a word, a number is a number, and a key has one value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from configs.schema import Config, UserError
+
+# Pydantic's own words for these are about Python.
+_RULES = {
+    "tuple_type": "input should be a list",
+    "model_type": "input should be a section of keys",
+    "model_attributes_type": "input should be a section of keys",
+}
+_MERGE = "tag:yaml.org,2002:merge"
+# What an unquoted scalar may be besides a string, and the characters such a scalar can begin with.
+_SCALARS = (
+    ("bool", r"^(true|false)$", "tf"),
+    ("null", r"^(~|null|)$", ["~", "n", ""]),
+    ("int", r"^[-+]?(0|[1-9][0-9_]*)$", "-+0123456789"),
+    ("float", r"^[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$", "-+0123456789."),
+    ("merge", r"^<<$", "<"),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars above and no others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key_node in (key for key, _ in node.value if key.tag != _MERGE):
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"line {line} gives {key} a second time: a key has one value; remove one")
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that would read as something else, here or in any YAML 1.1 reader."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in _SCALARS:
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads the preset at `path`, applies `key.sub=value` overrides in order, validates.
+
+    Raises UserError (found, rule, remedy) for an unreadable file, a bad override, an unknown key or a wrong
+    value.
+    """
+    tree = _read(Path(path))
+    for override in overrides:
+        _apply(tree, override)
+    return validate(tree, str(path))
+
+
+def validate(tree: dict[str, Any], source: str) -> Config:
+    """A Config from plain dictionaries, with every pydantic complaint turned into one UserError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config, defaults written out; `load_config` reads it back to an equal Config."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+def fingerprint(config: Config) -> str:
+    """16 hex digits of everything that changes results: the config less its name and its system half."""
+    return hashlib.sha256(json.dumps(_science(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def science_changes(old: Config, changed: Config) -> list[str]:
+    """The dotted science keys in which two configs differ, as `key: old -> changed`."""
+    flat_old, flat_changed = _flatten(_science(old)), _flatten(_science(changed))
+    return [f"{key}: {value} -> {flat_changed[key]}" for key, value in flat_old.items() if value != flat_changed[key]]
+
+
+def one_line(text: object) -> str:
+    """A library's message of several lines as one."""
+    return " ".join(str(text).split())
+
+
+def _science(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"system", "name"})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        presets = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("*.yaml")))
+        raise UserError(
+            f"--config {path} cannot be read ({error.strerror}); the presets in configs/ are {presets}"
+        ) from None
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid YAML: {_problem(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--config {path} holds {_kind(tree)}, not keys and values")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} has no value: write key.sub=value, for example optim.steps=100")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:  # absent, or a section without a line below it
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {parent} holds {_kind(tree)}, not keys")
+    try:
+        tree[leaf] = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, UserError) as error:
+        raise UserError(
+            f"override {override!r}: {text!r} is not a YAML value ({_problem(error)}); a text with signs "
+            "in it wants quotes"
+        ) from None
+
+
+def _problem(error: Exception) -> str:
+    """line 3, column 7: what is wrong there"""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return one_line(error)
+
+
+def _kind(value: object) -> str:
+    """nothing, a list, 'a word', 3"""
+    return {type(None): "nothing", list: "a list", dict: "keys"}.get(type(value), repr(value))
+
+
+def _explain(item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key}{_suggest(path)}"
+    if item["type"] == "missing":
+        return f"{key} is missing and has no default"
+    if item["type"] == "value_error":
+        return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
+    rule = _RULES.get(item["type"], f"{item['msg'][0].lower()}{item['msg'][1:]}")
+    return f"{key}={item['input']!r}: {rule}"
+
+
+def _suggest(path: list[str]) -> str:
+    """', did you mean X?': the nearest key of the same section, else of the whole schema."""
+    known = _keys(Config)
+    key = ".".join(path)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    near = near or [k for k in known if k.split(".")[-1] == path[-1]][:1]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += _keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

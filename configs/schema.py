@@ -1,0 +1,320 @@
+"""The schema: every setting of a run, its default (here and nowhere else) and its rule.
+
+Two halves. *Science* (`seed`, `data`, `batch`, `views`, `masks`, `model`, `objectives`, `optim`, `teacher`)
+changes results and is fingerprinted; *system* must not change them. All batch sizes are global: what one rank
+gets is a division by the world size, so a preset means the same run on 2 CPU ranks and on 256 GPUs.
+
+    load_config("configs/demo.yaml").batch.clip        # 64 images a step, over all ranks
+
+Tags beside defaults, as in docs/recipe.md: [P] paper, [C] official inference code, [A] author, [I] inferred,
+[D] chosen.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class UserError(ValueError):
+    """A mistake the user can mend.
+
+    The message says what was found, the rule and the remedy; no traceback is shown.
+    """
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"{list(pair)} is not a range [low, high]: low must not exceed high; swap them")
+    return pair
+
+
+def _one_is_a_list(paths: object) -> object:
+    """On a command line `data.train=shards/{000..099}.tar` needs no brackets."""
+    return (paths,) if isinstance(paths, str) else paths
+
+
+def _no_truth_value(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a number")
+    return value
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_no_truth_value)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(_no_truth_value)]
+Range = tuple[float, float]
+Amount = Annotated[float, Field(ge=0.0)]
+Area = Annotated[float, Field(gt=0.0, le=1.0)]  # share of an image's area; a crop has some
+AreaRange = Annotated[tuple[Area, Area], AfterValidator(_ordered)]
+ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
+PixelRange = Annotated[tuple[Amount, Amount], AfterValidator(_ordered)]
+Paths = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where samples come from and in which order they arrive (data/order.py)."""
+
+    train: Paths  # shard paths or URLs; globs and brace ranges allowed
+    held_out: Paths = ()  # read by evaluation only
+    tokenizer: str  # a tokenizer.json file, or a Hugging Face hub name (CLIP's for the real presets)
+    caption: str = "txt"  # member extension holding the caption; "json:KEY" reads a field of the .json member
+    streams: Positive  # C canonical streams; every world size must divide it
+    block_shards: Positive = 4  # samples are shuffled inside blocks of this many shards of one stream
+    max_bad_share: Share = 0.02  # above this share of bad samples the run stops
+    max_pixels: Positive = 50_000_000  # larger images are bad samples: they would stall a whole step
+
+
+class Batch(Section):
+    """The asymmetric split, in images over all ranks. Recipe ratio 1 : 1/4 : 1/8 [P]."""
+
+    clip: Positive
+    ssl: Count
+    rec: Count
+    layout: Literal["nested", "disjoint"] = "nested"  # ssl and rec both lead, or rec follows ssl
+
+    @model_validator(mode="after")
+    def _fits(self) -> Batch:
+        used = max(self.ssl, self.rec) if self.layout == "nested" else self.ssl + self.rec
+        if used > self.clip:
+            raise ValueError(
+                f"ssl={self.ssl} and rec={self.rec} ({self.layout}) need {used} rows but clip={self.clip}: "
+                "ssl and rec images are rows of the clip batch; lower batch.ssl or batch.rec, or raise "
+                "batch.clip"
+            )
+        return self
+
+
+class Views(Section):
+    """Crops and colours. Sizes in pixels, scales as shares of the image area. [D] of DINOv2."""
+
+    image_size: Positive = 256  # clip and rec [P]
+    image_scale: AreaRange = (0.9, 1.0)
+    global_size: Positive = 256
+    global_scale: AreaRange = (0.32, 1.0)
+    local_size: Positive = 96
+    local_scale: AreaRange = (0.05, 0.32)
+    num_locals: Count = 8
+    flip: Share = 0.5  # ssl crops only: captions speak of left and right
+    jitter: Share = 0.8  # probability of the colour jitter
+    brightness: Amount = 0.4
+    contrast: Amount = 0.4
+    saturation: Amount = 0.2
+    hue: float = Field(0.1, ge=0, le=0.5)  # in turns of the colour circle
+    grey: Share = 0.2
+    blur: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)  # probability on global view 0, on 1, on local ones
+    blur_sigma: PixelRange = (0.1, 2.0)  # in pixels at the crop's own size
+    solarise: Share = 0.2  # global view 1 only
+
+
+class Masks(Section):
+    """Which patches of the global crops the student does not see. iBOT block-wise masking [D]."""
+
+    share_of_crops: Share = 0.5
+    ratio: ShareRange = (0.1, 0.5)
+
+
+class Vit(Section):
+    """One transformer over patches: the trunk or the decoder."""
+
+    width: Positive
+    depth: Positive
+    heads: Positive
+    mlp_ratio: float = Field(4.0, gt=0)  # SwiGLU hidden = int(width * ratio * 2/3), aligned up to 8 [C]
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # eps 1e-5 / 1e-6 [C]
+    qk_norm: bool = False
+    layer_scale: float | None = None  # initial value; None is off [C]
+
+    @model_validator(mode="after")
+    def _head_dim(self) -> Vit:
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise ValueError(
+                f"width={self.width} over heads={self.heads}: the head width must be a multiple of 4 (axial "
+                "RoPE turns pairs on two axes); change width or heads"
+            )
+        return self
+
+
+class Text(Section):
+    """Causal text transformer with end-of-text pooling [C]."""
+
+    width: Positive = 768
+    depth: Positive = 12
+    heads: Positive = 12
+    context: Positive = 77
+    vocab: Positive = 49_408
+    mlp_ratio: float = Field(4.0, gt=0)
+
+    @model_validator(mode="after")
+    def _head_dim(self) -> Text:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} over heads={self.heads}: heads share the width evenly; change either")
+        return self
+
+
+class Prototypes(Section):
+    """The one head shared by CLS and masked patches: MLP -> L2 norm -> weight-normed prototypes [D]."""
+
+    num: Positive = 65_536
+    hidden: Positive = 2048
+    bottleneck: Positive = 256
+    layers: Annotated[int, Field(ge=2)] = 3
+
+
+class Model(Section):
+    patch_size: Positive = 16
+    latent_channels: Positive = 64  # "f16d64" [P]
+    bottleneck_ae_only: bool = True  # heads read features before the bottleneck [C]; False: after it
+    image_feature: Literal["cls", "patch_mean"] = "cls"
+    clip_width: Positive = 768  # width of the joint image-text space [C]
+    registers: Count = 0
+    rope_base: float = Field(100.0, gt=0)
+    rope_dtype: Literal["bf16", "fp32"] = "bf16"  # the released weights keep the periods in bf16 [C]
+    trunk: Vit
+    decoder: Vit
+    text: Text = Text()
+    prototypes: Prototypes = Prototypes()
+
+
+class Clip(Section):
+    weight: float = Field(1.0, ge=0)
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+
+
+class Ssl(Section):
+    weight: float = Field(1.0, ge=0)
+    koleo: float = Field(0.1, ge=0)  # [I]
+    student_temp: float = Field(0.1, gt=0)
+    targets: Literal["sinkhorn", "centering"] = "sinkhorn"
+    centre_momentum: Share = 0.9  # with targets=centering
+
+
+class Rec(Section):
+    weight: float = Field(0.1, ge=0)  # [P]
+    l1: float = Field(1.0, ge=0)
+    perceptual: float = Field(1.0, ge=0)  # L1 : LPIPS = 1 : 1 [P]; needs lpips_weights
+    lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
+
+    @model_validator(mode="after")
+    def _perceptual_is_explicit(self) -> Rec:
+        if self.weight and self.perceptual and self.lpips_weights is None:
+            raise ValueError(
+                f"perceptual={self.perceptual:g} but lpips_weights is not set: the perceptual term is never "
+                "dropped silently; give objectives.rec.lpips_weights=FILE, or switch it off with "
+                "objectives.rec.perceptual=0"
+            )
+        return self
+
+
+class Objectives(Section):
+    """total = clip.weight * clip + ssl.weight * ssl + rec.weight * rec, the paper's joint objective."""
+
+    clip: Clip = Clip()
+    ssl: Ssl = Ssl()
+    rec: Rec  # no default: the perceptual term wants a decision
+
+
+class Optim(Section):
+    """AdamW with linear warm-up and cosine decay [D of OpenCLIP]."""
+
+    steps: Positive
+    lr: float = Field(5e-4, gt=0)  # peak, at lr_batch images a step; scaled by sqrt(batch.clip / lr_batch)
+    lr_batch: Positive = 16_384
+    final_lr: Share = 0.0  # as a share of the peak
+    warmup: Share = 0.03  # as a share of steps
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.1, ge=0)  # none on vectors
+    clip_norm: float = Field(1.0, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+
+class Teacher(Section):
+    momentum: Share = 0.994
+    final_momentum: Share = 1.0  # reached by a cosine; equal to momentum for a fixed one
+    temp: float = Field(0.04, gt=0)
+    final_temp: float = Field(0.07, gt=0)
+    temp_warmup: Share = 0.3  # share of steps from temp to final_temp
+
+
+class Loader(Section):
+    threads: Positive = 2  # decoding threads a rank
+    prefetch: Positive = 2  # batches decoded ahead of the step
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    cache_dir: str | None = None  # where remote shards are kept; required for remote URLs
+
+
+class System(Section):
+    run_dir: str | None = None  # runs/NAME when not given
+    report_every: Positive = 10  # steps between two host syncs
+    images_every: Count = 0  # steps between two picture reports; 0: only at the end
+    checkpoint_every: Count = 0  # steps; 0: only at the end
+    compile: Literal["auto", "on", "off"] = "auto"
+    attention: Literal["auto", "sdpa", "matmul"] = "auto"
+    timeout_minutes: Positive = 60  # of a collective, before a rank counts as lost
+    loader: Loader = Loader()
+
+
+class Config(Section):
+    """A whole run. `system` is the half that must not change results."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    seed: Count = 0
+    data: Data
+    batch: Batch
+    views: Views = Views()
+    masks: Masks = Masks()
+    model: Model
+    objectives: Objectives
+    optim: Optim
+    teacher: Teacher = Teacher()
+    system: System = System()
+
+    @model_validator(mode="after")
+    def _crops_hold_whole_patches(self) -> Config:
+        patch = self.model.patch_size
+        for key in ("image_size", "global_size", "local_size"):
+            size = getattr(self.views, key)
+            if size % patch:
+                raise ValueError(
+                    f"views.{key}={size} is not a multiple of model.patch_size={patch}: a crop holds whole "
+                    f"patches; change views.{key}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_come_with_weights(self) -> Config:
+        for key in ("ssl", "rec"):
+            rows, weight = getattr(self.batch, key), getattr(self.objectives, key).weight
+            if (rows > 0) != (weight > 0):
+                raise ValueError(
+                    f"batch.{key}={rows} but objectives.{key}.weight={weight:g}: an objective has both rows "
+                    "and weight or neither; set both or neither to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _streams_share_rows(self) -> Config:
+        streams = self.data.streams
+        for key in ("clip", "ssl", "rec"):
+            rows = getattr(self.batch, key)
+            if rows % streams:
+                raise ValueError(
+                    f"batch.{key}={rows} is not a multiple of data.streams={streams}: every step takes the "
+                    f"same number of rows from each stream; change batch.{key} or data.streams"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> Config:
+        weights = self.objectives
+        if not (weights.clip.weight or weights.ssl.weight or weights.rec.weight):
+            raise ValueError(
+                "all three objective weights are 0: there is nothing to learn; set one of objectives.*.weight"
+            )
+        return self

@@ -1,0 +1,229 @@
+"""Writes a corpus: shards, vocabulary, class table, manifest. The one door to `webdataset`.
+
+    python -m data.corpus synthetic --out demo_data --samples 6000 --held-out 1024
+    python -m data.corpus folder photos --out corpus --caption-from-folder --train-tokenizer 4096
+
+    demo_data/train-000000.tar ... held_out-000000.tar ... tokenizer.json classes.json manifest.json README
+
+The same arguments give the same bytes in every file (with the same Pillow). A corpus appears whole or not at
+all, and a second run of the same command finds it there and does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from configs import UserError
+from data.caption_sources import folder_captions, listed_captions, sidecar_captions
+from data.folder import ImageFolder, folder_plan
+from data.manifest import is_published, staged, write_json, write_manifest
+from data.sample import Plan, Sample
+from data.synthetic import synthetic_plan
+
+# torch is slow to import and the drawing processes import this module: webdataset and data.captions, which
+# need it, are imported where they are used.
+
+FORMAT = 1  # raise when the same arguments would give another corpus: scenes, grammar or layout have changed
+
+Shards = dict[str, int]  # shard name -> number of samples
+
+
+def build(out: Path, plan: Plan) -> Shards | None:
+    """Carries out a plan in the directory `out`; None when that was done before.
+
+    Raises UserError where `out` holds something else or the plan has no train sample; then nothing is
+    written.
+    """
+    arguments = {"format": FORMAT, **plan.arguments}
+    if is_published(out, arguments):
+        return None
+    with staged(out) as staging:
+        shards: Shards = {}
+        captions: dict[str, list[str]] = {split: [] for split in plan.splits}
+        for split, samples in plan.splits.items():
+            noted = _note_captions(_show_progress(samples, split, plan.counts[split]), captions[split])
+            shards |= write_shards(noted, staging, split, plan.shard_size)
+        if not captions["train"]:
+            raise UserError(f"no train sample for --out {out}: every image was left out; see the reasons")
+        for name, content in plan.files().items():
+            if isinstance(content, str):
+                (staging / name).write_text(content, encoding="utf-8")
+            else:
+                write_json(staging / name, content)
+        if plan.vocab is not None:
+            _train_tokenizer(captions["train"], plan.vocab, staging / "tokenizer.json")
+        write_manifest(staging, arguments, shards)
+    return shards
+
+
+def write_shards(samples: Iterable[Sample], directory: Path, split: str, shard_size: int) -> Shards:
+    """Writes SPLIT-000000.tar ... of at most `shard_size` samples each.
+
+    A key is the sample's number in its split; every header field is fixed, so equal samples give equal bytes.
+    """
+    import webdataset
+
+    shards: Shards = {}
+    for number, shard in itertools.groupby(enumerate(samples), key=lambda pair: pair[0] // shard_size):
+        name = f"{split}-{number:06d}.tar"
+        with (directory / name).open("wb") as file:
+            with webdataset.TarWriter(file, user="", group="", encoder=False, mtime=0) as tar:
+                for index, sample in shard:
+                    tar.write({"__key__": f"{index:09d}", **sample.members()})
+                    shards[name] = index % shard_size + 1
+            file.flush()
+            os.fsync(file.fileno())
+    return shards
+
+
+def _note_captions(samples: Iterable[Sample], captions: list[str]) -> Iterator[Sample]:
+    """Passes the samples on and keeps their captions."""
+    for sample in samples:
+        captions.append(sample.caption)
+        yield sample
+
+
+def _show_progress(samples: Iterable[Sample], split: str, count: int) -> Iterator[Sample]:
+    """Passes the samples on and, on a terminal, counts them."""
+    shown = time.monotonic() if sys.stderr.isatty() else float("inf")
+    for done, sample in enumerate(samples, start=1):
+        if time.monotonic() - shown > 0.2:
+            shown = time.monotonic()
+            print(f"\r{split}: {done} of {count}", end="\r", file=sys.stderr, flush=True)
+        yield sample
+
+
+def _train_tokenizer(captions: list[str], vocab: int, path: Path) -> None:
+    from data.captions import train_bpe
+
+    train_bpe(captions, vocab).save(str(path))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Exit code 0: done; 1: the machine failed; 2: a mistake the user can mend."""
+    options = _parser().parse_args(argv)
+    started = time.monotonic()
+    try:
+        shards = options.run(options)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 1
+    if shards is None:
+        print(f"{options.out} already holds this corpus; nothing to do")
+        return 0
+    for split in ("train", "held_out"):
+        counts = [count for name, count in shards.items() if name.startswith(split)]
+        print(f"{split}: {sum(counts)} samples in {len(counts)} shards")
+    print(f"wrote {options.out} in {time.monotonic() - started:.1f} s")
+    return 0
+
+
+def _synthetic(options: argparse.Namespace) -> Shards | None:
+    o = options
+    return build(o.out, synthetic_plan(o.samples, o.held_out, o.size, o.shard_size, o.seed, o.workers))
+
+
+def _folder(options: argparse.Namespace) -> Shards | None:
+    if options.captions is not None:
+        captions = listed_captions(options.captions)
+    else:
+        captions = (folder_captions if options.caption_from_folder else sidecar_captions)(options.source)
+    images = ImageFolder(options.source, captions, options.max_side, with_classes=options.caption_from_folder)
+    plan = folder_plan(images, options.held_out_share, options.shard_size, options.train_tokenizer)
+    # Pillow warns of odd metadata on several lines each; that pixels do not decode is an error, not a
+    # warning.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return build(options.out, plan)
+        finally:
+            if images.skipped:
+                print(f"left out {len(images.skipped)}: {images.summary()}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data.corpus", description="Write a corpus of webdataset shards.")
+    commands = parser.add_subparsers(required=True, metavar="synthetic | folder")
+    _add_synthetic(commands.add_parser("synthetic", help="draw a captioned demo corpus"))
+    _add_folder(commands.add_parser("folder", help="pack a directory of images"))
+    return parser
+
+
+def _add_synthetic(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_synthetic)
+    add = command.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    add("--samples", type=_at_least(1), required=True, help="number of train images")
+    add("--held-out", type=_at_least(0), default=0, help="number of held-out images (default 0)")
+    add("--size", type=_at_least(16), default=64, help="side in pixels (default 64)")
+    add("--shard-size", type=_at_least(1), default=256, help="images in a shard (default 256)")
+    add("--seed", type=_at_least(0), default=0, help="another seed, other images (default 0)")
+    cores = len(os.sched_getaffinity(0))
+    add(
+        "--workers",
+        type=_at_least(1),
+        default=cores,
+        help=f"processes; changes the time only (default {cores})",
+    )
+
+
+def _add_folder(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_folder)
+    add = command.add_argument
+    add("source", type=Path, metavar="SRC", help="directory of jpg, png, webp, bmp and tif images")
+    add("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    captions = command.add_mutually_exclusive_group()
+    table = "a .csv or .jsonl with columns file, caption (default: cat.txt beside cat.jpg)"
+    captions.add_argument("--captions", type=Path, metavar="FILE", help=table)
+    named = "red_fox/1.jpg becomes 'a photo of a red fox', and the folders become classes"
+    captions.add_argument("--caption-from-folder", action="store_true", help=named)
+    add(
+        "--held-out-share",
+        type=_share,
+        default=0.02,
+        metavar="SHARE",
+        help="held out of the images (default 0.02)",
+    )
+    add("--shard-size", type=_at_least(1), default=1000, help="images in a shard (default 1000)")
+    add("--max-side", type=_at_least(16), metavar="PX", help="make larger images smaller (default: keep)")
+    add("--train-tokenizer", type=_at_least(259), metavar="VOCAB", help="train tokenizer.json on the captions")
+
+
+class _at_least:
+    """An argument type: a whole number with a lower bound."""
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+
+    def __call__(self, text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = self.bound - 1
+        if number < self.bound:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {self.bound}")
+        return number
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to below 1")
+    return share
+
+
+if __name__ == "__main__":
+    sys.exit(main())

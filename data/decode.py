@@ -1,0 +1,166 @@
+"""Encoded pictures + view numbers -> RGB crops: the one door to NVIDIA DALI.
+
+DALI's dynamic mode runs eager operators with its own threads, on CPU or GPU: a picture it cannot decode is an
+ordinary exception and the next call works (a DALI pipeline object would be dead). Each picture is decoded
+once, upright as its EXIF says, and every view is cut from it by an antialiased bilinear resize of the window.
+
+    decoder = Decoder("cpu", threads=2)
+    pictures = decoder.decode([jpeg_bytes, png_bytes])           # Picture, or the reason why not
+    crops = decoder.render(pictures, draw("image", ...))         # (2, 3, 256, 256) uint8
+
+Every operator works picture by picture, so the bytes of a crop do not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from configs import UserError
+from data.views import ViewNumbers
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of the packages DALI imports; nothing of ours
+    from nvidia.dali import types
+    from nvidia.dali.experimental import dynamic as dali
+
+_LUMA = (299, 587, 114)  # thousandths of R, G, B (ITU-R BT.601)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture: (height, width, 3) uint8 RGB, in the decoder's own memory."""
+
+    pixels: Any
+    height: int
+    width: int
+
+
+class Decoder:
+    """Decodes and renders on one device with `threads` CPU threads. Calls from several threads take turns.
+
+    device: "cpu", "gpu" (JPEG decoded by the GPU, other formats by the CPU, all else on the GPU) or "auto":
+    gpu when there is one. Raises UserError for "gpu" without a CUDA device.
+    """
+
+    def __init__(self, device: Literal["auto", "cpu", "gpu"] = "auto", threads: int = 2) -> None:
+        has_gpu = torch.cuda.is_available()
+        if device == "gpu" and not has_gpu:
+            raise UserError(
+                "system.loader.device=gpu but torch sees no CUDA device: decoding on the GPU needs one; "
+                "set system.loader.device=cpu or auto"
+            )
+        self.device = "gpu" if device != "cpu" and has_gpu else "cpu"
+        self._context = dali.EvalContext(num_threads=threads)
+        self._lock = threading.Lock()
+
+    def decode(self, encoded: Sequence[bytes]) -> list[Picture | str]:
+        """A Picture for each item, or the reason it could not be decoded."""
+        with self._lock, self._context, dali.EvalMode.sync_cpu:
+            return self._decode([np.frombuffer(data, np.uint8) for data in encoded])
+
+    def render(self, pictures: Sequence[Picture], numbers: ViewNumbers) -> torch.Tensor:
+        """(n, 3, size, size) uint8 RGB: row i shows view i of `numbers` on picture i mod len(pictures).
+
+        So with the numbers of several views one after the other, the rows come out view-major.
+        """
+        num_rows = len(numbers.windows)
+        if not num_rows:
+            return self.nothing(numbers.size)
+        assert num_rows % len(pictures) == 0, f"{num_rows} views of {len(pictures)} pictures"
+        with self._lock, self._context, dali.EvalMode.sync_cpu:
+            rows = self._cut([pictures[i % len(pictures)].pixels for i in range(num_rows)], numbers)
+            rows = _change(rows, numbers.jitter, lambda some, idx: _jitter(some, numbers, idx))
+            rows = _change(rows, numbers.blur_sigma > 0, lambda some, idx: _blur(some, numbers, idx))
+            crops = dali.crop_mirror_normalize(
+                dali.as_batch(rows),
+                dtype=types.UINT8,
+                output_layout="CHW",
+                mirror=_per_row(numbers.flip, np.int32),
+            ).torch(copy=True)
+        return _solarise(_grey(crops, numbers.grey), numbers.solarise)
+
+    def nothing(self, size: int) -> torch.Tensor:
+        """(0, 3, size, size) uint8 on the device: the crops of an objective that is off."""
+        device = "cuda" if self.device == "gpu" else "cpu"
+        return torch.empty((0, 3, size, size), dtype=torch.uint8, device=device)
+
+    def _decode(self, encoded: list[NDArray[np.uint8]]) -> list[Picture | str]:
+        """Halves a failing batch until each bad picture is alone: k of n cost about k log n more calls."""
+        if not encoded:
+            return []
+        try:
+            batch = dali.decoders.image(dali.as_batch(encoded), device=self.device, output_type=types.RGB).evaluate()
+        except RuntimeError:
+            if len(encoded) == 1:
+                return ["undecodable image"]
+            half = len(encoded) // 2
+            return self._decode(encoded[:half]) + self._decode(encoded[half:])
+        return [Picture(batch.tensors[i], *batch.shape[i][:2]) for i in range(len(encoded))]
+
+    def _cut(self, pixels: list[Any], numbers: ViewNumbers) -> list[Any]:
+        resized = dali.resize(
+            dali.as_batch(pixels),
+            size=[numbers.size, numbers.size],
+            roi_start=_per_row(numbers.windows[:, :2]),
+            roi_end=_per_row(numbers.windows[:, 2:]),
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        return _rows(resized)
+
+
+def _change(rows: list[Any], active: NDArray[np.bool_], operator: Callable[[Any, NDArray[np.int64]], Any]) -> list[Any]:
+    """The rows with the active ones replaced by `operator(batch of them, their indices)`."""
+    chosen = np.flatnonzero(active)
+    if not len(chosen):
+        return rows
+    changed = dict(zip(chosen.tolist(), _rows(operator(dali.as_batch([rows[i] for i in chosen]), chosen)), strict=True))
+    return [changed.get(i, row) for i, row in enumerate(rows)]
+
+
+def _jitter(rows: Any, numbers: ViewNumbers, idx: NDArray[np.int64]) -> Any:
+    """Hue, saturation, contrast, brightness, in the order DALI fixes; contrast is about mid-grey."""
+    return dali.color_twist(
+        rows,
+        brightness=_per_row(numbers.brightness[idx]),
+        contrast=_per_row(numbers.contrast[idx]),
+        saturation=_per_row(numbers.saturation[idx]),
+        hue=_per_row(numbers.hue[idx]),
+    )
+
+
+def _blur(rows: Any, numbers: ViewNumbers, idx: NDArray[np.int64]) -> Any:
+    return dali.gaussian_blur(rows, sigma=_per_row(numbers.blur_sigma[idx]))
+
+
+def _grey(crops: torch.Tensor, active: NDArray[np.bool_]) -> torch.Tensor:
+    """Luminance in whole numbers, so that the three channels are equal and no device rounds otherwise."""
+    rows = torch.from_numpy(np.flatnonzero(active)).to(crops.device)
+    red, green, blue = crops[rows].int().unbind(1)
+    luma = (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue + 500) // 1000
+    crops[rows] = luma.to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    return crops
+
+
+def _solarise(crops: torch.Tensor, active: NDArray[np.bool_]) -> torch.Tensor:
+    rows = torch.from_numpy(np.flatnonzero(active)).to(crops.device)
+    some = crops[rows]
+    crops[rows] = torch.where(some >= 128, 255 - some, some)
+    return crops
+
+
+def _rows(batch: Any) -> list[Any]:
+    return [batch.tensors[i] for i in range(batch.batch_size)]
+
+
+def _per_row(values: NDArray[Any], dtype: Any = np.float32) -> Any:
+    """An argument with one value (or one vector) for each row."""
+    return dali.as_batch(np.ascontiguousarray(values, dtype))

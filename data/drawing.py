@@ -1,0 +1,200 @@
+"""Draws a scene of the demo corpus: a pure function from Scene to an RGB image of any size.
+
+Everything is painted four times too large and box-reduced, which is the antialiasing. An object is a polygon
+filled with its texture and rimmed in a darker shade of its own colour, so that it stands out from any ground.
+
+    draw(sample_scene(0, "train", 7), size=64)     # a 64 x 64 PIL image
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from PIL import Image, ImageDraw
+
+from data.scenes import COLOURS, Rgb, Scene, Thing
+
+OVERSAMPLING = 4
+RIM = 0.018  # width of the outline, as a share of the image side
+PITCH = 0.11  # of stripes and checkers, the same
+INK: Rgb = (22, 18, 36)  # what darker shades are darkened with
+Points = list[tuple[float, float]]
+
+
+def draw(scene: Scene, size: int) -> Image.Image:
+    """The scene as an RGB image of size x size pixels."""
+    rng = random.Random(scene.details)
+    canvas = _ground(scene, size * OVERSAMPLING, rng)
+    for thing in (*scene.companions, scene.main):
+        _paint(canvas, thing, rng)
+    return canvas.reduce(OVERSAMPLING)
+
+
+def _polar(radius: float, degrees: float) -> tuple[float, float]:
+    return radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
+
+
+def _arc(radius: float, start: float, stop: float, steps: int = 48) -> Points:
+    """Points around the origin from one angle to another, both in degrees."""
+    return [_polar(radius, start + (stop - start) * i / steps) for i in range(steps + 1)]
+
+
+def _heart() -> Points:
+    """The classic parametric heart, moved and scaled into the unit circle."""
+    points = []
+    for turn in (math.tau * i / 60 for i in range(60)):
+        height = 13 * math.cos(turn) - 5 * math.cos(2 * turn) - 2 * math.cos(3 * turn) - math.cos(4 * turn)
+        points.append((0.87 * math.sin(turn) ** 3, -(height + 2.2) / 17.6))
+    return points
+
+
+def _moon() -> Points:
+    """A disc with a bite: both arcs run through the disc's points at +-50 degrees."""
+    radius, horn, bite_x = 0.92, 50, 0.5
+    tip_x, tip_y = _polar(radius, -horn)
+    bite_horn = math.degrees(math.atan2(tip_y, tip_x - bite_x))
+    back = _arc(radius, horn, 360 - horn)
+    front = _arc(math.hypot(tip_x - bite_x, tip_y), 360 + bite_horn, -bite_horn)
+    return [(x + 0.1, y) for x, y in back] + [(x + bite_x + 0.1, y) for x, y in front]
+
+
+def _cross() -> Points:
+    a, b = 0.3, 0.94  # half the width and half the length of an arm
+    quarter = [(a, -b), (a, -a), (b, -a)]
+    return [(x * c - y * s, x * s + y * c) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)) for x, y in quarter]
+
+
+# Each shape's polygon inside the unit circle, and its hole.
+OUTLINES: dict[str, tuple[Points, Points]] = {
+    "circle": (_arc(0.94, 0, 360), []),
+    "square": ([(-0.7, -0.7), (0.7, -0.7), (0.7, 0.7), (-0.7, 0.7)], []),
+    "triangle": ([(0.0, -0.99), (0.86, 0.5), (-0.86, 0.5)], []),
+    "star": ([_polar(0.43 if i % 2 else 1.0, 36 * i - 90) for i in range(10)], []),
+    "heart": (_heart(), []),
+    "cross": (_cross(), []),
+    "ring": (_arc(0.96, 0, 360), _arc(0.5, 0, 360)),
+    "moon": (_moon(), []),
+}
+
+
+def _blend(one: Rgb, other: Rgb, share: float) -> Rgb:
+    """`share` of the way from one colour to the other."""
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(one, other, strict=True))
+    return red, green, blue
+
+
+def _paint(canvas: Image.Image, thing: Thing, rng: random.Random) -> None:
+    """Fills the object's polygon with its texture, working on the square around it alone."""
+    radius = thing.diameter / 2 * canvas.width
+    x, y = thing.x * canvas.width, thing.y * canvas.width
+    left, top = math.floor(x - radius), math.floor(y - radius)
+    solid, hole = (_place(points, thing.angle, radius, x - left, y - top) for points in OUTLINES[thing.shape])
+    body = _texture(thing, math.ceil(2 * radius) + 2, canvas.width, rng)
+    mask = Image.new("L", body.size)
+    ImageDraw.Draw(mask).polygon(solid, fill=255)
+    rim, width = _blend(COLOURS[thing.colour], INK, 0.5), round(2 * RIM * canvas.width)
+    ImageDraw.Draw(body).line([*solid, *solid[:2]], fill=rim, width=width)
+    if hole:
+        ImageDraw.Draw(mask).polygon(hole, fill=0)
+        ImageDraw.Draw(body).line([*hole, *hole[:2]], fill=rim, width=width)
+    canvas.paste(body, (left, top), mask)
+
+
+def _place(points: Points, angle: float, radius: float, x: float, y: float) -> Points:
+    """Turns by `angle` degrees, scales by `radius`, moves to (x, y)."""
+    cos, sin = _polar(radius, angle)
+    return [(x + px * cos - py * sin, y + px * sin + py * cos) for px, py in points]
+
+
+def _texture(thing: Thing, tile: int, side: int, rng: random.Random) -> Image.Image:
+    """A square of `tile` pixels in the object's colour, patterned with a shade of that same colour."""
+    base = COLOURS[thing.colour]
+    image, pitch = Image.new("RGB", (tile, tile), base), PITCH * side
+    pencil, shade = ImageDraw.Draw(image), _shade(thing.colour)
+    if thing.texture == "shaded":
+        return _ramp(base, _blend(base, INK, 0.32), tile, rng)
+    count = int(tile / pitch) + 2
+    if thing.texture == "striped":
+        slope, is_upright = rng.choice((-1, 0, 1)) * tile, rng.random() < 0.5
+        for x in (k * pitch for k in range(-count, 2 * count)):
+            band = [(x, 0), (x + pitch / 2, 0), (x + pitch / 2 + slope, tile), (x + slope, tile)]
+            pencil.polygon(band if is_upright else [(y, x) for x, y in band], fill=shade)
+    for row in range(count):
+        for column in range(row % 2, count, 2):
+            x, y = column * pitch, row * pitch
+            if thing.texture == "checkered":
+                pencil.rectangle([x, y, x + pitch, y + pitch], fill=shade)
+            elif thing.texture == "dotted":
+                pencil.ellipse([x, y, x + 0.75 * pitch, y + 0.75 * pitch], fill=shade)
+    return image
+
+
+def _shade(colour: str) -> Rgb:
+    """The pattern's second colour: paler, or darker for the colours that are pale already."""
+    if colour in ("yellow", "white"):
+        return _blend(COLOURS[colour], INK, 0.28)
+    return _blend(COLOURS[colour], (255, 255, 255), 0.5)
+
+
+def _ramp(start: Rgb, stop: Rgb, side: int, rng: random.Random | None = None) -> Image.Image:
+    """A square that runs from one colour to the other: downwards, or in one of four directions by chance."""
+    weight = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270)) if rng else 0)
+    return _mix(start, stop, weight.resize((side, side), Image.Resampling.BILINEAR))
+
+
+def _mix(start: Rgb, stop: Rgb, weight: Image.Image) -> Image.Image:
+    return Image.composite(Image.new("RGB", weight.size, stop), Image.new("RGB", weight.size, start), weight)
+
+
+def _ground(scene: Scene, side: int, rng: random.Random) -> Image.Image:
+    one, other = scene.palette
+    if scene.ground in ("pale", "dark"):
+        return Image.new("RGB", (side, side), one)
+    if scene.ground == "gradient":
+        return _ramp(one, other, side, rng)
+    if scene.ground == "cloudy":
+        return _clouds(one, other, side, rng)
+    if scene.ground == "night":
+        return _night(one, other, side, rng)
+    if scene.ground == "tiled":
+        return _tiles(one, other, side, rng)
+    return _landscape(one, other, side, rng)
+
+
+def _clouds(one: Rgb, other: Rgb, side: int, rng: random.Random) -> Image.Image:
+    """Smooth noise: a 5 x 5 grid of random weights, enlarged."""
+    grid = Image.frombytes("L", (5, 5), rng.randbytes(25))
+    return _mix(one, other, grid.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def _night(one: Rgb, other: Rgb, side: int, rng: random.Random) -> Image.Image:
+    sky = _ramp(one, other, side)
+    pencil = ImageDraw.Draw(sky)
+    for _ in range(14):
+        x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.006, 0.012) * side
+        pencil.ellipse([x - r, y - r, x + r, y + r], fill=(198, 200, 214))
+    return sky
+
+
+def _tiles(one: Rgb, other: Rgb, side: int, rng: random.Random) -> Image.Image:
+    image = Image.new("RGB", (side, side), one)
+    pencil = ImageDraw.Draw(image)
+    pitch = side / rng.choice((4, 5, 6))
+    for row in range(6):
+        for column in range(row % 2, 6, 2):
+            x, y = column * pitch, row * pitch
+            pencil.rectangle([x, y, x + pitch - 1, y + pitch - 1], fill=other)
+    return image
+
+
+def _landscape(sky: Rgb, land: Rgb, side: int, rng: random.Random) -> Image.Image:
+    """Sky above, land below a wavy horizon, both a little darker towards the bottom."""
+    image = _ramp(_blend(sky, (255, 255, 255), 0.12), sky, side)
+    horizon, height = rng.uniform(0.45, 0.72) * side, rng.uniform(0.01, 0.03) * side
+    phase = rng.uniform(0, math.tau)
+    edge = [(x, horizon + height * math.sin(phase + 5 * x / side)) for x in range(0, side + 8, 8)]
+    mask = Image.new("L", (side, side))
+    ImageDraw.Draw(mask).polygon([*edge, (side + 8, side), (0, side)], fill=255)
+    image.paste(_ramp(_blend(land, (255, 255, 255), 0.1), _blend(land, (0, 0, 0), 0.06), side), (0, 0), mask)
+    return image

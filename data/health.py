@@ -1,0 +1,138 @@
+"""Bad samples: counted by reason, written down once, and never tried twice.
+
+A bad sample is no reason to stop a run of weeks; a corpus that is mostly bad is. The share is that of the
+whole corpus as far as it is known: what the index left out counts from the start, what only reading shows
+counts as it is met.
+
+    health = Health(max_bad_share=0.02, corpus_size=1000, left_out=Counter({"missing caption": 3}), log=None)
+    health.met(BadSample("00000/000000123", "truncated image", position=4711))
+    health.counts                                   # {"missing caption": 3, "truncated image": 1}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from configs import UserError
+
+_MIN_MET = 16  # bad samples met before their share says anything: 16 are no accident below the limit
+
+
+class TooManyBadSamples(UserError):
+    """The share of bad samples is above data.max_bad_share; `counts` holds them by reason."""
+
+    def __init__(self, message: str, counts: Counter[str]) -> None:
+        super().__init__(message)
+        self.counts = counts
+
+
+@dataclass(frozen=True)
+class BadSample:
+    key: str  # "shard/sample"
+    reason: str
+    position: int | None  # global position at which it was met; None: left out by the index
+
+
+class Health:
+    """The bad samples of one process. Thread-safe.
+
+    `corpus_size` counts the samples the index kept and `left_out` those it did not. `log` (jsonl) gets each
+    bad sample once, over resumed runs and over ranks that share the file too. Raises TooManyBadSamples at
+    once when the index alone left out more than the share allows.
+    """
+
+    def __init__(self, max_bad_share: float, corpus_size: int, left_out: Counter[str], log: Path | None) -> None:
+        self.max_bad_share, self.corpus_size, self.left_out, self.log = (
+            max_bad_share,
+            corpus_size,
+            left_out,
+            log,
+        )
+        self._met: Counter[str] = Counter()
+        self._known: set[str] = set()
+        self._num_positions = self._num_bad_positions = 0
+        self._logged: set[tuple[str, str]] = set()
+        self._read_bytes = 0
+        self._lock = threading.Lock()
+        if self.left_out and self.share > max_bad_share:
+            raise self._stop()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Distinct bad samples by reason, those left out by the index included."""
+        return self.left_out + self._met
+
+    @property
+    def share(self) -> float:
+        """The bad share of the corpus: exact for what the index shows, by positions met for the rest."""
+        num_left_out = self.left_out.total()
+        share_left_out = num_left_out / max(num_left_out + self.corpus_size, 1)
+        return share_left_out + (1 - share_left_out) * self._num_bad_positions / max(self._num_positions, 1)
+
+    def served(self, num_positions: int, num_bad: int) -> None:
+        """Notes positions served and how many had a bad sample of their own.
+
+        Raises TooManyBadSamples above the limit.
+        """
+        with self._lock:
+            self._num_positions += num_positions
+            self._num_bad_positions += num_bad
+        if num_bad and self._num_bad_positions >= _MIN_MET and self.share > self.max_bad_share:
+            raise self._stop()
+
+    def met(self, sample: BadSample) -> None:
+        """Counts and logs a bad sample that reading showed; a known one changes nothing."""
+        with self._lock:
+            if sample.key not in self._known:
+                self._known.add(sample.key)
+                self._met[sample.reason] += 1
+                self._append([sample])
+
+    def note_left_out(self, samples: Iterable[BadSample]) -> None:
+        """Logs bad samples of the index; they are counted already."""
+        with self._lock:
+            self._append(list(samples))
+
+    def _append(self, samples: list[BadSample]) -> None:
+        if self.log is None:
+            return
+        self._catch_up()
+        lines = [json.dumps(asdict(sample)) for sample in samples if (sample.key, sample.reason) not in self._logged]
+        self._logged |= {(sample.key, sample.reason) for sample in samples}
+        if lines:
+            with self.log.open("a") as file:
+                file.write("".join(line + "\n" for line in lines))
+
+    def _catch_up(self) -> None:
+        """Learns what earlier runs and other ranks wrote since the last look."""
+        assert self.log is not None
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        if not self.log.exists():
+            return
+        with self.log.open("rb") as file:
+            file.seek(self._read_bytes)
+            fresh = file.read()
+        whole = fresh[: fresh.rfind(b"\n") + 1]  # another rank may be in the middle of a line
+        self._read_bytes += len(whole)
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):  # a killed run can leave half a line
+                record = json.loads(line)
+                self._logged.add((record["key"], record["reason"]))
+
+    def _stop(self) -> TooManyBadSamples:
+        counts = self.counts
+        listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        return TooManyBadSamples(
+            f"{self.share:.1%} of the samples are bad ({listed}), more than "
+            f"data.max_bad_share={self.max_bad_share:g} "
+            "allows: the run stops before it trains on too little; mend the corpus"
+            + (f" (keys in {self.log})" if self.log else "")
+            + " or raise data.max_bad_share",
+            counts,
+        )

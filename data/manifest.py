@@ -1,0 +1,113 @@
+"""A corpus directory that is whole or not there: staging, publication, recognition of an earlier run.
+
+Everything is written to DIR/.partial and moved into place by renames once it is complete, manifest.json
+last. The manifest keeps the arguments, so that the same command finds its own work and does nothing, and
+another command does not mix its shards into it.
+
+    if not is_published(out, arguments):
+        with staged(out) as directory:
+            ...                                     # write shards into `directory`
+            write_manifest(directory, arguments, {"train-000000.tar": 256})
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs import UserError
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+
+
+def is_published(out: Path, arguments: dict[str, Any]) -> bool:
+    """Whether `out` already holds the corpus of these arguments; False where `out` is empty or absent.
+
+    Raises UserError where it holds anything else, or a corpus with a shard missing or cut short.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: a corpus is a directory; choose another --out")
+    present = sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) if out.exists() else []
+    if not present:
+        return False
+    if MANIFEST not in present:
+        shown = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
+        raise UserError(
+            f"--out {out} already holds {len(present)} entries ({shown}) and no {MANIFEST} of this program: "
+            "shards are never mixed with other files; choose another --out or empty it"
+        )
+    manifest = _read(out / MANIFEST)
+    if manifest.get("arguments") != arguments:
+        raise UserError(
+            f"--out {out} already holds another corpus ({_difference(manifest['arguments'], arguments)}): "
+            "choose another --out or delete that directory"
+        )
+    for name, shard in manifest["shards"].items():
+        if not (out / name).is_file() or (out / name).stat().st_size != shard["bytes"]:
+            raise UserError(f"--out {out}: {name} is missing or cut short; delete that directory and run again")
+    return True
+
+
+def write_manifest(directory: Path, arguments: dict[str, Any], samples: dict[str, int]) -> None:
+    """Records the arguments and, for each shard name, its number of samples and its bytes."""
+    shards = {name: {"samples": n, "bytes": (directory / name).stat().st_size} for name, n in samples.items()}
+    write_json(directory / MANIFEST, {"arguments": arguments, "shards": shards})
+
+
+def write_json(path: Path, content: object) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="replace")  # file names may be no text
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A directory to write to. Its files move into `out` when the block ends well, and vanish if not."""
+    out.mkdir(parents=True, exist_ok=True)
+    with _only_writer(out):
+        partial = out / PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+        partial.mkdir()
+        try:
+            yield partial
+            for path in sorted(partial.iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
+                path.replace(out / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Holds the lock of a directory, so that two runs cannot sweep away each other's staging."""
+    path = out / ".lock"
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--out {out} is being written by another run: wait for it or choose another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return {"arguments": manifest["arguments"], "shards": dict(manifest["shards"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a manifest of this program: choose another --out or empty it") from None
+
+
+def _difference(there: Any, wanted: dict[str, Any]) -> str:
+    """'seed: 0 there, 1 asked' for every argument that differs."""
+    there = there if isinstance(there, dict) else {}
+    keys = [key for key in sorted({*there, *wanted}) if there.get(key) != wanted.get(key)]
+    return ", ".join(f"{key}: {there.get(key)} there, {wanted.get(key)} asked" for key in keys)

@@ -1,0 +1,109 @@
+"""Which patches of the global crops the student does not see: iBOT's block-wise masks with exact counts.
+
+Step t gives each canonical stream 2s crops (s = batch.ssl / C rows, two global crops each); a fixed number of
+them is masked, at ratios spread evenly over masks.ratio. A stream's total is the same in every step, hence so
+is a rank's, for every world size that divides C: shapes stay static and a sample's mask does not depend on
+the world size.
+
+With 8 crops of 4 x 4 patches, share_of_crops=0.5 and ratio=(0.1, 0.5): 4 crops hide about 2, 4, 6 and 7
+patches.
+
+Blocks are rectangles of aspect 0.3 .. 1/0.3 (BEiT, DINOv2); what they leave open is filled patch by patch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.schema import Masks
+from data.hashing import hash_words, permutation, uniform
+
+Flags = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+_CROPS, _SPREAD, _BLOCKS, _FILL = 1, 2, 3, 4  # what a hash is for
+_ROUNDS = 16  # rectangles proposed a crop
+_MIN_BLOCK = 4  # patches
+_MIN_ASPECT = 0.3
+
+
+@dataclass(frozen=True)
+class Masker:
+    """The masks of a run.
+
+    `grid` is the side of a global crop in patches, `rows` the ssl rows of all ranks.
+    """
+
+    config: Masks
+    seed: int
+    grid: int
+    rows: int
+    streams: int
+
+    def masks(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Flags, Ints]:
+        """(2S, P) masks of the rank's S ssl rows, view-major, and (M,) flat positions of True in them."""
+        patches = self.grid * self.grid
+        local = np.arange(self.rows // world_size)
+        places = local * world_size + rank  # row i of rank r is the step's position i * W + r
+        masks = np.zeros((2, len(local), patches), bool)
+        for stream in range(rank, self.streams, world_size):
+            masks[:, places % self.streams == stream] = self._stream_masks(step, stream)
+        flat = masks.reshape(-1, patches)
+        return flat, np.flatnonzero(flat)
+
+    def _stream_masks(self, step: int, stream: int) -> Flags:
+        """(2, s, P): the masks of one stream's rows in one step."""
+        crops = 2 * self.rows // self.streams
+        counts = self._counts(step, stream, crops)
+        chosen = np.flatnonzero(counts)
+        masks = np.zeros((crops, self.grid * self.grid), bool)
+        words = hash_words(self.seed, _BLOCKS, step, stream, chosen)
+        masks[chosen] = fill_exactly(draw_blocks(words, counts[chosen], self.grid), counts[chosen], words)
+        return masks.reshape(2, -1, masks.shape[1])
+
+    def _counts(self, step: int, stream: int, crops: int) -> Ints:
+        """Hidden patches of each crop.
+
+        One count a ratio bin, moved inside the bin in opposite pairs: constant total.
+        """
+        num_masked = math.floor(self.config.share_of_crops * crops + 0.5)
+        low, high = self.config.ratio
+        width = (high - low) / max(num_masked, 1) * self.grid * self.grid
+        bins = np.floor(low * self.grid * self.grid + width * (np.arange(num_masked) + 0.5) + 0.5).astype(np.int64)
+        pairs = np.arange(num_masked // 2)
+        moves = ((uniform(hash_words(self.seed, _SPREAD, step, stream, pairs)) - 0.5) * width).astype(np.int64)
+        bins[pairs] += moves
+        bins[num_masked - 1 - pairs] -= moves
+        counts = np.zeros(crops, np.int64)
+        counts[:num_masked] = bins
+        return counts[permutation(crops, self.seed, _CROPS, step, stream)]
+
+
+def draw_blocks(words: NDArray[np.uint64], counts: Ints, grid: int) -> Flags:
+    """(n, P) unions of rectangles with at most counts[i] patches each."""
+    masks = np.zeros((len(words), grid, grid), bool)
+    line = np.arange(grid)
+    for round_idx in range(_ROUNDS):
+        area_u, aspect_u, top_u, left_u = uniform(hash_words(words[None], np.arange(4)[:, None] + 4 * round_idx))
+        left_over = counts - masks.sum((1, 2))
+        area = _MIN_BLOCK + area_u * np.maximum(left_over - _MIN_BLOCK, 0)
+        aspect = np.exp(np.log(_MIN_ASPECT) * (1 - 2 * aspect_u))
+        tall = np.clip(np.rint(np.sqrt(area * aspect)), 1, grid)
+        wide = np.clip(np.rint(np.sqrt(area / aspect)), 1, grid)
+        top, left = np.floor(top_u * (grid - tall + 1)), np.floor(left_u * (grid - wide + 1))
+        in_rows = (line >= top[:, None]) & (line < (top + tall)[:, None])
+        in_columns = (line >= left[:, None]) & (line < (left + wide)[:, None])
+        grown = masks | (in_rows[:, :, None] & in_columns[:, None, :])
+        fits = grown.sum((1, 2)) <= counts
+        masks = np.where(fits[:, None, None], grown, masks)
+    return masks.reshape(len(words), grid * grid)
+
+
+def fill_exactly(masks: Flags, counts: Ints, words: NDArray[np.uint64]) -> Flags:
+    """Hides further patches at random until row i hides counts[i]."""
+    scores = uniform(hash_words(words[:, None], _FILL, np.arange(masks.shape[1])[None, :])) - masks
+    ranks = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1, kind="stable")
+    return ranks < counts[:, None]

@@ -1,0 +1,104 @@
+"""Reading a checkpoint directory: which one, what it is, its weights as one file. Needs no DeepSpeed and no ranks.
+
+python -m engine.archive runs/demo/checkpoints --out weights.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import Config, UserError, fingerprint, load_config
+from configs.load import science_changes
+from engine.pieces import MASTER, Pieces, sync
+from model.weights import write_weights
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint knows besides its pieces."""
+
+    step: int  # steps finished; the data cursor is step * batch.clip
+    optimizer_steps: int  # steps taken; fewer where non-finite gradients were skipped
+    world_size: int
+    fingerprint: str
+    shapes: dict[str, list[int]]
+
+
+def find(root: Path) -> Path:
+    """The checkpoint `latest` names. Raises UserError when there is none."""
+    pointer = root / "latest"
+    if not pointer.exists():
+        raise UserError(f"--resume: {root} has no checkpoint (no file 'latest'); start without --resume")
+    path = root / pointer.read_text().strip()
+    if not (path / "state.json").exists():
+        raise UserError(f"--resume: {pointer} names {path.name}, which is not a complete checkpoint")
+    return path
+
+
+def run_directory(config: Config) -> Path:
+    """Where the run writes: system.run_dir, or runs/NAME below the working directory."""
+    return Path(config.system.run_dir or f"runs/{config.name}")
+
+
+def check_start(config: Config, resume: bool, allowed_changes: tuple[str, ...]) -> None:
+    """Refuses to write over a run, or to resume another one, before anything heavy is loaded."""
+    checkpoints = run_directory(config) / "checkpoints"
+    if resume:
+        check_science(find(checkpoints), config, allowed_changes)
+    elif (checkpoints / "latest").exists():
+        raise UserError(
+            f"{run_directory(config)} already holds a run ({(checkpoints / 'latest').read_text().strip()}): go on "
+            "with --resume, choose another name=..., or remove the directory"
+        )
+
+
+def check_science(path: Path, config: Config, allowed: tuple[str, ...] = ()) -> None:
+    """Refuses a resume whose science differs from the checkpoint's, unless every changed key is in `allowed`."""
+    if read_state(path).fingerprint == fingerprint(config):
+        return
+    changes = science_changes(load_config(path / "config.yaml"), config)
+    refused = [change for change in changes if change.partition(":")[0] not in allowed]
+    if refused:
+        keys = ",".join(change.partition(":")[0] for change in refused)
+        raise UserError(
+            f"--resume: {path} was trained with other settings ({'; '.join(refused)}): a run keeps its science; "
+            f"restore the values, start a new run under another name, or say --allow-change {keys}"
+        )
+
+
+def read_state(path: Path) -> State:
+    """The `state.json` of a checkpoint."""
+    return State(**json.loads((path / "state.json").read_text()))
+
+
+def consolidate(path: Path, out: Path) -> None:
+    """The student's fp32 weights of a checkpoint as one weights file (model/weights.py). Needs no DeepSpeed."""
+    state, pieces = read_state(path), Pieces(path)
+    weights = {name: pieces.read(MASTER, name).reshape(shape) for name, shape in state.shapes.items()}
+    draft = out.with_name(f".{out.name}.tmp")
+    write_weights(draft, weights, load_config(path / "config.yaml").model)
+    sync(draft)
+    draft.replace(out)
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of this module; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m engine.archive", description="Checkpoint -> one safetensors file.")
+    parser.add_argument("checkpoints", type=Path, help="a run's checkpoints directory; its latest one is read")
+    parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
+    parsed = parser.parse_args(arguments)
+    try:
+        consolidate(find(parsed.checkpoints), parsed.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(parsed.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""From a config to a training engine, in the one order that works.
+
+order                       the error you get otherwise
+1. construct                (ZeRO-3 inside its own context) a 7B model does not fit on one device
+2. initialise               after partitioning, gathered one by one; else all ranks start apart
+3. teacher = student        before the optimizer; else the first targets are noise
+4. compile the blocks       before ZeRO hangs its hooks on modules; else each hook breaks the graph
+5. mark blocks as leaves    before `initialize`; else ZeRO-3 hooks the layers inside a compiled block
+6. optimizer, then ZeRO     ZeRO flattens the groups it is given
+7. the EMA teacher          reads fp32 shards, which exist only now
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs import Config
+from engine import world, zero
+from engine.optim import adamw
+from engine.teacher import Teacher
+from kernels.attention import resolve
+from model.block import Block
+from model.initialise import initialise_parameter
+from model.objectives.comm import Comm
+from model.objectives.perceptual import Perceptual
+from model.objectives.total import Centres
+from model.pretrainer import Pretrainer, Rows, teacher_pairs
+from model.text import TextBlock
+
+LEAVES: list[type[nn.Module]] = [Block, TextBlock]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Everything a step needs on this rank."""
+
+    engine: Any  # DeepSpeed's
+    teacher: Teacher | None
+    comm: Comm
+    perceptual: Perceptual | None
+    centres: Centres | None
+    device: torch.device
+    choices: dict[str, str]  # what every "auto" became, and why
+
+
+def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
+    """Builds the run on this rank; a collective. `comm` is what `world.start` gave."""
+    device = world.device()
+    attention = resolve(config.system.attention, device, zero.DTYPES[config.optim.precision])
+    is_compiled, why = resolve_compile(config, device)
+    with zero.construction(ds_config, config.optim.precision, device):
+        model = Pretrainer(config, Rows.per_rank(config, world.world_size()), attention.name)
+    initialise(model, config)
+    if is_compiled:
+        compile_blocks(model)
+    zero.mark_leaves(model, [kind for kind in LEAVES if any(isinstance(m, kind) for m in model.modules())])
+    engine = zero.start(model, adamw(model, config.optim), ds_config)
+    return Assembly(
+        engine=engine,
+        teacher=Teacher(teacher_pairs(model)) if model.teacher is not None else None,
+        comm=comm,
+        perceptual=_perceptual(config, device),
+        centres=_centres(config, device),
+        device=device,
+        choices={
+            "attention": f"{attention.name} ({attention.reason})",
+            "compile": f"{'on' if is_compiled else 'off'} ({why})",
+            "zero": f"stage {zero.zero_stage(ds_config)} (--ds_config)",
+            "precision": f"{config.optim.precision} (optim.precision)",
+        },
+    )
+
+
+def initialise(model: Pretrainer, config: Config) -> None:
+    """First values of every parameter, one gathered at a time; the teacher's are the student's."""
+    for name, parameter in model.named_parameters():
+        with zero.gathered([parameter], write=True):
+            if world.is_first() or not zero.is_partitioned(parameter):
+                initialise_parameter(name, parameter.data, config)
+
+
+def resolve_compile(config: Config, device: torch.device) -> tuple[bool, str]:
+    """Whether blocks are compiled, and why."""
+    if config.system.compile != "auto":
+        return config.system.compile == "on", "named in the config"
+    if device.type == "cuda":
+        return True, "auto: on CUDA fused kernels pay within minutes"
+    return False, "auto: on CPU compiling costs more than a short run gains"
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """One full graph per block kind and layout; the integers of a layout are constants of the graph."""
+    for module in model.modules():
+        if isinstance(module, tuple(LEAVES)):
+            module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+
+
+def _perceptual(config: Config, device: torch.device) -> Perceptual | None:
+    rec = config.objectives.rec
+    if not (rec.weight and rec.perceptual):
+        return None
+    assert rec.lpips_weights is not None, "the schema asks for weights"
+    return Perceptual.load(rec.lpips_weights).to(device)
+
+
+def _centres(config: Config, device: torch.device) -> Centres | None:
+    ssl = config.objectives.ssl
+    if not ssl.weight or ssl.targets != "centering":
+        return None
+    return Centres.zeros(config.model.prototypes.num, device)

@@ -1,0 +1,127 @@
+"""The command: deepspeed engine/launch.py --config configs/demo.yaml [--ds_config D] [--resume] [key=value ...]
+
+Checks everything a user can get wrong before anything heavy is imported, so that a typo costs a second, not a
+minute. Exit codes: 0 done, 2 a mistake in what was asked (one line says which), 143 stopped by a signal after
+a checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # started by path, Python puts engine/ there, and `import engine` would fail
+
+import argparse  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import time  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
+
+from configs import Config, UserError, load_config  # noqa: E402
+from configs.ds import load_ds_config  # noqa: E402
+
+FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are like all others: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line. `--local_rank` is what the DeepSpeed launcher adds."""
+    parser = _Parser(
+        prog="deepspeed engine/launch.py",
+        description="Pre-train a visual tokenizer (VTP): clip + ssl + rec in one step.",
+    )
+    parser.add_argument("--config", required=True, help="a preset, for example configs/demo.yaml")
+    parser.add_argument(
+        "--ds_config",
+        default=str(ROOT / "configs/deepspeed/zero3.json"),
+        help="DeepSpeed JSON (default: ZeRO-3)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the run's latest checkpoint")
+    parser.add_argument(
+        "--allow-change",
+        default="",
+        metavar="KEY,KEY",
+        help="science keys that may differ from the checkpoint's",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="overrides, for example optim.steps=100")
+    return parser.parse_intermixed_args(arguments)
+
+
+def preflight(options: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
+    """The resolved config and DeepSpeed dictionary, everything checked that needs no model and no pixels."""
+    config = load_config(options.config, options.overrides)
+    ds_config = load_ds_config(options.ds_config, config, int(os.environ.get("WORLD_SIZE", 1)))
+    from data.storage import expand
+
+    expand(config.data.train, config.system.loader.cache_dir)
+    _require_perceptual_weights(config)
+    from engine.archive import check_start, run_directory  # imports torch: after what needs milliseconds
+
+    _require_writable(run_directory(config))
+    check_start(config, options.resume, tuple(filter(None, options.allow_change.split(","))))
+    return config, ds_config
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one rank; the exit code."""
+    try:
+        options = parse(arguments)
+        config, ds_config = preflight(options)
+        return _train(config, ds_config, options.resume)
+    except UserError as error:
+        return _refuse(error, int(os.environ.get("RANK", 0)))
+
+
+def _train(config: Config, ds_config: dict[str, Any], resume: bool) -> int:
+    from engine import run, world
+
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, also where no launcher has set it
+    comm = world.start(config.system.timeout_minutes)
+    try:
+        return run.train(config, ds_config, comm, resume)
+    finally:
+        world.stop()
+
+
+def _require_perceptual_weights(config: Config) -> None:
+    """The file is opened only when the model stands; on a large run that is minutes later."""
+    rec = config.objectives.rec
+    if rec.weight and rec.perceptual and not Path(str(rec.lpips_weights)).is_file():
+        raise UserError(
+            f"objectives.rec.lpips_weights={rec.lpips_weights} is not a file: the perceptual term needs its "
+            "network; make the file with `python -m model.objectives.perceptual --help`, or set "
+            "objectives.rec.perceptual=0"
+        )
+
+
+def _require_writable(run_dir: Path) -> None:
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(
+            f"system.run_dir={run_dir}: {there} is not a directory that can be written; choose another system.run_dir"
+        )
+
+
+def _refuse(error: UserError, rank: int) -> int:
+    """One line for all ranks. The launcher ends every rank when one leaves, so what rank 0 sees too, it tells alone.
+
+    Another rank speaks up when it is still there after a while: then it alone has met the mistake.
+    """
+    if rank > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's call; a running run would save first
+        time.sleep(FIRST_RANK_SECONDS)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,63 @@
+"""Running means between two reports, kept on the device: one sync a report instead of one a step.
+
+meter = Meter(comm, total_steps=300, samples_per_step=64)
+meter.add(record)                         # every step
+values = meter.read(step=10)              # at a report: {"loss/total": 7.1, ..., "speed/samples_per_second": 55.0}
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from engine.step import StepRecord
+from model.objectives.comm import Comm
+
+HEALTH = ("clip_accuracy", "logit_scale", "logit_bias", "teacher_entropy")  # named terms that are no losses
+
+
+class Meter:
+    """Means over steps and ranks since the last read, and the speed."""
+
+    def __init__(self, comm: Comm, total_steps: int, samples_per_step: int) -> None:
+        self._comm = comm
+        self._total_steps, self._samples_per_step = total_steps, samples_per_step
+        self._sums: dict[str, Tensor] = {}
+        self._schedule: dict[str, float] = {}
+        self._count = 0
+        self._since = time.perf_counter()
+
+    def add(self, record: StepRecord) -> None:
+        """Adds a step's losses to the running sums; no sync."""
+        terms = record.losses | {"grad_norm": torch.as_tensor(record.grad_norm or 0.0)}
+        for name, value in terms.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._schedule = record.schedule
+        self._count += 1
+
+    def read(self, step: int, waited_seconds: float) -> dict[str, float]:
+        """The report at `step` finished steps, and a new start. A collective; waits for the device once.
+
+        `waited_seconds` is the time steps spent waiting for data since the last read.
+        """
+        names = list(self._sums)
+        sums = torch.stack([self._sums[name].to(self._sums[names[0]].device) for name in names])
+        means = (self._comm.all_sum(sums) / (self._comm.world_size * self._count)).tolist()
+        seconds = time.perf_counter() - self._since
+        per_step = seconds / self._count
+        values = {
+            f"{'health' if name in HEALTH else 'loss'}/{name}": mean for name, mean in zip(names, means, strict=True)
+        }
+        values["optim/grad_norm"] = values.pop("loss/grad_norm")
+        values |= {f"optim/{name}": value for name, value in self._schedule.items()}
+        values |= {
+            "speed/samples_per_second": self._samples_per_step / per_step,
+            "speed/step_ms": 1000 * per_step,
+            "speed/data_wait_share": min(1.0, waited_seconds / seconds),
+            "speed/seconds_left": (self._total_steps - step) * per_step,
+        }
+        self._sums, self._count, self._since = {}, 0, time.perf_counter()
+        return values

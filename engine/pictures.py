@@ -1,0 +1,48 @@
+"""Pictures of a run: reconstructions under their originals, latents as colours.
+
+write_png(reconstructions(target, recon), "recon.png")     # row of originals, row of reconstructions
+latent_colours(latent_RLhw, scale=8)                       # first three principal components as red, green, blue
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+def reconstructions(target: Tensor, recon: Tensor, columns: int = 8) -> Tensor:
+    """Two rows of at most `columns` images: originals, reconstructions.
+
+    target, recon: (R, 3, H, W) in [0, 1]. Gives (3, 2H, columns * W) in [0, 1].
+    """
+    return torch.cat([_row(target[:columns]), _row(recon[:columns])], dim=1).clamp(0, 1)
+
+
+def latent_colours(latent: Tensor, scale: int, columns: int = 8) -> Tensor:
+    """The first three principal components of the latents of all shown images, as RGB, each stretched to [0, 1].
+
+    latent: (R, L, h, w), L >= 3. Gives (3, h * scale, columns * w * scale).
+    """
+    shown = latent[:columns].float()
+    images, channels, height, width = shown.shape
+    points = shown.permute(0, 2, 3, 1).reshape(-1, channels)
+    points = points - points.mean(0)
+    _, _, components = torch.linalg.svd(points, full_matrices=False)
+    colours = points @ components[:3].T
+    low, high = colours.amin(0), colours.amax(0)
+    colours = ((colours - low) / (high - low).clamp_min(1e-12)).reshape(images, height, width, 3)
+    return _row(F.interpolate(colours.permute(0, 3, 1, 2), scale_factor=scale, mode="nearest"))
+
+
+def write_png(picture: Tensor, path: Path) -> None:
+    """Writes a (3, H, W) picture in [0, 1]."""
+    pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def _row(images: Tensor) -> Tensor:
+    return torch.cat(list(images), dim=-1)

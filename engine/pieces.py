@@ -1,0 +1,97 @@
+"""The checkpoint's grain: named ranges of flattened tensors, one safetensors file a rank.
+
+A piece is (key, name, start, values): key says which of a parameter's vectors it is ("fp32", "exp_avg", "exp_avg_sq",
+"teacher", "centre"), start where the values begin in the flattened tensor. Any rank of any world size reads the range
+it needs from whichever files hold it, so a checkpoint knows no world size. No pickle, nothing executes on load.
+
+    write_pieces(Path("rank-00000.safetensors"), [Piece("fp32", "trunk.norm.weight", 192, values)])
+    Pieces(directory).read("fp32", "trunk.norm.weight", start=0, numel=384)      # out of two files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs import UserError
+
+MASTER, TEACHER, CENTRE = "fp32", "teacher", "centre"  # the keys a checkpoint has
+MOMENTS = ("exp_avg", "exp_avg_sq")  # and those of AdamW
+
+
+@dataclass(frozen=True)
+class Piece:
+    key: str
+    name: str
+    start: int
+    values: Tensor  # (numel,) one range of the flattened tensor
+
+
+def write_pieces(path: Path, pieces: list[Piece]) -> None:
+    """Writes the pieces and forces them to disk; the file is complete when this returns."""
+    tensors = {f"{piece.key}/{piece.name}": piece.values.detach().cpu().contiguous() for piece in pieces}
+    starts = {f"{piece.key}/{piece.name}": piece.start for piece in pieces}
+    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Pieces:
+    """All pieces of the `rank-*.safetensors` files in a directory, read lazily."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files: list[Any] = []
+        self._where: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
+        for path in sorted(directory.glob("rank-*.safetensors")):
+            file = safe_open(path, framework="pt")
+            for label, start in json.loads(file.metadata()["starts"]).items():
+                key, _, name = label.partition("/")
+                numel = file.get_slice(label).get_shape()[0]
+                self._where[key, name].append((start, numel, len(self._files)))
+            self._files.append(file)
+        for ranges in self._where.values():
+            ranges.sort()
+
+    def names(self, key: str) -> list[str]:
+        """The names that have pieces under this key, in file order."""
+        return [name for found, name in self._where if found == key]
+
+    def numel(self, key: str, name: str) -> int:
+        """Length of the whole flattened tensor."""
+        start, numel, _ = self._where[key, name][-1]
+        return start + numel
+
+    def read(self, key: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
+        """(numel,) the range from `start`, put together from as many files as it takes; the whole tensor by default.
+
+        Raises UserError when no file holds part of the range: the checkpoint is incomplete or of another model.
+        """
+        end = self.numel(key, name) if numel is None and (key, name) in self._where else start + (numel or 0)
+        parts, at = [], start
+        for first, length, file_idx in self._where.get((key, name), []):
+            if first <= at < min(first + length, end):
+                stop = min(first + length, end)
+                parts.append(self._files[file_idx].get_slice(f"{key}/{name}")[at - first : stop - first])
+                at = stop
+        if at != end:
+            raise UserError(
+                f"the checkpoint holds no {key} of {name} from {at} to {end}: it is incomplete or of another model"
+            )
+        return torch.cat(parts) if parts else torch.empty(0)

@@ -1,0 +1,63 @@
+"""One training step, and nothing else.
+
+    outputs = engine(batch)               teacher without gradient, the trunk once, text, heads, decoder
+    losses  = compute(outputs, comm)      tensors only; under ZeRO-3 no parameter is there to be read
+    engine.backward(total); engine.step() reduce-scatter, clip, AdamW on shards, gather
+    teacher.follow(momentum)              local shards, no communication
+
+Nothing here waits for the device: numbers stay tensors until a report reads them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs import Config
+from data.batch import Batch
+from engine.assemble import Assembly
+from engine.optim import set_learning_rate
+from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
+from model.objectives.total import Centres, compute
+from model.outputs import Outputs
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step leaves behind on this rank."""
+
+    losses: dict[str, Tensor]  # every named term, detached scalars on the device: this rank's mean
+    schedule: dict[str, float]  # learning rate, teacher momentum and temperature of this step
+    grad_norm: float | Tensor | None  # of the averaged gradient before clipping; the same on every rank
+    outputs: Outputs
+    centres: Centres | None  # for the next step
+
+
+def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: Config) -> StepRecord:
+    """Takes the optimizer step `batch.step` (counted from 0). A collective."""
+    rate = learning_rate(batch.step, config)
+    momentum = teacher_momentum(batch.step, config)
+    temperature = teacher_temperature(batch.step, config)
+    set_learning_rate(parts.engine, rate)
+
+    outputs = parts.engine(**model_inputs(batch, parts.device))
+    losses = compute(outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual)
+    parts.engine.backward(losses.total)
+    parts.engine.step()
+    if parts.teacher is not None:
+        parts.teacher.follow(momentum)
+    return StepRecord(
+        losses=losses.named(),
+        schedule={"learning_rate": rate, "teacher_momentum": momentum, "teacher_temperature": temperature},
+        grad_norm=parts.engine.get_global_grad_norm(),
+        outputs=outputs,
+        centres=losses.centres,
+    )
+
+
+def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a batch on the device, under the names of Pretrainer.forward."""
+    names = ("images", "captions", "global_crops", "local_crops", "masks", "masked_idx")
+    return {name: getattr(batch, name).to(device, non_blocking=True) for name in names}

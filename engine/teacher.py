@@ -1,0 +1,65 @@
+"""The EMA teacher: fp32 shards, each rank follows its own share, no communication.
+
+    teacher <- momentum * teacher + (1 - momentum) * student          (DINO, eq. of the momentum encoder)
+
+The average lives in fp32 beside the model: at momentum 0.9996 a bf16 teacher would round every update away. The frozen
+teacher inside the engine holds only its rounded image. Under ZeRO-3 a student parameter and its teacher are cut alike,
+so a rank's fp32 master shard is all it needs; under ZeRO-1 and 2 the teacher is whole on every rank and follows the
+student's own (bf16-rounded) weights, which every rank has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine import zero
+from engine.pieces import MASTER
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student parameter, the frozen teacher parameter that follows it, and this rank's fp32 average."""
+
+    name: str
+    student: nn.Parameter
+    teacher: nn.Parameter
+    start: int
+    average: Tensor  # (numel,) float32
+
+
+class Teacher:
+    """This rank's share of the EMA teacher. `pairs` are (name, student, teacher) with equal values at the start."""
+
+    def __init__(self, pairs: list[tuple[str, nn.Parameter, nn.Parameter]]) -> None:
+        self.pairs = []
+        for name, student, teacher in pairs:
+            start, numel = zero.local_range(teacher)
+            average = zero.shard(teacher)[:numel].float().clone()
+            self.pairs.append(Pair(name, student, teacher, start, average))
+
+    @torch.no_grad()
+    def follow(self, momentum: float) -> None:
+        """One EMA step toward the student, after the optimizer's step."""
+        for pair in self.pairs:
+            pair.average.lerp_(self._student(pair), 1.0 - momentum)
+        self._publish()
+
+    @torch.no_grad()
+    def restore(self, averages: dict[str, Tensor]) -> None:
+        """Sets this rank's averages by name, as a checkpoint gives them."""
+        for pair in self.pairs:
+            pair.average.copy_(averages[pair.name])
+        self._publish()
+
+    def _student(self, pair: Pair) -> Tensor:
+        if zero.is_partitioned(pair.student):
+            return zero.Fragment(pair.name, pair.student, pair.start, pair.average.numel()).read(MASTER)
+        return zero.shard(pair.student).float()
+
+    def _publish(self) -> None:
+        for pair in self.pairs:
+            zero.shard(pair.teacher)[: pair.average.numel()].copy_(pair.average)
+        zero.release(pair.teacher for pair in self.pairs)

@@ -1,0 +1,194 @@
+"""torch.distributed's one door: who else takes part in this run, and the few things ranks say to each other.
+
+Tensors travel over NCCL where they lie on a GPU and over gloo where they lie on the CPU; one process group
+holds both, so flags and objects cross between hosts without waiting for a GPU. DeepSpeed finds this group and
+uses it.
+
+    comm = world.start(timeout_minutes=60)      # reads what the launcher set; alone if no launcher started us
+    comm.rank, comm.world_size                  # 1, 2
+    if world.any_rank(got_sigterm): ...         # all ranks take the same branch
+    world.stop()
+
+A collective that fails raises `RankError` with the rank and what it was doing: the other side's end is
+usually the cause.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs import UserError
+
+T = TypeVar("T")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# torch 2.13 renamed both and warns at the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class RankError(RuntimeError):
+    """A collective failed on this rank; the message names the rank, the world size and the operation."""
+
+
+class Ranks:
+    """model.objectives.comm.Comm over all ranks of the run."""
+
+    @property
+    def rank(self) -> int:
+        return rank()
+
+    @property
+    def world_size(self) -> int:
+        return world_size()
+
+    def gather_with_grad(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (world_size * B, ...); its gradient is the sum over ranks, not the mean."""
+        gathered: Tensor = _GatherWithGrad.apply(x)
+        return gathered
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        return _all_reduce(x, dist.ReduceOp.SUM, "all_sum")
+
+    def all_max(self, x: Tensor) -> Tensor:
+        return _all_reduce(x, dist.ReduceOp.MAX, "all_max")
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gathered = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+        with _named(f"gather of {tuple(x.shape)}"):
+            _all_gather(gathered, x.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
+        with _named(f"backward of a gather of {tuple(own.shape)}"):
+            _reduce_scatter(own, grad.contiguous())
+        return own
+
+
+def start(timeout_minutes: float, rendezvous: str = "env://") -> Ranks:
+    """Joins the ranks the launcher started, or forms a world of one where no launcher did. Call once, first.
+
+    `timeout_minutes` is how long a collective waits before it counts another rank as lost. `rendezvous` is
+    where ranks meet: the launcher's MASTER_ADDR and MASTER_PORT, or `file:///path` on one machine. UserError
+    for half-set variables or too few GPUs; RankError where not all ranks arrive.
+    """
+    needed = [name for name in LAUNCHER_VARIABLES if rendezvous == "env://" or not name.startswith("MASTER")]
+    unset = [name for name in needed if name not in os.environ]
+    half_set = [f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if unset and half_set:
+        raise UserError(
+            f"{', '.join(half_set)} is set but {', '.join(unset)} is not: a launcher sets "
+            f"all of {', '.join(needed)}; start with `deepspeed engine/launch.py ...`, or unset "
+            "RANK and WORLD_SIZE to run alone"
+        )
+    backend, timeout = choose_backend(), timedelta(minutes=timeout_minutes)
+    if unset:
+        _take_device(0)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return Ranks()
+    own, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _take_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        dist.init_process_group(backend, init_method=rendezvous, rank=own, world_size=size, timeout=timeout)
+    except RuntimeError as error:  # a timeout of the store is one too
+        raise RankError(
+            f"rank {own} of {size}: not all ranks met at {rendezvous} in {timeout_minutes} min: {error}"
+        ) from error
+    return Ranks()
+
+
+def stop() -> None:
+    """Leaves the group; nothing to do where none was formed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_backend() -> str:
+    """NCCL for tensors on a GPU beside gloo for those on the host, or gloo alone where there is no GPU."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def device() -> torch.device:
+    """Where this rank computes: the GPU `start` gave it, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def rank() -> int:
+    """This process's number among all ranks of all machines; 0 before `start`."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of ranks; 1 before `start`."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the rank that prints and writes what one rank writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Returns when every rank's host has arrived; queued GPU work may still run."""
+    _all_reduce(torch.zeros(1), dist.ReduceOp.SUM, "barrier")
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on at least one rank, the same answer on all. No GPU is waited for."""
+    return bool(_all_reduce(torch.tensor([int(flag)]), dist.ReduceOp.MAX, "any_rank").item())
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's `value`, pickled, on every rank; what the others pass is ignored."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    with _named("broadcast_object"):
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def _all_reduce(x: Tensor, op: Any, what: str) -> Tensor:
+    reduced = x.detach().clone()
+    if world_size() > 1:
+        with _named(f"{what} of {tuple(x.shape)}"):
+            dist.all_reduce(reduced, op=op)
+    return reduced
+
+
+def _take_device(local_rank: int) -> None:
+    """Takes the GPU of this rank on its machine; without GPUs, its share of the cores unless OMP_NUM_THREADS is set.
+
+    Ranks that all compute on all cores only get in each other's way.
+    """
+    if not torch.cuda.is_available():
+        if "OMP_NUM_THREADS" not in os.environ:
+            ranks_here = int(os.environ.get("LOCAL_SIZE", 1))  # what the DeepSpeed launcher calls it
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        return
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK={local_rank} but this machine shows {torch.cuda.device_count()} GPUs: every "
+            "rank needs its own; lower --num_gpus, or mind CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise RankError(f"rank {rank()} of {world_size()}: {what} failed: {error}") from error

@@ -1,0 +1,19 @@
+"""What is trained: one trunk over one packed sequence, text tower, heads, decoder, teacher.
+
+Read in the order data travels: pack -> rope -> block -> trunk -> text -> heads -> decoder -> pretrainer ->
+objectives.
+
+Shapes. A tensor whose shape changes on its way carries its axes as a suffix: `x_TD` is (T, D), `q_THE` is (T,
+H, E).
+
+    B  image-text pairs of one rank          S  segments: runs of tokens that attend to each other only
+    T  packed tokens, padding included       N  tokens of one segment: CLS, registers, then patches
+    D  width                                 P  patches of one crop, row by row
+    H  attention heads                       E  width of one head; in ClipOutputs of the joint space
+    F  hidden width of an MLP                L  latent channels
+    G  global ssl crops, view-major          K  prototypes
+    M  hidden (masked) patches               C  caption length in tokens
+    R  reconstructed images
+
+Only model/outputs.py counts local crops with L, where no latent is near.
+"""

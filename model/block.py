@@ -1,0 +1,118 @@
+"""The transformer block shared by trunk and decoder: pre-norm attention with RoPE, pre-norm SwiGLU.
+
+A block is the unit of everything the engine does: gathered as one leaf under ZeRO-3 and compiled as one
+graph. Its forward is therefore a pure function of tensors and of `segments`, a tuple of integers that is
+constant within a run. Norms are computed in float32 whatever the parameters are. No parameter here or
+elsewhere is 0-dimensional: ZeRO-3 cannot partition such a one.
+
+    block = Block(Vit(width=384, depth=12, heads=6), backend="sdpa")
+    y_TD = block(x_TD, rope_2TE, segments=((64, 257), (128, 37)))       # (T, 384) -> (T, 384)
+
+Parameter names are those of the public VTP layout: norm1, attn.qkv, attn.proj, norm2, mlp.w1, mlp.w2, mlp.w3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.schema import Vit
+from kernels.attention import Segments, attend
+from model.rope import turn
+
+
+class RmsNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-5) * weight over the last axis, in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-5).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis, in float32."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+        return y.to(x.dtype)
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel on a residual branch; `initial` is its value before training."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(width))
+        self.initial = initial
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return x_TD * self.gamma
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within segments; `qk_norm` norms queries and keys per head before RoPE."""
+
+    def __init__(self, vit: Vit, backend: str) -> None:
+        super().__init__()
+        self.heads, self.backend = vit.heads, backend
+        self.qkv = nn.Linear(vit.width, 3 * vit.width)
+        self.proj = nn.Linear(vit.width, vit.width)
+        head_width = vit.width // vit.heads
+        self.q_norm = RmsNorm(head_width) if vit.qk_norm else nn.Identity()
+        self.k_norm = RmsNorm(head_width) if vit.qk_norm else nn.Identity()
+
+    def forward(self, x_TD: Tensor, rope_2TE: Tensor, segments: Segments) -> Tensor:
+        q_THE, k_THE, v_THE = self.qkv(x_TD).unflatten(1, (3, self.heads, -1)).unbind(1)
+        q_THE, k_THE = turn(self.q_norm(q_THE), rope_2TE), turn(self.k_norm(k_THE), rope_2TE)
+        return self.proj(attend(q_THE, k_THE, v_THE, segments, backend=self.backend).flatten(1))
+
+
+class SwiGlu(nn.Module):
+    """w3(silu(w1 x) * w2 x); hidden width int(width * ratio * 2/3), aligned up to 8 [C]."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        hidden = -(-int(width * ratio * 2 / 3) // 8) * 8
+        self.w1 = nn.Linear(width, hidden)
+        self.w2 = nn.Linear(width, hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x_TD)) * self.w2(x_TD))
+
+
+class Block(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(self, vit: Vit, backend: str) -> None:
+        super().__init__()
+        self.norm1 = norm(vit)
+        self.attn = Attention(vit, backend)
+        self.ls1 = _scale(vit)
+        self.norm2 = norm(vit)
+        self.mlp = SwiGlu(vit.width, vit.mlp_ratio)
+        self.ls2 = _scale(vit)
+
+    def forward(self, x_TD: Tensor, rope_2TE: Tensor, segments: Segments) -> Tensor:
+        """(T, D) -> (T, D). `rope_2TE` is Rope.packed of the layout whose Layout.segments are `segments`."""
+        x_TD = x_TD + self.ls1(self.attn(self.norm1(x_TD), rope_2TE, segments))
+        return x_TD + self.ls2(self.mlp(self.norm2(x_TD)))
+
+
+def norm(vit: Vit) -> nn.Module:
+    """The norm `vit` asks for, at its width."""
+    return RmsNorm(vit.width) if vit.norm == "rmsnorm" else LayerNorm(vit.width)
+
+
+def _scale(vit: Vit) -> nn.Module:
+    return nn.Identity() if vit.layer_scale is None else LayerScale(vit.width, vit.layer_scale)

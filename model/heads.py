@@ -1,0 +1,78 @@
+"""What turns trunk features into what the objectives compare.
+
+    image_BE, text_BE, scale, bias = ClipHeads(384, clip_width=768, has_bias=False)(image_BD, text_BE)
+    logits = PrototypeHead(384, Prototypes(num=65536))(x)    # (rows, 384) -> (rows, 65536)
+
+Everything that leaves a head has been normalised in float32; temperatures belong to the objectives.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.schema import Prototypes
+
+MAX_LOGIT_SCALE = math.log(100)  # [C]
+
+
+class ClipHeads(nn.Module):
+    """Projects image features into the joint space; holds the temperature and the sigmoid loss's bias.
+
+    Both have shape (1,), not (): ZeRO-3 cannot partition a 0-dimensional parameter.
+    """
+
+    def __init__(self, width: int, clip_width: int, has_bias: bool) -> None:
+        super().__init__()
+        self.visual_proj = nn.Linear(width, clip_width, bias=False)
+        self.logit_scale = nn.Parameter(torch.empty(1))  # the logarithm of the scale
+        self.logit_bias = nn.Parameter(torch.empty(1)) if has_bias else None
+
+    def forward(self, image_BD: Tensor, text_BE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Both sides L2-normed (B, clip_width), exp(logit_scale) <= 100 and the bias; all float32."""
+        image_BE = F.normalize(self.visual_proj(image_BD).float(), dim=-1)
+        scale = self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+        return (
+            image_BE,
+            F.normalize(text_BE.float(), dim=-1),
+            scale,
+            None if self.logit_bias is None else self.logit_bias.float(),
+        )
+
+
+class WeightNormLinear(nn.Module):
+    """x @ (g v / |v|)^T: each row's length `weight_g` and direction `weight_v` are learned apart.
+
+    Written out because torch's hook replaces the parameter by a plain tensor, which ZeRO-3 would not gather.
+    """
+
+    def __init__(self, width: int, num: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.empty(num, 1))
+        self.weight_v = nn.Parameter(torch.empty(num, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_g.float() * F.normalize(self.weight_v.float(), dim=1)
+        return F.linear(x, weight.to(x.dtype))
+
+
+class PrototypeHead(nn.Module):
+    """MLP with GELU, L2 norm, weight-normed prototypes; one head for CLS and patches alike [C of DINOv2]."""
+
+    def __init__(self, width: int, prototypes: Prototypes) -> None:
+        super().__init__()
+        widths = [width, *[prototypes.hidden] * (prototypes.layers - 1), prototypes.bottleneck]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in itertools.pairwise(widths):
+            layers += [nn.Linear(fan_in, fan_out), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.last_layer = WeightNormLinear(prototypes.bottleneck, prototypes.num)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(X, D) -> (X, K): cosine to each prototype times that prototype's learned length."""
+        hidden = self.mlp(x)
+        return self.last_layer(F.normalize(hidden.float(), dim=-1, eps=1e-12).to(hidden.dtype))

@@ -1,0 +1,91 @@
+"""The one place where weights get their first values.
+
+A parameter's values depend on the seed and on its own name only: not on the order of construction, nor on the
+rank that draws them, nor on what else the model holds. So 1 rank and 256 start alike, and so do two configs
+that share a trunk. A teacher's parameter is drawn under its student's name: step 0 of the EMA without a copy,
+partitioned or not.
+
+    initialise(Pretrainer(config, rows), config)                      # whole parameters
+    initialise_parameter("trunk.norm.weight", tensor, config)    # one at a time, while ZeRO-3 has it gathered
+
+The table, first match wins. w is the width, n the depth of the text tower; tags as in docs/recipe.md.
+
+    *.logit_scale                                log(1/0.07)                                [C]
+    *.logit_bias                                 -10                                        [D] SigLIP
+    *.mask_token, *.bias, *_bias                 0                                          [C]
+    *.gamma                                      the config's layer_scale                   [D]
+    norms' weight, last_layer.weight_g           1                                          [C]
+    text.token_embedding                         normal 0.02                                [D] CLIP
+    text.positional_embedding                    normal 0.01                                [D] CLIP
+    text.*.in_proj_weight                        normal w^-1/2                              [D] CLIP
+    text.*.out_proj, text.*.c_proj               normal w^-1/2 * (2n)^-1/2                  [D] CLIP
+    text.*.c_fc                                  normal (2w)^-1/2                           [D] CLIP
+    text.text_projection                         normal w^-1/2                              [D] CLIP
+    clip.visual_proj                             normal of its input width^-1/2             [D] CLIP
+    every other                                  normal 0.02, cut at 2 standard deviations  [D] DINOv2
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from configs import Config
+
+_CONSTANTS = {
+    r"logit_scale$": math.log(1 / 0.07),
+    r"logit_bias$": -10.0,
+    r"(mask_token|bias)$": 0.0,
+    r"(norm\d?|ln_\w+)\.weight$|weight_g$": 1.0,
+}
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: Config) -> None:
+    """Fills every parameter of `model`, a Pretrainer with whole (not yet partitioned) parameters."""
+    for name, parameter in model.named_parameters():
+        initialise_parameter(name, parameter, config)
+
+
+@torch.no_grad()
+def initialise_parameter(name: str, tensor: Tensor, config: Config) -> None:
+    """Fills `tensor`, the whole parameter `name` of a Pretrainer; drawn in float32, then rounded."""
+    name = name.removeprefix("teacher.")
+    constant = _constant(name, config)
+    if constant is not None:
+        tensor.fill_(constant)
+        return
+    digest = hashlib.sha256(f"{config.seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    std = _std(name, tensor.shape, config)
+    drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+    if std is None:
+        nn.init.trunc_normal_(drawn, std=0.02, a=-0.04, b=0.04, generator=generator)
+    else:
+        drawn.normal_(0.0, std, generator=generator)
+    tensor.copy_(drawn)
+
+
+def _constant(name: str, config: Config) -> float | None:
+    if name.endswith("gamma"):
+        return (config.model.decoder if name.startswith("decoder.") else config.model.trunk).layer_scale
+    return next((value for pattern, value in _CONSTANTS.items() if re.search(pattern, name)), None)
+
+
+def _std(name: str, shape: torch.Size, config: Config) -> float | None:
+    """Standard deviation of a plain normal; None for the truncated one of all the rest."""
+    text = config.model.text
+    stds = {
+        r"^text\.token_embedding": 0.02,
+        r"^text\.positional_embedding$": 0.01,
+        r"^text\..*in_proj_weight$": text.width**-0.5,
+        r"^text\..*(out_proj|c_proj)\.weight$": (text.width * 2 * text.depth) ** -0.5,
+        r"^text\..*c_fc\.weight$": (2 * text.width) ** -0.5,
+        r"^text\.text_projection$": text.width**-0.5,
+        r"^clip\.visual_proj": shape[-1] ** -0.5,
+    }
+    return next((std for pattern, std in stds.items() if re.search(pattern, name)), None)

@@ -1,0 +1,176 @@
+"""The sum: clip.weight * clip + ssl.weight * ssl + rec.weight * rec, every part under its name.
+
+    losses = compute(outputs, config.objectives, teacher_temp=0.05, comm=Solo())
+    losses.total.backward()
+    losses.named()     # {"clip": 2.08, "clip_accuracy": 0.1, ..., "ssl": 13.7, ..., "total": 16.0}
+
+What is computed on one rank is the mean over its rows; the mean over ranks is the loss of the whole batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from configs.schema import Clip, Objectives, Rec, Ssl
+from model.objectives.comm import Comm
+from model.objectives.contrastive import sigmoid_loss, softmax_loss
+from model.objectives.koleo import koleo_loss
+from model.objectives.masked_patch import masked_patch_loss
+from model.objectives.perceptual import Perceptual
+from model.objectives.pixels import l1_loss, to_signed
+from model.objectives.self_distill import global_loss, local_loss
+from model.objectives.targets import centred, follow_centre, sinkhorn
+from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs
+
+
+@dataclass(frozen=True)
+class Centres:
+    """The running means that objectives.ssl.targets=centering subtracts, (K,) float32: state of a run."""
+
+    cls_K: Tensor
+    patch_K: Tensor
+
+    @classmethod
+    def zeros(cls, num_prototypes: int, device: torch.device | str = "cpu") -> Centres:
+        return cls(torch.zeros(num_prototypes, device=device), torch.zeros(num_prototypes, device=device))
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand: value, unweighted, and its weight inside the objective."""
+
+    name: str
+    value: Tensor
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """clip, ssl or rec: the weighted sum of its terms. `health` is looked at, never trained on."""
+
+    name: str
+    weight: float
+    terms: tuple[Term, ...]
+    health: dict[str, Tensor]
+
+    @cached_property
+    def value(self) -> Tensor:
+        return torch.stack([term.weight * term.value for term in self.terms]).sum()
+
+
+@dataclass(frozen=True)
+class Losses:
+    """All of one step, on this rank."""
+
+    objectives: tuple[Objective, ...]
+    centres: Centres | None  # after this step's update; as they came with targets=sinkhorn
+
+    @cached_property
+    def total(self) -> Tensor:
+        return torch.stack([objective.weight * objective.value for objective in self.objectives]).sum()
+
+    def named(self) -> dict[str, Tensor]:
+        """Detached scalars on the device (no host sync): terms unweighted, the sums as summed."""
+        named: dict[str, Tensor] = {}
+        for objective in self.objectives:
+            named[objective.name] = objective.value.detach()
+            named |= {term.name: term.value.detach() for term in objective.terms}
+            named |= {name: value.detach() for name, value in objective.health.items()}
+        return named | {"total": self.total.detach()}
+
+
+def compute(
+    outputs: Outputs,
+    objectives: Objectives,
+    teacher_temp: float,
+    comm: Comm,
+    centres: Centres | None = None,
+    perceptual: Perceptual | None = None,
+) -> Losses:
+    """Every objective with a weight, in float32 whatever autocast says.
+
+    `centres` is needed with targets=centering, `perceptual` with rec.perceptual > 0. An objective without
+    weight is left out; for one with a weight the model must have given its outputs.
+    """
+    parts: list[Objective] = []
+    with _without_autocast(outputs):
+        if objectives.clip.weight:
+            assert outputs.clip is not None, "clip has a weight but the model gave no clip outputs"
+            parts.append(_clip(outputs.clip, objectives.clip, comm))
+        if objectives.ssl.weight:
+            assert outputs.ssl is not None, "ssl has a weight but the model gave no ssl outputs"
+            cls_GK, patch_MK, centres = teacher_targets(outputs.ssl, objectives.ssl, teacher_temp, comm, centres)
+            parts.append(_ssl(outputs.ssl, objectives.ssl, cls_GK, patch_MK, comm))
+        if objectives.rec.weight:
+            assert outputs.rec is not None, "rec has a weight but the model gave no rec outputs"
+            parts.append(_rec(outputs.rec, objectives.rec, perceptual))
+    return Losses(tuple(parts), centres)
+
+
+def teacher_targets(
+    ssl: SslOutputs, config: Ssl, temp: float, comm: Comm, centres: Centres | None
+) -> tuple[Tensor, Tensor, Centres | None]:
+    """Distributions for the CLS (2S, K) and the hidden patches (M, K), and the centres after this step."""
+    if config.targets == "sinkhorn":
+        return (
+            sinkhorn(ssl.teacher_global_GK, temp, comm),
+            sinkhorn(ssl.teacher_patch_MK, temp, comm),
+            centres,
+        )
+    assert centres is not None, "targets=centering needs the centres of the step before, Centres.zeros(K) at the first"
+    followed = Centres(
+        follow_centre(centres.cls_K, ssl.teacher_global_GK, config.centre_momentum, comm),
+        follow_centre(centres.patch_K, ssl.teacher_patch_MK, config.centre_momentum, comm),
+    )
+    cls_GK = centred(ssl.teacher_global_GK, centres.cls_K, temp)
+    return cls_GK, centred(ssl.teacher_patch_MK, centres.patch_K, temp), followed
+
+
+def _clip(clip: ClipOutputs, config: Clip, comm: Comm) -> Objective:
+    health = {"logit_scale": clip.logit_scale.squeeze()}
+    if config.kind == "softmax":
+        contrast = softmax_loss(clip.image_BE, clip.text_BE, clip.logit_scale, comm)
+    else:
+        assert clip.logit_bias is not None, "the sigmoid loss needs a logit_bias"
+        contrast = sigmoid_loss(clip.image_BE, clip.text_BE, clip.logit_scale, clip.logit_bias, comm)
+        health["logit_bias"] = clip.logit_bias.squeeze()
+    health["clip_accuracy"] = contrast.accuracy
+    return Objective("clip", config.weight, (Term("clip", contrast.loss),), health)
+
+
+def _ssl(ssl: SslOutputs, config: Ssl, cls_GK: Tensor, patch_MK: Tensor, comm: Comm) -> Objective:
+    num_crops, temp = len(ssl.student_global_GK), config.student_temp
+    num_locals = 2 * len(ssl.student_local_LK) // num_crops
+    mim = masked_patch_loss(ssl.student_patch_MK, patch_MK, ssl.patch_weight_M, temp, num_crops)
+    terms = [
+        Term("dino_local", local_loss(ssl.student_local_LK, cls_GK, temp)),
+        Term("dino_global", global_loss(ssl.student_global_GK, cls_GK, temp, num_locals)),
+        Term("mim", mim),
+    ]
+    if config.koleo:
+        terms.append(Term("koleo", koleo_loss(ssl.student_cls_GD, comm), config.koleo))
+    # ln K: the teacher says nothing; 0: it has collapsed to one prototype or is very sure.
+    entropy = torch.special.entr(cls_GK).sum(dim=1).mean()
+    return Objective("ssl", config.weight, tuple(terms), {"teacher_entropy": entropy})
+
+
+def _rec(rec: RecOutputs, config: Rec, perceptual: Perceptual | None) -> Objective:
+    terms = [Term("l1", l1_loss(rec.recon, rec.target), config.l1)]
+    if config.perceptual:
+        assert perceptual is not None, "rec.perceptual has a weight but no LPIPS network was given"
+        distance_R = perceptual(to_signed(rec.recon), to_signed(rec.target))
+        terms.append(Term("lpips", distance_R.sum() / len(distance_R), config.perceptual))
+    return Objective("rec", config.weight, tuple(terms), {})
+
+
+def _without_autocast(outputs: Outputs) -> torch.autocast:
+    present = (
+        outputs.clip.image_BE if outputs.clip else None,
+        outputs.ssl.student_global_GK if outputs.ssl else None,
+        outputs.rec.recon if outputs.rec else None,
+    )
+    return torch.autocast(next(tensor.device.type for tensor in present if tensor is not None), enabled=False)

@@ -1,0 +1,207 @@
+"""One step's forward: teacher, the shared trunk, text, heads, decoder.
+
+    rows = Rows.per_rank(config, world_size=2)     # clip 32, ssl 8, rec 8, rec_start 0
+    model = Pretrainer(config, rows)
+    initialise(model, config)                      # model/initialise.py; the teacher starts as the student
+    outputs = model(images, captions, global_crops, local_crops, masks, masked_idx)   # one Batch
+
+The trunk runs once, over every image of the step; rec reads the clip rows' own features. An objective of
+weight 0 builds no modules and puts no tokens into the sequence. Every parameter is used inside the forward of
+the module that owns it, because there, and only there, ZeRO-3 has gathered it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from configs import Config, UserError
+from configs.schema import Model
+from model.decoder import PixelDecoder
+from model.heads import ClipHeads, PrototypeHead
+from model.imagenet import normalise
+from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs
+from model.pack import Layout
+from model.text import TextTower
+from model.trunk import Trunk
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One rank's images per step: `clip` rows; ssl has the leading `ssl`, rec `rec` from `rec_start` on."""
+
+    clip: int
+    ssl: int
+    rec: int
+    rec_start: int
+
+    @classmethod
+    def per_rank(cls, config: Config, world_size: int) -> Rows:
+        """The share of one of `world_size` ranks. Raises UserError where they do not divide the batch."""
+        for key in ("clip", "ssl", "rec"):
+            rows = getattr(config.batch, key)
+            if rows % world_size:
+                raise UserError(
+                    f"batch.{key}={rows} is not a multiple of the {world_size} ranks: all ranks take as many "
+                    f"rows; change batch.{key} or the number of ranks"
+                )
+        clip, ssl, rec = (getattr(config.batch, key) // world_size for key in ("clip", "ssl", "rec"))
+        return cls(clip, ssl, rec, rec_start=ssl if config.batch.layout == "disjoint" else 0)
+
+
+class Teacher(nn.Module):
+    """A slow copy of the student's trunk and prototype head; sees whole crops, learns nothing by gradient."""
+
+    def __init__(self, model: Model, backend: str) -> None:
+        super().__init__()
+        self.trunk = Trunk(model, backend)
+        self.bottleneck = None if model.bottleneck_ae_only else bottleneck(model)
+        self.prototypes = PrototypeHead(head_width(model), model.prototypes)
+        self.requires_grad_(False)
+
+    def forward(self, global_crops: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor]:
+        """(G, 3, height, width) normalised pixels -> logits of CLS (G, K) and hidden patches (M, K)."""
+        crops = {"ssl_global": global_crops}
+        x_TD, layout = self.trunk(crops, {}), self.trunk.layout(crops)
+        if self.bottleneck is not None:
+            x_TD = self.bottleneck(x_TD)
+        cls_GD, patch_MD = layout.cls(x_TD, "ssl_global"), _masked_patches(x_TD, layout, masked_idx)
+        logits = self.prototypes(torch.cat((cls_GD, patch_MD)))
+        return tuple(logits.split((cls_GD.shape[0], patch_MD.shape[0])))
+
+
+class Pretrainer(nn.Module):
+    """Student, teacher and heads of the objectives in `config`, for `rows` images per rank.
+
+    `attention` is the name of a resolved backend (kernels.attention.resolve).
+    """
+
+    def __init__(self, config: Config, rows: Rows, attention: str = "sdpa") -> None:
+        super().__init__()
+        model, weights = config.model, config.objectives
+        has_clip, has_ssl, has_rec = weights.clip.weight > 0, rows.ssl > 0, rows.rec > 0
+        self.rows, self.image_feature, self.bottleneck_ae_only = (
+            rows,
+            model.image_feature,
+            model.bottleneck_ae_only,
+        )
+        self.trunk = Trunk(model, attention)
+        self.bottleneck = bottleneck(model) if has_rec or not model.bottleneck_ae_only else None
+        self.decoder = PixelDecoder(model, attention) if has_rec else None
+        self.text = TextTower(model.text, model.clip_width, attention) if has_clip else None
+        has_bias = weights.clip.kind == "sigmoid"
+        self.clip = ClipHeads(head_width(model), model.clip_width, has_bias) if has_clip else None
+        self.prototypes = PrototypeHead(head_width(model), model.prototypes) if has_ssl else None
+        self.teacher = Teacher(model, attention) if has_ssl else None
+
+    def forward(
+        self,
+        images: Tensor,
+        captions: Tensor,
+        global_crops: Tensor,
+        local_crops: Tensor,
+        masks: Tensor,
+        masked_idx: Tensor,
+    ) -> Outputs:
+        """The fields of data's Batch, pixels uint8 or float in [0, 1] -> what the objectives compare."""
+        crops = self._crops(images, global_crops, local_crops)
+        taught = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher(crops["ssl_global"], masked_idx)
+        layout = self.trunk.layout(crops)
+        x_TD = self.trunk(crops, {"ssl_global": masks} if taught is not None else {})
+        z_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
+        return Outputs(
+            clip=self._clip(layout, z_TD, captions),
+            ssl=None if taught is None else self._ssl(layout, z_TD, masks, masked_idx, taught),
+            rec=self._rec(layout, z_TD, crops),
+        )
+
+    def _crops(self, images: Tensor, global_crops: Tensor, local_crops: Tensor) -> dict[str, Tensor]:
+        """Normalised pixels by group, in packing order; without clip only the rows that rec reads."""
+        crops = {}
+        images = images if self.clip is not None else images[self._rec_rows()]
+        if images.shape[0]:
+            crops["clip"] = normalise(images)
+        if self.teacher is not None:
+            crops["ssl_global"] = normalise(global_crops)
+            if local_crops.shape[0]:
+                crops["ssl_local"] = normalise(local_crops)
+        return crops
+
+    def _rec_rows(self) -> slice:
+        return slice(self.rows.rec_start, self.rows.rec_start + self.rows.rec)
+
+    def _through_bottleneck(self, x: Tensor) -> Tensor:
+        assert self.bottleneck is not None, "built whenever an objective reads it"
+        return self.bottleneck(x)
+
+    def _clip(self, layout: Layout, z_TD: Tensor, captions: Tensor) -> ClipOutputs | None:
+        if self.clip is None or self.text is None:
+            return None
+        return ClipOutputs(*self.clip(image_feature(layout, z_TD, self.image_feature), self.text(captions)))
+
+    def _ssl(
+        self, layout: Layout, z_TD: Tensor, masks: Tensor, masked_idx: Tensor, taught: tuple[Tensor, Tensor]
+    ) -> SslOutputs:
+        """CLS of global and local crops and the hidden patches, through the prototype head in one call."""
+        assert self.prototypes is not None
+        global_GD = layout.cls(z_TD, "ssl_global")
+        has_locals = any(group.name == "ssl_local" for group in layout.groups)
+        local_LD = layout.cls(z_TD, "ssl_local") if has_locals else global_GD[:0]
+        parts = (global_GD, local_LD, _masked_patches(z_TD, layout, masked_idx))
+        logits = self.prototypes(torch.cat(parts)).split([part.shape[0] for part in parts])
+        num_hidden_G = masks.sum(dim=1).float()
+        return SslOutputs(
+            student_global_GK=logits[0],
+            student_local_LK=logits[1],
+            student_patch_MK=logits[2],
+            teacher_global_GK=taught[0],
+            teacher_patch_MK=taught[1],
+            student_cls_GD=global_GD,
+            patch_weight_M=1 / num_hidden_G.index_select(0, masked_idx // masks.shape[1]),
+        )
+
+    def _rec(self, layout: Layout, z_TD: Tensor, crops: dict[str, Tensor]) -> RecOutputs | None:
+        """Reconstructs clip rows from the features that clip itself reads: no pass of its own."""
+        if self.decoder is None:
+            return None
+        rows = self._rec_rows() if self.clip is not None else slice(None)
+        latent_RPL = layout.patches(z_TD, "clip")[rows]
+        if self.bottleneck_ae_only:
+            latent_RPL = self._through_bottleneck(latent_RPL)
+        grid = layout.group("clip").grid
+        recon = self.decoder(latent_RPL, grid)
+        latent = latent_RPL.transpose(1, 2).unflatten(2, grid)
+        return RecOutputs(recon=recon.float(), target=crops["clip"][rows], latent=latent)
+
+
+def image_feature(layout: Layout, x_TD: Tensor, kind: str) -> Tensor:
+    """(T, D) -> (B, D): what stands for an image, CLS ("cls") or mean patch ("patch_mean")."""
+    return layout.cls(x_TD, "clip") if kind == "cls" else layout.patches(x_TD, "clip").mean(dim=1)
+
+
+def teacher_pairs(model: Pretrainer) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+    """(name, student's, teacher's) for every parameter of the teacher, in its order; empty without ssl."""
+    if model.teacher is None:
+        return []
+    student = dict(model.named_parameters())
+    return [(name, student[name], parameter) for name, parameter in model.teacher.named_parameters()]
+
+
+def _masked_patches(x_TD: Tensor, layout: Layout, masked_idx: Tensor) -> Tensor:
+    """(M, D): the patches of the global crops at flat positions `masked_idx` of (G, P)."""
+    return layout.patches(x_TD, "ssl_global").flatten(0, 1).index_select(0, masked_idx)
+
+
+def bottleneck(model: Model) -> nn.Linear:
+    """Trunk features -> latents, of normed patch tokens, without bias [C]."""
+    return nn.Linear(model.trunk.width, model.latent_channels, bias=False)
+
+
+def head_width(model: Model) -> int:
+    """What the heads read: trunk features, or latents with bottleneck_ae_only off."""
+    return model.trunk.width if model.bottleneck_ae_only else model.latent_channels

@@ -1,0 +1,76 @@
+"""Axial rotary position embedding: a patch's row turns one half of the angles, its column the other.
+
+Coordinates are patch centres normalised to [-1, 1] on each axis, so a crop of any size or shape covers the
+same range. CLS, registers and padding are not turned: their rows of the table are cos 1, sin 0.
+
+    rope = Rope(head_width=8, base=100.0, dtype=torch.float32)
+    rope.periods()                  # (2,): 1, 10               base^(i / (E/4)) for i = 0 .. E/4 - 1
+    rope.table((2, 3))              # (2, 6, 8) cos and sin of 6 patches: 2 row angles, 2 column angles, again
+    rope.packed(layout, device)     # (2, T, 8) for all tokens of a step
+    turn(q_THE, rope_2TE)           # q cos + rotate_half(q) sin
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.schema import Model, Vit
+from model.pack import Layout
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """`dtype` is that of the periods and of all that follows from them; bf16 in the released weights [C]."""
+
+    head_width: int  # a multiple of 4: two axes, and cos/sin pairs
+    base: float
+    dtype: torch.dtype
+
+    def periods(self, device: torch.device | str = "cpu") -> Tensor:
+        """(E/4,) periods, in units of the normalised coordinate."""
+        exponents = torch.arange(self.head_width // 4, device=device, dtype=torch.float32) / (self.head_width // 4)
+        return (self.base**exponents).to(self.dtype)
+
+    def table(self, grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+        """(2, P, E): cos and sin for the patches of a (rows, columns) grid, row by row."""
+        down, across = ((torch.arange(0.5, size, device=device, dtype=self.dtype) / size) * 2 - 1 for size in grid)
+        centres_P2 = torch.cartesian_prod(down, across)
+        angles_P2Q = 2 * math.pi * centres_P2[:, :, None] / self.periods(device)
+        angles_PE = angles_P2Q.flatten(1).repeat(1, 2)
+        return torch.stack((angles_PE.cos(), angles_PE.sin()))
+
+    def packed(self, layout: Layout, device: torch.device | str) -> Tensor:
+        """(2, T, E): the table of every token of `layout`; identity rows for CLS, registers and padding."""
+        parts = []
+        for group in layout.groups:
+            table_2NE = torch.cat((self._identity(group.prefix, device), self.table(group.grid, device)), dim=1)
+            parts.append(table_2NE.repeat(1, group.segments, 1))
+        return torch.cat((*parts, self._identity(layout.pad, device)), dim=1)
+
+    def _identity(self, tokens: int, device: torch.device | str) -> Tensor:
+        cos_1NE = torch.ones(1, tokens, self.head_width, device=device, dtype=self.dtype)
+        return torch.cat((cos_1NE, torch.zeros_like(cos_1NE)))
+
+
+def rope_of(model: Model, vit: Vit) -> Rope:
+    """The embedding of `vit`, the trunk or the decoder of `model`."""
+    return Rope(vit.width // vit.heads, model.rope_base, _DTYPES[model.rope_dtype])
+
+
+def turn(x_THE: Tensor, rope_2TE: Tensor) -> Tensor:
+    """Rotates every pair (x_i, x_{i + E/2}) of every head by its token's angle, in the table's dtype.
+
+    With a bf16 table even float32 queries and keys are rounded to bf16 here: the released weights were
+    trained so, and only so do their outputs agree to 1e-4.
+    """
+    cos_T1E, sin_T1E = rope_2TE.unsqueeze(2)
+    turned_THE = x_THE.to(rope_2TE.dtype)
+    first, second = turned_THE.chunk(2, dim=-1)
+    turned_THE = turned_THE * cos_T1E + torch.cat((-second, first), dim=-1) * sin_T1E
+    return turned_THE.to(x_THE.dtype)

@@ -1,0 +1,107 @@
+"""VisualTokenizer: what users of trained weights import.
+
+    tokenizer = VisualTokenizer.from_run("runs/demo")       # or .from_file, after `model.interchange import`
+    latent = tokenizer.encode(images)       # (B, 3, 256, 256), uint8 or float in [0, 1] -> (B, 64, 16, 16)
+    pixels = tokenizer.decode(latent)       # (B, 3, 256, 256) float32 in [0, 1]
+    scores = tokenizer.embed_images(images) @ tokenizer.embed_captions(captions).T
+
+Any height and width that are multiples of the patch size work. The latent is deterministic: no sampling, no
+noise [P].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs import UserError
+from configs.schema import Model
+from model.decoder import PixelDecoder
+from model.heads import ClipHeads
+from model.imagenet import denormalise, normalise
+from model.pack import Layout
+from model.pretrainer import bottleneck, head_width, image_feature
+from model.text import TextTower
+from model.trunk import Trunk
+from model.weights import read_weights
+
+Part = TypeVar("Part", bound=nn.Module)
+PARTS = ("trunk", "bottleneck", "decoder", "text", "clip")  # of a Pretrainer; the rest serves training only
+
+
+class VisualTokenizer(nn.Module):
+    """The student's modules under the Pretrainer's names, those that `parts` lists; methods need theirs."""
+
+    def __init__(self, model: Model, parts: frozenset[str], has_bias: bool = False, attention: str = "sdpa") -> None:
+        super().__init__()
+        self.model = model
+        self.trunk = Trunk(model, attention)
+        self.bottleneck = bottleneck(model) if "bottleneck" in parts else None
+        self.decoder = PixelDecoder(model, attention) if "decoder" in parts else None
+        self.text = TextTower(model.text, model.clip_width, attention) if "text" in parts else None
+        self.clip = ClipHeads(head_width(model), model.clip_width, has_bias) if "clip" in parts else None
+
+    @classmethod
+    def from_state(cls, model: Model, state: dict[str, Tensor], attention: str = "sdpa") -> VisualTokenizer:
+        """From weights under our names; the teacher's and the prototypes' are left out."""
+        kept = {name: tensor for name, tensor in state.items() if name.split(".")[0] in PARTS}
+        parts = frozenset(name.split(".")[0] for name in kept)
+        with torch.device("meta"):
+            tokenizer = cls(model, parts, "clip.logit_bias" in kept, attention)
+        tokenizer.load_state_dict(kept, assign=True)
+        return tokenizer.requires_grad_(False).eval()
+
+    @classmethod
+    def from_run(cls, run: str | Path, attention: str = "sdpa") -> VisualTokenizer:
+        """From the run directory's weights.safetensors. Raises UserError where there is none."""
+        return cls.from_file(Path(run) / "weights.safetensors", attention)
+
+    @classmethod
+    def from_file(cls, path: str | Path, attention: str = "sdpa") -> VisualTokenizer:
+        """From a weights file (model/weights.py). Raises UserError where it cannot be read."""
+        state, model = read_weights(path)
+        return cls.from_state(model, state, attention)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, height, width), uint8 or float in [0, 1] -> latent (B, L, height/p, width/p)."""
+        x_TD, layout = self.features(images)
+        latent_BPL = _require(self.bottleneck, "encode", "bottleneck")(layout.patches(x_TD, "clip"))
+        return latent_BPL.transpose(1, 2).unflatten(2, layout.group("clip").grid)
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, L, h, w) -> (B, 3, h*p, w*p) float32 in [0, 1], clamped."""
+        decoder = _require(self.decoder, "decode", "decoder")
+        grid = (latent.shape[2], latent.shape[3])
+        return denormalise(decoder(latent.flatten(2).transpose(1, 2), grid))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> tuple[Tensor, Layout]:
+        """The trunk's final-normed tokens of `images`, pre-bottleneck, and their layout (group "clip")."""
+        crops = {"clip": normalise(images)}
+        return self.trunk(crops, {}), self.trunk.layout(crops)
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, clip_width) float32, L2-normed: images in the joint image-text space."""
+        x_TD, layout = self.features(images)
+        if not self.model.bottleneck_ae_only:
+            x_TD = _require(self.bottleneck, "embed_images", "bottleneck")(x_TD)
+        clip = _require(self.clip, "embed_images", "clip")
+        return F.normalize(clip.visual_proj(image_feature(layout, x_TD, self.model.image_feature)).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_captions(self, captions: Tensor) -> Tensor:
+        """(B, C) token ids -> (B, clip_width) float32, L2-normed: captions in the joint image-text space."""
+        return F.normalize(_require(self.text, "embed_captions", "text")(captions).float(), dim=-1)
+
+
+def _require(part: Part | None, method: str, name: str) -> Part:
+    if part is None:
+        raise UserError(f"{method} needs the {name}, which these weights do not hold: train with its objective on")
+    return part

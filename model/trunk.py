@@ -1,0 +1,104 @@
+"""The trunk: THE shared forward. Every image of a step, of whatever size, passes its blocks once.
+
+    trunk = Trunk(config.model, backend="sdpa")
+    crops = {"clip": (8, 3, 64, 64) pixels, "ssl_global": (4, 3, 64, 64), "ssl_local": (8, 3, 32, 32)}
+    layout = trunk.layout(crops)                # patch size 16: 8*17 + 4*17 + 8*5 = 244 tokens, 12 of padding
+    x_TD = trunk(crops, masks={"ssl_global": (4, 16) bool})
+    layout.cls(x_TD, "clip")                           # (8, D), normed
+    layout.patches(x_TD, "ssl_global")                 # (4, 16, D)
+
+The patch embedding is outside the blocks, so that what enters the first block already requires a gradient:
+ZeRO-3 cannot run the backward of a leaf module otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.schema import Model
+from model.block import Block, norm
+from model.pack import Layout, pack
+from model.rope import rope_of
+
+
+class PatchEmbed(nn.Module):
+    """A p x p convolution of stride p as one product over unfolded patches; weight in convolution layout."""
+
+    def __init__(self, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, *pixels: Tensor) -> list[Tensor]:
+        """Each (S, 3, height, width) in ImageNet-normalised space -> its (S, P, D), patches row by row."""
+        size = self.weight.shape[-1]
+        unfolded = [_unfold(part.to(self.weight.dtype), size) for part in pixels]
+        flat_PD = F.linear(torch.cat([part.flatten(0, 1) for part in unfolded]), self.weight.flatten(1), self.bias)
+        pieces = flat_PD.split([part.shape[0] * part.shape[1] for part in unfolded])
+        return [piece.unflatten(0, part.shape[:2]) for piece, part in zip(pieces, unfolded, strict=True)]
+
+
+class Trunk(nn.Module):
+    """ViT over packed crops: patch embedding, CLS, registers, mask token, blocks, final norm."""
+
+    def __init__(self, model: Model, backend: str) -> None:
+        super().__init__()
+        vit = model.trunk
+        self.patch_size, self.prefix = model.patch_size, 1 + model.registers
+        self.rope = rope_of(model, vit)
+        self.patch_embed = PatchEmbed(vit.width, model.patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, vit.width))
+        self.registers = nn.Parameter(torch.empty(1, model.registers, vit.width)) if model.registers else None
+        self.mask_token = nn.Parameter(torch.empty(1, vit.width))
+        self.blocks = nn.ModuleList(Block(vit, backend) for _ in range(vit.depth))
+        self.norm = norm(vit)
+
+    def layout(self, crops: Mapping[str, Tensor]) -> Layout:
+        """Where `forward` puts each of `crops`: name -> (S, 3, height, width) pixels. Reads shapes only."""
+        sizes = {name: (pixels.shape[0], pixels.shape[2], pixels.shape[3]) for name, pixels in crops.items()}
+        return pack(sizes, self.patch_size, self.prefix)
+
+    def forward(self, crops: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+        """The final-normed packed sequence (T, D) of `crops`, laid out as `layout(crops)` says.
+
+        `masks` may name some of the crops: (S, P) bool, True where the mask token stands in for the patch.
+        """
+        layout = self.layout(crops)
+        x_TD, rope_2TE = self._embed(crops, masks, layout.pad), self._rope(layout)
+        for block in self.blocks:
+            x_TD = block(x_TD, rope_2TE, layout.segments)
+        return self.norm(x_TD)
+
+    def intermediate(self, crops: dict[str, Tensor], last: int) -> list[Tensor]:
+        """The final-normed outputs (T, D) of the `last` blocks, the deepest at the end; for evaluation."""
+        layout = self.layout(crops)
+        x_TD, rope_2TE = self._embed(crops, {}, layout.pad), self._rope(layout)
+        outputs = []
+        for block in self.blocks:
+            x_TD = block(x_TD, rope_2TE, layout.segments)
+            outputs.append(x_TD)
+        return [self.norm(x_TD) for x_TD in outputs[-last:]]
+
+    def _embed(self, crops: dict[str, Tensor], masks: dict[str, Tensor], pad: int) -> Tensor:
+        parts = []
+        for name, patches_SPD in zip(crops, self.patch_embed(*crops.values()), strict=True):
+            if name in masks:
+                patches_SPD = torch.where(masks[name].unsqueeze(-1), self.mask_token.to(patches_SPD.dtype), patches_SPD)
+            prefix = (self.cls_token,) if self.registers is None else (self.cls_token, self.registers)
+            prefix_SND = torch.cat(prefix, dim=1).expand(patches_SPD.shape[0], -1, -1)
+            parts.append(torch.cat((prefix_SND, patches_SPD), dim=1).flatten(0, 1))
+        return torch.cat((*parts, parts[0].new_zeros(pad, parts[0].shape[1])))
+
+    def _rope(self, layout: Layout) -> Tensor:
+        return self.rope.packed(layout, self.cls_token.device)
+
+
+def _unfold(pixels: Tensor, size: int) -> Tensor:
+    """(S, 3, h*size, w*size) -> (S, h*w, 3*size*size); a patch's numbers run over channel, row, column."""
+    count, channels, height, width = pixels.shape
+    grid = pixels.reshape(count, channels, height // size, size, width // size, size)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(count, (height // size) * (width // size), channels * size * size)

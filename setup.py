@@ -1,0 +1,41 @@
+"""vtp-engine: pre-training visual tokenizers (VTP). `pip install -e . -c constraints.txt`."""
+
+from setuptools import setup
+
+setup(
+    name="vtp-engine",
+    version="0.1.0",
+    description="Pre-train visual tokenizers on contrast, self-supervision and reconstruction in one shared forward",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.15",  # 3.15 brings a standard module called `profiling`
+    packages=[
+        "configs", "kernels", "data", "model", "model.objectives", "engine", "evaluation",
+    ],
+    package_data={"configs": ["*.yaml", "deepspeed/*.json"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19.8",
+        "nvidia-dali-cuda130>=2.4",  # decodes on the CPU where there is no GPU
+        "webdataset>=1.0.2",
+        "fsspec",
+        "tokenizers",
+        "huggingface_hub",
+        "safetensors",
+        "jaxtyping",
+        "pydantic>=2.10",
+        "pyyaml",
+        "numpy",
+        "pillow",
+        "rich",
+        "tensorboard",
+        "setuptools",  # torch.utils.tensorboard and DeepSpeed's extension builder import it at run time
+    ],
+    extras_require={
+        "gpu": ["flash-attn", "xformers", "transformer-engine[pytorch]", "nvidia-ml-py"],
+        "eval": ["matplotlib"],
+        "dev": [
+            "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "beartype", "scikit-image",
+            "scikit-learn",
+        ],
+    },
+)  # fmt: skip

@@ -1,0 +1,139 @@
+"""The DeepSpeed JSON: system keys pass, science is said once, mistakes are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import UserError
+from configs.ds import STAGES, ZERO_KEYS, load_ds_config, zero_stage
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L0
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs" / "deepspeed").glob("*.json"))
+ZERO: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+CONFIG = tiny_config()  # clip 12, streams 6, clip_norm 1.0, fp32
+
+
+def load(tmp_path: Path, given: Any, world_size: int = 2) -> dict[str, Any]:
+    path = tmp_path / "ds.json"
+    path.write_text(given if isinstance(given, str) else json.dumps(given))
+    return load_ds_config(path, CONFIG, world_size)
+
+
+def refusal(tmp_path: Path, given: Any, world_size: int = 2) -> str:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, given, world_size)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_file_loads_and_carries_the_science(path: Path) -> None:
+    given = load_ds_config(path, CONFIG, world_size=3)
+    assert zero_stage(given) == int(path.stem[4])
+    assert (given["train_batch_size"], given["train_micro_batch_size_per_gpu"]) == (12, 4)
+    assert given["gradient_accumulation_steps"] == 1
+    assert given["gradient_clipping"] == 1.0
+    assert given["bf16"] == {"enabled": False}
+
+
+def test_four_files_are_shipped() -> None:
+    assert [path.stem for path in SHIPPED] == ["zero1", "zero2", "zero3", "zero3_offload"]
+
+
+def test_precision_follows_the_config(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(ZERO))
+    given = load_ds_config(tmp_path / "ds.json", tiny_config("optim.precision=bf16"), 1)
+    assert given["bf16"] == {"enabled": True}
+
+
+SCIENCE = {
+    "train_batch_size": 12,
+    "train_micro_batch_size_per_gpu": 6,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+    "bf16": {"enabled": False},
+}
+
+
+@pytest.mark.parametrize("key", SCIENCE)
+def test_a_science_key_may_be_absent_auto_or_equal(key: str, tmp_path: Path) -> None:
+    auto: Any = {"enabled": "auto"} if key == "bf16" else "auto"
+    absent, said, equal = (load(tmp_path, ZERO | more) for more in ({}, {key: auto}, {key: SCIENCE[key]}))
+    assert absent == said == equal
+    assert absent[key] == SCIENCE[key]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "both"),
+    [
+        ("train_batch_size", 64, "train_batch_size=64 conflicts with 12 from --config"),
+        ("train_micro_batch_size_per_gpu", 4, "train_micro_batch_size_per_gpu=4 conflicts with 6"),
+        ("gradient_accumulation_steps", 2, "gradient_accumulation_steps=2 conflicts with 1"),
+        ("gradient_clipping", 3.0, "gradient_clipping=3.0 conflicts with 1.0"),
+        ("bf16", {"enabled": True}, 'bf16={"enabled": true} conflicts with {"enabled": false}'),
+    ],
+)
+def test_a_conflict_names_both_values_and_the_yaml_key(key: str, value: Any, both: str, tmp_path: Path) -> None:
+    message = refusal(tmp_path, ZERO | {key: value})
+    assert message.startswith(f"--ds_config {tmp_path / 'ds.json'}: ")
+    assert both in message
+    home = {"gradient_clipping": "optim.clip_norm", "bf16": "optim.precision"}.get(key, "batch.clip")
+    assert f"change {home}" in message
+
+
+@pytest.mark.parametrize("key", ["optimizer", "scheduler", "amp", "fp16", "torch_autocast"])
+def test_what_the_yaml_decides_alone_is_refused_or_auto(key: str, tmp_path: Path) -> None:
+    message = refusal(tmp_path, ZERO | {key: {"type": "Adam"}})
+    assert f'{key}={{"type": "Adam"}} is science and belongs to --config' in message
+    assert key not in load(tmp_path, ZERO | {key: "auto"}), "DeepSpeed knows no such auto"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"zero_optimisation": {"stage": 3}},
+            "unknown key zero_optimisation, did you mean zero_optimization?",
+        ),
+        (ZERO | {"train_batchsize": 12}, "unknown key train_batchsize, did you mean train_batch_size?"),
+        (
+            {"zero_optimization": {"stage": 3, "reduce_bucketsize": 1}},
+            "unknown key zero_optimization.reduce_bucketsize, did you mean zero_optimization.reduce_bucket_size?",
+        ),
+        (ZERO | {"qqq": 1}, "unknown key qqq"),
+        ({}, "zero_optimization.stage=null: this engine runs on ZeRO 1, 2 or 3; choose one"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage=0: this engine runs on"),
+        ({"zero_optimization": {"stage": "three"}}, 'zero_optimization.stage="three"'),
+        ({"zero_optimization": 3}, "zero_optimization.stage=3"),
+        ("{", "is not valid JSON: Expecting property name"),
+        ('{"steps_per_print": 1, "steps_per_print": 2}', "key steps_per_print is given twice"),
+        ("[1]", "holds list, not keys and values"),
+    ],
+)
+def test_a_mistake_is_one_line(given: Any, message: str, tmp_path: Path) -> None:
+    assert message in refusal(tmp_path, given)
+
+
+def test_a_missing_file_names_what_is_shipped(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read .*zero1.json, zero2.json, zero3.json, zero3_offload.json"):
+        load_ds_config(tmp_path / "no.json", CONFIG, 1)
+
+
+def test_a_world_that_does_not_divide_the_streams_is_told_which_do(tmp_path: Path) -> None:
+    message = refusal(tmp_path, ZERO, world_size=4)
+    assert "4 ranks do not divide data.streams=6" in message
+    assert "run on 1, 2, 3, 6 ranks" in message
+
+
+def test_every_allowed_zero_key_is_one_deepspeed_takes() -> None:
+    """DeepSpeed's own model forbids others, with a traceback at the start of a run."""
+    zero = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    known = {field.alias or name for name, field in zero.model_fields.items()}
+    assert known >= ZERO_KEYS
+    assert all(zero(stage=stage).stage == stage for stage in STAGES)

@@ -1,0 +1,83 @@
+"""What counts as the same experiment: every science setting, and nothing of the system half."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from configs import Config, fingerprint
+from configs.load import science_changes
+from configs.schema import Section
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L0
+
+S = typing.TypeVar("S", bound=Section)
+
+
+def variants(section: S, prefix: str = "") -> Iterator[tuple[str, S]]:
+    """(dotted key, the same section with that one setting changed), for every setting of the schema."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            for key, changed in variants(value, f"{prefix}{name}."):
+                yield key, section.model_copy(update={name: changed})
+        else:
+            yield prefix + name, section.model_copy(update={name: another(value, field.annotation)})
+
+
+def another(value: Any, annotation: Any) -> Any:
+    """A different value of the same kind; rules between settings need not hold."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return next(choice for choice in typing.get_args(annotation) if choice != value)
+    if value is None:
+        return 0.5 if float in typing.get_args(annotation) else "x"
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return (another(value[0], type(value[0])), *value[1:]) if value else ("x",)
+    return value + ("x" if isinstance(value, str) else 1)
+
+
+CONFIG = tiny_config()
+VARIANTS: dict[str, Config] = dict(variants(CONFIG))
+
+
+def is_science(key: str) -> bool:
+    return key != "name" and not key.startswith("system.")
+
+
+def test_the_walk_meets_the_whole_schema() -> None:
+    assert {"seed", "data.train", "model.trunk.layer_scale", "optim.betas", "system.loader.cache_dir"} <= set(VARIANTS)
+    assert len(VARIANTS) > 90
+
+
+@pytest.mark.parametrize("key", [key for key in VARIANTS if is_science(key)])
+def test_a_science_setting_changes_the_fingerprint_and_is_named(key: str) -> None:
+    assert fingerprint(VARIANTS[key]) != fingerprint(CONFIG)
+    [change] = science_changes(CONFIG, VARIANTS[key])
+    assert change.startswith(f"{key}: ")
+
+
+def test_name_and_system_change_nothing() -> None:
+    system = [key for key in VARIANTS if not is_science(key)]
+    assert len(system) > 10
+    assert {fingerprint(VARIANTS[key]) for key in system} == {fingerprint(CONFIG)}
+    assert [science_changes(CONFIG, VARIANTS[key]) for key in system] == [[]] * len(system)
+
+
+def test_a_change_tells_both_values() -> None:
+    assert science_changes(CONFIG, tiny_config("optim.lr=2e-3", "batch.rec=12")) == [
+        "batch.rec: 6 -> 12",
+        "optim.lr: 0.001 -> 0.002",
+    ]
+
+
+def test_the_fingerprint_is_the_same_in_every_process() -> None:
+    """Written down once: a checkpoint made yesterday must be recognised today."""
+    assert fingerprint(tiny_config("name=other", "system.compile=on")) == fingerprint(CONFIG)
+    assert len(fingerprint(CONFIG)) == 16
+    assert int(fingerprint(CONFIG), 16) >= 0

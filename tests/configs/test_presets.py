@@ -1,0 +1,155 @@
+"""The shipped presets: they load, they build what their headers say, and the headers' arithmetic is right."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from configs import Config, load_config
+from configs.schema import Vit
+from model.describe import count_parameters, step_layout
+from model.pretrainer import Rows
+
+pytestmark = pytest.mark.L0
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+LARGE = ("vtp_s", "vtp_b", "vtp_l", "vtp_1b", "vtp_7b", "ae_only")
+ALL = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def preset(name: str) -> Config:
+    return load_config(FOLDER / f"{name}.yaml")
+
+
+def header(name: str) -> str:
+    """The comment above the first key, on one line."""
+    lines = (FOLDER / f"{name}.yaml").read_text().split("\nname:")[0].splitlines()
+    return " ".join(" ".join(line.lstrip("#") for line in lines).split())
+
+
+def test_the_presets_are_these() -> None:
+    assert {"demo", *LARGE} <= set(ALL)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_preset_is_called_like_its_file_and_says_how_to_run_it(name: str) -> None:
+    assert preset(name).name == name
+    assert header(name).startswith(f"{name}: ")
+    assert f"--config configs/{name}.yaml" in header(name)
+
+
+# Parameters of the trunk in millions: released sizes as published, the others as 12 x width^2 x depth.
+TRUNKS = {"vtp_s": 21.6, "vtp_b": 85.7, "vtp_l": 303.5, "ae_only": 303.5, "vtp_1b": 1132, "vtp_7b": 8053}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_preset_builds_with_the_published_number_of_parameters(name: str) -> None:
+    """On the meta device. Within 1 %; the largest difference is 0.2 %, of vtp_1b: norms, biases, patches."""
+    config = preset(name)
+    counts = count_parameters(config, Rows.per_rank(config, world_size=64))
+    assert counts["trunk"] / 1e6 == pytest.approx(TRUNKS[name], rel=0.01)
+    is_joint = name != "ae_only"
+    assert ("text" in counts, "teacher" in counts, "prototypes" in counts) == (is_joint,) * 3
+    if is_joint:
+        assert counts["text"] / 1e6 == pytest.approx(123.7, rel=0.01), "CLIP's text tower, 12 x 768"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_preset_runs_on_every_power_of_two_of_ranks(name: str) -> None:
+    config = preset(name)
+    assert config.data.streams >= 512
+    for exponent in range(10):
+        Rows.per_rank(config, 2**exponent)
+    assert config.data.streams % 512 == 0
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_preset_has_the_papers_batch_and_samples(name: str) -> None:
+    batch, steps = preset(name).batch, preset(name).optim.steps
+    if name == "ae_only":
+        assert (batch.clip, batch.ssl, batch.rec) == (2048, 0, 2048)
+    else:
+        assert (batch.clip, batch.ssl, batch.rec) == (16_384, 4096, 2048)
+        assert batch.clip * steps == pytest.approx(1.1e9, rel=0.01)
+
+
+def test_the_baseline_differs_from_vtp_l_in_objectives_and_batch_alone() -> None:
+    ours, baseline = preset("vtp_l"), preset("ae_only")
+    assert ours.model == baseline.model
+    assert (ours.views, ours.data, ours.seed) == (baseline.views, baseline.data, baseline.seed)
+    assert ours.optim == baseline.optim.model_copy(update={"lr_batch": ours.optim.lr_batch})
+    assert ours.batch.clip / ours.optim.lr_batch == baseline.batch.clip / baseline.optim.lr_batch
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_overrides_in_a_header_load(name: str) -> None:
+    lines = re.findall(r"batch\.clip=\d+ batch\.ssl=\d+ batch\.rec=\d+(?: \w+\.\w+=\d+)*", header(name))
+    streams = re.findall(r"take (data\.streams=\d+)", header(name))
+    assert len(lines) == (0 if name == "ae_only" else 2)
+    for line in lines:
+        more = [] if "streams" in line else streams
+        config = load_config(FOLDER / f"{name}.yaml", [*line.split(), *more])
+        assert config.batch.clip > config.batch.ssl > config.batch.rec > 0
+        if "optim.steps" in line:
+            full = preset(name)
+            assert config.batch.clip * config.optim.steps == full.batch.clip * full.optim.steps
+            assert full.batch.clip // config.batch.clip == full.batch.ssl // config.batch.ssl
+
+
+def block_flops(vit: Vit, tokens: int) -> float:
+    """Forward: 2 FLOPs a multiply-add; 12 width^2 weights a token, and two products between all tokens."""
+    return vit.depth * (24 * vit.width**2 * tokens + 4 * vit.width * tokens**2)
+
+
+def sample_flops(config: Config) -> float:
+    """Of one step over its number of samples: docs/recipe.md, "Counting FLOPs". Backward is twice forward."""
+    model, batch, views = config.model, config.batch, config.views
+    patches = (views.image_size // 16) ** 2
+    locals_ = (views.local_size // 16) ** 2
+
+    def trunk(count: int) -> float:
+        return block_flops(model.trunk, count + 1) + count * 2 * 768 * model.trunk.width
+
+    images = batch.clip if config.objectives.clip.weight else batch.rec
+    total = 3.0 * images * trunk(patches)
+    total += 4.0 * batch.ssl * 2 * trunk(patches) + 3.0 * batch.ssl * views.num_locals * trunk(locals_)
+    if config.objectives.clip.weight:
+        text = Vit(width=model.text.width, depth=model.text.depth, heads=model.text.heads)
+        total += 3.0 * batch.clip * block_flops(text, model.text.context)
+    head = model.prototypes
+    mlp = model.trunk.width * head.hidden + head.hidden**2 + head.bottleneck * (head.hidden + head.num)
+    hidden = 2 * 0.5 * sum(config.masks.ratio) / 2 * patches
+    total += 2.0 * batch.ssl * mlp * (3 * (2 + views.num_locals + hidden) + 2 + hidden)
+    edges = 2 * patches * (64 * (model.trunk.width + model.decoder.width) + 768 * model.decoder.width)
+    total += 3.0 * batch.rec * (block_flops(model.decoder, patches) + edges)
+    total += 3.0 * batch.rec * 40.1e9  # VGG-16 at 256 px: of target, of reconstruction, back to its pixels
+    return total / batch.clip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_cost_in_a_header_is_the_product_of_its_factors(name: str) -> None:
+    pattern = (
+        r"Cost ([\d,]+) GFLOP a sample x ([\d,]+) steps x ([\d,]+) samples / \(([\d,]+) H100 x 989e12 x MFU "
+        r"([\d.]+) \[assumed\]\) = ([\d.]+) hours, ([\d,]+) GPU-hours"
+    )
+    found = re.search(pattern, header(name))
+    assert found is not None
+    gflop, steps, samples, gpus, mfu, hours, gpu_hours = (float(n.replace(",", "")) for n in found.groups())
+    config = preset(name)
+    assert (steps, samples) == (config.optim.steps, config.batch.clip)
+    assert gflop == pytest.approx(sample_flops(config) / 1e9, rel=0.01)
+    assert gpu_hours == pytest.approx(gflop * 1e9 * steps * samples / (989e12 * mfu) / 3600, rel=0.01)
+    assert hours == pytest.approx(gpu_hours / gpus, abs=0.051)
+
+
+@pytest.mark.parametrize("name", [name for name in LARGE if name != "ae_only"])
+def test_the_memory_in_a_header_is_the_product_of_its_factors(name: str) -> None:
+    found = re.search(r"about (\d+) GB of trunk activations on each of ([\d,]+) GPUs", header(name))
+    assert found is not None
+    config = preset(name)
+    layout = step_layout(config, Rows.per_rank(config, int(found[2].replace(",", ""))))
+    assert int(found[1]) == pytest.approx(
+        36e-9 * layout.tokens * config.model.trunk.width * config.model.trunk.depth, rel=0.03
+    )

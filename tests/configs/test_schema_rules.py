@@ -1,0 +1,99 @@
+"""Every rule between settings, each with a config that breaks it alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs import UserError
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L0
+
+NO_SSL = ("batch.ssl=0", "objectives.ssl.weight=0")
+NO_REC = ("batch.rec=0", "objectives.rec.weight=0")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("batch.ssl=18",),
+            "batch: ssl=18 and rec=6 (nested) need 18 rows but clip=12: ssl and rec images are rows of the "
+            "clip batch; lower batch.ssl or batch.rec, or raise batch.clip",
+        ),
+        (
+            ("batch.rec=12", "batch.layout=disjoint"),
+            "batch: ssl=6 and rec=12 (disjoint) need 18 rows but clip=12",
+        ),
+        (
+            ("views.image_size=30",),
+            "views.image_size=30 is not a multiple of model.patch_size=8: a crop holds whole patches; change "
+            "views.image_size",
+        ),
+        (("views.global_size=36",), "views.global_size=36 is not a multiple of model.patch_size=8"),
+        (("views.local_size=12",), "views.local_size=12 is not a multiple of model.patch_size=8"),
+        (("views.local_scale=[0.5,0.2]",), "views.local_scale: [0.5, 0.2] is not a range [low, high]"),
+        (("views.global_scale=[0,1]",), "views.global_scale.0=0: input should be greater than 0"),
+        (
+            ("views.image_scale=[0.5,1.5]",),
+            "views.image_scale.1=1.5: input should be less than or equal to 1",
+        ),
+        (("views.blur_sigma=[2,1]",), "views.blur_sigma: [2.0, 1.0] is not a range [low, high]"),
+        (("masks.ratio=[0.6,0.1]",), "masks.ratio: [0.6, 0.1] is not a range [low, high]"),
+        (("views.hue=0.6",), "views.hue=0.6: input should be less than or equal to 0.5"),
+        (
+            ("batch.ssl=0",),
+            "batch.ssl=0 but objectives.ssl.weight=1: an objective has both rows and weight or neither; set "
+            "both or neither to 0",
+        ),
+        (("objectives.rec.weight=0",), "batch.rec=6 but objectives.rec.weight=0: an objective has both"),
+        (
+            ("batch.clip=16",),
+            "batch.clip=16 is not a multiple of data.streams=6: every step takes the same number of rows "
+            "from each stream; change batch.clip or data.streams",
+        ),
+        (("batch.ssl=4",), "batch.ssl=4 is not a multiple of data.streams=6"),
+        (("batch.rec=4",), "batch.rec=4 is not a multiple of data.streams=6"),
+        (
+            (*NO_SSL, *NO_REC, "objectives.clip.weight=0"),
+            "all three objective weights are 0: there is nothing to learn; set one of objectives.*.weight",
+        ),
+        (
+            ("objectives.rec.perceptual=1",),
+            "objectives.rec: perceptual=1 but lpips_weights is not set: the perceptual term is never dropped "
+            "silently; give objectives.rec.lpips_weights=FILE, or switch it off with "
+            "objectives.rec.perceptual=0",
+        ),
+        (
+            ("model.trunk.heads=5",),
+            "model.trunk: width=32 over heads=5: the head width must be a multiple of 4 (axial RoPE turns "
+            "pairs on two axes); change width or heads",
+        ),
+        (("model.decoder.heads=16",), "model.decoder: width=32 over heads=16: the head width must be"),
+        (("model.text.heads=5",), "model.text: width=32 over heads=5: heads share the width evenly"),
+    ],
+)
+def test_a_broken_rule_says_what_was_found_the_rule_and_the_remedy(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        tiny_config(*overrides)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        NO_SSL,
+        NO_REC,
+        (*NO_SSL, *NO_REC),
+        ("objectives.clip.weight=0",),
+        ("batch.layout=disjoint",),
+        ("batch.clip=6",),
+        ("objectives.rec.perceptual=1", "objectives.rec.lpips_weights=w.safetensors"),
+        (*NO_REC, "objectives.rec.perceptual=1"),
+        ("views.num_locals=0",),
+        ("views.local_scale=[0.2,0.2]",),
+        ("model.text.heads=16",),
+    ],
+)
+def test_what_keeps_the_rules_loads(overrides: tuple[str, ...]) -> None:
+    tiny_config(*overrides)

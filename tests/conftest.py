@@ -1,0 +1,9 @@
+"""One thread for the test process: its tensors are tiny, and the ranks it starts need the cores. The accelerator is
+named, so that DeepSpeed does not look for one in every rank."""
+
+import os
+
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+torch.set_num_threads(1)

@@ -1,0 +1,230 @@
+"""Shards as webdataset and img2dataset write them are indexed once and read at random; bad ones are named."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from configs import UserError
+from data import sidecar
+from data.shards import BadCaption, Shards, ensure_sidecar, main
+from data.storage import expand
+from tests.data.tar_shards import encoded, write_corpus, write_tar
+
+pytestmark = pytest.mark.L0
+
+
+def open_one(tar: Path, caption: str | None = "txt") -> Shards:
+    return Shards([str(tar)], caption)
+
+
+def test_an_img2dataset_shard_is_read_as_it_is(tmp_path: Path) -> None:
+    write_corpus(tmp_path, num_shards=2, per_shard=3)
+    shards = Shards(expand([str(tmp_path)]), "txt")
+    assert shards.sizes.tolist() == [3, 3]
+    assert not shards.bad
+    sample = shards.read(1, 2)
+    assert (sample.key, sample.image, sample.caption) == ("00001/000005", encoded(5), "sample 5")
+    assert shards.field(1, 2, "label") == 0
+    assert shards.field(1, 2, "absent") is None
+
+
+def test_captions_come_from_a_json_field_when_told_so(tmp_path: Path) -> None:
+    write_corpus(tmp_path, num_shards=1, per_shard=2)
+    assert open_one(tmp_path / "00000.tar", "json:alt").read(0, 1).caption == "json 1"
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (b"{}", "missing caption"),
+        (b'{"alt": " "}', "empty caption"),
+        (b"{", "corrupt json"),
+        (b"[]", "missing caption"),
+    ],
+)
+def test_a_json_caption_that_cannot_be_read_says_why(tmp_path: Path, record: bytes, reason: str) -> None:
+    tar = write_tar(tmp_path / "a.tar", {"0.jpg": encoded(0), "0.json": record})
+    with pytest.raises(BadCaption, match=reason):
+        open_one(tar, "json:alt").read(0, 0)
+
+
+def test_without_captions_every_picture_counts(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", {"0.jpg": encoded(0), "1.jpg": encoded(1), "1.txt": b"one"})
+    assert open_one(tar, None).sizes.tolist() == [2]
+    assert open_one(tar, None).read(0, 0).caption == ""
+    assert open_one(tar).bad == {"missing caption": 1}
+
+
+def test_every_bad_member_is_left_out_under_its_reason(tmp_path: Path) -> None:
+    good, text = encoded(0), b"words"
+    tar = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("good.jpg", good), ("good.txt", text),
+            ("nocaption.jpg", good),
+            ("blank.jpg", good), ("blank.txt", b""),
+            ("noimage.txt", text),
+            ("empty.jpg", b""), ("empty.txt", text),
+            ("film.mp4", good), ("film.txt", text),
+            ("link.jpg", "good.jpg"), ("link.txt", text),
+            ("textlink.jpg", good), ("textlink.txt", "good.txt"),
+            ("../up.jpg", good), ("../up.txt", text),
+            ("/root.jpg", good), ("/root.txt", text),
+            ("twice.jpg", good), ("twice.txt", text), ("twice.jpg", good), ("twice.txt", text),
+            ("good.jpg", good), ("good.txt", text),
+            (".hidden.jpg", good),
+            ("./plain/dotted.seg.1.png", good), ("./plain/dotted.jpg", good), ("./plain/dotted.txt", text),
+        ],
+    )  # fmt: skip
+    shards = open_one(tar)
+    keys = [shards.read(0, i).key for i in range(len(shards.index(0)))]
+    assert keys == ["a/good", "a/twice", "a/plain/dotted"]
+    assert shards.bad == {
+        "missing caption": 1, "empty caption": 1, "missing image": 1, "empty image": 1,
+        "unsupported image type": 1,
+        "wrong member type": 2, "unsafe member name": 2, "duplicate key": 2,
+    }  # fmt: skip
+    assert Counter(reason for _, reason in shards.index(0).bad) == shards.bad
+
+
+def test_directories_are_no_samples(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        folder = tarfile.TarInfo("part")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        (tmp_path / "0.jpg").write_bytes(encoded(0))
+        tar.add(tmp_path / "0.jpg", "part/0.jpg")
+    assert open_one(tmp_path / "a.tar", None).sizes.tolist() == [1]
+    assert not open_one(tmp_path / "a.tar", None).bad
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.8, 0.93])
+def test_a_truncated_tar_keeps_what_is_whole_and_counts_the_break(tmp_path: Path, kept: float) -> None:
+    write_corpus(tmp_path, num_shards=1, per_shard=8)
+    tar = tmp_path / "00000.tar"
+    whole = open_one(tar)
+    ends = [max(m.offset + m.size for m in whole.index(0).members(i)) for i in range(8)]
+    cut = int(ends[-1] * kept)
+    os.truncate(tar, cut)
+    shards = open_one(tar)
+    assert shards.bad == {"truncated tar": 1}
+    # the last sample before the break is left out when it cannot be told from one that lost a member
+    assert 0 <= sum(end < cut for end in ends) - shards.sizes[0] <= 1
+    assert shards.read(0, 0) == whole.read(0, 0)
+
+
+def test_an_empty_file_is_a_truncated_tar_and_another_format_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.tar").touch()
+    assert open_one(tmp_path / "empty.tar").bad == {"truncated tar": 1}
+    (tmp_path / "page.tar").write_bytes(b"<html>" * 1000)
+    with pytest.raises(UserError, match=r"page\.tar is not an uncompressed tar file"):
+        open_one(tmp_path / "page.tar")
+
+
+def test_a_sidecar_is_reused_until_the_tar_changes(tmp_path: Path) -> None:
+    write_corpus(tmp_path, num_shards=1, per_shard=3)
+    tar = tmp_path / "00000.tar"
+    path, _ = ensure_sidecar(tar)
+    written = path.stat().st_mtime_ns
+    assert ensure_sidecar(tar)[0].stat().st_mtime_ns == written
+    write_corpus(tmp_path, num_shards=1, per_shard=20)
+    os.utime(tar, ns=(written - 10**9, written - 10**9))  # older than the sidecar, but of another size
+    assert open_one(tar).sizes.tolist() == [20]
+    os.utime(tar, ns=(written + 10**12, written + 10**12))
+    assert sidecar.read_trailer(path, tar) is None
+
+
+def test_an_unwritable_shard_directory_puts_the_sidecar_into_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path, num_shards=1, per_shard=2)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    shards = Shards([str(tmp_path / "00000.tar")], "txt", tmp_path / "cache")
+    assert not (tmp_path / "00000.idx").exists()
+    assert len(list((tmp_path / "cache").glob("*.idx"))) == 1
+    assert shards.read(0, 1).caption == "sample 1"
+
+
+def test_names_with_spaces_signs_and_raw_bytes_survive_the_sidecar(tmp_path: Path) -> None:
+    names = ["my photo", "100%25", "été", b"raw\xff".decode(errors="surrogateescape")]
+    tar = write_tar(tmp_path / "a.tar", {f"{name}.jpg": encoded(i) for i, name in enumerate(names)})
+    shards = open_one(tar, None)
+    assert [shards.index(0).key(i) for i in range(4)] == [f"a/{name}" for name in names]
+    assert shards.read(0, 3).image == encoded(3)
+
+
+def test_dali_reads_the_sidecar_with_its_own_reader(tmp_path: Path) -> None:
+    from nvidia.dali.experimental import dynamic as dali
+
+    write_corpus(tmp_path, num_shards=1, per_shard=4)
+    tar = tmp_path / "00000.tar"
+    path, _ = ensure_sidecar(tar)
+    reader = dali.readers.Webdataset(paths=[str(tar)], index_paths=[str(path)], ext=["jpg", "txt"])
+    read = [bytes(bytearray(text.cpu().torch().numpy())) for _, text in reader.next_epoch()]
+    assert read == [b"sample %d" % i for i in range(4)]
+
+
+def test_the_sidecar_lists_what_dalis_tool_lists(tmp_path: Path) -> None:
+    write_corpus(tmp_path, num_shards=1, per_shard=4)
+    tar = tmp_path / "00000.tar"
+    path, _ = ensure_sidecar(tar)
+    subprocess.run([sys.executable, "-m", "wds2idx", str(tar), str(tmp_path / "theirs.idx")], check=True, timeout=60)
+    assert path.read_text().splitlines()[:-1] == (tmp_path / "theirs.idx").read_text().splitlines()
+
+
+def test_a_shard_that_changes_under_the_run_is_a_user_error(tmp_path: Path) -> None:
+    write_corpus(tmp_path, num_shards=1, per_shard=4)
+    shards = open_one(tmp_path / "00000.tar")
+    shards.index(0)
+    os.truncate(tmp_path / "00000.tar", 1024)
+    with pytest.raises(UserError, match="changed since it was indexed"):
+        shards.read(0, 3)
+
+
+def test_many_threads_read_many_shards_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.shards._OPEN_FILES", 3)
+    write_corpus(tmp_path, num_shards=8, per_shard=4)
+    shards = Shards(expand([str(tmp_path)]), "txt", open_indexes=2)
+    places = [(shard, i) for i in range(4) for shard in range(8)] * 5
+    with ThreadPoolExecutor(8) as pool:
+        samples = list(pool.map(lambda place: shards.read(*place), places))
+    assert [s.caption for s in samples] == [f"sample {shard * 4 + i}" for shard, i in places]
+    held = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if _is_open(n)]
+    assert sum(name.startswith(str(tmp_path)) for name in held) == 3
+
+
+def test_shards_of_one_name_in_two_directories_have_different_keys(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_corpus(tmp_path / folder, num_shards=1, per_shard=1)
+    shards = Shards(expand([str(tmp_path / "*" / "*.tar")]), "txt")
+    assert [shards.read(i, 0).key for i in range(2)] == ["a/00000/000000", "b/00000/000000"]
+
+
+def test_the_index_command_prints_counts_and_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(tmp_path, num_shards=1, per_shard=2)
+    write_tar(tmp_path / "00001.tar", {"0.jpg": encoded(0), "1.jpg": encoded(1), "1.txt": b"one"})
+    assert main(["index", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("00000.tar: 2 samples")
+    assert lines[1].endswith("00001.tar: 1 samples; 1 bad: 1 missing caption")
+    assert lines[2] == "2 shards, 3 samples; 1 bad: 1 missing caption"
+    assert (tmp_path / "00001.idx").exists()
+
+
+def test_the_index_command_answers_a_wrong_directory_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data.shards", "index", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def _is_open(number: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{number}")

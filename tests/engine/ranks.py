@@ -1,0 +1,105 @@
+"""What the engine tests run on each rank; found by name in new processes, so it is a module of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs import Config
+from configs.ds import load_ds_config
+from engine import zero
+from engine.assemble import Assembly, assemble
+from engine.step import train_step
+from model.objectives.comm import Comm
+from model.objectives.total import Centres
+from tests.tiny import random_batch
+
+DEEPSPEED = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is compared between two ways of training."""
+
+    losses: list[float]  # the total of every step, mean over ranks
+    weights: dict[str, Tensor]  # whole fp32 weights of the student
+    teacher: dict[str, Tensor]  # whole teacher weights as the model holds them
+
+
+def build(config: Config, comm: Comm, stage: str) -> Assembly:
+    """The tiny engine under configs/deepspeed/{stage}.json."""
+    return assemble(config, load_ds_config(DEEPSPEED / f"{stage}.json", config, comm.world_size), comm)
+
+
+def run_steps(
+    parts: Assembly, config: Config, comm: Comm, first: int, last: int, centres: Centres | None = None
+) -> tuple[list[float], Centres | None]:
+    """Steps first .. last - 1 on random batches; each step's total as the mean over ranks."""
+    losses, centres = [], centres if centres is not None else parts.centres
+    for step in range(first, last):
+        record = train_step(parts, random_batch(config, step, comm.rank, comm.world_size), centres, config)
+        centres = record.centres
+        losses.append(float(comm.all_sum(record.losses["total"])) / comm.world_size)
+    return losses, centres
+
+
+def outcome(parts: Assembly, losses: list[float]) -> Trained:
+    """Gathers everything to be compared; a collective."""
+    named = dict(parts.engine.module.named_parameters())
+    weights, teacher = {}, {}
+    for name, parameter in named.items():
+        with zero.gathered([parameter]):
+            whole = parameter.detach().float().clone()
+        (weights if parameter.requires_grad else teacher)[name] = whole
+    return Trained(losses, weights, teacher)
+
+
+def train(comm: Comm, config: Config, stage: str, steps: int) -> Trained:
+    """`steps` steps from the start."""
+    parts = build(config, comm, stage)
+    losses, _ = run_steps(parts, config, comm, 0, steps)
+    return outcome(parts, losses)
+
+
+def train_plainly(config: Config, steps: int) -> Trained:
+    """The same run without DeepSpeed: one rank, whole tensors, torch.optim.AdamW, clip_grad_norm_, an EMA in a loop."""
+    from engine.optim import adamw
+    from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
+    from engine.step import model_inputs
+    from model.initialise import initialise
+    from model.objectives.comm import Solo
+    from model.objectives.total import compute
+    from model.pretrainer import Pretrainer, Rows, teacher_pairs
+
+    model = Pretrainer(config, Rows.per_rank(config, 1), "matmul")
+    initialise(model, config)
+    optimizer = adamw(model, config.optim)
+    losses, centres = [], None
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        outputs = model(**model_inputs(random_batch(config, step), torch.device("cpu")))
+        found = compute(outputs, config.objectives, teacher_temperature(step, config), Solo(), centres)
+        found.total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(found.total.item())
+        with torch.no_grad():
+            for _, student, teacher in teacher_pairs(model):
+                teacher.lerp_(student, 1 - teacher_momentum(step, config))
+    named = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Trained(
+        losses,
+        {name: p for name, p in named.items() if not name.startswith("teacher.")},
+        {name: p for name, p in named.items() if name.startswith("teacher.")},
+    )
+
+
+def results_of(value: Any) -> Any:
+    """Rank 0's result; every rank returned the same gathered tensors."""
+    return value[0]

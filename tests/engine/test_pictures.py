@@ -1,0 +1,37 @@
+"""Pictures: what they show is what was given."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.pictures import latent_colours, reconstructions, write_png
+
+pytestmark = pytest.mark.L0
+
+
+def test_reconstructions_stand_under_their_originals() -> None:
+    target, recon = torch.rand(3, 3, 4, 4), torch.rand(3, 3, 4, 4)
+    picture = reconstructions(target, recon, columns=2)
+    assert picture.shape == (3, 8, 8)
+    assert torch.equal(picture[:, :4, 4:], target[1])
+    assert torch.equal(picture[:, 4:, :4], recon[0])
+
+
+def test_latent_colours_tell_apart_what_differs_and_keep_alike_what_does_not() -> None:
+    latent = torch.zeros(2, 5, 2, 2)
+    latent[0, 1, 0, 0], latent[1, 3, 1, 1], latent[1, 4, 0, 1] = 3.0, -2.0, 1.0
+    picture = latent_colours(latent, scale=3)
+    assert picture.shape == (3, 6, 12)
+    assert torch.equal(picture[:, 0, 0], picture[:, 2, 2])  # one latent fills a square
+    assert not torch.allclose(picture[:, 0, 0], picture[:, 0, 3])
+    assert picture.min() == 0
+    assert picture.max() == 1
+
+
+def test_a_png_holds_the_pixels(tmp_path: Path) -> None:
+    picture = torch.tensor([0.0, 0.5, 1.0]).reshape(3, 1, 1).expand(3, 2, 2)
+    write_png(picture, tmp_path / "p.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "p.png"))[0, 0], [0, 128, 255])

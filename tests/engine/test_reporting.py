@@ -1,0 +1,116 @@
+"""Meter, guard, reporter, parameter groups: the small parts around a step."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.guard import Guard, NonFiniteLoss
+from engine.meter import Meter
+from engine.optim import parameter_groups
+from engine.report import open_reporter, plain_line
+from engine.step import StepRecord
+from model.objectives.comm import Comm, Solo
+from model.outputs import Outputs
+from model.pretrainer import Pretrainer, Rows
+from tests.harness import run_ranks
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L0
+
+
+def record(total: float, accuracy: float = 0.5) -> StepRecord:
+    losses = {"total": torch.tensor(total), "clip_accuracy": torch.tensor(accuracy)}
+    return StepRecord(
+        losses, {"learning_rate": 0.1}, torch.tensor(2.0, dtype=torch.float64), Outputs(None, None, None), None
+    )
+
+
+def test_a_report_is_the_mean_of_its_steps_and_starts_anew() -> None:
+    meter = Meter(Solo(), total_steps=10, samples_per_step=8)
+    meter.add(record(1.0))
+    meter.add(record(3.0, accuracy=1.0))
+    values = meter.read(2, waited_seconds=0.0)
+    assert values["loss/total"] == 2.0
+    assert values["health/clip_accuracy"] == 0.75
+    assert values["optim/grad_norm"] == 2.0
+    assert values["optim/learning_rate"] == 0.1
+    assert values["speed/samples_per_second"] == pytest.approx(8000 / values["speed/step_ms"])
+    assert values["speed/seconds_left"] == pytest.approx(8 * values["speed/step_ms"] / 1000)
+    meter.add(record(7.0))
+    assert meter.read(3, waited_seconds=0.0)["loss/total"] == 7.0
+
+
+def mean_over_ranks(comm: Comm) -> float:
+    meter = Meter(comm, total_steps=1, samples_per_step=1)
+    meter.add(record(1.0 + 2 * comm.rank))
+    return meter.read(1, waited_seconds=0.0)["loss/total"]
+
+
+def stop_when_one_is_asked(comm: Comm) -> list[bool]:
+    guard = Guard(comm, torch.device("cpu"))
+    guard.listen()
+    answers = [guard.should_stop()]
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    answers.append(guard.should_stop())
+    guard.watch(torch.tensor(math.nan if comm.rank == 1 else 1.0))
+    try:
+        guard.check(7)
+    except NonFiniteLoss as error:
+        return [*answers, "1 non-finite losses up to step 7" in str(error)]
+    return [*answers, False]
+
+
+def test_ranks_report_one_mean_and_stop_together() -> None:
+    assert run_ranks(mean_over_ranks, 2) == [2.0, 2.0]
+    assert run_ranks(stop_when_one_is_asked, 2) == [[False, True, True]] * 2
+
+
+def test_the_guard_lets_finite_losses_pass() -> None:
+    guard = Guard(Solo(), torch.device("cpu"))
+    guard.watch(torch.tensor(1e30))
+    guard.check(1)
+    guard.watch(torch.tensor(math.inf))
+    with pytest.raises(NonFiniteLoss):
+        guard.check(2)
+    guard.check(3)  # counted once
+
+
+def test_reports_are_lines_of_json_and_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_reporter(tmp_path / "run", total_steps=20, first_step=0, is_main=True) as reporter:
+        reporter.say("attention: sdpa")
+        reporter.scalars(10, {"loss/total": 7.25, "loss/clip": 2.0, "speed/seconds_left": 61.0})
+    [line] = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss/total"] == 7.25
+    expected = "step 10/20  loss 7.25  clip 2  left 00:01:01"
+    assert (tmp_path / "run" / "log.txt").read_text().splitlines() == ["attention: sdpa", expected]
+    assert capsys.readouterr().out.splitlines() == ["attention: sdpa", expected]
+
+
+def test_only_the_first_rank_writes(tmp_path: Path) -> None:
+    with open_reporter(tmp_path / "run", total_steps=20, first_step=0, is_main=False) as reporter:
+        reporter.scalars(10, {"loss/total": 7.25})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_line_says_so_when_the_time_left_is_not_known() -> None:
+    assert plain_line(1, 2, {"loss/total": 1.0}).endswith("left ?")
+
+
+def test_only_matrices_decay() -> None:
+    config = tiny_config("model.trunk.layer_scale=1e-5", "objectives.clip.kind=sigmoid", "model.registers=1")
+    model = Pretrainer(config, Rows.per_rank(config, 1))
+    matrices, vectors = parameter_groups(model, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(parameter)] for parameter in matrices["params"]}
+    spared = {names[id(parameter)] for parameter in vectors["params"]}
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert {"trunk.patch_embed.weight", "text.token_embedding.weight", "prototypes.last_layer.weight_v"} <= decayed
+    assert {"trunk.cls_token", "trunk.mask_token", "clip.logit_scale", "clip.logit_bias"} <= spared
+    assert {"trunk.blocks.0.ls1.gamma", "trunk.norm.weight", "prototypes.last_layer.weight_g"} <= spared
+    assert decayed | spared == {name for name in names.values() if not name.startswith("teacher.")}

@@ -1,0 +1,133 @@
+"""A whole run as a user starts it: shards in, run directory out; stopped by a signal and taken up again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data import corpus
+from model.tokenizer import VisualTokenizer
+from model.weights import read_weights
+
+pytestmark = pytest.mark.L1
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+REPORTED = ("loss/total", "loss/clip", "loss/ssl", "loss/dino_local", "loss/dino_global", "loss/mim", "loss/koleo")
+REPORTED += ("loss/rec", "loss/l1", "optim/grad_norm", "optim/learning_rate", "speed/samples_per_second")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 small scenes in twelve shards, with their vocabulary."""
+    out = tmp_path_factory.mktemp("corpus") / "data"
+    asked = ["synthetic", "--out", str(out), "--samples", "240", "--held-out", "24", "--size", "32"]
+    assert corpus.main([*asked, "--shard-size", "20"]) == 0
+    return out
+
+
+def command(shards: Path, run_dir: Path, *more: str) -> list[str]:
+    """The launcher's own command line, two ranks."""
+    overrides = (
+        f"data.train=[{shards}/train-*.tar]", f"data.held_out=[{shards}/held_out-*.tar]",
+        f"data.tokenizer={shards}/tokenizer.json", "model.text.vocab=2048", "model.text.context=32",
+        f"system.run_dir={run_dir}", "system.report_every=2",
+    )  # fmt: skip
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port"]
+    launcher += [str(29600 + os.getpid() % 1000), str(ROOT / "engine/launch.py")]
+    return [*launcher, "--config", str(ROOT / "tests/tiny.yaml"), *overrides, *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def reports(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = subprocess.run(
+        command(shards, run_dir, f"optim.steps={STEPS}"),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    assert [report["step"] for report in reports(run_dir)] == [2, 4, 6]
+    assert set(REPORTED) <= reports(run_dir)[-1].keys()
+    lines = (run_dir / "log.txt").read_text().splitlines()
+    assert sum(line.startswith("step ") for line in lines) == 3
+    assert any(line.startswith("attention: sdpa (auto") for line in lines)
+
+    board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert set(REPORTED) <= set(board.Tags()["scalars"])
+    assert {"reconstructions", "latents"} <= set(board.Tags()["images"])
+    assert [event.step for event in board.Scalars("loss/clip")] == [2, 4, 6]
+
+    with Image.open(run_dir / "pictures" / "reconstructions-00000006.png") as picture:
+        assert picture.size == (3 * 32, 2 * 32)  # three rec rows a rank; originals above reconstructions
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000006"
+
+    tokenizer = VisualTokenizer.from_run(run_dir)
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    latent = tokenizer.encode(images)
+    assert latent.shape == (2, 8, 4, 6)
+    assert tokenizer.decode(latent).shape == images.shape
+
+
+def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(shards: Path, tmp_path: Path) -> None:
+    """SIGTERM to every rank between two reports: checkpoint, exit 143; --resume ends where the whole run ends."""
+    steps = ["optim.steps=40", "optim.warmup=0.0"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    subprocess.run(command(shards, whole, *steps), env=environment(), check=True, capture_output=True, cwd=tmp_path)
+
+    with (tmp_path / "launcher.log").open("w") as log:
+        launcher = subprocess.Popen(
+            command(shards, stopped, *steps), env=environment(), stdout=log, stderr=log, cwd=tmp_path
+        )
+        try:
+            while not (stopped / "log.jsonl").exists() or len(reports(stopped)) < 2:
+                assert launcher.poll() is None, (tmp_path / "launcher.log").read_text()[-4000:]
+                time.sleep(0.05)
+            for pid in ranks_of(stopped):
+                os.kill(pid, signal.SIGTERM)
+            assert launcher.wait(timeout=120) == 143
+        finally:
+            launcher.kill()
+            launcher.wait()
+    reached = reports(stopped)[-1]["step"]
+    assert reached < 40
+    assert (stopped / "checkpoints" / "latest").read_text() == f"step-{reached:08d}"
+    assert "go on with --resume" in (stopped / "log.txt").read_text()
+
+    resumed = command(shards, stopped, *steps, "--resume")
+    subprocess.run(resumed, env=environment(), check=True, capture_output=True, cwd=tmp_path)
+    assert [report["step"] for report in reports(stopped)] == list(range(2, 41, 2))
+    expected, _ = read_weights(whole / "weights.safetensors")
+    found, _ = read_weights(stopped / "weights.safetensors")
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def ranks_of(run_dir: Path) -> list[int]:
+    """The process ids of the ranks that train into `run_dir`: those of its launcher's children that run launch.py."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (proc / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue  # it ended meanwhile
+        if f"system.run_dir={run_dir}" in arguments and any(a.startswith("--local_rank") for a in arguments):
+            found.append(int(proc.name))
+    return found

@@ -1,0 +1,72 @@
+"""Properties of the teacher's targets that hold for any logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.objectives.comm import Solo
+from model.objectives.targets import centred, cross_entropy, follow_centre, sinkhorn
+
+pytestmark = pytest.mark.L0
+SOLO = Solo()
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 9), prototypes=st.integers(1, 9), size=st.floats(0.1, 3000), seed=st.integers(0, 99))
+def test_sinkhorn_rows_are_finite_distributions_however_large_the_logits(
+    rows: int, prototypes: int, size: float, seed: int
+) -> None:
+    teacher_RK = size * torch.randn(rows, prototypes, generator=torch.Generator().manual_seed(seed))
+    target_RK = sinkhorn(teacher_RK, 0.04, SOLO)
+    assert torch.isfinite(target_RK).all()
+    assert (target_RK >= 0).all()
+    # Measured worst case 2.4e-7: one division a row.
+    torch.testing.assert_close(target_RK.sum(dim=1), torch.ones(rows), rtol=0, atol=1e-6)
+
+
+def test_sinkhorn_with_many_iterations_uses_every_prototype_equally() -> None:
+    teacher_RK = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    mass_K = sinkhorn(teacher_RK, 0.5, SOLO, iterations=50).sum(dim=0)
+    torch.testing.assert_close(mass_K, torch.full((8,), 5.0), rtol=1e-4, atol=0)
+
+
+def test_sinkhorn_breaks_the_collapse_that_a_softmax_keeps() -> None:
+    teacher_RK = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)) * 0.01
+    teacher_RK[:, 3] += 1.0  # every row prefers prototype 3
+    assert (teacher_RK / 0.05).softmax(dim=1)[:, 3].min() > 0.99
+    # The share of one prototype out of eight is 0.125.
+    assert sinkhorn(teacher_RK, 0.05, SOLO)[:, 3].max() < 0.25
+
+
+def test_sinkhorn_equals_the_published_three_steps_done_by_hand() -> None:
+    teacher_RK = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).double() * 0.1
+    q_RK = (teacher_RK / 0.05).exp()
+    q_RK /= q_RK.sum()
+    for _ in range(3):
+        q_RK /= q_RK.sum(dim=0, keepdim=True) * 5
+        q_RK /= q_RK.sum(dim=1, keepdim=True) * 6
+    # Measured worst case 9e-8 against this float64 loop.
+    torch.testing.assert_close(sinkhorn(teacher_RK.float(), 0.05, SOLO), (q_RK * 6).float(), rtol=2e-6, atol=0)
+
+
+def test_targets_carry_no_gradient_and_read_bf16() -> None:
+    teacher_RK = torch.randn(4, 6).bfloat16().requires_grad_()
+    for target_RK in (sinkhorn(teacher_RK, 0.05, SOLO), centred(teacher_RK, torch.zeros(6), 0.05)):
+        assert target_RK.dtype == torch.float32
+        assert not target_RK.requires_grad
+
+
+def test_the_centre_is_the_mean_of_all_rows_and_stays_where_there_are_none() -> None:
+    centre_K = torch.tensor([1.0, 2.0])
+    rows = torch.tensor([[3.0, 0.0], [5.0, 4.0]])
+    torch.testing.assert_close(follow_centre(centre_K, rows, 0.5, SOLO), torch.tensor([2.5, 2.0]))
+    torch.testing.assert_close(follow_centre(centre_K, rows[:0], 0.5, SOLO), centre_K)
+
+
+def test_cross_entropy_with_a_sure_target_is_minus_the_log_probability() -> None:
+    student_RK = torch.tensor([[0.0, 0.2, 0.1]])
+    found = cross_entropy(student_RK, torch.tensor([[0.0, 1.0, 0.0]]), 0.1)
+    torch.testing.assert_close(found, -(student_RK / 0.1).log_softmax(dim=1)[:, 1])

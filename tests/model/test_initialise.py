@@ -1,0 +1,96 @@
+"""First values: complete, and a function of the seed and the parameter's name alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs import Config
+from model.initialise import initialise, initialise_parameter
+from model.pretrainer import Pretrainer, Rows, teacher_pairs
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L0
+EVERYTHING = (
+    "model.trunk.layer_scale=0.1",
+    "model.decoder.layer_scale=0.2",
+    "model.trunk.qk_norm=true",
+    "model.registers=1",
+    "objectives.clip.kind=sigmoid",
+)
+
+
+def build(config: Config) -> Pretrainer:
+    model = Pretrainer(config, Rows.per_rank(config, 1))
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    initialise(model, config)
+    return model
+
+
+def values(model: Pretrainer) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_no_parameter_is_left_out() -> None:
+    assert [name for name, value in values(build(tiny_config(*EVERYTHING))).items() if not value.isfinite().all()] == []
+
+
+def test_special_parameters_start_as_the_table_says() -> None:
+    start = values(build(tiny_config(*EVERYTHING)))
+    constants = {
+        "clip.logit_scale": 2.6592600,
+        "clip.logit_bias": -10.0,
+        "trunk.mask_token": 0.0,
+        "trunk.blocks.0.ls1.gamma": 0.1,
+        "decoder.blocks.0.ls2.gamma": 0.2,
+        "trunk.blocks.1.attn.q_norm.weight": 1.0,
+        "trunk.norm.weight": 1.0,
+        "text.ln_final.weight": 1.0,
+        "text.resblocks.0.attn.in_proj_bias": 0.0,
+        "prototypes.last_layer.weight_g": 1.0,
+        "decoder.proj_out.bias": 0.0,
+    }
+    for name, value in constants.items():
+        torch.testing.assert_close(start[name], torch.full_like(start[name], value), msg=name)
+    for name, std in (
+        (
+            "trunk.blocks.0.attn.qkv.weight",
+            0.02 * 0.88,
+        ),  # a normal cut at 2 standard deviations has 0.88 of one left
+        ("text.resblocks.0.attn.in_proj_weight", 32**-0.5),
+        ("text.resblocks.0.mlp.c_proj.weight", 64**-0.5),
+        ("text.token_embedding.weight", 0.02),
+    ):
+        assert start[name].std().item() == pytest.approx(std, rel=0.1), name
+
+
+def test_the_teacher_starts_as_the_student() -> None:
+    pairs = teacher_pairs(build(tiny_config()))
+    assert {name.split(".")[0] for name, _, _ in pairs} == {"trunk", "prototypes"}
+    assert all(torch.equal(student, teacher) for _, student, teacher in pairs)
+
+
+def test_values_do_not_depend_on_what_else_is_built_nor_on_torchs_seed() -> None:
+    torch.manual_seed(1)
+    whole = values(build(tiny_config()))
+    torch.manual_seed(2)
+    part = values(build(tiny_config("batch.ssl=0", "objectives.ssl.weight=0")))
+    assert 0 < len(part) < len(whole)
+    assert all(torch.equal(value, whole[name]) for name, value in part.items())
+
+
+def test_seeds_and_names_make_different_values() -> None:
+    name, other = "trunk.blocks.0.mlp.w1.weight", "trunk.blocks.0.mlp.w2.weight"
+    first, second = values(build(tiny_config())), values(build(tiny_config("seed=1")))
+    assert not torch.equal(first[name], second[name])
+    assert not torch.equal(first[name], first[other])
+
+
+def test_a_bf16_parameter_holds_the_rounded_float32_value() -> None:
+    config, name = tiny_config(), "trunk.blocks.0.mlp.w1.weight"
+    whole = values(build(config))[name]
+    half = torch.empty_like(whole, dtype=torch.bfloat16)
+    initialise_parameter(name, half, config)
+    assert torch.equal(half, whole.bfloat16())

@@ -1,0 +1,54 @@
+"""A run small enough for a test: its config, and batches that need no shards.
+
+config = tiny_config("optim.steps=6", "batch.ssl=0", "objectives.ssl.weight=0")
+batch = random_batch(config, step=3, rank=1, world_size=2)     # rows 1, 3, 5 ... of the same global batch everywhere
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from configs import Config, load_config
+from data.batch import Batch
+
+TINY = Path(__file__).parent / "tiny.yaml"
+
+
+def tiny_config(*overrides: str) -> Config:
+    """The preset tests/tiny.yaml with overrides."""
+    return load_config(TINY, overrides)
+
+
+def random_batch(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+    """This rank's rows of a global batch that depends on the step alone; random pixels, captions and masks."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    batch, views, text = config.batch, config.views, config.model.text
+    patches = (views.global_size // config.model.patch_size) ** 2
+    hidden = patches // 4
+
+    def pixels(count: int, size: int) -> torch.Tensor:
+        return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+
+    images = pixels(batch.clip, views.image_size)
+    global_crops = pixels(2 * batch.ssl, views.global_size).unflatten(0, (2, batch.ssl))
+    local_crops = pixels(views.num_locals * batch.ssl, views.local_size).unflatten(0, (views.num_locals, batch.ssl))
+    captions = torch.randint(1, text.vocab - 1, (batch.clip, text.context), generator=generator)
+    captions[:, text.context // 2] = text.vocab - 1
+    captions[:, text.context // 2 + 1 :] = 0
+    masks = torch.zeros(2, batch.ssl, patches, dtype=torch.bool)
+    for row in range(batch.ssl):  # the first view is masked, the second whole: as half of the crops
+        masks[0, row, torch.randperm(patches, generator=generator)[:hidden]] = True
+    own = slice(rank, None, world_size)
+    own_masks = masks[:, own].flatten(0, 1)
+    return Batch(
+        images=images[own],
+        captions=captions[own],
+        global_crops=global_crops[:, own].flatten(0, 1),
+        local_crops=local_crops[:, own].flatten(0, 1),
+        masks=own_masks,
+        masked_idx=own_masks.flatten().nonzero().squeeze(1),
+        step=step,
+        keys=tuple(f"random/{row}" for row in range(batch.clip))[own],
+    )
