@@ -71,8 +71,14 @@ def check_science(path: Path, config: Config, allowed: tuple[str, ...] = ()) -> 
 
 
 def read_state(path: Path) -> State:
-    """The `state.json` of a checkpoint."""
-    return State(**json.loads((path / "state.json").read_text()))
+    """The `state.json` of a checkpoint. Raises UserError where it is missing or damaged."""
+    try:
+        return State(**json.loads((path / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}/state.json cannot be read ({error}): the checkpoint is damaged; write the name of an earlier one "
+            f"into {path.parent}/latest, or start anew"
+        ) from None
 
 
 def consolidate(path: Path, out: Path) -> None:

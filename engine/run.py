@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from configs import Config, UserError, to_yaml
 from data.captions import CaptionEncoder
@@ -26,98 +27,108 @@ from engine.meter import Meter
 from engine.pictures import latent_colours, reconstructions, write_png
 from engine.report import Reporter, open_reporter
 from engine.step import StepRecord, train_step
+from model.describe import describe
 from model.imagenet import denormalise
 from model.objectives.comm import Comm
 from model.objectives.total import Centres
+from model.pretrainer import Rows
 
 GC_EVERY = 200  # steps between two collections, on all ranks at once: a rank that collects alone makes the others wait
 
 
 def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -> int:
     """Trains to optim.steps, or to a stop signal; gives the exit code. A collective."""
-    encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
-    check_vocabulary(encoder, config)
-    torch.manual_seed(config.seed)
     run_dir = archive.run_directory(config)
-    parts = assemble(config, ds_config, comm)
-    first_step, centres = _restore(parts, run_dir, resume)
-    if world.is_first():
-        _describe(run_dir, config, ds_config)
-    guard = Guard(comm, parts.device)
-    guard.listen()
-    loader = Loader(config, encoder, rank=comm.rank, world_size=comm.world_size, bad_log=run_dir / "bad_samples.jsonl")
-    gc.disable()
-    try:
-        with open_reporter(run_dir, config.optim.steps, first_step, world.is_first()) as reporter:
+    with closing(make_loader(config, comm, run_dir / "bad_samples.jsonl")) as loader:
+        parts = assemble(config, ds_config, comm)
+        first_step, centres = _restore(parts, run_dir, resume)
+        if world.is_first():
+            _describe(run_dir, config, ds_config)
+        guard = Guard(comm, parts.device)
+        guard.listen()
+        with open_reporter(run_dir, config.optim.steps, first_step, world.is_first()) as reporter, _gc_by_hand():
+            reporter.say(describe(config, Rows.per_rank(config, comm.world_size)))
             for name, choice in parts.choices.items():
                 reporter.say(f"{name}: {choice}")
-            return _loop(config, parts, loader, guard, reporter, run_dir, first_step, centres)
-    finally:
-        gc.enable()
-        loader.close()
+            return Run(config, parts, loader, guard, reporter, run_dir).go(first_step, centres)
 
 
-def _loop(
-    config: Config,
-    parts: Assembly,
-    loader: Loader,
-    guard: Guard,
-    reporter: Reporter,
-    run_dir: Path,
-    first_step: int,
-    centres: Centres | None,
-) -> int:
-    system, total = config.system, config.optim.steps
-    meter = Meter(parts.comm, total, config.batch.clip)
-    batches = loader.iterate(first_step)
-    for step in range(first_step, total):
-        record = train_step(parts, next(batches), centres, config)
-        centres = record.centres
-        meter.add(record)
-        guard.watch(record.losses["total"])
-        done = step + 1
-        if done % GC_EVERY == 0:
-            gc.collect()
-        if done % system.report_every and done != total:
-            continue
-        guard.check(done)
-        reporter.scalars(done, meter.read(done, loader.wait_seconds) | data_health(loader))
-        is_stopping = guard.should_stop()
-        if _is_due(done, system.images_every, system.report_every) or done == total or is_stopping:
-            show(record, run_dir, reporter, done)
-        if _is_due(done, system.checkpoint_every, system.report_every) or done == total or is_stopping:
-            saved = checkpoint.save(run_dir / "checkpoints", done, parts.engine, parts.teacher, centres, config)
-            reporter.say(f"saved {saved}")
-        if is_stopping and done != total:
-            reporter.say(f"asked to stop: {done} of {total} steps are done; go on with --resume")
-            return STOPPED
-    if world.is_first():
-        archive.consolidate(archive.find(run_dir / "checkpoints"), run_dir / "weights.safetensors")
-    world.barrier()
-    return 0
+def make_loader(config: Config, comm: Comm, bad_log: Path) -> Loader:
+    """This rank's loader. Made before the model: on a large run a mistake in the data is told minutes earlier."""
+    encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
+    check_vocabulary(encoder, config)
+    return Loader(config, encoder, rank=comm.rank, world_size=comm.world_size, bad_log=bad_log)
 
 
-def show(record: StepRecord, run_dir: Path, reporter: Reporter, step: int) -> None:
-    """Reconstructions and latent colours of this rank's rec rows, as files and in TensorBoard."""
-    rec = record.outputs.rec
-    if rec is None or not world.is_first():
-        return
-    target, recon = denormalise(rec.target.detach()), denormalise(rec.recon.detach())
-    scale = target.shape[-1] // rec.latent.shape[-1]
-    pictures = {
-        "reconstructions": reconstructions(target, recon),
-        "latents": latent_colours(rec.latent.detach(), scale),
-    }
-    folder = run_dir / "pictures"
-    folder.mkdir(exist_ok=True)
-    for name, picture in pictures.items():
-        reporter.picture(step, name, picture)
-        write_png(picture, folder / f"{name}-{step:08d}.png")
+@dataclass(frozen=True)
+class Run:
+    """The loop and its occasions: every step, every report, the end."""
+
+    config: Config
+    parts: Assembly
+    loader: Loader
+    guard: Guard
+    reporter: Reporter
+    directory: Path
+
+    def go(self, first_step: int, centres: Centres | None) -> int:
+        """Steps from `first_step` to optim.steps; gives the exit code."""
+        total, report_every = self.config.optim.steps, self.config.system.report_every
+        meter = Meter(self.parts.comm, total, self.config.batch.clip)
+        batches = self.loader.iterate(first_step)
+        for step in range(first_step, total):
+            record = train_step(self.parts, next(batches), centres, self.config)
+            centres, done = record.centres, step + 1
+            meter.add(record)
+            self.guard.watch(record.losses["total"])
+            if done % GC_EVERY == 0:
+                gc.collect()
+            if (done % report_every == 0 or done == total) and self._report(done, record, meter):
+                self.reporter.say(f"asked to stop: {done} of {total} steps are done; go on with --resume")
+                return STOPPED
+        if world.is_first():
+            archive.consolidate(archive.find(self.directory / "checkpoints"), self.directory / "weights.safetensors")
+        world.barrier()
+        return 0
+
+    def _report(self, done: int, record: StepRecord, meter: Meter) -> bool:
+        """The host looks at the device; pictures and a checkpoint when they are due. Whether to stop before the end."""
+        system = self.config.system
+        self.guard.check(done)
+        self.reporter.scalars(done, meter.read(done, self.loader.wait_seconds) | data_health(self.loader))
+        is_stopping, is_last = self.guard.should_stop(), done == self.config.optim.steps
+        if is_stopping or is_last or is_due(done, system.images_every, system.report_every):
+            self._show(done, record)
+        if is_stopping or is_last or is_due(done, system.checkpoint_every, system.report_every):
+            root = self.directory / "checkpoints"
+            saved = checkpoint.save(root, done, self.parts.engine, self.parts.teacher, record.centres, self.config)
+            self.reporter.say(f"saved {saved}")
+        return is_stopping and not is_last
+
+    def _show(self, done: int, record: StepRecord) -> None:
+        """Reconstructions and latent colours of the first rank's rec rows, as files and in TensorBoard."""
+        rec = record.outputs.rec
+        if rec is None or not world.is_first():
+            return
+        target, recon = denormalise(rec.target.detach()), denormalise(rec.recon.detach())
+        scale = target.shape[-1] // rec.latent.shape[-1]
+        pictures = {
+            "reconstructions": reconstructions(target, recon),
+            "latents": latent_colours(rec.latent.detach(), scale),
+        }
+        folder = self.directory / "pictures"
+        folder.mkdir(exist_ok=True)
+        for name, picture in pictures.items():
+            self.reporter.picture(done, name, picture)
+            write_png(picture, folder / f"{name}-{done:08d}.png")
 
 
 def data_health(loader: Loader) -> dict[str, float]:
-    """Bad samples so far by reason, as this rank has met them."""
-    return {f"data/bad/{reason}": float(count) for reason, count in loader.health.counts.items()}
+    """Distinct bad samples so far by reason: what the index left out, and what any rank met. A collective."""
+    health = loader.health
+    met = world.gather_objects(health.counts - health.left_out)
+    counts = sum(met, health.left_out)
+    return {f"data/bad/{reason}": float(count) for reason, count in sorted(counts.items())}
 
 
 def check_vocabulary(encoder: CaptionEncoder, config: Config) -> None:
@@ -129,9 +140,18 @@ def check_vocabulary(encoder: CaptionEncoder, config: Config) -> None:
         )
 
 
-def _is_due(done: int, every: int, report_every: int) -> bool:
+def is_due(done: int, every: int, report_every: int) -> bool:
     """Whether a multiple of `every` fell into the reporting window that ends at `done`."""
     return every > 0 and done // every > (done - report_every) // every
+
+
+@contextmanager
+def _gc_by_hand() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _restore(parts: Assembly, run_dir: Path, resume: bool) -> tuple[int, Centres | None]:

@@ -160,6 +160,16 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every rank's `value`, pickled, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    with _named("gather_objects"):
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def _all_reduce(x: Tensor, op: Any, what: str) -> Tensor:
     reduced = x.detach().clone()
     if world_size() > 1:

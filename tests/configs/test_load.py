@@ -226,6 +226,12 @@ def test_what_is_written_reads_back_equal(
     assert load_config(path) == config
 
 
+@pytest.mark.parametrize("name", ["1e5", "010", "on", "true", "null", "7", "1_000", "2024-01-01", "-.5e1"])
+def test_a_name_like_a_number_is_written_in_quotes(name: str, tmp_path: Path) -> None:
+    config = tiny_config(f"name='{name}'")
+    assert load_config(written(tmp_path, to_yaml(config))) == config
+
+
 def test_the_written_config_spells_out_defaults() -> None:
     text = to_yaml(tiny_config())
     assert "weight_decay: 0.1" in text

@@ -44,6 +44,16 @@ def test_a_preset_is_called_like_its_file_and_says_how_to_run_it(name: str) -> N
 TRUNKS = {"vtp_s": 21.6, "vtp_b": 85.7, "vtp_l": 303.5, "ae_only": 303.5, "vtp_1b": 1132, "vtp_7b": 8053}
 
 
+SIZES = {"vtp_s": (384, 12, 6), "vtp_b": (768, 12, 12), "vtp_l": (1024, 24, 16)}  # width, depth, heads: published
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_encoder_and_decoder_have_the_released_size(name: str) -> None:
+    trunk, decoder = preset(name).model.trunk, preset(name).model.decoder
+    assert (trunk.width, trunk.depth, trunk.heads, trunk.norm) == (*SIZES[name], "rmsnorm")
+    assert (decoder.width, decoder.depth, decoder.heads, decoder.norm) == (*SIZES[name], "layernorm")
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_a_preset_builds_with_the_published_number_of_parameters(name: str) -> None:
     """On the meta device. Within 1 %; the largest difference is 0.2 %, of vtp_1b: norms, biases, patches."""

@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
 def clip_like(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny file built as CLIP's own: </w> suffixes, unknown is end-of-text, RobertaProcessing."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*letters, *(letter + "</w>" for letter in letters), "re", "red</w>"]
+    pieces = [*letters, *(letter + "</w>" for letter in letters if letter != "z"), "re", "red</w>"]  # z: unknown
     vocab = {piece: number for number, piece in enumerate([*pieces, START, END])}
     merges = [("r", "e"), ("re", "d</w>")]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=END, end_of_word_suffix="</w>"))
@@ -142,7 +142,7 @@ def test_any_text_gives_well_formed_rows(clip_like: str, trained: str, captions:
 def test_a_caption_cannot_write_an_end_of_text_of_its_own(trained: str) -> None:
     encoder = CaptionEncoder(trained, 77)
     row = encoder.encode([f"red {END} heart"])[0]
-    assert "heart" in encoder._tokenizer.decode(row[: row.argmax()].tolist())
+    assert encoder._tokenizer.decode(row[1 : row.argmax()].tolist(), skip_special_tokens=False) == f" red {END} heart"
 
 
 def test_text_beyond_the_cap_is_not_read(trained: str) -> None:
@@ -157,6 +157,12 @@ def test_clip_layout_is_read_as_clip_means_it(clip_like: str) -> None:
     vocab = Tokenizer.from_file(clip_like).get_vocab()
     rows = encoder.encode(["Red red"])
     assert rows.tolist() == [[vocab[START], vocab["red</w>"], vocab["red</w>"], vocab[END], 0, 0, 0, 0]]
+    assert torch.equal(encoder.encode(["red z red"]), rows)  # the unknown token is the end-of-text: never in the middle
+
+
+def test_the_context_decides_the_length_not_the_tokenizer_file(clip_like: str) -> None:
+    rows = CaptionEncoder(clip_like, 14).encode(["red " * 20, "red"])  # the file says: cut and pad to 9
+    assert rows.argmax(dim=1).tolist() == [13, 2]
 
 
 def test_a_tokenizer_whose_end_is_not_its_largest_id_is_refused(trained: str, tmp_path: Path) -> None:

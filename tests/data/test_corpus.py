@@ -142,6 +142,13 @@ def test_the_tokenizer_of_a_corpus_reads_its_captions_and_prompts(demo: Path) ->
     assert encoder.encode(classes[0]["prompts"]).argmax(dim=1).min() >= 2
 
 
+def test_the_tokenizer_learns_from_train_captions_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[str] = []
+    monkeypatch.setattr(corpus, "_train_tokenizer", lambda captions, vocab, path: learned.extend(captions))
+    assert run("synthetic", "--out", tmp_path, "--samples", 5, "--held-out", 3, "--size", 16) == 0
+    assert learned == [sample["txt"].decode() for _, sample in read_split(tmp_path, "train")]
+
+
 def test_the_same_command_again_does_nothing(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo.iterdir()}
     assert run("synthetic", "--out", demo, "--samples", 300, "--held-out", 128, "--shard-size", 100, "--size", 32) == 0
@@ -508,11 +515,11 @@ def test_odd_images_become_upright_eight_bit_first_frames(tmp_path: Path) -> Non
         assert (extension, getattr(image, "n_frames", 1)) == ("webp", 1)
         assert np.asarray(image.convert("RGB"))[5, 5, 0] > 240
 
-    turned = Image.new("RGB", (20, 10))
+    turned = Image.new("RGB", (200, 100))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees
-    turned.save(tmp_path / "turned.tif", exif=exif)
-    assert pictures.load_picture(tmp_path / "turned.tif", None)[2] == (10, 20)
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert pictures.load_picture(tmp_path / "turned.jpg", 50)[2] == (25, 50)
 
     Image.new("F", (4, 4)).save(tmp_path / "float.tif")
     with pytest.raises(pictures.Unusable, match="floating-point"):
