@@ -58,7 +58,10 @@ class Decoder:
                 "set system.loader.device=cpu or auto"
             )
         self.device = "gpu" if device != "cpu" and has_gpu else "cpu"
-        self._context = dali.EvalContext(num_threads=threads)
+        # Named here, on the thread that chose the rank's GPU: other threads start on GPU 0.
+        device_id = torch.cuda.current_device() if self.device == "gpu" else None
+        self._device = torch.device("cuda", device_id) if device_id is not None else torch.device("cpu")
+        self._context = dali.EvalContext(num_threads=threads, device_id=device_id)
         self._lock = threading.Lock()
 
     def decode(self, encoded: Sequence[bytes]) -> list[Picture | str]:
@@ -89,8 +92,7 @@ class Decoder:
 
     def nothing(self, size: int) -> torch.Tensor:
         """(0, 3, size, size) uint8 on the device: the crops of an objective that is off."""
-        device = "cuda" if self.device == "gpu" else "cpu"
-        return torch.empty((0, 3, size, size), dtype=torch.uint8, device=device)
+        return torch.empty((0, 3, size, size), dtype=torch.uint8, device=self._device)
 
     def _decode(self, encoded: list[NDArray[np.uint8]]) -> list[Picture | str]:
         """Halves a failing batch until each bad picture is alone: k of n cost about k log n more calls."""

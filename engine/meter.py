@@ -31,7 +31,7 @@ class Meter:
 
     def add(self, record: StepRecord) -> None:
         """Adds a step's losses to the running sums; no sync."""
-        terms = record.losses | {"grad_norm": torch.as_tensor(record.grad_norm or 0.0)}
+        terms = record.losses | {"grad_norm": torch.as_tensor(record.grad_norm)}
         for name, value in terms.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()

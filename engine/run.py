@@ -124,7 +124,10 @@ class Run:
 
 
 def data_health(loader: Loader) -> dict[str, float]:
-    """Distinct bad samples so far by reason: what the index left out, and what any rank met. A collective."""
+    """Bad samples so far by reason: what the index left out, and what each rank met since it started. A collective.
+
+    A sample that two ranks met in two epochs counts for both; `bad_samples.jsonl` has each once.
+    """
     health = loader.health
     met = world.gather_objects(health.counts - health.left_out)
     counts = sum(met, health.left_out)

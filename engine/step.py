@@ -30,7 +30,7 @@ class StepRecord:
 
     losses: dict[str, Tensor]  # every named term, detached scalars on the device: this rank's mean
     schedule: dict[str, float]  # learning rate, teacher momentum and temperature of this step
-    grad_norm: float | Tensor | None  # of the averaged gradient before clipping; the same on every rank
+    grad_norm: float | Tensor  # of the averaged gradient before clipping; the same on every rank
     outputs: Outputs
     centres: Centres | None  # for the next step
 

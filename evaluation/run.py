@@ -31,6 +31,8 @@ TASKS = ("zero_shot", "reconstruction")
 def evaluate(run: Path, tasks: Iterable[str], batch_size: int, classes: Path | None = None) -> dict[str, Any]:
     """The results by task. Raises UserError for a run without weights, an unknown task or a missing corpus."""
     tasks = check_tasks(tasks)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run directory: it has no config.yaml; name one that training wrote, runs/NAME")
     config = load_config(run / "config.yaml")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = VisualTokenizer.from_run(run).to(device)

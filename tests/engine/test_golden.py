@@ -3,7 +3,6 @@
 python -m tests.engine.test_golden        # writes tests/golden/tiny.txt anew, after a change that is meant
 """
 
-import platform
 from pathlib import Path
 
 import pytest
@@ -28,11 +27,10 @@ def run() -> list[float]:
 
 def machine() -> str:
     """What decides how sums are rounded: processor, its vector units as torch sees them, torch."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in lines}
+    processor = ", ".join(facts.get(key, "?") for key in ("model name", "cpu family", "model", "stepping"))
+    return f"{processor}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def test_ten_tiny_steps_reproduce_the_golden_run() -> None:

@@ -1,10 +1,12 @@
 """A whole run as a user starts it: shards in, run directory out; stopped by a signal and taken up again."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -31,7 +33,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("corpus") / "data"
     asked = ["synthetic", "--out", str(out), "--samples", "240", "--held-out", "24", "--size", "32"]
     assert corpus.main([*asked, "--shard-size", "20"]) == 0
+    _spoil(out / "train-000003.tar")
     return out
+
+
+def _spoil(shard: Path) -> None:
+    """Cuts the first image of the shard in half, and takes the caption from the second sample."""
+    with tarfile.open(shard) as tar:
+        members = [(info, tar.extractfile(info).read()) for info in tar.getmembers()]  # type: ignore[union-attr]
+    keys = list(dict.fromkeys(info.name.split(".")[0] for info, _ in members))
+    with tarfile.open(shard, "w") as tar:
+        for info, content in members:
+            key, _, extension = info.name.partition(".")
+            if key == keys[0] and extension in ("jpg", "png", "webp"):
+                content = content[: len(content) // 2]
+            if key != keys[1] or extension != "txt":
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
 
 
 def command(shards: Path, run_dir: Path, *more: str) -> list[str]:
@@ -39,7 +57,7 @@ def command(shards: Path, run_dir: Path, *more: str) -> list[str]:
     overrides = (
         f"data.train=[{shards}/train-*.tar]", f"data.held_out=[{shards}/held_out-*.tar]",
         f"data.tokenizer={shards}/tokenizer.json", "model.text.vocab=2048", "model.text.context=32",
-        f"system.run_dir={run_dir}", "system.report_every=2",
+        f"system.run_dir={run_dir}", "system.report_every=2", "data.max_bad_share=0.05",
     )  # fmt: skip
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port"]
     launcher += [str(29600 + os.getpid() % 1000), str(ROOT / "engine/launch.py")]
@@ -111,6 +129,14 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(shards: Path, tmp_p
     assert reached < 40
     assert (stopped / "checkpoints" / "latest").read_text() == f"step-{reached:08d}"
     assert "go on with --resume" in (stopped / "log.txt").read_text()
+
+    # 40 steps of 12 rows are two epochs. The index left one sample out; the other was met in each, by one rank or by two.
+    health = {name: value for name, value in reports(whole)[-1].items() if name.startswith("data/bad/")}
+    assert len(health) == 2
+    assert health.pop("data/bad/missing caption") == 1
+    assert list(health.values()) in ([1], [2])
+    logged = [json.loads(line) for line in (whole / "bad_samples.jsonl").read_text().splitlines()]
+    assert len({record["key"] for record in logged}) == len(logged) == 2
 
     resumed = command(shards, stopped, *steps, "--resume")
     subprocess.run(resumed, env=environment(), check=True, capture_output=True, cwd=tmp_path)
