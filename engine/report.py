@@ -93,8 +93,11 @@ class Terminal:
         self._bar = None
         if sys.stdout.isatty():
             columns = (
-                BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[headline]}")
-            )  # fmt: skip
+                BarColumn(bar_width=10),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[headline]}"),
+            )
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task("train", total=total_steps, completed=first_step, headline="")
             self._bar.start()

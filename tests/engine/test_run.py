@@ -130,7 +130,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(shards: Path, tmp_p
     assert (stopped / "checkpoints" / "latest").read_text() == f"step-{reached:08d}"
     assert "go on with --resume" in (stopped / "log.txt").read_text()
 
-    # 40 steps of 12 rows are two epochs. The index left one sample out; the other was met in each, by one rank or by two.
+    # 40 steps of 12 rows are two epochs. The index left one sample out; one rank, or two, met the other in them.
     health = {name: value for name, value in reports(whole)[-1].items() if name.startswith("data/bad/")}
     assert len(health) == 2
     assert health.pop("data/bad/missing caption") == 1
