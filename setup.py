@@ -9,7 +9,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.15",  # 3.15 brings a standard module called `profiling`
     packages=[
-        "configs", "kernels", "data", "model", "model.objectives", "engine", "evaluation",
+        "configs", "kernels", "data", "model", "model.objectives", "engine", "evaluation", "profiling",
+        "profiling.benches",
     ],
     package_data={"configs": ["*.yaml", "deepspeed/*.json"]},
     install_requires=[
@@ -31,11 +32,11 @@ setup(
         "setuptools",  # torch.utils.tensorboard and DeepSpeed's extension builder import it at run time
     ],
     extras_require={
-        "gpu": ["flash-attn", "xformers", "transformer-engine[pytorch]", "nvidia-ml-py"],
+        "gpu": ["flash-attn", "xformers", "transformer-engine[pytorch]", "torchao", "nvidia-ml-py"],
         "eval": ["matplotlib"],
         "dev": [
             "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "beartype", "scikit-image",
-            "scikit-learn",
+            "scikit-learn", "torchao", "triton",  # both run on the CPU too: real float8, interpreted kernels
         ],
     },
 )  # fmt: skip

@@ -82,7 +82,7 @@ def start(timeout_minutes: float, rendezvous: str = "env://") -> Ranks:
 
     `timeout_minutes` is how long a collective waits before it counts another rank as lost. `rendezvous` is
     where ranks meet: the launcher's MASTER_ADDR and MASTER_PORT, or `file:///path` on one machine. UserError
-    for half-set variables or too few GPUs; RankError where not all ranks arrive.
+    for half-set variables, a taken port or too few GPUs; RankError where not all ranks arrive.
     """
     needed = [name for name in LAUNCHER_VARIABLES if rendezvous == "env://" or not name.startswith("MASTER")]
     unset = [name for name in needed if name not in os.environ]
@@ -103,6 +103,11 @@ def start(timeout_minutes: float, rendezvous: str = "env://") -> Ranks:
     try:
         dist.init_process_group(backend, init_method=rendezvous, rank=own, world_size=size, timeout=timeout)
     except RuntimeError as error:  # a timeout of the store is one too
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {os.environ.get('MASTER_PORT')} of this machine is taken, by another run most likely: every run "
+                "meets at a port of its own; give another, `deepspeed --master_port 29501 engine/launch.py ...`"
+            ) from None
         raise RankError(
             f"rank {own} of {size}: not all ranks met at {rendezvous} in {timeout_minutes} min: {error}"
         ) from error

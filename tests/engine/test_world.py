@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -113,6 +114,18 @@ def test_half_set_launcher_variables_are_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"WORLD_SIZE=2 is set but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"):
         world.start(1)
+
+
+@pytest.mark.L0
+def test_a_taken_port_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other_run:
+        other_run.bind(("127.0.0.1", 0))
+        other_run.listen()
+        port = str(other_run.getsockname()[1])
+        for name, value in zip(world.LAUNCHER_VARIABLES, ("0", "2", "0", "127.0.0.1", port), strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"port {port} of this machine is taken.*--master_port"):
+            world.start(2 / 60)
 
 
 def leave_early(comm: Comm) -> None:

@@ -62,6 +62,9 @@ def test_special_parameters_start_as_the_table_says() -> None:
         ("text.resblocks.0.attn.in_proj_weight", 32**-0.5),
         ("text.resblocks.0.mlp.c_proj.weight", 64**-0.5),
         ("text.token_embedding.weight", 0.02),
+        ("bottleneck.weight", 32**-0.5),
+        ("decoder.proj_in.weight", 8**-0.5),
+        ("decoder.proj_out.weight", 32**-0.5),
     ):
         assert start[name].std().item() == pytest.approx(std, rel=0.1), name
 

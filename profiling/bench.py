@@ -1,0 +1,49 @@
+"""python -m profiling.bench NAME [--rounds N] [--json FILE]: the engine's parts against what one would write otherwise.
+
+Variants alternate in one process; a table gives medians, paired ratios, peak memory and MFU against this machine's own
+matmul peak. Every bench first checks that its variants compute the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from profiling.measurement import Measurement
+
+BENCHES = ("attention",)
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of this module; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m profiling.bench", description=__doc__)
+    parser.add_argument("name", choices=BENCHES)
+    parser.add_argument("--rounds", type=int, default=11, help="times each variant runs (default 11)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the figures here")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: a median needs at least one round")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    run: Callable[[int], list[Measurement]] = import_module(f"profiling.benches.{options.name}").run
+    measurements = run(options.rounds)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for measurement in measurements:
+        console.print(measurement.as_table())
+        for note in measurement.notes:
+            console.print(note)
+    if options.json is not None:
+        options.json.write_text(json.dumps([m.as_dict() for m in measurements], indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,39 @@
+"""Attention over packed segments, forward and backward: every backend that runs on this device.
+
+The workload is a share of a ViT-S step at 256 px: segments of 257 tokens (clip, ssl global) and of 37 (ssl local), 6
+heads of 64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.attention import attend, reference
+from profiling.machine import device
+from profiling.measurement import Measurement, measure
+
+SEGMENTS = ((12, 257), (16, 37))
+HEADS, HEAD_WIDTH = 6, 64
+BACKENDS = ("sdpa", "matmul")
+
+
+def run(rounds: int) -> list[Measurement]:
+    """One measurement a dtype."""
+    return [_measure(dtype, rounds) for dtype in (torch.float32, torch.bfloat16)]
+
+
+def _measure(dtype: torch.dtype, rounds: int) -> Measurement:
+    tokens = sum(count * length for count, length in SEGMENTS)
+    q, k, v = (torch.randn(tokens, HEADS, HEAD_WIDTH, device=device()).to(dtype).requires_grad_() for _ in range(3))
+
+    def step(backend: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(q, k, v, SEGMENTS, backend=backend).float().sum(), (q, k, v))
+
+    want = reference(q.detach().float(), k.detach().float(), v.detach().float(), SEGMENTS)
+    for backend in BACKENDS:
+        torch.testing.assert_close(attend(q, k, v, SEGMENTS, backend=backend).float(), want, atol=2e-2, rtol=2e-2)
+    words = " + ".join(f"{count} segments of {length}" for count, length in SEGMENTS)
+    workload = f"{words} tokens, {HEADS} heads of {HEAD_WIDTH}, {dtype}, forward and backward"
+    variants = {backend: lambda backend=backend: step(backend) for backend in BACKENDS}
+    return measure("attention", workload, variants, "sdpa", rounds)

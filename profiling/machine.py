@@ -1,0 +1,56 @@
+"""What a figure was measured on, and how fast that is at best.
+
+describe()                         {"device": "AMD EPYC (family 25, model 17)", "threads": 2, "torch": "2.13.0+cpu"}
+matmul_peak(torch.bfloat16)        9.1e11 FLOP/s: the best of a few square products, here and now
+
+MFU in the benches is against this measured peak, not against a data sheet: a shared CPU has none.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from profiling.clock import alternate
+
+
+def device() -> torch.device:
+    """What benches run on: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe() -> dict[str, str | int]:
+    """Device, threads and versions, in the words of the system."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@cache
+def matmul_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of three square matrix products, best of several runs each."""
+    sizes = (2048, 4096, 8192) if torch.cuda.is_available() else (1024, 2048, 3072)
+    return max(_speed(size, dtype) for size in sizes)
+
+
+def _speed(size: int, dtype: torch.dtype) -> float:
+    left, right = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+    times = alternate({"product": lambda: left @ right}, rounds=7)["product"]
+    return 2 * size**3 / min(times.seconds)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    return (
+        f"{facts.get('model name', platform.machine())} (family {facts.get('cpu family')}, model {facts.get('model')})"
+    )

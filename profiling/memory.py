@@ -1,0 +1,38 @@
+"""Peak memory of a call, in tensor bytes.
+
+    peak_bytes(lambda: loss(x).backward())      # above what was allocated when the call began
+
+On CUDA the allocator's own counter. On the CPU, where there is none, the running sum of every allocation and release
+that torch's profiler records: exact for tensors, blind to what libraries allocate behind torch's back (oneDNN's packed
+weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes held at one moment during `call`, beyond those held before."""
+    if torch.cuda.is_available():
+        return _cuda_peak(call)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = call()
+    del result
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes, initial=0))
+
+
+def _cuda_peak(call: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
