@@ -129,6 +129,7 @@ def test_a_taken_port_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch)
 
 
 def leave_early(comm: Comm) -> None:
+    world.barrier()  # before it, the other rank may still be connecting and would fail there
     if comm.rank == 0:
         os._exit(7)
     comm.all_sum(torch.ones(3))
