@@ -255,7 +255,7 @@ class System(Section):
     images_every: Count = 0  # steps between two picture reports; 0: only at the end
     checkpoint_every: Count = 0  # steps; 0: only at the end
     compile: Literal["auto", "on", "off"] = "auto"
-    attention: Literal["auto", "sdpa", "matmul"] = "auto"
+    attention: Literal["auto", "flash3", "varlen", "flash2", "xformers", "sdpa", "matmul"] = "auto"
     timeout_minutes: Positive = 60  # of a collective, before a rank counts as lost
     loader: Loader = Loader()
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs import Config
+from configs import Config, UserError
 from engine import world, zero
 from engine.optim import adamw
 from engine.teacher import Teacher
-from kernels.attention import resolve
+from kernels.attention import Backend, resolve
 from model.block import Block
 from model.initialise import initialise_parameter
 from model.objectives.comm import Comm
@@ -31,6 +31,7 @@ from model.objectives.total import Centres
 from model.pretrainer import Pretrainer, Rows, teacher_pairs
 from model.text import TextBlock
 
+MOST_GRAPHS = 32  # of one block kind; captions meet a few shapes a run (model/captions.py), torch's own limit is 8
 LEAVES: list[type[nn.Module]] = [Block, TextBlock]
 
 
@@ -50,7 +51,7 @@ class Assembly:
 def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
     """Builds the run on this rank; a collective. `comm` is what `world.start` gave."""
     device = world.device()
-    attention = resolve(config.system.attention, device, zero.DTYPES[config.optim.precision])
+    attention = _attention(config, device)
     is_compiled, why = resolve_compile(config, device)
     with zero.construction(ds_config, config.optim.precision, device):
         model = Pretrainer(config, Rows.per_rank(config, world.world_size()), attention.name)
@@ -83,6 +84,13 @@ def initialise(model: Pretrainer, config: Config) -> None:
                 initialise_parameter(name, parameter.data, config)
 
 
+def _attention(config: Config, device: torch.device) -> Backend:
+    try:
+        return resolve(config.system.attention, device, zero.DTYPES[config.optim.precision])
+    except ValueError as error:
+        raise UserError(f"system.attention={config.system.attention}: {error}") from None
+
+
 def resolve_compile(config: Config, device: torch.device) -> tuple[bool, str]:
     """Whether blocks are compiled, and why."""
     if config.system.compile != "auto":
@@ -94,6 +102,7 @@ def resolve_compile(config: Config, device: torch.device) -> tuple[bool, str]:
 
 def compile_blocks(model: nn.Module) -> None:
     """One full graph per block kind and layout; the integers of a layout are constants of the graph."""
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for module in model.modules():
         if isinstance(module, tuple(LEAVES)):
             module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)

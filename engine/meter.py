@@ -26,7 +26,7 @@ class Meter:
         self._total_steps, self._samples_per_step = total_steps, samples_per_step
         self._sums: dict[str, Tensor] = {}
         self._schedule: dict[str, float] = {}
-        self._count = 0
+        self._count, self._saved = 0, 0.0
         self._since = time.perf_counter()
 
     def add(self, record: StepRecord) -> None:
@@ -37,6 +37,7 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._schedule = record.schedule
         self._count += 1
+        self._saved += record.caption_tokens_saved
 
     def read(self, step: int, waited_seconds: float) -> dict[str, float]:
         """The report at `step` finished steps, and a new start. A collective; waits for the device once.
@@ -57,7 +58,8 @@ class Meter:
             "speed/samples_per_second": self._samples_per_step / per_step,
             "speed/step_ms": 1000 * per_step,
             "speed/data_wait_share": min(1.0, waited_seconds / seconds),
+            "speed/caption_tokens_saved": self._saved / self._count,
             "speed/seconds_left": (self._total_steps - step) * per_step,
         }
-        self._sums, self._count, self._since = {}, 0, time.perf_counter()
+        self._sums, self._count, self._saved, self._since = {}, 0, 0.0, time.perf_counter()
         return values

@@ -11,6 +11,7 @@ Nothing here waits for the device: numbers stay tensors until a report reads the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from data.batch import Batch
 from engine.assemble import Assembly
 from engine.optim import set_learning_rate
 from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
+from model.captions import pack_captions
 from model.objectives.total import Centres, compute
 from model.outputs import Outputs
 
@@ -31,6 +33,7 @@ class StepRecord:
     losses: dict[str, Tensor]  # every named term, detached scalars on the device: this rank's mean
     schedule: dict[str, float]  # learning rate, teacher momentum and temperature of this step
     grad_norm: float | Tensor  # of the averaged gradient before clipping; the same on every rank
+    caption_tokens_saved: float  # the share of the text tower's token slots that packing left out
     outputs: Outputs
     centres: Centres | None  # for the next step
 
@@ -42,7 +45,8 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
     temperature = teacher_temperature(batch.step, config)
     set_learning_rate(parts.engine, rate)
 
-    outputs = parts.engine(**model_inputs(batch, parts.device))
+    inputs = model_inputs(batch, parts.device)
+    outputs = parts.engine(**inputs)
     losses = compute(outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual)
     parts.engine.backward(losses.total)
     parts.engine.step()
@@ -52,12 +56,14 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
         losses=losses.named(),
         schedule={"learning_rate": rate, "teacher_momentum": momentum, "teacher_temperature": temperature},
         grad_norm=parts.engine.get_global_grad_norm(),
+        caption_tokens_saved=inputs["captions"].saved(batch.captions),
         outputs=outputs,
         centres=losses.centres,
     )
 
 
-def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a batch on the device, under the names of Pretrainer.forward."""
-    names = ("images", "captions", "global_crops", "local_crops", "masks", "masked_idx")
-    return {name: getattr(batch, name).to(device, non_blocking=True) for name in names}
+def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """What Pretrainer.forward takes, on the device: captions packed, the rest as the batch has it."""
+    names = ("images", "global_crops", "local_crops", "masks", "masked_idx")
+    tensors = {name: getattr(batch, name).to(device, non_blocking=True) for name in names}
+    return {"captions": pack_captions(batch.captions).to(device), **tensors}

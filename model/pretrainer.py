@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from configs import Config, UserError
 from configs.schema import Model
+from model.captions import PackedCaptions
 from model.decoder import PixelDecoder
 from model.heads import ClipHeads, PrototypeHead
 from model.imagenet import normalise
@@ -99,13 +100,13 @@ class Pretrainer(nn.Module):
     def forward(
         self,
         images: Tensor,
-        captions: Tensor,
+        captions: PackedCaptions,
         global_crops: Tensor,
         local_crops: Tensor,
         masks: Tensor,
         masked_idx: Tensor,
     ) -> Outputs:
-        """The fields of data's Batch, pixels uint8 or float in [0, 1] -> what the objectives compare."""
+        """Data's Batch, captions packed, pixels uint8 or float in [0, 1] -> what the objectives compare."""
         crops = self._crops(images, global_crops, local_crops)
         taught = None
         if self.teacher is not None:
@@ -139,7 +140,7 @@ class Pretrainer(nn.Module):
         assert self.bottleneck is not None, "built whenever an objective reads it"
         return self.bottleneck(x)
 
-    def _clip(self, layout: Layout, z_TD: Tensor, captions: Tensor) -> ClipOutputs | None:
+    def _clip(self, layout: Layout, z_TD: Tensor, captions: PackedCaptions) -> ClipOutputs | None:
         if self.clip is None or self.text is None:
             return None
         return ClipOutputs(*self.clip(image_feature(layout, z_TD, self.image_feature), self.text(captions)))

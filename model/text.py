@@ -1,10 +1,10 @@
 """The text tower of CLIP: a causal transformer whose end-of-text token speaks for the caption.
 
     tower = TextTower(Text(width=768, depth=12, heads=12), clip_width=768, backend="sdpa")
-    tower(captions_BC)          # (B, 77) token ids -> (B, 768), not yet L2-normalised
+    tower(pack_captions(captions_BC))          # (B, 77) token ids -> (B, 768), not yet L2-normalised
 
-The end-of-text token has the largest id of the vocabulary, so it is found as the argmax of the ids [C].
-LayerNorm eps is 1e-5, GELU is exact. Parameter names are those of open_clip: resblocks.N.attn.in_proj_weight,
+Captions come packed (model/captions.py): several a row, each blind to its neighbours. LayerNorm eps is 1e-5, GELU is
+exact [C]. Parameter names are those of open_clip: resblocks.N.attn.in_proj_weight,
 mlp.c_fc, ln_final ...
 """
 
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import Text
-from kernels.attention import Segments, attend
+from kernels.attention import Segments, Spans, attend
 from model.block import LayerNorm
+from model.captions import PackedCaptions
 
 
 class TextAttention(nn.Module):
@@ -29,10 +30,10 @@ class TextAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x_TD: Tensor, segments: Segments, spans: Spans) -> Tensor:
         qkv_T3HE = F.linear(x_TD, self.in_proj_weight, self.in_proj_bias).unflatten(1, (3, self.heads, -1))
         q_THE, k_THE, v_THE = qkv_T3HE.unbind(1)
-        out_THE = attend(q_THE, k_THE, v_THE, segments, causal=True, backend=self.backend)
+        out_THE = attend(q_THE, k_THE, v_THE, segments, causal=True, backend=self.backend, spans=spans)
         return self.out_proj(out_THE.flatten(1))
 
 
@@ -58,8 +59,9 @@ class TextBlock(nn.Module):
         self.ln_2 = LayerNorm(text.width, eps=1e-5)
         self.mlp = TextMlp(text.width, text.mlp_ratio)
 
-    def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
-        x_TD = x_TD + self.attn(self.ln_1(x_TD), segments)
+    def forward(self, x_TD: Tensor, segments: Segments, spans: Spans) -> Tensor:
+        """(T, D) -> (T, D): `segments` are R rows of C tokens, `spans` the captions in them."""
+        x_TD = x_TD + self.attn(self.ln_1(x_TD), segments, spans)
         return x_TD + self.mlp(self.ln_2(x_TD))
 
 
@@ -74,12 +76,11 @@ class TextTower(nn.Module):
         self.ln_final = LayerNorm(text.width, eps=1e-5)
         self.text_projection = nn.Parameter(torch.empty(text.width, clip_width))
 
-    def forward(self, captions_BC: Tensor) -> Tensor:
-        """(B, C) int64, C at most the context -> (B, clip_width)."""
-        count, length = captions_BC.shape
-        x_BCD = self.token_embedding(captions_BC) + self.positional_embedding[:length]
-        x_TD = x_BCD.flatten(0, 1)
+    def forward(self, captions: PackedCaptions) -> Tensor:
+        """B captions, positions below the context -> (B, clip_width)."""
+        places_RCD = F.embedding(captions.positions_RC, self.positional_embedding)
+        x_TD = (self.token_embedding(captions.tokens_RC) + places_RCD).flatten(0, 1)
+        rows, width = captions.tokens_RC.shape
         for block in self.resblocks:
-            x_TD = block(x_TD, ((count, length),))
-        ends_B = torch.arange(count, device=captions_BC.device) * length + captions_BC.argmax(dim=1)
-        return self.ln_final(x_TD.index_select(0, ends_B)) @ self.text_projection
+            x_TD = block(x_TD, ((rows, width),), captions.spans)
+        return self.ln_final(x_TD.index_select(0, captions.ends_B)) @ self.text_projection

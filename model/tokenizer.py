@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from configs.schema import Model
+from model.captions import pack_captions
 from model.decoder import PixelDecoder
 from model.heads import ClipHeads
 from model.imagenet import denormalise, normalise
@@ -98,7 +99,8 @@ class VisualTokenizer(nn.Module):
     @torch.no_grad()
     def embed_captions(self, captions: Tensor) -> Tensor:
         """(B, C) token ids -> (B, clip_width) float32, L2-normed: captions in the joint image-text space."""
-        return F.normalize(_require(self.text, "embed_captions", "text")(captions).float(), dim=-1)
+        packed = pack_captions(captions.cpu()).to(self.trunk.cls_token.device)
+        return F.normalize(_require(self.text, "embed_captions", "text")(packed).float(), dim=-1)
 
 
 def _require(part: Part | None, method: str, name: str) -> Part:

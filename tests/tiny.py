@@ -7,11 +7,13 @@ batch = random_batch(config, step=3, rank=1, world_size=2)     # rows 1, 3, 5 ..
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from configs import Config, load_config
 from data.batch import Batch
+from model.captions import pack_captions
 
 TINY = Path(__file__).parent / "tiny.yaml"
 
@@ -19,6 +21,12 @@ TINY = Path(__file__).parent / "tiny.yaml"
 def tiny_config(*overrides: str) -> Config:
     """The preset tests/tiny.yaml with overrides."""
     return load_config(TINY, overrides)
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """The arguments of Pretrainer.forward."""
+    names = ("images", "global_crops", "local_crops", "masks", "masked_idx")
+    return {"captions": pack_captions(batch.captions)} | {name: getattr(batch, name) for name in names}
 
 
 def random_batch(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Batch:

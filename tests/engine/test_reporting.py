@@ -23,21 +23,26 @@ from tests.tiny import tiny_config
 pytestmark = pytest.mark.L0
 
 
-def record(total: float, accuracy: float = 0.5) -> StepRecord:
-    losses = {"total": torch.tensor(total), "clip_accuracy": torch.tensor(accuracy)}
+def record(total: float, accuracy: float = 0.5, saved: float = 0.5) -> StepRecord:
     return StepRecord(
-        losses, {"learning_rate": 0.1}, torch.tensor(2.0, dtype=torch.float64), Outputs(None, None, None), None
+        losses={"total": torch.tensor(total), "clip_accuracy": torch.tensor(accuracy)},
+        schedule={"learning_rate": 0.1},
+        grad_norm=torch.tensor(2.0, dtype=torch.float64),
+        caption_tokens_saved=saved,
+        outputs=Outputs(None, None, None),
+        centres=None,
     )
 
 
 def test_a_report_is_the_mean_of_its_steps_and_starts_anew() -> None:
     meter = Meter(Solo(), total_steps=10, samples_per_step=8)
     meter.add(record(1.0))
-    meter.add(record(3.0, accuracy=1.0))
+    meter.add(record(3.0, accuracy=1.0, saved=0.7))
     values = meter.read(2, waited_seconds=0.0)
     assert values["loss/total"] == 2.0
     assert values["health/clip_accuracy"] == 0.75
     assert values["optim/grad_norm"] == 2.0
+    assert values["speed/caption_tokens_saved"] == pytest.approx(0.6)
     assert values["optim/learning_rate"] == 0.1
     assert values["speed/samples_per_second"] == pytest.approx(8000 / values["speed/step_ms"])
     assert values["speed/seconds_left"] == pytest.approx(8 * values["speed/step_ms"] / 1000)

@@ -12,7 +12,7 @@ from model.initialise import initialise
 from model.pretrainer import Pretrainer, Rows
 from model.text import TextBlock
 from model.trunk import Trunk
-from tests.tiny import random_batch, tiny_config
+from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
 # In float32 queries and keys; a bf16 table rounds them, and a last-bit difference before it can become 2^-9.
@@ -33,13 +33,6 @@ def lively(trunk: Trunk) -> Trunk:
             parameter.mul_(10 if parameter.ndim > 1 else 1)
         trunk.mask_token.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
     return trunk
-
-
-def inputs(config: Config) -> dict[str, Tensor]:
-    """The model's arguments out of a random batch of `config`."""
-    batch = random_batch(config, step=0)
-    names = ("images", "captions", "global_crops", "local_crops", "masks", "masked_idx")
-    return {name: getattr(batch, name) for name in names}
 
 
 def random_crops() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -80,7 +73,7 @@ def test_blocks_run_once_a_step_besides_the_teachers() -> None:
     for name, module in model.named_modules():
         if isinstance(module, (Block, TextBlock)):
             module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
-    model(**inputs(config))
+    model(**model_inputs(random_batch(config, step=0)))
     assert set(calls.values()) == {1}
     parts = [name.split(".blocks")[0] for name in calls]
     assert sorted(set(parts)) == ["decoder", "teacher.trunk", "text.resblocks.0", "trunk"]

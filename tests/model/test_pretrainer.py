@@ -11,7 +11,7 @@ from model.imagenet import normalise
 from model.initialise import initialise
 from model.outputs import Outputs
 from model.pretrainer import Pretrainer, Rows, teacher_pairs
-from tests.tiny import random_batch, tiny_config
+from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
 NO_SSL = ("batch.ssl=0", "objectives.ssl.weight=0")
@@ -26,9 +26,7 @@ def build(config: Config) -> Pretrainer:
 
 
 def run(model: Pretrainer, config: Config, **changed: Tensor) -> Outputs:
-    batch = random_batch(config, step=0)
-    names = ("images", "captions", "global_crops", "local_crops", "masks", "masked_idx")
-    return model(**{name: getattr(batch, name) for name in names} | changed)
+    return model(**model_inputs(random_batch(config, step=0)) | changed)
 
 
 def total(outputs: Outputs) -> Tensor:
@@ -199,9 +197,7 @@ def test_two_ranks_see_together_what_one_rank_sees() -> None:
     whole = run(build(config), config).clip
     model = Pretrainer(config, Rows.per_rank(config, 2))
     initialise(model, config)
-    names = ("images", "captions", "global_crops", "local_crops", "masks", "masked_idx")
     for rank in range(2):
-        batch = random_batch(config, 0, rank, 2)
-        part = model(**{name: getattr(batch, name) for name in names}).clip
+        part = model(**model_inputs(random_batch(config, 0, rank, 2))).clip
         assert whole is not None
         torch.testing.assert_close(part.image_BE, whole.image_BE[rank::2], rtol=0, atol=1e-5)

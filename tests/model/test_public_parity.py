@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Model
+from model.captions import pack_captions
 from model.imagenet import denormalise, normalise
 from model.interchange import from_public, to_public
 from model.tokenizer import VisualTokenizer
@@ -99,7 +100,7 @@ def test_clip_features_and_logits_equal_the_reference() -> None:
     cls_BD = ours.trunk.layout(crops).cls(ours.trunk(crops, {}), "clip")
     assert ours.clip is not None
     assert ours.text is not None
-    text_BE = ours.text(values["in.text"])
+    text_BE = ours.text(pack_captions(values["in.text"]))
     image_BE, _, scale, bias = ours.clip(cls_BD, text_BE[:2])
     check(image_BE, "clip_image")
     check(ours.embed_captions(values["in.text"]), "clip_text")

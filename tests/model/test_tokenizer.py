@@ -13,7 +13,7 @@ from model.interchange import main
 from model.pretrainer import Pretrainer, Rows
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights, write_weights
-from tests.tiny import random_batch, tiny_config
+from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
 NO_CLIP = ("objectives.clip.weight=0", "batch.ssl=0", "objectives.ssl.weight=0")
@@ -37,7 +37,7 @@ def test_it_encodes_and_decodes_as_the_pretrainer_does() -> None:
     config = tiny_config()
     model, batch = build(config), random_batch(config, step=0)
     tokenizer = VisualTokenizer.from_state(config.model, model.state_dict())
-    outputs = model(batch.images, batch.captions, batch.global_crops, batch.local_crops, batch.masks, batch.masked_idx)
+    outputs = model(**model_inputs(batch))
     latent = tokenizer.encode(batch.images[:6])
     assert latent.shape == (6, 8, 4, 4)
     assert tokenizer.decoder is not None
