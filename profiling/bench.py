@@ -18,7 +18,7 @@ from rich.console import Console
 
 from profiling.measurement import Measurement
 
-BENCHES = ("attention",)
+BENCHES = ("step", "attention", "text", "compile")
 
 
 def main(arguments: list[str]) -> int:

@@ -48,7 +48,7 @@ class Measurement:
     def as_table(self) -> Table:
         table = Table(title=f"{self.name}: {self.workload}", title_justify="left")
         for column in ("variant", "median ms", "±", f"x {self.reference}", "peak MiB", "MFU"):
-            table.add_column(column, justify="left" if column == "variant" else "right")
+            table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=column == "variant")
         for row in self.rows:
             table.add_row(
                 row.variant,
@@ -70,13 +70,14 @@ def measure(
     flops: float | None = None,
     peak: float | None = None,
     with_memory: bool = True,
+    warmups: int = 2,
     notes: tuple[str, ...] = (),
 ) -> Measurement:
     """Times the variants in turns and measures each one's peak memory.
 
     `flops` is what the workload needs, the same for all variants, and `peak` the machine's FLOP/s; both or neither.
     """
-    times = alternate(variants, rounds)
+    times = alternate(variants, rounds, warmups)
     memory = {variant: peak_bytes(call) / 2**20 if with_memory else None for variant, call in variants.items()}
     rows = tuple(_row(variant, times, reference, memory[variant], flops, peak) for variant in variants)
     return Measurement(name, workload, reference, rows, notes)

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from profiling import bench
-from profiling.benches import attention
+from profiling.benches import attention, compile, step, text
 from profiling.machine import describe, matmul_peak
-from profiling.measurement import measure
+from profiling.measurement import Measurement, measure
+from profiling.workload import random_batch, random_captions, small_step
+from tests.harness import run_ranks
+from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
 
@@ -29,6 +32,40 @@ def test_the_attention_bench_tells_every_backend(
         assert {row["variant"] for row in measurement["rows"]} == set(attention.BACKENDS)
         assert all(row["median_ms"] > 0 and row["peak_mib"] > 0 for row in measurement["rows"])
     assert "median ms" in capsys.readouterr().out
+
+
+def run_small() -> dict[str, Measurement]:
+    """The benches that compile, at a size for tests. In a process of their own: torch's compiler warns by itself."""
+    for module in (step, text, compile):
+        vars(module)["small_step"] = tiny_config
+    compile.CROPS = {"clip": (2, 32), "ssl_local": (2, 16)}
+    return {module.__name__: found for module in (step, text, compile) for found in module.run(rounds=1)}
+
+
+@pytest.mark.L1
+def test_the_benches_that_compile_run_small() -> None:
+    found = run_ranks(run_small, 1, timeout=300.0, join=False)[0]
+    ways = found["profiling.benches.step"].rows
+    assert [row.variant for row in ways] == [
+        "three passes, eager",
+        "shared, eager",
+        "three passes, compiled",
+        "shared, compiled",
+    ]
+    assert all(row.mfu is not None and 0 < row.mfu < 1 for row in ways)
+    assert "of the token slots" in found["profiling.benches.text"].notes[0]
+    assert [row.variant for row in found["profiling.benches.compile"].rows] == ["eager", "compiled"]
+    assert ", 0 breaks" in found["profiling.benches.compile"].notes[0]
+
+
+def test_the_benches_step_is_the_one_the_docs_name() -> None:
+    config = small_step()
+    batch = random_batch(config)
+    assert (len(batch.images), len(batch.global_crops), len(batch.local_crops)) == (32, 16, 64)
+    captions = random_captions(4096, 77, 49_408, torch.Generator().manual_seed(1))
+    lengths = captions.argmax(dim=1) + 1
+    assert 19 < lengths.float().mean() < 21
+    assert (captions.gather(1, lengths[:, None] - 1) == 49_407).all()
 
 
 def test_an_unknown_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,99 @@
+"""One whole step, shared and packed, against the same step in three passes: eager and compiled, forward to EMA.
+
+Both sides train the same weights on the same batch, in bf16, without ZeRO (one process). The reference computes what
+the public model class would (profiling/three_pass.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs import Config
+from data.batch import Batch
+from engine.assemble import compile_blocks
+from engine.optim import adamw
+from engine.step import model_inputs
+from engine.teacher import Teacher
+from kernels.attention import resolve
+from model.initialise import initialise
+from model.objectives.comm import Solo
+from model.objectives.total import compute
+from model.pretrainer import Pretrainer, Rows, teacher_pairs
+from profiling.machine import device, matmul_peak
+from profiling.measurement import Measurement, measure
+from profiling.three_pass import ThreePass, padded_inputs
+from profiling.workload import random_batch, small_step
+
+TEMPERATURE, MOMENTUM = 0.07, 0.999
+
+
+def run(rounds: int) -> list[Measurement]:
+    """One measurement of four variants."""
+    config = small_step()
+    batch, rows = random_batch(config), Rows.per_rank(config, 1)
+    attention = resolve("auto", device(), torch.bfloat16).name
+
+    def shared() -> Pretrainer:
+        return Pretrainer(config, rows, attention)
+
+    def apart() -> Pretrainer:
+        return ThreePass(config, rows)
+
+    steps = {
+        "three passes, eager": Step(apart(), config, batch, padded_inputs),
+        "shared, eager": Step(shared(), config, batch, model_inputs),
+        "three passes, compiled": Step(apart(), config, batch, padded_inputs, is_compiled=True),
+        "shared, compiled": Step(shared(), config, batch, model_inputs, is_compiled=True),
+    }
+    losses = {name: step.loss().item() for name, step in steps.items()}
+    assert max(losses.values()) - min(losses.values()) < 0.01 * losses["shared, eager"], losses  # bf16
+    with FlopCounterMode(display=False) as counter:
+        steps["shared, eager"].loss().backward()
+    return [
+        measure(
+            "step",
+            f"{config.batch.clip} pairs, {config.batch.ssl} ssl, {config.batch.rec} rec, bf16, attention {attention}",
+            steps,
+            "three passes, eager",
+            rounds,
+            flops=counter.get_total_flops(),
+            peak=matmul_peak(torch.bfloat16),
+            warmups=1,
+        )
+    ]
+
+
+class Step:
+    """Forward, losses, backward, AdamW and the teacher's EMA of one variant."""
+
+    def __init__(
+        self,
+        model: Pretrainer,
+        config: Config,
+        batch: Batch,
+        inputs: Callable[[Batch, torch.device], dict[str, Any]],
+        is_compiled: bool = False,
+    ) -> None:
+        initialise(model, config)
+        self.model = model.to(device(), torch.bfloat16)
+        if is_compiled:
+            compile_blocks(self.model)
+        self.config, self.batch, self.inputs = config, batch, inputs
+        self.optimizer = adamw(self.model, config.optim)
+        self.teacher = Teacher(teacher_pairs(self.model))
+
+    def loss(self) -> Tensor:
+        """The total loss of the batch."""
+        outputs = self.model(**self.inputs(self.batch, device()))
+        return compute(outputs, self.config.objectives, TEMPERATURE, Solo()).total
+
+    def __call__(self) -> None:
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.teacher.follow(MOMENTUM)

@@ -1,0 +1,65 @@
+"""The step that benches time: a ViT-S tokenizer at 256 px with every objective, on random pixels.
+
+Trunk S (384 wide, 12 blocks, 6 heads), 32 image-text pairs, 8 of them with 2 global and 8 local crops, 4 reconstructed,
+8,192 prototypes, a text tower of 6 blocks of 384. Perceptual loss off: no weights are shipped.
+
+    config = small_step()
+    batch = random_batch(config)        # random pixels and words; captions as long as in web data
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from configs import Config, load_config
+from data.batch import Batch
+
+PRESET = Path(__file__).resolve().parents[1] / "configs" / "vtp_s.yaml"
+OVERRIDES = (
+    "batch.clip=32", "batch.ssl=8", "batch.rec=4", "data.streams=1", "model.prototypes.num=8192",
+    "model.text.width=384", "model.text.depth=6", "model.text.heads=6", "objectives.rec.perceptual=0",
+    "system.attention=auto",
+)  # fmt: skip
+MEAN_CAPTION, CAPTION_SIGMA = 20, 0.5  # tokens; log-normal, an assumption about web captions
+
+
+def small_step(*overrides: str) -> Config:
+    """The config of the step, changed by `overrides`."""
+    return load_config(PRESET, (*OVERRIDES, *overrides))
+
+
+def random_batch(config: Config, seed: int = 0) -> Batch:
+    """One rank's batch of a world of one."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, views = config.batch, config.views
+
+    def pixels(count: int, size: int) -> torch.Tensor:
+        return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+
+    patches = (views.global_size // config.model.patch_size) ** 2
+    masks = torch.zeros(2 * batch.ssl, patches, dtype=torch.bool)
+    masks[: batch.ssl, torch.randperm(patches, generator=generator)[: patches * 3 // 10]] = True  # half of the crops
+    return Batch(
+        images=pixels(batch.clip, views.image_size),
+        captions=random_captions(batch.clip, config.model.text.context, config.model.text.vocab, generator),
+        global_crops=pixels(2 * batch.ssl, views.global_size),
+        local_crops=pixels(views.num_locals * batch.ssl, views.local_size),
+        masks=masks,
+        masked_idx=masks.flatten().nonzero().squeeze(1),
+        step=0,
+        keys=tuple(f"random/{row}" for row in range(batch.clip)),
+    )
+
+
+def random_captions(count: int, context: int, vocab: int, generator: torch.Generator) -> torch.Tensor:
+    """(count, context) int64: random words, as many as captions of the web have; end-of-text is vocab - 1."""
+    mean_of_log = math.log(MEAN_CAPTION) - CAPTION_SIGMA**2 / 2
+    drawn = torch.empty(count).log_normal_(mean_of_log, CAPTION_SIGMA, generator=generator)
+    lengths = drawn.round().clamp(3, context).long().unsqueeze(1)
+    slot_C = torch.arange(context)
+    words = torch.randint(1, vocab - 1, (count, context), generator=generator)
+    captions = torch.where(slot_C < lengths - 1, words, 0)
+    return captions.masked_fill(slot_C == lengths - 1, vocab - 1)
