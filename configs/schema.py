@@ -129,6 +129,7 @@ class Vit(Section):
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # eps 1e-5 / 1e-6 [C]
     qk_norm: bool = False
     layer_scale: float | None = None  # initial value; None is off [C]
+    drop_path: float = Field(0.0, ge=0, lt=1)  # share of segments a branch leaves out; not published, off [D]
 
     @model_validator(mode="after")
     def _head_dim(self) -> Vit:
@@ -179,6 +180,15 @@ class Model(Section):
     decoder: Vit
     text: Text = Text()
     prototypes: Prototypes = Prototypes()
+
+    @model_validator(mode="after")
+    def _the_decoder_drops_nothing(self) -> Model:
+        if self.decoder.drop_path:
+            raise ValueError(
+                f"decoder.drop_path={self.decoder.drop_path:g}: stochastic depth is the trunk's alone, every image of "
+                "the decoder is reconstructed in full; set model.trunk.drop_path, or remove it"
+            )
+        return self
 
 
 class Clip(Section):

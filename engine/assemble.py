@@ -20,6 +20,7 @@ from torch import nn
 
 from configs import Config, UserError
 from engine import world, zero
+from engine.drop_path import DropPath, drop_path
 from engine.optim import adamw
 from engine.teacher import Teacher
 from kernels.attention import Backend, resolve
@@ -44,13 +45,14 @@ class Assembly:
     comm: Comm
     perceptual: Perceptual | None
     centres: Centres | None
+    drop_path: DropPath | None
     device: torch.device
     choices: dict[str, str]  # what every "auto" became, and why
 
 
 def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
     """Builds the run on this rank; a collective. `comm` is what `world.start` gave."""
-    device = world.device()
+    device, drops = world.device(), drop_path(config, comm.rank, comm.world_size)
     attention = _attention(config, device)
     is_compiled, why = resolve_compile(config, device)
     with zero.construction(ds_config, config.optim.precision, device):
@@ -66,12 +68,14 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
         comm=comm,
         perceptual=_perceptual(config, device),
         centres=_centres(config, device),
+        drop_path=drops,
         device=device,
         choices={
             "attention": f"{attention.name} ({attention.reason})",
             "compile": f"{'on' if is_compiled else 'off'} ({why})",
             "zero": f"stage {zero.zero_stage(ds_config)} (--ds_config)",
             "precision": f"{config.optim.precision} (optim.precision)",
+            "drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)",
         },
     )
 

@@ -45,8 +45,9 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
     temperature = teacher_temperature(batch.step, config)
     set_learning_rate(parts.engine, rate)
 
+    kept_idx = None if parts.drop_path is None else parts.drop_path.draw(batch.step).to(parts.device, non_blocking=True)
     inputs = model_inputs(batch, parts.device)
-    outputs = parts.engine(**inputs)
+    outputs = parts.engine(**inputs, kept_idx=kept_idx)
     losses = compute(outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual)
     parts.engine.backward(losses.total)
     parts.engine.step()

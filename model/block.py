@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from configs.schema import Vit
 from kernels.attention import Segments, attend
+from model.drop_path import subset
 from model.rope import turn
 
 
@@ -92,10 +93,11 @@ class SwiGlu(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x))."""
+    """x + attention(norm1(x)), then x + mlp(norm2(x)); with stochastic depth each for some segments only."""
 
     def __init__(self, vit: Vit, backend: str) -> None:
         super().__init__()
+        self.drop_path = vit.drop_path
         self.norm1 = norm(vit)
         self.attn = Attention(vit, backend)
         self.ls1 = _scale(vit)
@@ -103,10 +105,25 @@ class Block(nn.Module):
         self.mlp = SwiGlu(vit.width, vit.mlp_ratio)
         self.ls2 = _scale(vit)
 
-    def forward(self, x_TD: Tensor, rope_2TE: Tensor, segments: Segments) -> Tensor:
-        """(T, D) -> (T, D). `rope_2TE` is Rope.packed of the layout whose Layout.segments are `segments`."""
-        x_TD = x_TD + self.ls1(self.attn(self.norm1(x_TD), rope_2TE, segments))
-        return x_TD + self.ls2(self.mlp(self.norm2(x_TD)))
+    def forward(self, x_TD: Tensor, rope_2TE: Tensor, segments: Segments, kept_idx_2K: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, D). `rope_2TE` is Rope.packed of the layout whose Layout.segments are `segments`.
+
+        `kept_idx_2K` names the tokens that attention and MLP see, as model.drop_path.Subset.tokens gives them; without
+        it both see all.
+        """
+        if kept_idx_2K is None:
+            x_TD = x_TD + self._attention_branch(x_TD, rope_2TE, segments)
+            return x_TD + self._mlp_branch(x_TD)
+        kept, (attn_K, mlp_K) = subset(segments, self.drop_path), kept_idx_2K.unbind()
+        y_KD = self._attention_branch(x_TD.index_select(0, attn_K), rope_2TE.index_select(1, attn_K), kept.segments)
+        x_TD = kept.add_back(x_TD, y_KD, attn_K)
+        return kept.add_back(x_TD, self._mlp_branch(x_TD.index_select(0, mlp_K)), mlp_K)
+
+    def _attention_branch(self, x_TD: Tensor, rope_2TE: Tensor, segments: Segments) -> Tensor:
+        return self.ls1(self.attn(self.norm1(x_TD), rope_2TE, segments))
+
+    def _mlp_branch(self, x_TD: Tensor) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x_TD)))
 
 
 def norm(vit: Vit) -> nn.Module:

@@ -105,15 +105,19 @@ class Pretrainer(nn.Module):
         local_crops: Tensor,
         masks: Tensor,
         masked_idx: Tensor,
+        kept_idx: Tensor | None = None,
     ) -> Outputs:
-        """Data's Batch, captions packed, pixels uint8 or float in [0, 1] -> what the objectives compare."""
+        """Data's Batch, captions packed, pixels uint8 or float in [0, 1] -> what the objectives compare.
+
+        `kept_idx` is stochastic depth's draw for the student's trunk (Trunk.forward); the teacher sees everything.
+        """
         crops = self._crops(images, global_crops, local_crops)
         taught = None
         if self.teacher is not None:
             with torch.no_grad():
                 taught = self.teacher(crops["ssl_global"], masked_idx)
         layout = self.trunk.layout(crops)
-        x_TD = self.trunk(crops, {"ssl_global": masks} if taught is not None else {})
+        x_TD = self.trunk(crops, {"ssl_global": masks} if taught is not None else {}, kept_idx)
         z_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
         return Outputs(
             clip=self._clip(layout, z_TD, captions),

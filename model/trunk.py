@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from configs.schema import Model
 from model.block import Block, norm
+from model.drop_path import subset
 from model.pack import Layout, pack
 from model.rope import rope_of
 
@@ -49,7 +50,7 @@ class Trunk(nn.Module):
         super().__init__()
         vit = model.trunk
         self.patch_size, self.prefix = model.patch_size, 1 + model.registers
-        self.rope = rope_of(model, vit)
+        self.rope, self.drop_path = rope_of(model, vit), vit.drop_path
         self.patch_embed = PatchEmbed(vit.width, model.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, vit.width))
         self.registers = nn.Parameter(torch.empty(1, model.registers, vit.width)) if model.registers else None
@@ -62,15 +63,16 @@ class Trunk(nn.Module):
         sizes = {name: (pixels.shape[0], pixels.shape[2], pixels.shape[3]) for name, pixels in crops.items()}
         return pack(sizes, self.patch_size, self.prefix)
 
-    def forward(self, crops: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+    def forward(self, crops: dict[str, Tensor], masks: dict[str, Tensor], kept_idx: Tensor | None = None) -> Tensor:
         """The final-normed packed sequence (T, D) of `crops`, laid out as `layout(crops)` says.
 
-        `masks` may name some of the crops: (S, P) bool, True where the mask token stands in for the patch.
+        `masks` may name some of the crops: (S, P) bool, True where the mask token stands in for the patch. `kept_idx`
+        (depth, 2, kept segments) names the segments that each block's attention and MLP see; without it all are seen.
         """
         layout = self.layout(crops)
         x_TD, rope_2TE = self._embed(crops, masks, layout.pad), self._rope(layout)
-        for block in self.blocks:
-            x_TD = block(x_TD, rope_2TE, layout.segments)
+        for block, tokens in zip(self.blocks, self._kept_tokens(layout, kept_idx), strict=True):
+            x_TD = block(x_TD, rope_2TE, layout.segments, *tokens)
         return self.norm(x_TD)
 
     def intermediate(self, crops: dict[str, Tensor], last: int) -> list[Tensor]:
@@ -92,6 +94,13 @@ class Trunk(nn.Module):
             prefix_SND = torch.cat(prefix, dim=1).expand(patches_SPD.shape[0], -1, -1)
             parts.append(torch.cat((prefix_SND, patches_SPD), dim=1).flatten(0, 1))
         return torch.cat((*parts, parts[0].new_zeros(pad, parts[0].shape[1])))
+
+    def _kept_tokens(self, layout: Layout, kept_idx: Tensor | None) -> list[tuple[Tensor, ...]]:
+        """What each block gets of `kept_idx`: (2, K) token indices, or nothing."""
+        if kept_idx is None:
+            return [()] * len(self.blocks)
+        tokens_L2K = subset(layout.segments, self.drop_path).tokens(kept_idx, layout.segments)
+        return [(tokens_2K,) for tokens_2K in tokens_L2K]
 
     def _rope(self, layout: Layout) -> Tensor:
         return self.rope.packed(layout, self.cls_token.device)

@@ -28,7 +28,8 @@ from model.trunk import Trunk
 class SeparateTrunk(Trunk):
     """A trunk that takes one kind of crop a pass, and lays the results where a packed pass would have put them."""
 
-    def forward(self, crops: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+    def forward(self, crops: dict[str, Tensor], masks: dict[str, Tensor], kept_idx: Tensor | None = None) -> Tensor:
+        assert kept_idx is None, "the reference has no stochastic depth"
         parts = [
             self._alone(name, pixels, {name: masks[name]} if name in masks else {}) for name, pixels in crops.items()
         ]

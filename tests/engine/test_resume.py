@@ -50,6 +50,7 @@ def assert_bitwise(one: ranks.Trained, other: ranks.Trained) -> None:
     [
         ("zero3", []),
         ("zero3", ["optim.precision=bf16", "objectives.ssl.targets=centering"]),
+        ("zero3", ["model.trunk.drop_path=0.4"]),
         ("zero2", []),
         ("zero1", ["optim.precision=bf16"]),
     ],

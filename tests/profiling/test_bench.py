@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.pack import Group
 from profiling import bench
-from profiling.benches import attention, compile, step, text
+from profiling.benches import attention, compile, depth, step, text
 from profiling.machine import describe, matmul_peak
 from profiling.measurement import Measurement, measure
 from profiling.workload import random_batch, random_captions, small_step
@@ -66,6 +67,14 @@ def test_the_benches_step_is_the_one_the_docs_name() -> None:
     lengths = captions.argmax(dim=1) + 1
     assert 19 < lengths.float().mean() < 21
     assert (captions.gather(1, lengths[:, None] - 1) == 49_407).all()
+
+
+def test_the_depth_bench_compares_the_rate_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depth, "GROUPS", (Group("clip", 4, 17, (4, 4)), Group("ssl_local", 3, 5, (2, 2))))
+    monkeypatch.setattr(depth, "VIT", {"width": 32, "depth": 2, "heads": 2})
+    for measurement in depth.run(rounds=1):
+        assert [row.variant for row in measurement.rows] == ["rate 0", "rate 0.3"]
+        assert measurement.notes[0].startswith("73% of the tokens stay: ideally 1.36 times the speed")
 
 
 def test_an_unknown_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
