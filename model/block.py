@@ -8,7 +8,8 @@ elsewhere is 0-dimensional: ZeRO-3 cannot partition such a one.
     block = Block(Vit(width=384, depth=12, heads=6), backend="sdpa")
     y_TD = block(x_TD, rope_2TE, segments=((64, 257), (128, 37)))       # (T, 384) -> (T, 384)
 
-Parameter names are those of the public VTP layout: norm1, attn.qkv, attn.proj, norm2, mlp.w1, mlp.w2, mlp.w3.
+Parameter names are those of the public VTP layout, norm1, attn.qkv, attn.proj, norm2, mlp.w3, but for mlp.w12: its w1
+above its w2, one product where the layout has two. model/interchange.py takes them apart and together.
 """
 
 from __future__ import annotations
@@ -84,12 +85,12 @@ class SwiGlu(nn.Module):
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
         hidden = -(-int(width * ratio * 2 / 3) // 8) * 8
-        self.w1 = nn.Linear(width, hidden)
-        self.w2 = nn.Linear(width, hidden)
+        self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x_TD)) * self.w2(x_TD))
+        gate_TF, value_TF = self.w12(x_TD).chunk(2, dim=-1)
+        return self.w3(F.silu(gate_TF) * value_TF)
 
 
 class Block(nn.Module):

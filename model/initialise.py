@@ -23,6 +23,7 @@ The table, first match wins. w is the width, n the depth of the text tower; tags
     text.text_projection                         normal w^-1/2                              [D] CLIP
     clip.visual_proj                             normal of its input width^-1/2             [D] CLIP
     bottleneck, decoder.proj_in, .proj_out       normal of its input width^-1/2             [D] docs/decisions.md
+    *.w12                                        its halves as *.w1 and *.w2, however products are fused
     every other                                  normal 0.02, cut at 2 standard deviations  [D] DINOv2
 """
 
@@ -56,6 +57,10 @@ def initialise(model: nn.Module, config: Config) -> None:
 def initialise_parameter(name: str, tensor: Tensor, config: Config) -> None:
     """Fills `tensor`, the whole parameter `name` of a Pretrainer; drawn in float32, then rounded."""
     name = name.removeprefix("teacher.")
+    if ".w12." in name:
+        for half, part in zip(tensor.chunk(2), ("w1", "w2"), strict=True):
+            initialise_parameter(name.replace("w12", part), half, config)
+        return
     constant = _constant(name, config)
     if constant is not None:
         tensor.fill_(constant)

@@ -12,6 +12,7 @@ written and compared.
     bottleneck.weight                 trunk.feature_bottleneck.weight
     decoder.proj_in.weight (D, L)     pixel_decoder.proj_in.weight (D, L, 1, 1)
     clip.logit_scale (1,)             logit_scale ()           both hold the logarithm
+    trunk.blocks.0.mlp.w12 (2F, D)    trunk.blocks.0.mlp.w1 (F, D), .w2 (F, D)
     text.resblocks.0. ...             text_transformer.resblocks.0. ...
     text.ln_final.weight              ln_final.weight
 """
@@ -83,7 +84,7 @@ def to_public(state: dict[str, Tensor], model: Model, image_size: int) -> tuple[
     """
     _check_exportable(state, model)
     kept = {name: tensor for name, tensor in state.items() if name.split(".")[0] in PARTS}
-    public = {_public_name(name): _public_shape(name, tensor) for name, tensor in kept.items()}
+    public = {key: part for name, tensor in kept.items() for key, part in _public_parts(name, tensor).items()}
     public["trunk.rope_embed.periods"] = rope_of(model, model.trunk).periods()
     if "decoder.norm.weight" in kept:
         public["pixel_decoder.rope_embed.periods"] = rope_of(model, model.decoder).periods()
@@ -106,15 +107,8 @@ def from_public(public: dict[str, Tensor], described: dict[str, Any]) -> tuple[d
         _check_periods(left.pop(f"{part}.rope_embed.periods", None), rope_of(model, vit).periods(), part)
     state = {}
     for name, like in wanted.items():
-        tensor = left.pop(_public_name(name), None)
-        if tensor is None or tensor.shape != _public_shape(name, like).shape:
-            found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
-            shape = tuple(_public_shape(name, like).shape)
-            raise UserError(
-                f"{_public_name(name)}: found {found}, config.json asks for {shape}; "
-                "the weights and the config do not belong together"
-            )
-        state[name] = tensor.reshape(like.shape)
+        pieces = [_take(left, key, tuple(part.shape)) for key, part in _public_parts(name, like).items()]
+        state[name] = (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).reshape(like.shape)
     if left:
         raise UserError(
             f"{len(left)} tensors are not of the VTP layout, the first is {min(left)}; nothing was imported"
@@ -173,6 +167,26 @@ def _public_name(name: str) -> str:
         if name.startswith(ours):
             return public + name.removeprefix(ours)
     return name
+
+
+def _public_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What a tensor of ours is there: itself, or the two halves of a fused one."""
+    if ".w12." in name:
+        return dict(
+            zip((_public_name(name.replace("w12", part)) for part in ("w1", "w2")), tensor.chunk(2), strict=True)
+        )
+    return {_public_name(name): _public_shape(name, tensor)}
+
+
+def _take(left: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+    """Takes the public tensor `key` out of `left`."""
+    tensor = left.pop(key, None)
+    if tensor is None or tuple(tensor.shape) != shape:
+        found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
+        raise UserError(
+            f"{key}: found {found}, config.json asks for {shape}; the weights and the config do not belong together"
+        )
+    return tensor
 
 
 def _public_shape(name: str, tensor: Tensor) -> Tensor:

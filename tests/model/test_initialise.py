@@ -85,14 +85,24 @@ def test_values_do_not_depend_on_what_else_is_built_nor_on_torchs_seed() -> None
 
 
 def test_seeds_and_names_make_different_values() -> None:
-    name, other = "trunk.blocks.0.mlp.w1.weight", "trunk.blocks.0.mlp.w2.weight"
+    name, other = "decoder.blocks.0.mlp.w3.weight", "trunk.blocks.0.mlp.w3.weight"
     first, second = values(build(tiny_config())), values(build(tiny_config("seed=1")))
     assert not torch.equal(first[name], second[name])
     assert not torch.equal(first[name], first[other])
 
 
+def test_a_fused_product_starts_as_its_parts() -> None:
+    config, name = tiny_config(), "trunk.blocks.0.mlp.w12.weight"
+    whole = values(build(config))[name]
+    parts = [torch.empty_like(half) for half in whole.chunk(2)]
+    for part, half in zip(("w1", "w2"), parts, strict=True):
+        initialise_parameter(name.replace("w12", part), half, config)
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(*parts)
+
+
 def test_a_bf16_parameter_holds_the_rounded_float32_value() -> None:
-    config, name = tiny_config(), "trunk.blocks.0.mlp.w1.weight"
+    config, name = tiny_config(), "trunk.blocks.0.mlp.w12.weight"
     whole = values(build(config))[name]
     half = torch.empty_like(whole, dtype=torch.bfloat16)
     initialise_parameter(name, half, config)
