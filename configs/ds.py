@@ -63,6 +63,12 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config["zero_optimization"]["stage"])
 
 
+def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed dictionary keeps the optimizer's states on the host, or on its disk."""
+    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
 def check_world(config: Config, world_size: int) -> None:
     """Every rank serves whole streams, so that the global batches are the same at every world size."""
     streams = config.data.streams

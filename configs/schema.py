@@ -232,6 +232,7 @@ class Objectives(Section):
 class Optim(Section):
     """AdamW with linear warm-up and cosine decay [D of OpenCLIP]."""
 
+    kind: Literal["adamw", "lamb"] = "adamw"  # LAMB: a trust ratio per matrix, and per rank's share of it
     steps: Positive
     lr: float = Field(5e-4, gt=0)  # peak, at lr_batch images a step; scaled by sqrt(batch.clip / lr_batch)
     lr_batch: Positive = 16_384
@@ -266,6 +267,7 @@ class System(Section):
     checkpoint_every: Count = 0  # steps; 0: only at the end
     compile: Literal["auto", "on", "off"] = "auto"
     attention: Literal["auto", "flash3", "varlen", "flash2", "xformers", "sdpa", "matmul"] = "auto"
+    optimizer: Literal["auto", "torch", "torch_fused", "deepspeed", "deepspeed_cpu", "apex"] = "auto"
     timeout_minutes: Positive = 60  # of a collective, before a rank counts as lost
     loader: Loader = Loader()
 

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from configs import Config, UserError
-from engine import world, zero
+from engine import optim, world, zero
 from engine.drop_path import DropPath, drop_path
-from engine.optim import adamw
 from engine.teacher import Teacher
 from kernels.attention import Backend, resolve
 from model.block import Block
@@ -53,6 +52,7 @@ class Assembly:
 def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
     """Builds the run on this rank; a collective. `comm` is what `world.start` gave."""
     device, drops = world.device(), drop_path(config, comm.rank, comm.world_size)
+    optimizer = optim.resolve(config, ds_config, device)
     attention = _attention(config, device)
     is_compiled, why = resolve_compile(config, device)
     with zero.construction(ds_config, config.optim.precision, device):
@@ -61,7 +61,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
     if is_compiled:
         compile_blocks(model)
     zero.mark_leaves(model, [kind for kind in LEAVES if any(isinstance(m, kind) for m in model.modules())])
-    engine = zero.start(model, adamw(model, config.optim), ds_config)
+    engine = zero.start(model, optim.build(model, config.optim, optimizer.name), ds_config)
     return Assembly(
         engine=engine,
         teacher=Teacher(teacher_pairs(model)) if model.teacher is not None else None,
@@ -73,6 +73,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
         choices={
             "attention": f"{attention.name} ({attention.reason})",
             "compile": f"{'on' if is_compiled else 'off'} ({why})",
+            "optimizer": f"{config.optim.kind} by {optimizer.name} ({optimizer.reason})",
             "zero": f"stage {zero.zero_stage(ds_config)} (--ds_config)",
             "precision": f"{config.optim.precision} (optim.precision)",
             "drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)",

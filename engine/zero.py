@@ -87,6 +87,14 @@ def start(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[st
     return engine
 
 
+def own_adamw(kind: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW over the parameter groups: "deepspeed" where the states are on the run's device,
+    "deepspeed_cpu" where they are on the host. Raises what a compiler raises: the first use builds a C++ extension."""
+    if kind == "deepspeed":
+        return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=True, **options)
+    return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+
+
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """The parameter's shape, whether it is partitioned at the moment or not."""
     return getattr(parameter, "ds_shape", parameter.shape)
@@ -190,7 +198,7 @@ def make_moments(engine: Any, steps_taken: int) -> None:
     is_stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
     for flat in zero.fp32_partitioned_groups_flat if is_stage_3 else zero.single_partition_of_fp32_groups:
         moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(steps_taken)), **moments}
+        zero.optimizer.state[flat] = {"step": _step_count(zero.optimizer, flat, steps_taken), **moments}
 
 
 def steps_taken(engine: Any) -> int:
@@ -209,6 +217,13 @@ def _prepare() -> None:
     logger.setLevel(logging.WARNING)
     # The Pretrainer returns a dataclass, which hooks cannot look into; it owns no parameter that a hook would gather.
     logger.addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
+
+
+def _step_count(optimizer: torch.optim.Optimizer, flat: Tensor, steps: int) -> int | Tensor:
+    """The count as the optimizer keeps it: torch in a tensor, fused beside the weights; others in an integer."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return steps
+    return torch.tensor(float(steps), device=flat.device if optimizer.defaults["fused"] else "cpu")
 
 
 def _link_moments(zero: Any) -> None:

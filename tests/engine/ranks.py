@@ -67,7 +67,7 @@ def train(comm: Comm, config: Config, stage: str, steps: int) -> Trained:
 
 def train_plainly(config: Config, steps: int) -> Trained:
     """The same run without DeepSpeed: one rank, whole tensors, torch.optim.AdamW, clip_grad_norm_, an EMA in a loop."""
-    from engine.optim import adamw
+    from engine.optim import build
     from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
     from engine.step import model_inputs
     from model.initialise import initialise
@@ -77,7 +77,7 @@ def train_plainly(config: Config, steps: int) -> Trained:
 
     model = Pretrainer(config, Rows.per_rank(config, 1), "matmul")
     initialise(model, config)
-    optimizer = adamw(model, config.optim)
+    optimizer = build(model, config.optim, "torch")
     losses, centres = [], None
     for step in range(steps):
         for group in optimizer.param_groups:
