@@ -268,8 +268,18 @@ class System(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     attention: Literal["auto", "flash3", "varlen", "flash2", "xformers", "sdpa", "matmul"] = "auto"
     optimizer: Literal["auto", "torch", "torch_fused", "deepspeed", "deepspeed_cpu", "apex"] = "auto"
+    linear: Literal["bf16", "fp8_torchao", "fp8_te"] = "bf16"  # of the blocks; FP8 rounds more, the run is the same
     timeout_minutes: Positive = 60  # of a collective, before a rank counts as lost
     loader: Loader = Loader()
+
+    @model_validator(mode="after")
+    def _te_is_not_compiled(self) -> System:
+        if self.linear == "fp8_te" and self.compile == "on":
+            raise ValueError(
+                "linear=fp8_te but compile=on: Transformer Engine's modules cannot be traced into a block's graph; set "
+                "system.compile=off, or system.linear=fp8_torchao"
+            )
+        return self
 
 
 class Config(Section):
@@ -320,6 +330,15 @@ class Config(Section):
                     f"batch.{key}={rows} is not a multiple of data.streams={streams}: every step takes the "
                     f"same number of rows from each stream; change batch.{key} or data.streams"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_needs_bf16(self) -> Config:
+        if self.system.linear != "bf16" and self.optim.precision != "bf16":
+            raise ValueError(
+                f"system.linear={self.system.linear} but optim.precision={self.optim.precision}: FP8 products take and "
+                "give bf16; set optim.precision=bf16, or system.linear=bf16"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,10 +4,11 @@ order                       the error you get otherwise
 1. construct                (ZeRO-3 inside its own context) a 7B model does not fit on one device
 2. initialise               after partitioning, gathered one by one; else all ranks start apart
 3. teacher = student        before the optimizer; else the first targets are noise
-4. compile the blocks       before ZeRO hangs its hooks on modules; else each hook breaks the graph
-5. mark blocks as leaves    before `initialize`; else ZeRO-3 hooks the layers inside a compiled block
-6. optimizer, then ZeRO     ZeRO flattens the groups it is given
-7. the EMA teacher          reads fp32 shards, which exist only now
+4. FP8 in the blocks        before they are compiled; else the graphs keep the bf16 products
+5. compile the blocks       before ZeRO hangs its hooks on modules; else each hook breaks the graph
+6. mark blocks as leaves    before `initialize`; else ZeRO-3 hooks the layers inside a compiled block
+7. optimizer, then ZeRO     ZeRO flattens the groups it is given
+8. the EMA teacher          reads fp32 shards, which exist only now
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from configs import Config, UserError
-from engine import optim, world, zero
+from engine import linears, optim, world, zero
 from engine.drop_path import DropPath, drop_path
 from engine.teacher import Teacher
 from kernels.attention import Backend, resolve
@@ -58,6 +59,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
     with zero.construction(ds_config, config.optim.precision, device):
         model = Pretrainer(config, Rows.per_rank(config, world.world_size()), attention.name)
     initialise(model, config)
+    products = linears.convert(model, config, device)
     if is_compiled:
         compile_blocks(model)
     zero.mark_leaves(model, [kind for kind in LEAVES if any(isinstance(m, kind) for m in model.modules())])
@@ -72,6 +74,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
         device=device,
         choices={
             "attention": f"{attention.name} ({attention.reason})",
+            "linear": products,
             "compile": f"{'on' if is_compiled else 'off'} ({why})",
             "optimizer": f"{config.optim.kind} by {optimizer.name} ({optimizer.reason})",
             "zero": f"stage {zero.zero_stage(ds_config)} (--ds_config)",
@@ -100,6 +103,8 @@ def resolve_compile(config: Config, device: torch.device) -> tuple[bool, str]:
     """Whether blocks are compiled, and why."""
     if config.system.compile != "auto":
         return config.system.compile == "on", "named in the config"
+    if config.system.linear == "fp8_te":
+        return False, "auto: Transformer Engine cannot be traced (system.linear=fp8_te)"
     if device.type == "cuda":
         return True, "auto: on CUDA fused kernels pay within minutes"
     return False, "auto: on CPU compiling costs more than a short run gains"

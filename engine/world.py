@@ -145,6 +145,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def group() -> Any:
+    """The process group of all ranks: they are data-parallel, all of them."""
+    return dist.group.WORLD
+
+
 def barrier() -> None:
     """Returns when every rank's host has arrived; queued GPU work may still run."""
     _all_reduce(torch.zeros(1), dist.ReduceOp.SUM, "barrier")

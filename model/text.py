@@ -10,6 +10,8 @@ mlp.c_fc, ln_final ...
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,10 +30,11 @@ class TextAttention(nn.Module):
         self.heads, self.backend = heads, backend
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.in_product: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear  # system.linear may put another in place
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_TD: Tensor, segments: Segments, spans: Spans) -> Tensor:
-        qkv_T3HE = F.linear(x_TD, self.in_proj_weight, self.in_proj_bias).unflatten(1, (3, self.heads, -1))
+        qkv_T3HE = self.in_product(x_TD, self.in_proj_weight, self.in_proj_bias).unflatten(1, (3, self.heads, -1))
         q_THE, k_THE, v_THE = qkv_T3HE.unbind(1)
         out_THE = attend(q_THE, k_THE, v_THE, segments, causal=True, backend=self.backend, spans=spans)
         return self.out_proj(out_THE.flatten(1))

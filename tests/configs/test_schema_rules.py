@@ -40,6 +40,15 @@ NO_REC = ("batch.rec=0", "objectives.rec.weight=0")
         ),
         (("views.blur_sigma=[2,1]",), "views.blur_sigma: [2.0, 1.0] is not a range [low, high]"),
         (("masks.ratio=[0.6,0.1]",), "masks.ratio: [0.6, 0.1] is not a range [low, high]"),
+        (
+            ("system.linear=fp8_torchao",),
+            "system.linear=fp8_torchao but optim.precision=fp32: FP8 products take and give bf16; set "
+            "optim.precision=bf16, or system.linear=bf16",
+        ),
+        (
+            ("system.linear=fp8_te", "system.compile=on", "optim.precision=bf16"),
+            "system: linear=fp8_te but compile=on: Transformer Engine's modules cannot be traced into a block's graph",
+        ),
         (("views.hue=0.6",), "views.hue=0.6: input should be less than or equal to 0.5"),
         (
             ("batch.ssl=0",),
