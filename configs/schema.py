@@ -267,6 +267,7 @@ class System(Section):
     checkpoint_every: Count = 0  # steps; 0: only at the end
     compile: Literal["auto", "on", "off"] = "auto"
     attention: Literal["auto", "flash3", "varlen", "flash2", "xformers", "sdpa", "matmul"] = "auto"
+    activation_checkpointing: Literal["off", "selective", "full"] = "off"  # engine/recompute.py
     optimizer: Literal["auto", "torch", "torch_fused", "deepspeed", "deepspeed_cpu", "apex"] = "auto"
     linear: Literal["bf16", "fp8_torchao", "fp8_te"] = "bf16"  # of the blocks; FP8 rounds more, the run is the same
     timeout_minutes: Positive = 60  # of a collective, before a rank counts as lost

@@ -5,10 +5,11 @@ order                       the error you get otherwise
 2. initialise               after partitioning, gathered one by one; else all ranks start apart
 3. teacher = student        before the optimizer; else the first targets are noise
 4. FP8 in the blocks        before they are compiled; else the graphs keep the bf16 products
-5. compile the blocks       before ZeRO hangs its hooks on modules; else each hook breaks the graph
-6. mark blocks as leaves    before `initialize`; else ZeRO-3 hooks the layers inside a compiled block
-7. optimizer, then ZeRO     ZeRO flattens the groups it is given
-8. the EMA teacher          reads fp32 shards, which exist only now
+5. activation checkpointing before compiling; else the compiled block is one operation, of which nothing is kept
+6. compile the blocks       before ZeRO hangs its hooks on modules; else each hook breaks the graph
+7. mark blocks as leaves    before `initialize`; else ZeRO-3 hooks the layers inside a compiled block
+8. optimizer, then ZeRO     ZeRO flattens the groups it is given
+9. the EMA teacher          reads fp32 shards, which exist only now
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 from configs import Config, UserError
 from engine import linears, optim, world, zero
 from engine.drop_path import DropPath, drop_path
+from engine.recompute import recompute_blocks
 from engine.teacher import Teacher
 from kernels.attention import Backend, resolve
 from model.block import Block
@@ -60,6 +62,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
         model = Pretrainer(config, Rows.per_rank(config, world.world_size()), attention.name)
     initialise(model, config)
     products = linears.convert(model, config, device)
+    recompute_blocks(model, config.system.activation_checkpointing, tuple(LEAVES))
     if is_compiled:
         compile_blocks(model)
     zero.mark_leaves(model, [kind for kind in LEAVES if any(isinstance(m, kind) for m in model.modules())])
@@ -78,6 +81,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
             "compile": f"{'on' if is_compiled else 'off'} ({why})",
             "optimizer": f"{config.optim.kind} by {optimizer.name} ({optimizer.reason})",
             "zero": f"stage {zero.zero_stage(ds_config)} (--ds_config)",
+            "activation checkpointing": f"{config.system.activation_checkpointing} (system.activation_checkpointing)",
             "precision": f"{config.optim.precision} (optim.precision)",
             "drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)",
         },

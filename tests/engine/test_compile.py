@@ -26,7 +26,7 @@ def count(comm: Comm, steps: int, *overrides: str) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.mark.parametrize("overrides", [(), ("model.trunk.drop_path=0.4",)])
+@pytest.mark.parametrize("overrides", [(), ("model.trunk.drop_path=0.4", "system.activation_checkpointing=selective")])
 def test_blocks_compile_to_one_graph_per_layout_without_breaks_or_late_recompiles(overrides: tuple[str, ...]) -> None:
     seen = run_ranks(count, 2, 4, *overrides, timeout=300.0)[0]
     assert [step["breaks"] for step in seen] == [0, 0, 0, 0]
