@@ -28,6 +28,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     logger,
@@ -84,6 +85,8 @@ def mark_leaves(model: nn.Module, kinds: list[type[nn.Module]]) -> None:
 def start(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
     """A DeepSpeed engine around the model that was built inside `construction`."""
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+        _skip_on_device(engine.optimizer, optimizer)
     return engine
 
 
@@ -217,6 +220,26 @@ def _prepare() -> None:
     logger.setLevel(logging.WARNING)
     # The Pretrainer returns a dataclass, which hooks cannot look into; it owns no parameter that a hook would gather.
     logger.addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
+
+
+def _skip_on_device(zero: Any, optimizer: torch.optim.AdamW) -> None:
+    """DeepSpeed asks the host in every step whether the gradient's norm is finite, and so waits for the device. torch's
+    fused step can be told by a flag on the device instead: it then changes neither weights nor moments nor its count.
+    """
+
+    def flag(norm: Tensor) -> bool:
+        optimizer.found_inf = (~torch.isfinite(norm) | (norm < 0)).float()  # type: ignore[attr-defined]
+        return False
+
+    def step(closure: Any = None) -> Any:
+        with ExitStack() as stack:
+            for module in (stage3, stage_1_and_2):
+                stack.callback(setattr, module, "is_invalid_grad_norm", module.is_invalid_grad_norm)
+                module.is_invalid_grad_norm = flag
+            return taken(closure)
+
+    taken, zero.step = zero.step, step
+    zero.check_grad_overflow = False  # ZeRO-1 and 2 ask a second time, of the gradients themselves
 
 
 def _step_count(optimizer: torch.optim.Optimizer, flat: Tensor, steps: int) -> int | Tensor:
