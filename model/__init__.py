@@ -9,7 +9,7 @@ H, E).
     B  image-text pairs of one rank          S  segments: runs of tokens that attend to each other only
     T  packed tokens, padding included       N  tokens of one segment: CLS, registers, then patches
     D  width                                 P  patches of one crop, row by row
-    H  attention heads                       E  width of one head; in ClipOutputs of the joint space
+    H  attention heads                       E  width of one head; in outputs, of what is compared
     F  hidden width of an MLP                L  latent channels
     G  global ssl crops, view-major          K  prototypes
     M  hidden (masked) patches               C  caption length in tokens

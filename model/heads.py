@@ -1,7 +1,7 @@
 """What turns trunk features into what the objectives compare.
 
     image_BE, text_BE, scale, bias = ClipHeads(384, clip_width=768, has_bias=False)(image_BD, text_BE)
-    logits = PrototypeHead(384, Prototypes(num=65536))(x)    # (rows, 384) -> (rows, 65536)
+    x_XE, prototypes_KE = PrototypeHead(384, Prototypes(num=65536))(x_XD)   # (X, 384) -> (X, 256), (65536, 256)
 
 Everything that leaves a head has been normalised in float32; temperatures belong to the objectives.
 """
@@ -44,10 +44,11 @@ class ClipHeads(nn.Module):
         )
 
 
-class WeightNormLinear(nn.Module):
-    """x @ (g v / |v|)^T: each row's length `weight_g` and direction `weight_v` are learned apart.
+class WeightNormPrototypes(nn.Module):
+    """K vectors g v / |v|, length `weight_g` and direction `weight_v` learned apart, beside the rows they will meet.
 
-    Written out because torch's hook replaces the parameter by a plain tensor, which ZeRO-3 would not gather.
+    The vectors leave as an activation, because the objectives multiply and ZeRO-3 has the parameters here only. (For
+    the same reason torch's weight norm does not serve: its hook replaces the parameter by a plain tensor.)
     """
 
     def __init__(self, width: int, num: int) -> None:
@@ -55,9 +56,10 @@ class WeightNormLinear(nn.Module):
         self.weight_g = nn.Parameter(torch.empty(num, 1))
         self.weight_v = nn.Parameter(torch.empty(num, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight_g.float() * F.normalize(self.weight_v.float(), dim=1)
-        return F.linear(x, weight.to(x.dtype))
+    def forward(self, x_XE: Tensor) -> tuple[Tensor, Tensor]:
+        """(X, E) -> the same rows L2-normalised, and the (K, E) prototypes, in the dtype of x."""
+        prototypes_KE = self.weight_g.float() * F.normalize(self.weight_v.float(), dim=1)
+        return F.normalize(x_XE.float(), dim=-1, eps=1e-12).to(x_XE.dtype), prototypes_KE.to(x_XE.dtype)
 
 
 class PrototypeHead(nn.Module):
@@ -70,9 +72,9 @@ class PrototypeHead(nn.Module):
         for fan_in, fan_out in itertools.pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
-        self.last_layer = WeightNormLinear(prototypes.bottleneck, prototypes.num)
+        self.last_layer = WeightNormPrototypes(prototypes.bottleneck, prototypes.num)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(X, D) -> (X, K): cosine to each prototype times that prototype's learned length."""
-        hidden = self.mlp(x)
-        return self.last_layer(F.normalize(hidden.float(), dim=-1, eps=1e-12).to(hidden.dtype))
+    def forward(self, x_XD: Tensor) -> tuple[Tensor, Tensor]:
+        """(X, D) -> unit rows (X, E), prototypes (K, E); a logit is their product, cosine times learned length."""
+        features: tuple[Tensor, Tensor] = self.last_layer(self.mlp(x_XD))
+        return features

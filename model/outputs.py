@@ -4,10 +4,11 @@ Under ZeRO-3 a parameter is an empty tensor outside the engine's forward, so eve
 the logit scale included, leaves the model through these dataclasses. An objective the run does not train is
 None.
 
-    S = 3 ssl images with 2 global and N = 4 local crops each, K = 1024 prototypes, M = 20 hidden patches:
-    outputs.ssl.student_global_GK.shape == (6, 1024)   # G = 2S: images 0 1 2 of view 0, then 0 1 2 of view 1
-    outputs.ssl.student_local_LK.shape  == (12, 1024)  # L = N*S: images 0 1 2 of local view 0, of 1, ...
-    outputs.ssl.student_patch_MK.shape  == (20, 1024)  # in the order of Batch.masked_idx
+    S = 3 ssl images with 2 global and N = 4 local crops each, K = 1024 prototypes of E = 256, M = 20 hidden patches:
+    outputs.ssl.student_global_GE.shape == (6, 256)   # G = 2S: images 0 1 2 of view 0, then 0 1 2 of view 1
+    outputs.ssl.student_local_LE.shape  == (12, 256)  # L = N*S: images 0 1 2 of local view 0, of 1, ...
+    outputs.ssl.student_patch_ME.shape  == (20, 256)  # in the order of Batch.masked_idx
+    outputs.ssl.student_KE.shape        == (1024, 256)
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ class ClipOutputs:
 
 @dataclass(frozen=True)
 class SslOutputs:
-    """Prototype logits of S images, no temperature. Crops are view-major: G = 2S, L = N*S, N may be 0."""
+    """S images and the prototypes they are compared with. Crops are view-major: G = 2S, L = N*S, N may be 0.
 
-    student_global_GK: Tensor  # (2S, K) CLS of the masked global crops
-    student_local_LK: Tensor  # (N*S, K) CLS of the local crops
-    student_patch_MK: Tensor  # (M, K) hidden patches of the global crops, crop by crop
-    teacher_global_GK: Tensor  # (2S, K) CLS of the whole global crops; no gradient
-    teacher_patch_MK: Tensor  # (M, K) the same patches as student_patch_MK, seen by the teacher; no gradient
+    Rows (., E) are L2-normalised; a row's logits, no temperature, are its products with the (K, E) prototypes. They
+    are left to the objectives, which compute a chunk of them at a time: all of them are the step's largest tensors.
+    """
+
+    student_global_GE: Tensor  # (2S, E) CLS of the masked global crops
+    student_local_LE: Tensor  # (N*S, E) CLS of the local crops
+    student_patch_ME: Tensor  # (M, E) hidden patches of the global crops, crop by crop
+    student_KE: Tensor  # (K, E) the student's prototypes
+    teacher_global_GE: Tensor  # (2S, E) CLS of the whole global crops; no gradient
+    teacher_patch_ME: Tensor  # (M, E) the same patches as student_patch_ME, seen by the teacher; no gradient
+    teacher_KE: Tensor  # (K, E) the teacher's prototypes; no gradient
     student_cls_GD: Tensor  # (2S, D) CLS before the prototype head and before any L2 norm, for KoLeo
     patch_weight_M: Tensor  # (M,) float32: 1 / (hidden patches of the crop this patch belongs to)
 

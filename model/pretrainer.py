@@ -62,15 +62,15 @@ class Teacher(nn.Module):
         self.prototypes = PrototypeHead(head_width(model), model.prototypes)
         self.requires_grad_(False)
 
-    def forward(self, global_crops: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor]:
-        """(G, 3, height, width) normalised pixels -> logits of CLS (G, K) and hidden patches (M, K)."""
+    def forward(self, global_crops: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(G, 3, height, width) normalised pixels -> CLS (G, E), hidden patches (M, E), prototypes (K, E)."""
         crops = {"ssl_global": global_crops}
         x_TD, layout = self.trunk(crops, {}), self.trunk.layout(crops)
         if self.bottleneck is not None:
             x_TD = self.bottleneck(x_TD)
         cls_GD, patch_MD = layout.cls(x_TD, "ssl_global"), _masked_patches(x_TD, layout, masked_idx)
-        logits = self.prototypes(torch.cat((cls_GD, patch_MD)))
-        return tuple(logits.split((cls_GD.shape[0], patch_MD.shape[0])))
+        rows_XE, prototypes_KE = self.prototypes(torch.cat((cls_GD, patch_MD)))
+        return *rows_XE.split((cls_GD.shape[0], patch_MD.shape[0])), prototypes_KE
 
 
 class Pretrainer(nn.Module):
@@ -150,7 +150,7 @@ class Pretrainer(nn.Module):
         return ClipOutputs(*self.clip(image_feature(layout, z_TD, self.image_feature), self.text(captions)))
 
     def _ssl(
-        self, layout: Layout, z_TD: Tensor, masks: Tensor, masked_idx: Tensor, taught: tuple[Tensor, Tensor]
+        self, layout: Layout, z_TD: Tensor, masks: Tensor, masked_idx: Tensor, taught: tuple[Tensor, Tensor, Tensor]
     ) -> SslOutputs:
         """CLS of global and local crops and the hidden patches, through the prototype head in one call."""
         assert self.prototypes is not None
@@ -158,14 +158,17 @@ class Pretrainer(nn.Module):
         has_locals = any(group.name == "ssl_local" for group in layout.groups)
         local_LD = layout.cls(z_TD, "ssl_local") if has_locals else global_GD[:0]
         parts = (global_GD, local_LD, _masked_patches(z_TD, layout, masked_idx))
-        logits = self.prototypes(torch.cat(parts)).split([part.shape[0] for part in parts])
+        rows_XE, student_KE = self.prototypes(torch.cat(parts))
+        global_GE, local_LE, patch_ME = rows_XE.split([part.shape[0] for part in parts])
         num_hidden_G = masks.sum(dim=1).float()
         return SslOutputs(
-            student_global_GK=logits[0],
-            student_local_LK=logits[1],
-            student_patch_MK=logits[2],
-            teacher_global_GK=taught[0],
-            teacher_patch_MK=taught[1],
+            student_global_GE=global_GE,
+            student_local_LE=local_LE,
+            student_patch_ME=patch_ME,
+            student_KE=student_KE,
+            teacher_global_GE=taught[0],
+            teacher_patch_ME=taught[1],
+            teacher_KE=taught[2],
             student_cls_GD=global_GD,
             patch_weight_M=1 / num_hidden_G.index_select(0, masked_idx // masks.shape[1]),
         )

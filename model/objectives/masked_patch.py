@@ -1,7 +1,8 @@
 """ssl, second half (iBOT): the student says of a hidden patch what the teacher, who sees it, says of it.
 
-targets_MK = sinkhorn(ssl.teacher_patch_MK, 0.05, comm)         # over the hidden patches of all ranks
-masked_patch_loss(ssl.student_patch_MK, targets_MK, ssl.patch_weight_M, 0.1, num_crops=2 * S)
+bias_K = sinkhorn(ssl.teacher_patch_ME, ssl.teacher_KE, 0.05, comm)         # over the hidden patches of all ranks
+targets = Targets(ssl.teacher_patch_ME, ssl.teacher_KE, bias_K, 0.05)
+masked_patch_loss(ssl.student_patch_ME, ssl.student_KE, targets, ssl.patch_weight_M, 0.1, num_crops=2 * S)
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from model.objectives.targets import cross_entropy
+from kernels.prototypes import prototype_cross_entropy
+from model.objectives.targets import Targets
 
 
 def masked_patch_loss(
-    student_MK: Float[Tensor, "M K"],
-    target_MK: Float[Tensor, "M K"],
+    student_ME: Float[Tensor, "M E"],
+    student_KE: Float[Tensor, "K E"],
+    targets: Targets,
     weight_M: Float[Tensor, " M"],
     temp: float,
     num_crops: int,
@@ -27,4 +30,13 @@ def masked_patch_loss(
         for each hidden patch p: add weight_p * cross-entropy, weight_p = 1 / n_c
     divide by the number of global crops, those with nothing hidden included
     """
-    return (weight_M * cross_entropy(student_MK, target_MK, temp)).sum() / num_crops
+    return prototype_cross_entropy(
+        student_ME.unsqueeze(1),
+        student_KE,
+        targets.teacher_RE.unsqueeze(1),
+        targets.teacher_KE,
+        targets.bias_K,
+        (weight_M / num_crops).unsqueeze(1),
+        temp,
+        targets.temp,
+    )

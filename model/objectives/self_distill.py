@@ -6,9 +6,9 @@ pairs an image. Both losses are divided by all 2N + 2 pairs, so `local + global`
 whatever N is. (DINOv2 writes the global half as twice its mean over 2S rows. With N = 0 its code divides by 3
 and not by 2; ours stays the mean.)
 
-    targets_GK = sinkhorn(ssl.teacher_global_GK, 0.05, comm)
-    local = local_loss(ssl.student_local_LK, targets_GK, 0.1)
-    dino = local + global_loss(ssl.student_global_GK, targets_GK, 0.1, num_locals=8)
+    targets = Targets(ssl.teacher_global_GE, ssl.teacher_KE, bias_K, 0.05)
+    local = local_loss(ssl.student_local_LE, ssl.student_KE, targets, 0.1)
+    dino = local + global_loss(ssl.student_global_GE, ssl.student_KE, targets, 0.1, num_locals=8)
 """
 
 from __future__ import annotations
@@ -16,28 +16,38 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from model.objectives.targets import cross_entropy
+from kernels.prototypes import prototype_cross_entropy
+from model.objectives.targets import Targets
 
 
-def local_loss(student_LK: Float[Tensor, "L K"], target_GK: Float[Tensor, "G K"], temp: float) -> Float[Tensor, ""]:
+def local_loss(
+    student_LE: Float[Tensor, "L E"], student_KE: Float[Tensor, "K E"], targets: Targets, temp: float
+) -> Float[Tensor, ""]:
     """The local pairs' share of DINO, 0 where N = 0. Rows are view-major; N is read off the shapes.
 
         L = 1 / (S (2 + 2N)) * sum_i sum_{local view l} sum_{teacher view v}  H(target_vi, student_li)
 
-    for each local view l, for each image i:
-        for each teacher view v: add the cross-entropy of student crop (l, i) against teacher crop (v, i)
-    divide by S * (2 + 2N) The cross-entropy is linear in its target, so the two teacher views are added first
-    and the student is read once.
+    for each image i:
+        average the targets of its two teacher views (the cross-entropy is linear in its target)
+        for each local view l: add twice the cross-entropy of student crop (l, i) against that average
+    divide by S * (2 + 2N)
     """
-    num_images = len(target_GK) // 2
-    num_locals = len(student_LK) // num_images
-    both_views_SK = target_GK[:num_images] + target_GK[num_images:]
-    pair_sum = cross_entropy(student_LK, both_views_SK.repeat(num_locals, 1), temp).sum()
-    return pair_sum / (num_images * (2 + 2 * num_locals))
+    num_images, width = len(targets.teacher_RE) // 2, student_LE.shape[1]
+    num_locals = len(student_LE) // num_images
+    student_SNE = student_LE.reshape(num_locals, num_images, width).transpose(0, 1)
+    teacher_S2E = targets.teacher_RE.unflatten(0, (2, num_images)).transpose(0, 1)
+    weight_SN = targets.bias_K.new_full((num_images, num_locals), 2 / (num_images * (2 + 2 * num_locals)))
+    return prototype_cross_entropy(
+        student_SNE, student_KE, teacher_S2E, targets.teacher_KE, targets.bias_K, weight_SN, temp, targets.temp
+    )
 
 
 def global_loss(
-    student_GK: Float[Tensor, "G K"], target_GK: Float[Tensor, "G K"], temp: float, num_locals: int
+    student_GE: Float[Tensor, "G E"],
+    student_KE: Float[Tensor, "K E"],
+    targets: Targets,
+    temp: float,
+    num_locals: int,
 ) -> Float[Tensor, ""]:
     """The global pairs' share of DINO.
 
@@ -47,6 +57,16 @@ def global_loss(
         add the cross-entropy of student crop (v, i) against teacher crop (other view, i)
     divide by S * (2 + 2N)
     """
-    num_images = len(target_GK) // 2
-    pair_sum = cross_entropy(student_GK, target_GK.roll(num_images, dims=0), temp).sum()
-    return pair_sum / (num_images * (2 + 2 * num_locals))
+    num_images = len(student_GE) // 2
+    other_G1E = targets.teacher_RE.roll(num_images, dims=0).unsqueeze(1)
+    weight_G1 = targets.bias_K.new_full((2 * num_images, 1), 1 / (num_images * (2 + 2 * num_locals)))
+    return prototype_cross_entropy(
+        student_GE.unsqueeze(1),
+        student_KE,
+        other_G1E,
+        targets.teacher_KE,
+        targets.bias_K,
+        weight_G1,
+        temp,
+        targets.temp,
+    )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Clip, Objectives, Rec, Ssl
+from kernels.prototypes import target_entropy
 from model.objectives.comm import Comm
 from model.objectives.contrastive import sigmoid_loss, softmax_loss
 from model.objectives.koleo import koleo_loss
@@ -23,7 +24,7 @@ from model.objectives.masked_patch import masked_patch_loss
 from model.objectives.perceptual import Perceptual
 from model.objectives.pixels import l1_loss, to_signed
 from model.objectives.self_distill import global_loss, local_loss
-from model.objectives.targets import centred, follow_centre, sinkhorn
+from model.objectives.targets import Targets, follow_centre, sinkhorn
 from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs
 
 
@@ -103,8 +104,8 @@ def compute(
             parts.append(_clip(outputs.clip, objectives.clip, comm))
         if objectives.ssl.weight:
             assert outputs.ssl is not None, "ssl has a weight but the model gave no ssl outputs"
-            cls_GK, patch_MK, centres = teacher_targets(outputs.ssl, objectives.ssl, teacher_temp, comm, centres)
-            parts.append(_ssl(outputs.ssl, objectives.ssl, cls_GK, patch_MK, comm))
+            cls, patch, centres = teacher_targets(outputs.ssl, objectives.ssl, teacher_temp, comm, centres)
+            parts.append(_ssl(outputs.ssl, objectives.ssl, cls, patch, comm))
         if objectives.rec.weight:
             assert outputs.rec is not None, "rec has a weight but the model gave no rec outputs"
             parts.append(_rec(outputs.rec, objectives.rec, perceptual))
@@ -113,21 +114,21 @@ def compute(
 
 def teacher_targets(
     ssl: SslOutputs, config: Ssl, temp: float, comm: Comm, centres: Centres | None
-) -> tuple[Tensor, Tensor, Centres | None]:
-    """Distributions for the CLS (2S, K) and the hidden patches (M, K), and the centres after this step."""
+) -> tuple[Targets, Targets, Centres | None]:
+    """Targets for the 2S CLS and for the M hidden patches, and the centres after this step."""
+    cls_GE, patch_ME, teacher_KE = ssl.teacher_global_GE, ssl.teacher_patch_ME, ssl.teacher_KE
     if config.targets == "sinkhorn":
-        return (
-            sinkhorn(ssl.teacher_global_GK, temp, comm),
-            sinkhorn(ssl.teacher_patch_MK, temp, comm),
-            centres,
+        cls_bias_K = sinkhorn(cls_GE, teacher_KE, temp, comm)
+        patch_bias_K = sinkhorn(patch_ME, teacher_KE, temp, comm)
+        followed = centres
+    else:
+        assert centres is not None, "targets=centering needs the centres of the step before, at first Centres.zeros(K)"
+        cls_bias_K, patch_bias_K = centres.cls_K / temp, centres.patch_K / temp
+        followed = Centres(
+            follow_centre(centres.cls_K, cls_GE, teacher_KE, config.centre_momentum, comm),
+            follow_centre(centres.patch_K, patch_ME, teacher_KE, config.centre_momentum, comm),
         )
-    assert centres is not None, "targets=centering needs the centres of the step before, Centres.zeros(K) at the first"
-    followed = Centres(
-        follow_centre(centres.cls_K, ssl.teacher_global_GK, config.centre_momentum, comm),
-        follow_centre(centres.patch_K, ssl.teacher_patch_MK, config.centre_momentum, comm),
-    )
-    cls_GK = centred(ssl.teacher_global_GK, centres.cls_K, temp)
-    return cls_GK, centred(ssl.teacher_patch_MK, centres.patch_K, temp), followed
+    return Targets(cls_GE, teacher_KE, cls_bias_K, temp), Targets(patch_ME, teacher_KE, patch_bias_K, temp), followed
 
 
 def _clip(clip: ClipOutputs, config: Clip, comm: Comm) -> Objective:
@@ -142,19 +143,19 @@ def _clip(clip: ClipOutputs, config: Clip, comm: Comm) -> Objective:
     return Objective("clip", config.weight, (Term("clip", contrast.loss),), health)
 
 
-def _ssl(ssl: SslOutputs, config: Ssl, cls_GK: Tensor, patch_MK: Tensor, comm: Comm) -> Objective:
-    num_crops, temp = len(ssl.student_global_GK), config.student_temp
-    num_locals = 2 * len(ssl.student_local_LK) // num_crops
-    mim = masked_patch_loss(ssl.student_patch_MK, patch_MK, ssl.patch_weight_M, temp, num_crops)
+def _ssl(ssl: SslOutputs, config: Ssl, cls: Targets, patch: Targets, comm: Comm) -> Objective:
+    num_crops, temp, student_KE = len(ssl.student_global_GE), config.student_temp, ssl.student_KE
+    num_locals = 2 * len(ssl.student_local_LE) // num_crops
+    mim = masked_patch_loss(ssl.student_patch_ME, student_KE, patch, ssl.patch_weight_M, temp, num_crops)
     terms = [
-        Term("dino_local", local_loss(ssl.student_local_LK, cls_GK, temp)),
-        Term("dino_global", global_loss(ssl.student_global_GK, cls_GK, temp, num_locals)),
+        Term("dino_local", local_loss(ssl.student_local_LE, student_KE, cls, temp)),
+        Term("dino_global", global_loss(ssl.student_global_GE, student_KE, cls, temp, num_locals)),
         Term("mim", mim),
     ]
     if config.koleo:
         terms.append(Term("koleo", koleo_loss(ssl.student_cls_GD, comm), config.koleo))
     # ln K: the teacher says nothing; 0: it has collapsed to one prototype or is very sure.
-    entropy = torch.special.entr(cls_GK).sum(dim=1).mean()
+    entropy = target_entropy(cls.teacher_RE, cls.teacher_KE, cls.temp, cls.bias_K).mean()
     return Objective("ssl", config.weight, tuple(terms), {"teacher_entropy": entropy})
 
 
@@ -170,7 +171,7 @@ def _rec(rec: RecOutputs, config: Rec, perceptual: Perceptual | None) -> Objecti
 def _without_autocast(outputs: Outputs) -> torch.autocast:
     present = (
         outputs.clip.image_BE if outputs.clip else None,
-        outputs.ssl.student_global_GK if outputs.ssl else None,
+        outputs.ssl.student_global_GE if outputs.ssl else None,
         outputs.rec.recon if outputs.rec else None,
     )
     return torch.autocast(next(tensor.device.type for tensor in present if tensor is not None), enabled=False)

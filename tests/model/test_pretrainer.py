@@ -49,11 +49,13 @@ def test_outputs_have_the_documented_shapes_and_dtypes() -> None:
     assert outputs.rec is not None
     shapes = {name: tuple(value.shape) for name, value in vars(outputs.ssl).items()}
     assert shapes == {
-        "student_global_GK": (12, 48),
-        "student_local_LK": (12, 48),
-        "student_patch_MK": (24, 48),
-        "teacher_global_GK": (12, 48),
-        "teacher_patch_MK": (24, 48),
+        "student_global_GE": (12, 16),
+        "student_local_LE": (12, 16),
+        "student_patch_ME": (24, 16),
+        "student_KE": (48, 16),
+        "teacher_global_GE": (12, 16),
+        "teacher_patch_ME": (24, 16),
+        "teacher_KE": (48, 16),
         "student_cls_GD": (12, 32),
         "patch_weight_M": (24,),
     }
@@ -140,8 +142,8 @@ def test_the_mask_hides_patches_from_the_student_and_not_from_the_teacher() -> N
     before, after = (run(model, config, global_crops=c, **changed).ssl for c in (batch.global_crops, crops))
     assert before is not None
     assert after is not None
-    assert torch.equal(before.student_global_GK[0], after.student_global_GK[0])
-    assert not torch.equal(before.teacher_global_GK[0], after.teacher_global_GK[0])
+    assert torch.equal(before.student_global_GE[0], after.student_global_GE[0])
+    assert not torch.equal(before.teacher_global_GE[0], after.teacher_global_GE[0])
     assert before.patch_weight_M[:2].tolist() == [1.0, 0.25]
 
 

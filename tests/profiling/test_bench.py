@@ -10,7 +10,7 @@ import torch
 
 from model.pack import Group
 from profiling import bench
-from profiling.benches import attention, compile, depth, step, text
+from profiling.benches import attention, compile, depth, prototypes, step, text
 from profiling.machine import describe, matmul_peak
 from profiling.measurement import Measurement, measure
 from profiling.workload import random_batch, random_captions, small_step
@@ -75,6 +75,19 @@ def test_the_depth_bench_compares_the_rate_with_none(monkeypatch: pytest.MonkeyP
     for measurement in depth.run(rounds=1):
         assert [row.variant for row in measurement.rows] == ["rate 0", "rate 0.3"]
         assert measurement.notes[0].startswith("73% of the tokens stay: ideally 1.36 times the speed")
+
+
+def test_the_prototype_bench_tells_time_and_memory_of_both(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prototypes, "ROWS", 256)
+    monkeypatch.setattr(prototypes, "PROTOTYPES", 512)
+    monkeypatch.setattr(prototypes, "WIDTH", 16)
+    assert bench.main(["prototypes", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("x lower") == 2
+    assert "dense" in out
+    assert "chunks" in out
 
 
 def test_an_unknown_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,11 +69,13 @@ def whole_batch(sizes: Sizes) -> tuple[Outputs, Tensor]:
     # Captions half like their images: unrelated ones leave a scale gradient that is all cancellation.
     text = torch.nn.functional.normalize(image + 0.2 * randn(sizes.clip, 24), dim=1)
     ssl = SslOutputs(
-        student_global_GK=randn(crops, k),
-        student_local_LK=randn(sizes.locals * sizes.ssl, k),
-        student_patch_MK=randn(patches, k),
-        teacher_global_GK=randn(crops, k),
-        teacher_patch_MK=randn(patches, k),
+        student_global_GE=randn(crops, 12),
+        student_local_LE=randn(sizes.locals * sizes.ssl, 12),
+        student_patch_ME=randn(patches, 12),
+        student_KE=randn(k, 12) * 12**-0.5,
+        teacher_global_GE=randn(crops, 12),
+        teacher_patch_ME=randn(patches, 12),
+        teacher_KE=randn(k, 12) * 12**-0.5,
         student_cls_GD=randn(crops, 16),
         patch_weight_M=1 / num_hidden[crop_of_patch_M],
     )
@@ -96,11 +98,12 @@ def share_of(outputs: Outputs, crop_of_patch_M: Tensor, sizes: Sizes, comm: Comm
 
     ssl, own_crops = outputs.ssl, rows(torch.arange(2 * sizes.ssl), 2)
     own_M = torch.isin(crop_of_patch_M, own_crops)
-    by_crop = ("student_global_GK", "teacher_global_GK", "student_cls_GD")
-    by_patch = ("student_patch_MK", "teacher_patch_MK", "patch_weight_M")
+    by_crop = ("student_global_GE", "teacher_global_GE", "student_cls_GD")
+    by_patch = ("student_patch_ME", "teacher_patch_ME", "patch_weight_M")
     own = {name: rows(getattr(ssl, name), 2) for name in by_crop}
     own |= {name: getattr(ssl, name)[own_M] for name in by_patch}
-    own["student_local_LK"] = rows(ssl.student_local_LK, sizes.locals) if sizes.locals else ssl.student_local_LK
+    own["student_local_LE"] = rows(ssl.student_local_LE, sizes.locals) if sizes.locals else ssl.student_local_LE
+    own |= {"student_KE": ssl.student_KE, "teacher_KE": ssl.teacher_KE}
     clip = replace(outputs.clip, image_BE=rows(outputs.clip.image_BE), text_BE=rows(outputs.clip.text_BE))
     return Outputs(
         clip,
@@ -111,7 +114,7 @@ def share_of(outputs: Outputs, crop_of_patch_M: Tensor, sizes: Sizes, comm: Comm
 
 def with_leaves(outputs: Outputs) -> tuple[Outputs, dict[str, Tensor]]:
     """A copy whose tensors with a gradient in training are leaves, and those leaves by name."""
-    fixed = ("teacher_global_GK", "teacher_patch_MK", "patch_weight_M", "target")
+    fixed = ("teacher_global_GE", "teacher_patch_ME", "teacher_KE", "patch_weight_M", "target")
     leaves: dict[str, Tensor] = {}
 
     def copy(part: Any) -> Any:

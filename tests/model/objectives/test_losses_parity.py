@@ -12,8 +12,9 @@ from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 from torch import Tensor
 
-from model.objectives import contrastive, koleo, masked_patch, self_distill, targets
+from model.objectives import contrastive, dense, koleo, masked_patch, self_distill, targets
 from model.objectives.comm import Solo
+from model.objectives.targets import Targets
 from tests.parity import reference
 
 pytestmark = pytest.mark.L0
@@ -65,22 +66,36 @@ def test_sigmoid_contrast_equals_the_reference_with_gradients(values: dict[str, 
     assert_same(image.grad, values["siglip_image_grad"])
 
 
+def prototypes(logits: Tensor) -> Tensor:
+    """Those that make a row of logits its own features: the reference has no others."""
+    return torch.eye(logits.shape[1])
+
+
+def spread_evenly(logits: Tensor) -> Targets:
+    teacher_KE = prototypes(logits)
+    return Targets(logits, teacher_KE, checked(targets.sinkhorn)(logits, teacher_KE, 0.05, SOLO), 0.05)
+
+
 @pytest.mark.parametrize("tokens", ["teacher_cls", "teacher_patch"])
 def test_sinkhorn_targets_equal_the_reference(values: dict[str, Tensor], tokens: str) -> None:
-    assert_same(checked(targets.sinkhorn)(values[tokens], 0.05, SOLO), values[f"{tokens}_sinkhorn_0.05"])
+    expected = values[f"{tokens}_sinkhorn_0.05"]
+    assert_same(checked(dense.written_out)(spread_evenly(values[tokens])), expected)
+    assert_same(checked(dense.sinkhorn)(values[tokens], 0.05, SOLO), expected)
 
 
 def test_centred_targets_and_the_centre_that_follows_equal_the_reference(values: dict[str, Tensor]) -> None:
     centre = values["center"].squeeze(0)
-    found = checked(targets.centred)(values["teacher_cls"], centre, 0.05)
-    assert_same(found, values["teacher_cls_centered_0.05"])
-    followed = checked(targets.follow_centre)(centre, values["teacher_cls"], 0.9, SOLO)
+    teacher = values["teacher_cls"]
+    centred = Targets(teacher, prototypes(teacher), centre / 0.05, 0.05)
+    assert_same(checked(dense.written_out)(centred), values["teacher_cls_centered_0.05"])
+    followed = checked(targets.follow_centre)(centre, teacher, prototypes(teacher), 0.9, SOLO)
     assert_same(followed, values["center_after_update_0.9"])
 
 
 def test_local_loss_is_the_reference_sum_over_pairs_divided_by_all_pairs(values: dict[str, Tensor]) -> None:
     student, num_locals = leaf(values["student_local"]), 3
-    loss = checked(self_distill.local_loss)(student, values["teacher_cls_sinkhorn_0.05"], 0.1)
+    target = spread_evenly(values["teacher_cls"])
+    loss = checked(self_distill.local_loss)(student, prototypes(student), target, 0.1)
     num_pairs = 2 + 2 * num_locals
     (loss * num_pairs).backward()
     assert_same(loss * num_pairs, values["dino_local_sum_over_pairs"])
@@ -89,8 +104,8 @@ def test_local_loss_is_the_reference_sum_over_pairs_divided_by_all_pairs(values:
 
 def test_global_loss_is_twice_the_reference_mean_divided_by_all_pairs(values: dict[str, Tensor]) -> None:
     student, num_locals = leaf(values["student_global"]), 3
-    target = values["teacher_cls_sinkhorn_0.05"]
-    loss = checked(self_distill.global_loss)(student, target, 0.1, num_locals)
+    target = spread_evenly(values["teacher_cls"])
+    loss = checked(self_distill.global_loss)(student, prototypes(student), target, 0.1, num_locals)
     scaled = loss * (2 + 2 * num_locals) / 2
     scaled.backward()
     assert_same(scaled, values["dino_global_pair"])
@@ -100,8 +115,8 @@ def test_global_loss_is_twice_the_reference_mean_divided_by_all_pairs(values: di
 def test_masked_patch_loss_equals_the_reference_with_gradient(values: dict[str, Tensor]) -> None:
     student, mask = leaf(values["student_patch"]), values["patch_mask"]
     weight = (1 / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(mask)[mask]
-    target = values["teacher_patch_sinkhorn_0.05"]
-    loss = checked(masked_patch.masked_patch_loss)(student, target, weight, 0.1, len(mask))
+    target = spread_evenly(values["teacher_patch"])
+    loss = checked(masked_patch.masked_patch_loss)(student, prototypes(student), target, weight, 0.1, len(mask))
     loss.backward()
     assert_same(loss, values["ibot"])
     assert_same(student.grad, values["ibot_grad"])
@@ -120,4 +135,4 @@ def test_a_tensor_of_the_wrong_shape_breaks_the_annotations() -> None:
     with pytest.raises(TypeCheckError):
         checked(contrastive.softmax_loss)(torch.ones(4, 8), torch.ones(5, 8), torch.ones(1), SOLO)
     with pytest.raises(TypeCheckError):
-        checked(targets.centred)(torch.ones(4, 8), torch.ones(7), 0.05)
+        checked(targets.sinkhorn)(torch.ones(4, 8), torch.ones(5, 7), 0.05, SOLO)

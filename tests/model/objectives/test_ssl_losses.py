@@ -13,9 +13,11 @@ from model.objectives.comm import Solo
 from model.objectives.koleo import koleo_loss
 from model.objectives.masked_patch import masked_patch_loss
 from model.objectives.self_distill import global_loss, local_loss
+from model.objectives.targets import Targets
 
 pytestmark = pytest.mark.L0
 S, N, K, TEMP = 3, 4, 7, 0.1
+LOGITS = torch.eye(K)  # prototypes for which rows of features are rows of logits
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -24,6 +26,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def one_cross_entropy(student_K: Tensor, target_K: Tensor) -> float:
     return -float((target_K * torch.log_softmax(student_K / TEMP, dim=0)).sum())
+
+
+def asking_for(target_RK: Tensor) -> Targets:
+    return Targets(target_RK.log(), LOGITS, torch.zeros(K), 1.0)
 
 
 def test_dino_is_the_mean_over_all_pairs_of_different_crops() -> None:
@@ -35,7 +41,8 @@ def test_dino_is_the_mean_over_all_pairs_of_different_crops() -> None:
             pairs += [one_cross_entropy(student_local[crop * S + i], target[view * S + i]) for crop in range(N)]
             pairs += [one_cross_entropy(student_global[(1 - view) * S + i], target[view * S + i])]
     assert len(pairs) == S * (2 + 2 * N)
-    found = local_loss(student_local, target, TEMP) + global_loss(student_global, target, TEMP, N)
+    local = local_loss(student_local, LOGITS, asking_for(target), TEMP)
+    found = local + global_loss(student_global, LOGITS, asking_for(target), TEMP, N)
     assert float(found) == pytest.approx(sum(pairs) / len(pairs), rel=1e-6)
 
 
@@ -43,8 +50,9 @@ def test_dino_without_local_crops_is_the_mean_over_the_global_pairs() -> None:
     student, target = randn(2 * S, K, seed=1), randn(2 * S, K, seed=3).softmax(dim=1)
     pairs = [one_cross_entropy(student[(crop + S) % (2 * S)], target[crop]) for crop in range(2 * S)]
     none = torch.zeros(0, K, requires_grad=True)
-    assert float(global_loss(student, target, TEMP, 0)) == pytest.approx(sum(pairs) / (2 * S), rel=1e-6)
-    nothing = local_loss(none, target, TEMP)
+    found = global_loss(student, LOGITS, asking_for(target), TEMP, 0)
+    assert float(found) == pytest.approx(sum(pairs) / (2 * S), rel=1e-6)
+    nothing = local_loss(none, LOGITS, asking_for(target), TEMP)
     nothing.backward()
     assert nothing.item() == 0.0
 
@@ -58,7 +66,7 @@ def test_a_crop_weighs_the_same_whatever_it_hides() -> None:
         sum(one_cross_entropy(student[p], target[p]) for p in torch.where(crops == c)[0]) / max(hidden[c], 1)
         for c in range(4)
     ]
-    found = masked_patch_loss(student, target, weight, TEMP, num_crops=4)
+    found = masked_patch_loss(student, LOGITS, asking_for(target), weight, TEMP, num_crops=4)
     assert float(found) == pytest.approx(sum(means) / 4, rel=1e-6)
 
 

@@ -14,7 +14,7 @@ from model.objectives.total import Centres, Losses, compute
 from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs
 
 pytestmark = pytest.mark.L0
-S, N, K, M = 3, 2, 11, 5
+S, N, K, M, E = 3, 2, 11, 5, 8
 
 
 def perceptual() -> Perceptual:
@@ -33,11 +33,13 @@ def outputs(num_locals: int = N, num_masked: int = M, dtype: torch.dtype = torch
 
     image, text = randn(4, 8), randn(4, 8)
     ssl = SslOutputs(
-        student_global_GK=randn(2 * S, K),
-        student_local_LK=randn(num_locals * S, K),
-        student_patch_MK=randn(num_masked, K),
-        teacher_global_GK=randn(2 * S, K).detach(),
-        teacher_patch_MK=randn(num_masked, K).detach(),
+        student_global_GE=randn(2 * S, E),
+        student_local_LE=randn(num_locals * S, E),
+        student_patch_ME=randn(num_masked, E),
+        student_KE=randn(K, E),
+        teacher_global_GE=randn(2 * S, E).detach(),
+        teacher_patch_ME=randn(num_masked, E).detach(),
+        teacher_KE=randn(K, E).detach(),
         student_cls_GD=randn(2 * S, 6),
         patch_weight_M=torch.full((num_masked,), 0.5),
     )
@@ -111,8 +113,9 @@ def test_centres_move_with_centering_and_rest_with_sinkhorn() -> None:
     assert (before.cls_K == 0).all()
     given = outputs().ssl
     assert given is not None
-    torch.testing.assert_close(after.cls_K, 0.1 * given.teacher_global_GK.mean(dim=0))
-    torch.testing.assert_close(after.patch_K, 0.1 * given.teacher_patch_MK.mean(dim=0))
+    cls_GK, patch_MK = given.teacher_global_GE @ given.teacher_KE.T, given.teacher_patch_ME @ given.teacher_KE.T
+    torch.testing.assert_close(after.cls_K, 0.1 * cls_GK.mean(dim=0))
+    torch.testing.assert_close(after.patch_K, 0.1 * patch_MK.mean(dim=0))
     assert run(Objectives(rec=Rec(perceptual=0)), centres=before).centres is before
 
 

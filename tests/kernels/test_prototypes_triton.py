@@ -1,0 +1,72 @@
+"""The Triton kernels against the oracle: in Triton's interpreter anywhere, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import prototypes
+from tests.kernels.test_prototypes import Case, draw, error
+
+ROOT = Path(__file__).resolve().parents[2]
+# (groups, students, targets, prototypes, width): one tile, several, ragged ends, groups, one pair.
+CASES = [(64, 1, 1, 64, 16), (70, 1, 1, 150, 20), (9, 3, 2, 65, 16), (1, 1, 1, 3, 32), (0, 1, 1, 40, 16)]
+
+
+def worst_error(case: Case) -> float:
+    from kernels.prototypes_triton import loss_and_gradients
+
+    found = loss_and_gradients(*[x.detach() if torch.is_tensor(x) else x for x in case.inputs()])
+    loss = prototypes.reference(*case.inputs())
+    expected = (loss.detach(), *torch.autograd.grad(loss, (case.student_GUE, case.student_KE)))
+    return max(error(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.L0
+def test_kernels_equal_the_oracle_in_the_interpreter() -> None:
+    """In a process of its own: Triton decides when it is imported whether it interprets."""
+    run = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-m", "tests.kernels.test_prototypes_triton"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    errors = [float(line) for line in run.stdout.split()]
+    assert len(errors) == 2 * len(CASES)
+    # Measured worst 8e-7, relative to the largest entry; a tile left out or counted twice is off by percents.
+    assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for and runs on a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_equal_the_oracle_on_the_gpu(dtype: torch.dtype) -> None:
+    from kernels.prototypes_triton import loss_and_gradients
+
+    for shape in [*CASES, (4096, 1, 1, 8192, 256), (64, 8, 2, 4096, 256)]:
+        case = draw(*shape)
+        exact = [x.detach().cuda() if torch.is_tensor(x) else x for x in case.inputs()]
+        narrow = [x.to(dtype) if torch.is_tensor(x) else x for x in exact[:4]] + exact[4:]
+        learners = [x.requires_grad_() for x in narrow[:2]]
+        loss = prototypes.reference(*[x.float() if torch.is_tensor(x) else x for x in narrow])
+        expected = (loss.detach(), *torch.autograd.grad(loss, learners))
+        found = loss_and_gradients(*[x.detach() if torch.is_tensor(x) else x for x in narrow])
+        # fp32 sums of products in another order; bf16 rounds p - q once.
+        bound = 1e-4 if dtype == torch.float32 else 2e-2
+        assert max(error(ours.float(), theirs.float()) for ours, theirs in zip(found, expected, strict=True)) < bound
+
+
+if __name__ == "__main__":
+    from kernels import prototypes_triton
+
+    for blocks in (1, 4):  # prototypes in one share and in several
+        prototypes_triton.WANTED_BLOCKS = blocks
+        for shape in CASES:
+            print(worst_error(draw(*shape)))
