@@ -159,7 +159,7 @@ class Logits:
 
     def __init__(self, prototypes_KE: Tensor, total: int, group: int = 1) -> None:
         num_prototypes, group = len(prototypes_KE), max(group, 1)
-        fitting = max(MIN_ROWS, CHUNK_BYTES[prototypes_KE.device.type] // (4 * num_prototypes))
+        fitting = max(MIN_ROWS, CHUNK_BYTES["cuda" if prototypes_KE.is_cuda else "cpu"] // (4 * num_prototypes))
         self.num_rows = max(1, min(fitting, total) // group) * group
         self._prototypes_KE = prototypes_KE
         self._float_RK = prototypes_KE.new_empty((self.num_rows, num_prototypes), dtype=torch.float32)

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # (groups, students, targets, prototypes, width): one tile, several, ragged ends, groups, one pair.
 CASES = [(64, 1, 1, 64, 16), (70, 1, 1, 150, 20), (9, 3, 2, 65, 16), (1, 1, 1, 3, 32), (0, 1, 1, 40, 16)]
 
+KERNELS = ("_statistics", "_grad_students", "_grad_prototypes")
+
 
 def worst_error(case: Case) -> float:
     from kernels.prototypes_triton import loss_and_gradients
@@ -42,6 +44,39 @@ def test_kernels_equal_the_oracle_in_the_interpreter() -> None:
     assert len(errors) == 2 * len(CASES)
     # Measured worst 8e-7, relative to the largest entry; a tile left out or counted twice is off by percents.
     assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.L0
+@pytest.mark.parametrize(("dtype", "itemsize", "kernels"), [("bf16", 2, KERNELS), ("fp32", 4, KERNELS[2:])])
+def test_kernels_compile_without_a_gpu_and_fit_the_shared_memory_of_small_ones(
+    dtype: str, itemsize: int, kernels: tuple[str, ...]
+) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from kernels import prototypes_triton
+
+    launch = {"U": 1, "V": 1} | prototypes_triton.options(256, itemsize)
+    for kernel in (getattr(prototypes_triton, name) for name in kernels):
+        names = kernel.arg_names
+        source = ASTSource(
+            kernel,
+            {name: "constexpr" if name in launch else _type_of(name, dtype) for name in names},
+            {(names.index(name),): value for name, value in launch.items() if name in names},
+        )
+        options = {name: value for name, value in launch.items() if name not in names}
+        compiled = compile(source, target=GPUTarget("cuda", 89, 32), options=options)
+        # 96 KiB; with tiles twice as large it was 192 KiB, which only the largest GPUs have.
+        assert compiled.metadata.shared <= 99 * 1024, kernel.__name__
+
+
+def _type_of(name: str, dtype: str) -> str:
+    if name in ("num_pairs", "K", "split"):
+        return "i32"
+    if name.startswith("inverse"):
+        return "fp32"
+    in_float = ("bias", "student_lse", "teacher_lse", "agreement", "scale", "grad")
+    return "*fp32" if name in in_float else f"*{dtype}"
 
 
 @pytest.mark.gpu
