@@ -260,6 +260,13 @@ class Loader(Section):
     cache_dir: str | None = None  # where remote shards are kept; required for remote URLs
 
 
+class ContrastiveBatch(Section):
+    """How the clip batch goes through the model (engine/grad_cache.py); the gradient is that of the whole batch."""
+
+    # Parts, one after the other: memory for activations falls to one part, and all parts but one run forward twice.
+    micro_batches: Positive = 1
+
+
 class System(Section):
     run_dir: str | None = None  # runs/NAME when not given
     report_every: Positive = 10  # steps between two host syncs
@@ -272,6 +279,7 @@ class System(Section):
     linear: Literal["bf16", "fp8_torchao", "fp8_te"] = "bf16"  # of the blocks; FP8 rounds more, the run is the same
     timeout_minutes: Positive = 60  # of a collective, before a rank counts as lost
     loader: Loader = Loader()
+    clip: ContrastiveBatch = ContrastiveBatch()
 
     @model_validator(mode="after")
     def _te_is_not_compiled(self) -> System:
@@ -339,6 +347,33 @@ class Config(Section):
             raise ValueError(
                 f"system.linear={self.system.linear} but optim.precision={self.optim.precision}: FP8 products take and "
                 "give bf16; set optim.precision=bf16, or system.linear=bf16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batches_fit(self) -> Config:
+        parts, batch = self.system.clip.micro_batches, self.batch
+        if parts == 1:
+            return self
+        said = f"system.clip.micro_batches={parts}"
+        if self.model.trunk.drop_path:
+            raise ValueError(
+                f"{said} but model.trunk.drop_path={self.model.trunk.drop_path}: each part would drop segments of its own, "
+                "and the gradient would not be that of the whole batch; set one of them off"
+            )
+        if not self.objectives.clip.weight:
+            raise ValueError(f"{said} but objectives.clip.weight=0: there is no clip batch to cut; leave it at 1")
+        if batch.clip % parts:
+            raise ValueError(
+                f"{said} does not divide batch.clip={batch.clip}: parts are equal, so that they share one compiled "
+                "graph; change either"
+            )
+        first, size = (batch.ssl if batch.layout == "disjoint" else 0), batch.clip // parts
+        if batch.rec and first // size != (first + batch.rec - 1) // size:
+            raise ValueError(
+                f"{said} cuts batch.clip={batch.clip} into parts of {size} rows, and the rec rows {first} to "
+                f"{first + batch.rec - 1} lie in more than one: rec reads the features of one part; lower "
+                "system.clip.micro_batches or batch.rec"
             )
         return self
 

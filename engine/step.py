@@ -5,6 +5,7 @@
     engine.backward(total); engine.step() reduce-scatter, clip, AdamW on shards, gather
     teacher.follow(momentum)              local shards, no communication
 
+With system.clip.micro_batches the batch goes through in parts; engine/grad_cache.py says how.
 Nothing here waits for the device: numbers stay tensors until a report reads them.
 """
 
@@ -19,11 +20,13 @@ from torch import Tensor
 from configs import Config
 from data.batch import Batch
 from engine.assemble import Assembly
+from engine.grad_cache import GradientCache
 from engine.optim import set_learning_rate
 from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
+from engine.zero import one_reduction
 from model.captions import pack_captions
 from model.objectives.total import Centres, compute
-from model.outputs import Outputs
+from model.outputs import ClipOutputs, Outputs
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,13 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
     set_learning_rate(parts.engine, rate)
 
     kept_idx = None if parts.drop_path is None else parts.drop_path.draw(batch.step).to(parts.device, non_blocking=True)
-    inputs = model_inputs(batch, parts.device)
-    outputs = parts.engine(**inputs, kept_idx=kept_idx)
-    losses = compute(outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual)
-    parts.engine.backward(losses.total)
+    with one_reduction(parts.engine, num_backwards=config.system.clip.micro_batches):
+        cache = GradientCache(batch, parts.engine.module.rows, lambda part: clip_features(parts, part))
+        inputs = model_inputs(cache.shared, parts.device)
+        outputs = cache.complete(parts.engine(**inputs, kept_idx=kept_idx))
+        losses = compute(outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual)
+        parts.engine.backward(losses.total)
+        cache.replay(parts.engine.backward)
     parts.engine.step()
     if parts.teacher is not None:
         parts.teacher.follow(momentum)
@@ -57,10 +63,17 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
         losses=losses.named(),
         schedule={"learning_rate": rate, "teacher_momentum": momentum, "teacher_temperature": temperature},
         grad_norm=parts.engine.get_global_grad_norm(),
-        caption_tokens_saved=inputs["captions"].saved(batch.captions),
+        caption_tokens_saved=inputs["captions"].saved(cache.shared.captions),
         outputs=outputs,
         centres=losses.centres,
     )
+
+
+def clip_features(parts: Assembly, part: Batch) -> ClipOutputs:
+    """The forward of a micro-batch's clip rows alone."""
+    outputs: Outputs = parts.engine(**model_inputs(part, parts.device), clip_only=True)
+    assert outputs.clip is not None, "micro-batches are parts of the clip batch"
+    return outputs.clip
 
 
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,15 @@ def own_adamw(kind: str, groups: list[dict[str, Any]], **options: Any) -> torch.
     if kind == "deepspeed":
         return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=True, **options)
     return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+
+
+def one_reduction(engine: Any, num_backwards: int) -> AbstractContextManager[None]:
+    """Inside, `num_backwards` calls of engine.backward leave their gradients where they are; they are summed and
+    reduced over ranks once, at the end. A single backward is left alone: then ZeRO reduces while it computes.
+
+    The price is a whole gradient in the model's dtype on every rank until the end, whatever the stage.
+    """
+    return nullcontext() if num_backwards == 1 else engine.coalesce_grad_reduction()
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

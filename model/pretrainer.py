@@ -31,12 +31,16 @@ from model.trunk import Trunk
 
 @dataclass(frozen=True)
 class Rows:
-    """One rank's images per step: `clip` rows; ssl has the leading `ssl`, rec `rec` from `rec_start` on."""
+    """One rank's images per step: `clip` rows; ssl has the leading `ssl`, rec `rec` from `rec_start` on.
+
+    The clip rows pass in `micro_batches` equal parts; one of them, number `shared`, brings ssl and rec along.
+    """
 
     clip: int
     ssl: int
     rec: int
     rec_start: int
+    micro_batches: int = 1
 
     @classmethod
     def per_rank(cls, config: Config, world_size: int) -> Rows:
@@ -49,7 +53,23 @@ class Rows:
                     f"rows; change batch.{key} or the number of ranks"
                 )
         clip, ssl, rec = (getattr(config.batch, key) // world_size for key in ("clip", "ssl", "rec"))
-        return cls(clip, ssl, rec, rec_start=ssl if config.batch.layout == "disjoint" else 0)
+        parts = config.system.clip.micro_batches
+        if clip % parts:
+            raise UserError(
+                f"system.clip.micro_batches={parts} does not divide a rank's {clip} rows (batch.clip="
+                f"{config.batch.clip} on {world_size} ranks): parts are equal; change it or the number of ranks"
+            )
+        return cls(clip, ssl, rec, ssl if config.batch.layout == "disjoint" else 0, parts)
+
+    @property
+    def part(self) -> int:
+        """Clip rows of one micro-batch."""
+        return self.clip // self.micro_batches
+
+    @property
+    def shared(self) -> int:
+        """The micro-batch that holds the rec rows."""
+        return self.rec_start // self.part if self.rec else 0
 
 
 class Teacher(nn.Module):
@@ -106,11 +126,15 @@ class Pretrainer(nn.Module):
         masks: Tensor,
         masked_idx: Tensor,
         kept_idx: Tensor | None = None,
+        clip_only: bool = False,
     ) -> Outputs:
         """Data's Batch, captions packed, pixels uint8 or float in [0, 1] -> what the objectives compare.
 
-        `kept_idx` is stochastic depth's draw for the student's trunk (Trunk.forward); the teacher sees everything.
+        `kept_idx` is stochastic depth's draw for the student's trunk (Trunk.forward); the teacher sees everything. With
+        micro-batches `images` and `captions` are those of one; all but the shared one pass `clip_only`.
         """
+        if clip_only:
+            return self._clip_alone(images, captions)
         crops = self._crops(images, global_crops, local_crops)
         taught = None
         if self.teacher is not None:
@@ -125,6 +149,12 @@ class Pretrainer(nn.Module):
             rec=self._rec(layout, z_TD, crops),
         )
 
+    def _clip_alone(self, images: Tensor, captions: Tensor) -> Outputs:
+        crops = {"clip": normalise(images)}
+        x_TD = self.trunk(crops, {})
+        z_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
+        return Outputs(clip=self._clip(self.trunk.layout(crops), z_TD, captions), ssl=None, rec=None)
+
     def _crops(self, images: Tensor, global_crops: Tensor, local_crops: Tensor) -> dict[str, Tensor]:
         """Normalised pixels by group, in packing order; without clip only the rows that rec reads."""
         crops = {}
@@ -138,7 +168,8 @@ class Pretrainer(nn.Module):
         return crops
 
     def _rec_rows(self) -> slice:
-        return slice(self.rows.rec_start, self.rows.rec_start + self.rows.rec)
+        first = self.rows.rec_start - self.rows.shared * self.rows.part
+        return slice(first, first + self.rows.rec)
 
     def _through_bottleneck(self, x: Tensor) -> Tensor:
         assert self.bottleneck is not None, "built whenever an objective reads it"

@@ -80,6 +80,23 @@ NO_REC = ("batch.rec=0", "objectives.rec.weight=0")
         ),
         (("model.decoder.heads=16",), "model.decoder: width=32 over heads=16: the head width must be"),
         (("model.text.heads=5",), "model.text: width=32 over heads=5: heads share the width evenly"),
+        (
+            ("system.clip.micro_batches=5",),
+            "system.clip.micro_batches=5 does not divide batch.clip=12: parts are equal",
+        ),
+        (
+            ("system.clip.micro_batches=3",),
+            "system.clip.micro_batches=3 cuts batch.clip=12 into parts of 4 rows, and the rec rows 0 to 5 lie in more "
+            "than one: rec reads the features of one part; lower system.clip.micro_batches or batch.rec",
+        ),
+        (
+            ("system.clip.micro_batches=2", "batch.layout=disjoint", "data.streams=2", "batch.ssl=4", "batch.rec=4"),
+            "into parts of 6 rows, and the rec rows 4 to 7 lie in more than one",
+        ),
+        (
+            ("system.clip.micro_batches=2", "objectives.clip.weight=0"),
+            "system.clip.micro_batches=2 but objectives.clip.weight=0: there is no clip batch to cut",
+        ),
     ],
 )
 def test_a_broken_rule_says_what_was_found_the_rule_and_the_remedy(overrides: tuple[str, ...], message: str) -> None:
@@ -102,6 +119,9 @@ def test_a_broken_rule_says_what_was_found_the_rule_and_the_remedy(overrides: tu
         ("views.num_locals=0",),
         ("views.local_scale=[0.2,0.2]",),
         ("model.text.heads=16",),
+        ("system.clip.micro_batches=2",),
+        ("system.clip.micro_batches=2", "batch.layout=disjoint"),  # the rec rows are the second part
+        ("system.clip.micro_batches=12", *NO_REC),
     ],
 )
 def test_what_keeps_the_rules_loads(overrides: tuple[str, ...]) -> None:

@@ -194,6 +194,15 @@ def test_rows_are_a_ranks_share_of_the_batch() -> None:
         Rows.per_rank(config, 5)
 
 
+def test_the_rec_rows_name_the_shared_micro_batch() -> None:
+    config = tiny_config("batch.layout=disjoint", "system.clip.micro_batches=2")
+    rows = Rows.per_rank(config, 2)
+    assert (rows.part, rows.shared) == (3, 1)
+    assert Rows.per_rank(tiny_config("system.clip.micro_batches=2"), 3).shared == 0
+    with pytest.raises(UserError, match=r"micro_batches=2 does not divide a rank's 3 rows .batch\.clip=12 on 4 ranks"):
+        Rows.per_rank(tiny_config("system.clip.micro_batches=2", *NO_SSL, *NO_REC), 4)
+
+
 def test_two_ranks_see_together_what_one_rank_sees() -> None:
     config = tiny_config("model.rope_dtype=fp32")
     whole = run(build(config), config).clip

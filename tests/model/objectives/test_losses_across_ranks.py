@@ -21,9 +21,10 @@ from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.L1
-# Relative to the largest entry. Measured worst case 5.3e-7 (scale gradient); a collective left out is off by
-# 1 % at the least.
-TOLERANCE = 1e-5
+# Relative to the largest entry. Measured worst case 1.3e-5: the scale gradient of softmax, where pairs are nearly
+# found, is what float32 leaves of 1 - p, and the whole matrix's formula is up to 1.5e-5 off float64 there too;
+# everything else is within 2e-6. A collective left out is off by 1 % at the least.
+TOLERANCE = 5e-5
 REC = Rec(perceptual=0.0)
 KINDS = {
     "clip softmax": Objectives(ssl=Ssl(weight=0), rec=Rec(weight=0)),

@@ -1,0 +1,89 @@
+"""The gradient cache: a clip batch larger than memory, in parts, with the gradient of the whole batch.
+
+The contrastive loss couples all pairs, but through their features alone. So (GradCache, arXiv 2101.06983):
+
+    1. every part but one runs forward without gradient; its image and text features are kept, as leaves
+    2. the shared part, which brings the ssl and rec rows along, runs forward with gradient; the loss is that of all
+       features together; its backward goes through the shared part and leaves d loss / d feature in the leaves
+    3. every other part runs again, with gradient, and takes its slice of d loss / d feature back through the model
+
+    cache = GradientCache(batch, rows, run)             # 1.  32 rows in 4 parts: run(part) -> ClipOutputs of 8 rows
+    outputs = cache.complete(engine(cache.shared))      # 2.  outputs.clip has 32 rows again, in the batch's order
+    engine.backward(compute(outputs, ...).total)
+    cache.replay(engine.backward)                       # 3.
+
+The logit scale and bias come out of the shared part alone, so their gradient is counted once. With one part nothing is
+kept and nothing runs twice: the plain step. Step 3 must compute what step 1 did, and does: the model draws nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from model.outputs import ClipOutputs, Outputs
+from model.pretrainer import Rows
+
+Run = Callable[[Batch], ClipOutputs]
+
+
+def cut(batch: Batch, num_parts: int) -> list[Batch]:
+    """Equal parts of the clip rows, in order; views, no copies. Each still names all ssl rows."""
+    size = len(batch.images) // num_parts
+    spans = [slice(number * size, (number + 1) * size) for number in range(num_parts)]
+    return [
+        replace(batch, images=batch.images[rows], captions=batch.captions[rows], keys=batch.keys[rows])
+        for rows in spans
+    ]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch without ssl rows, and its features: leaves, which hold the loss's gradient after its backward."""
+
+    batch: Batch
+    image_BE: Tensor
+    text_BE: Tensor
+
+    @classmethod
+    def keep(cls, batch: Batch, run: Run) -> Part:
+        names = ("global_crops", "local_crops", "masks", "masked_idx")
+        batch = replace(batch, **{name: getattr(batch, name)[:0] for name in names})
+        with torch.no_grad():
+            clip = run(batch)
+        return cls(batch, clip.image_BE.requires_grad_(), clip.text_BE.requires_grad_())
+
+    def along_gradient(self, clip: ClipOutputs) -> Tensor:
+        """A scalar whose gradient by this part's features, made anew, is that of the loss by the kept ones."""
+        assert self.image_BE.grad is not None, "the loss's backward comes first"
+        assert self.text_BE.grad is not None
+        return (clip.image_BE * self.image_BE.grad).sum() + (clip.text_BE * self.text_BE.grad).sum()
+
+
+class GradientCache:
+    """One step's batch in `rows.micro_batches` parts. `shared` is the part to run with ssl and rec."""
+
+    def __init__(self, batch: Batch, rows: Rows, run: Run) -> None:
+        """Runs every part but the shared one without gradient. `run` gives the clip features of a part's rows alone."""
+        parts = cut(batch, rows.micro_batches)
+        self.shared, self._place, self._run = parts.pop(rows.shared), rows.shared, run
+        self._kept = [Part.keep(part, run) for part in parts]
+
+    def complete(self, outputs: Outputs) -> Outputs:
+        """The shared part's outputs with the clip features of the whole batch."""
+        if not self._kept:
+            return outputs
+        assert outputs.clip is not None, "micro-batches are parts of the clip batch"
+        features = [(part.image_BE, part.text_BE) for part in self._kept]
+        features.insert(self._place, (outputs.clip.image_BE, outputs.clip.text_BE))
+        image_BE, text_BE = (torch.cat(parts) for parts in zip(*features, strict=True))
+        return replace(outputs, clip=replace(outputs.clip, image_BE=image_BE, text_BE=text_BE))
+
+    def replay(self, backward: Callable[[Tensor], object]) -> None:
+        """Takes the gradient of every kept feature back through the model, part by part."""
+        for part in self._kept:
+            backward(part.along_gradient(self._run(part.batch)))

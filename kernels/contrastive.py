@@ -1,0 +1,276 @@
+"""Contrastive losses in tiles: every image against every caption, and never a matrix of all scores.
+
+The plain formula holds B x A scores, their softmax and its gradient: 4 GiB each at 32,768 pairs. Here a tile of scores
+is one matrix product that is used up while it is in cache: the softmax keeps a running maximum and sum for each row and
+column (online log-sum-exp), the backward pass makes each tile a second time. Memory is linear in B and A; of the six
+products that the plain softmax loss takes, four are left, because one score serves both directions.
+
+    loss, accuracy = softmax_contrast(image_BE, text_BE, scale)        # both (B, E), L2-normalised; scale (1,)
+    loss, accuracy = sigmoid_contrast(image_BE, text_BE, scale, bias)
+    loss.backward()
+
+Letters: B own rows, A rows of all ranks, E width of the joint space, R x C a tile. Products are torch's; what happens
+to a tile between two products is a method of `TorchTiles` or of kernels/contrastive_triton.py's `TritonTiles`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Sums = tuple[Tensor, Tensor]  # best, total: a log-sum-exp is best + log(total); apart they keep the last digits
+Merge = Callable[[Tensor, Tensor], Sums]
+BACKENDS = ("torch", "triton")
+
+
+@dataclass(frozen=True)
+class Online:
+    """Running statistics of n rows (or columns) over the scores seen so far."""
+
+    best: Tensor  # (n,) the largest score
+    total: Tensor  # (n,) sum of exp(score - best)
+    idx: Tensor  # (n,) int64: where the largest score stands, the first one of equals
+
+    @classmethod
+    def start(cls, count: int, like: Tensor) -> Online:
+        return cls(
+            best=like.new_full((count,), -torch.inf),
+            total=like.new_zeros(count),
+            idx=torch.zeros(count, dtype=torch.int64, device=like.device),
+        )
+
+    def __getitem__(self, rows: slice) -> Online:
+        """A view: what is written to it is written here."""
+        return Online(self.best[rows], self.total[rows], self.idx[rows])
+
+
+class Tiles(Protocol):
+    """What is done with one tile of scores. `diagonal` is the column minus the row of a pair: F of torch.diagonal."""
+
+    size: tuple[int, int]  # rows, columns
+
+    def follow(self, tile_RC: Tensor, rows: Online, columns: Online, start: int) -> None:
+        """Adds the tile to the statistics of its rows and columns; its first column is number `start`. May overwrite
+        the tile."""
+        ...
+
+    def follow_best(self, tile_RC: Tensor, rows: Online, start: int) -> None:
+        """Adds the tile to the rows' `best` and `idx` alone."""
+        ...
+
+    def softmax_gradient(self, tile_RC: Tensor, row_sums: Sums, column_sums: Sums, diagonal: int) -> None:
+        """score -> softmax along its row + softmax along its column, less 2 on the diagonal; in place."""
+        ...
+
+    def sigmoid_gradient(self, tile_RC: Tensor, diagonal: int) -> Tensor:
+        """score -> sigmoid(score), less 1 on the diagonal; in place. Gives the (1,) sum of the logistic losses."""
+        ...
+
+
+def softmax_contrast(
+    image_BE: Tensor,
+    text_AE: Tensor,
+    scale: Tensor,
+    first: int = 0,
+    merge: Merge = lambda best_A, total_A: (best_A, total_A),
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE, both directions averaged, as a scalar; and the share of images whose own caption scores highest.
+
+    Image i's caption is row first + i of `text_AE`. On several ranks A = all rows, and `merge` turns each caption's
+    largest score and sum of exponentials over this rank's images into those over all ranks' images; the gradient is
+    then what the losses of all ranks together say about this rank's scores, undivided. `backend`: torch, triton, or
+    auto (triton on CUDA, else torch). Oracle: softmax_reference.
+    """
+    loss, accuracy = _Softmax.apply(image_BE, text_AE, scale, first, merge, tiles_of(backend, image_BE.device))
+    return loss, accuracy
+
+
+def sigmoid_contrast(
+    image_BE: Tensor, text_AE: Tensor, scale: Tensor, bias: Tensor, first: int = 0, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """SigLIP's loss of the own images against all captions, divided by B, as a scalar; and the accuracy as above.
+
+    A tile's gradient needs no other tile, so it is taken in the forward pass, where the tile is. Oracle:
+    sigmoid_reference.
+    """
+    loss, accuracy = _Sigmoid.apply(image_BE, text_AE, scale, bias, first, tiles_of(backend, image_BE.device))
+    return loss, accuracy
+
+
+def softmax_reference(image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The oracle of softmax_contrast on one rank: the formula with its whole matrix, as one would write it."""
+    image_logits_BB, text_logits_BB = scale * image_BE @ text_BE.T, scale * text_BE @ image_BE.T
+    answer_B = torch.arange(len(image_BE), device=image_BE.device)
+    loss = (F.cross_entropy(image_logits_BB, answer_B) + F.cross_entropy(text_logits_BB, answer_B)) / 2
+    return loss, (image_logits_BB.detach().argmax(dim=1) == answer_B).float().mean()
+
+
+def sigmoid_reference(image_BE: Tensor, text_BE: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The oracle of sigmoid_contrast on one rank."""
+    logits_BB = scale * image_BE @ text_BE.T + bias
+    answer_B = torch.arange(len(image_BE), device=image_BE.device)
+    sign_BB = torch.full_like(logits_BB, -1.0).scatter_(1, answer_B[:, None], 1.0)
+    loss = -F.logsigmoid(sign_BB * logits_BB).sum() / len(image_BE)
+    return loss, (logits_BB.detach().argmax(dim=1) == answer_B).float().mean()
+
+
+def tiles_of(backend: str, device: torch.device) -> Tiles:
+    """What works on the tiles. Raises ValueError for a name that is no backend, ImportError without Triton."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"contrastive backend {backend!r} is not known; choose auto, {' or '.join(BACKENDS)}")
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return TorchTiles()
+    tiles: Tiles = import_module("kernels.contrastive_triton").TritonTiles()
+    return tiles
+
+
+class TorchTiles:
+    """Plain torch. A tile and its exponentials are 4 MiB in float32: they stay in a CPU's cache."""
+
+    size = (512, 1024)
+
+    def follow(self, tile_RC: Tensor, rows: Online, columns: Online, start: int) -> None:
+        before_R = rows.best.clone()
+        self.follow_best(tile_RC, rows, start)
+        _add(rows, before_R, (tile_RC - rows.best[:, None]).exp_().sum(dim=1))
+        before_C = columns.best.clone()
+        torch.maximum(before_C, tile_RC.amax(dim=0), out=columns.best)
+        _add(columns, before_C, tile_RC.sub_(columns.best).exp_().sum(dim=0))
+
+    def follow_best(self, tile_RC: Tensor, rows: Online, start: int) -> None:
+        best_R, idx_R = tile_RC.max(dim=1)
+        rows.idx.copy_(torch.where(best_R > rows.best, idx_R + start, rows.idx))
+        torch.maximum(rows.best, best_R, out=rows.best)
+
+    def softmax_gradient(self, tile_RC: Tensor, row_sums: Sums, column_sums: Sums, diagonal: int) -> None:
+        by_row_RC = (tile_RC - row_sums[0][:, None]).exp_().div_(row_sums[1][:, None])
+        tile_RC.sub_(column_sums[0]).exp_().div_(column_sums[1])
+        for softmax_RC in (by_row_RC, tile_RC):  # each before the sum: near 1 a pair's difference has few digits
+            _pairs(softmax_RC, diagonal).sub_(1.0)
+        tile_RC.add_(by_row_RC)
+
+    def sigmoid_gradient(self, tile_RC: Tensor, diagonal: int) -> Tensor:
+        _pairs(tile_RC, diagonal).neg_()  # a pair asks the opposite question: softplus(-x), -sigmoid(-x)
+        loss = F.softplus(tile_RC).sum().view(1)
+        tile_RC.sigmoid_()
+        _pairs(tile_RC, diagonal).neg_()
+        return loss
+
+
+def _add(sums: Online, best_before: Tensor, total: Tensor) -> None:
+    """Adds sums of exp(score - sums.best) to totals that were relative to `best_before`."""
+    sums.total.mul_((best_before - sums.best).exp_()).add_(total)
+
+
+def _pairs(tile_RC: Tensor, diagonal: int) -> Tensor:
+    """The scores of pairs: a view of the tile's diagonal, empty where it runs past the tile."""
+    rows, columns = tile_RC.shape
+    return tile_RC.diagonal(diagonal) if -rows < diagonal < columns else tile_RC[:0].flatten()
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, image_BE: Tensor, text_AE: Tensor, scale: Tensor, first: int, merge: Merge, tiles: Tiles
+    ) -> tuple[Tensor, Tensor]:
+        scaled_BE, num_rows = scale * image_BE, len(image_BE)
+        rows, columns = Online.start(num_rows, image_BE), Online.start(len(text_AE), image_BE)
+        own_B = torch.empty_like(rows.best)
+        for row, column, tile_RC in _scores(scaled_BE, text_AE, tiles.size):
+            diagonal = row.start + first - column.start
+            pairs = _pairs(tile_RC, diagonal)
+            own_B[row][max(0, -diagonal) :][: len(pairs)] = pairs
+            tiles.follow(tile_RC, rows[row], columns[column], column.start)
+        best_A, total_A = merge(columns.best, columns.total)
+        own = slice(first, first + num_rows)
+        to_text_B, to_image_B = rows.total.log() + (rows.best - own_B), total_A[own].log() + (best_A[own] - own_B)
+        ctx.save_for_backward(image_BE, text_AE, scale, rows.best, rows.total, best_A, total_A)
+        ctx.first, ctx.tiles = first, tiles
+        return (to_text_B + to_image_B).sum() / (2 * num_rows), _accuracy(ctx, rows, first)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        image_BE, text_AE, scale, best_B, total_B, best_A, total_A = ctx.saved_tensors
+        scaled_BE = scale * image_BE
+        sums = _Gradients.zeros(image_BE, text_AE)
+        for row, column, tile_RC in _scores(scaled_BE, text_AE, ctx.tiles.size):
+            diagonal = row.start + ctx.first - column.start
+            row_sums, column_sums = (best_B[row], total_B[row]), (best_A[column], total_A[column])
+            ctx.tiles.softmax_gradient(tile_RC, row_sums, column_sums, diagonal)
+            sums.add(row, column, tile_RC, scaled_BE, text_AE)
+        return *sums.of_inputs(image_BE, scale, grad / (2 * len(image_BE))), None, None, None
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, image_BE: Tensor, text_AE: Tensor, scale: Tensor, bias: Tensor, first: int, tiles: Tiles
+    ) -> tuple[Tensor, Tensor]:
+        scaled_BE, num_rows, wants_grad = scale * image_BE, len(image_BE), any(ctx.needs_input_grad)
+        rows, sums = Online.start(num_rows, image_BE), _Gradients.zeros(image_BE, text_AE)
+        loss, bias_grad = torch.zeros_like(bias), torch.zeros_like(bias)
+        for row, column, tile_RC in _scores(scaled_BE, text_AE, tiles.size):
+            tile_RC.add_(bias)
+            tiles.follow_best(tile_RC, rows[row], column.start)
+            loss += tiles.sigmoid_gradient(tile_RC, row.start + first - column.start)
+            if wants_grad:
+                bias_grad += tile_RC.sum()
+                sums.add(row, column, tile_RC, scaled_BE, text_AE)
+        ctx.save_for_backward(*sums.of_inputs(image_BE, scale, 1 / num_rows), bias_grad / num_rows)
+        return loss.squeeze(0) / num_rows, _accuracy(ctx, rows, first)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *(grad * of_input for of_input in ctx.saved_tensors), None, None
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Sums over tiles of d loss / d score times what the score was a product of."""
+
+    scaled_BE: Tensor
+    text_AE: Tensor
+
+    @classmethod
+    def zeros(cls, image_BE: Tensor, text_AE: Tensor) -> _Gradients:
+        return cls(torch.zeros_like(image_BE), torch.zeros_like(text_AE))
+
+    def add(self, row: slice, column: slice, tile_RC: Tensor, scaled_BE: Tensor, text_AE: Tensor) -> None:
+        self.scaled_BE[row].addmm_(tile_RC, text_AE[column])
+        self.text_AE[column].addmm_(tile_RC.T, scaled_BE[row])
+
+    def of_inputs(self, image_BE: Tensor, scale: Tensor, factor: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of image_BE, text_AE and scale, times `factor`."""
+        scale_grad = (self.scaled_BE * image_BE).sum().view(1) * factor
+        return self.scaled_BE * (scale * factor), self.text_AE * factor, scale_grad
+
+
+def _scores(scaled_BE: Tensor, text_AE: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Every tile of scaled_BE @ text_AE.T with its rows and columns; one buffer holds one tile after the other."""
+    buffer = scaled_BE.new_empty(min(size[0], len(scaled_BE)) * min(size[1], len(text_AE)))
+    for row in _spans(len(scaled_BE), size[0]):
+        for column in _spans(len(text_AE), size[1]):
+            left_RE, right_CE = scaled_BE[row], text_AE[column]
+            tile_RC = buffer[: len(left_RE) * len(right_CE)].view(len(left_RE), len(right_CE))
+            yield row, column, torch.mm(left_RE, right_CE.T, out=tile_RC)
+
+
+def _spans(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _accuracy(ctx: Any, rows: Online, first: int) -> Tensor:
+    answer_B = torch.arange(len(rows.idx), device=rows.idx.device) + first
+    accuracy = (rows.idx == answer_B).float().mean()
+    ctx.mark_non_differentiable(accuracy)
+    return accuracy
