@@ -149,7 +149,7 @@ class Pretrainer(nn.Module):
             rec=self._rec(layout, z_TD, crops),
         )
 
-    def _clip_alone(self, images: Tensor, captions: Tensor) -> Outputs:
+    def _clip_alone(self, images: Tensor, captions: PackedCaptions) -> Outputs:
         crops = {"clip": normalise(images)}
         x_TD = self.trunk(crops, {})
         z_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)

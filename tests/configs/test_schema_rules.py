@@ -94,6 +94,10 @@ NO_REC = ("batch.rec=0", "objectives.rec.weight=0")
             "into parts of 6 rows, and the rec rows 4 to 7 lie in more than one",
         ),
         (
+            ("system.clip.micro_batches=2", "model.trunk.drop_path=0.3"),
+            "system.clip.micro_batches=2 but model.trunk.drop_path=0.3: each part would drop segments of its own",
+        ),
+        (
             ("system.clip.micro_batches=2", "objectives.clip.weight=0"),
             "system.clip.micro_batches=2 but objectives.clip.weight=0: there is no clip batch to cut",
         ),
