@@ -32,6 +32,7 @@ from model.imagenet import denormalise
 from model.objectives.comm import Comm
 from model.objectives.total import Centres
 from model.pretrainer import Rows
+from profiling.memory import process_peak_bytes
 
 GC_EVERY = 200  # steps between two collections, on all ranks at once: a rank that collects alone makes the others wait
 
@@ -86,6 +87,7 @@ class Run:
             if (done % report_every == 0 or done == total) and self._report(done, record, meter):
                 self.reporter.say(f"asked to stop: {done} of {total} steps are done; go on with --resume")
                 return STOPPED
+        self.reporter.say(f"peak memory of this rank: {process_peak_bytes() / 2**30:.2f} GiB")
         if world.is_first():
             archive.consolidate(archive.find(self.directory / "checkpoints"), self.directory / "weights.safetensors")
         world.barrier()

@@ -9,6 +9,8 @@ weights).
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -26,6 +28,14 @@ def peak_bytes(call: Callable[[], object]) -> int:
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(accumulate(sizes, initial=0))
+
+
+def process_peak_bytes() -> int:
+    """The most this process has held so far: on CUDA by the allocator, else resident, libraries and all."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _cuda_peak(call: Callable[[], object]) -> int:

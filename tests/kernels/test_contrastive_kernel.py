@@ -88,9 +88,10 @@ def test_scores_far_below_the_best_of_a_tile_still_count() -> None:
 @kinds
 def test_of_equal_scores_the_first_caption_is_the_answer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchTiles, "size", (4, 4))  # the first of equals in a tile, and among tiles
-    inputs = tuple(x.detach() for x in batch(kind, 6, 4, 10.0))
-    same = (F.normalize(torch.ones(6, 4), dim=1),) * 2
-    assert KINDS[kind][0](*same, *inputs[2:])[1] == pytest.approx(1 / 6)
+    image, text = torch.eye(6), torch.eye(6)
+    text[5] = text[0]  # image 0 fits captions 0 and 5; image 5 fits none
+    scale_and_bias = tuple(x.detach() for x in batch(kind, 6, 4, 10.0)[2:])
+    assert KINDS[kind][0](image, text, *scale_and_bias)[1] == pytest.approx(5 / 6)
 
 
 @pytest.mark.L0

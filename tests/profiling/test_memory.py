@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from profiling.memory import peak_bytes
+from profiling.memory import peak_bytes, process_peak_bytes
 
 pytestmark = [pytest.mark.L0, pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's counter")]
 MIB = 2**20
@@ -32,3 +32,10 @@ def test_what_only_the_backward_holds_counts() -> None:
     x = torch.ones(MIB // 4, requires_grad=True)  # 1 MiB
     assert peak_bytes(lambda: x.exp().sum()) == pytest.approx(MIB, abs=4096)
     assert peak_bytes(lambda: x.exp().sum().backward()) >= 2 * MIB
+
+
+def test_the_process_remembers_its_peak_after_the_memory_is_gone() -> None:
+    before = process_peak_bytes()
+    big = of_mib(256).fill_(1)
+    del big
+    assert process_peak_bytes() >= max(before, 256 * MIB)
