@@ -36,3 +36,10 @@ def test_blocks_compile_to_one_graph_per_layout_without_breaks_or_late_recompile
     eager = run_ranks(ranks.train, 2, tiny_config("system.compile=off", *overrides), "zero3", 4)[0]
     # Fused kernels round differently: worst seen 4e-7.
     assert [step["loss"] for step in seen] == pytest.approx(eager.losses, rel=1e-5)
+
+
+def test_micro_batches_share_their_graphs() -> None:
+    """Beside the four of a step without parts: a part of clip rows and its captions without gradient, and with one."""
+    parts = ("data.streams=2", "batch.rec=4", "system.clip.micro_batches=3")
+    [[step]] = run_ranks(count, 1, 1, *parts, timeout=500.0)
+    assert (step["graphs"], step["breaks"]) == (7, 0)
