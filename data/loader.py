@@ -133,6 +133,7 @@ class Loader:
         """Ends the threads."""
         self._stop_prefetching()
         self._readers.shutdown()
+        self._decoder.close()
 
     def _stop_prefetching(self) -> None:
         if self._prefetcher is not None:

@@ -117,6 +117,17 @@ def centred(size: int, heights: ArrayLike, widths: ArrayLike) -> ViewNumbers:
     return ViewNumbers(size, windows, no, no, one, one, one, zero, no, zero, no)
 
 
+def whole_pixels(windows: Floats, heights: ArrayLike, widths: ArrayLike) -> NDArray[np.int64]:
+    """(n, 4) windows with edges at the nearest pixels, inside pictures of these sides; at least one pixel remains.
+
+    [[10.4, 0.0, 10.45, 7.6]] of a 20 x 8 picture -> [[10, 0, 11, 8]]
+    """
+    edges = np.rint(windows).astype(np.int64)
+    last = np.stack([heights, widths], axis=1).astype(np.int64) - 1
+    start = np.minimum(edges[:, :2], last)
+    return np.concatenate([start, np.maximum(edges[:, 2:], start + 1)], axis=1)
+
+
 def concatenate(parts: list[ViewNumbers]) -> ViewNumbers:
     """Views of one size, one after the other: view-major rows."""
     size = parts[0].size

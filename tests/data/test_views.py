@@ -109,3 +109,14 @@ def test_views_are_named_in_crop_order_and_concatenate_view_major() -> None:
     both = views.concatenate([draw("local0"), draw("local1")])
     assert (both.windows[N:] == draw("local1").windows).all()
     assert len(both.flip) == 2 * N
+
+
+def test_whole_pixels_are_the_nearest_and_at_least_one_inside_the_picture() -> None:
+    windows = np.array([[10.4, 0.0, 10.45, 7.6], [19.8, 7.9, 20.0, 8.0], [1.6, 2.4, 9.4, 5.6]])
+    found = views.whole_pixels(windows, [20, 20, 20], [8, 8, 8])
+    assert found.tolist() == [[10, 0, 11, 8], [19, 7, 20, 8], [2, 2, 9, 6]]
+    drawn = draw("local0", 3, 2)
+    found = views.whole_pixels(drawn.windows, np.full(N, 3), np.full(N, 2))
+    assert (found[:, :2] >= 0).all()
+    assert (found[:, 2:] > found[:, :2]).all()
+    assert (found[:, 2:] <= [3, 2]).all()

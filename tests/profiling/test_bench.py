@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from model.pack import Group
 from profiling import bench
-from profiling.benches import attention, compile, depth, prototypes, step, text
+from profiling.benches import attention, compile, depth, loader, prototypes, step, text
 from profiling.machine import describe, matmul_peak
 from profiling.measurement import Measurement, measure
 from profiling.workload import random_batch, random_captions, small_step
@@ -88,6 +89,20 @@ def test_the_prototype_bench_tells_time_and_memory_of_both(
     assert out.count("x lower") == 2
     assert "dense" in out
     assert "chunks" in out
+
+
+def test_the_loader_bench_makes_the_same_tensors_with_both_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own check, that batches agree in types and shapes, runs here too; so do both corpora."""
+    pytest.importorskip("skimage")
+    chains = tuple(replace(chain, batch=4, images=8) for chain in loader.CHAINS)
+    monkeypatch.setattr(loader, "CHAINS", chains)
+    monkeypatch.setattr(loader, "CORES", (1,))
+    found = loader.run(1)
+    assert [measurement.workload.partition(":")[0] for measurement in found] == [chain.name for chain in chains]
+    for measurement in found:
+        assert {row.variant for row in measurement.rows} == {"pil", "ours"}
+        assert all(row.median_ms > 0 for row in measurement.rows)
+        assert all("images/s" in note for note in measurement.notes)
 
 
 def test_an_unknown_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
