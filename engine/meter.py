@@ -42,13 +42,15 @@ class Meter:
     def read(self, step: int, waited_seconds: float) -> dict[str, float]:
         """The report at `step` finished steps, and a new start. A collective; waits for the device once.
 
-        `waited_seconds` is the time steps spent waiting for data since the last read.
+        `waited_seconds` is the time this rank's steps spent waiting for data since the last read. Reported is the share
+        of the rank that waited longest: the others stand still with it, in a collective, and cannot tell.
         """
         names = list(self._sums)
         sums = torch.stack([self._sums[name].to(self._sums[names[0]].device) for name in names])
         means = (self._comm.all_sum(sums) / (self._comm.world_size * self._count)).tolist()
         seconds = time.perf_counter() - self._since
         per_step = seconds / self._count
+        longest_wait = float(self._comm.all_max(sums.new_tensor(waited_seconds)))
         values = {
             f"{'health' if name in HEALTH else 'loss'}/{name}": mean for name, mean in zip(names, means, strict=True)
         }
@@ -57,7 +59,7 @@ class Meter:
         values |= {
             "speed/samples_per_second": self._samples_per_step / per_step,
             "speed/step_ms": 1000 * per_step,
-            "speed/data_wait_share": min(1.0, waited_seconds / seconds),
+            "speed/data_wait_share": min(1.0, longest_wait / seconds),
             "speed/caption_tokens_saved": self._saved / self._count,
             "speed/seconds_left": (self._total_steps - step) * per_step,
         }

@@ -56,6 +56,13 @@ def mean_over_ranks(comm: Comm) -> float:
     return meter.read(1, waited_seconds=0.0)["loss/total"]
 
 
+def data_wait_share(comm: Comm) -> float:
+    meter = Meter(comm, total_steps=1, samples_per_step=1)
+    meter.add(record(1.0))
+    meter._since -= 100.0
+    return meter.read(1, waited_seconds=50.0 * comm.rank)["speed/data_wait_share"]
+
+
 def stop_when_one_is_asked(comm: Comm) -> list[bool]:
     guard = Guard(comm, torch.device("cpu"))
     guard.listen()
@@ -74,6 +81,11 @@ def stop_when_one_is_asked(comm: Comm) -> list[bool]:
 def test_ranks_report_one_mean_and_stop_together() -> None:
     assert run_ranks(mean_over_ranks, 2) == [2.0, 2.0]
     assert run_ranks(stop_when_one_is_asked, 2) == [[False, True, True]] * 2
+
+
+def test_the_wait_for_data_is_that_of_the_rank_that_waited_longest() -> None:
+    shares = run_ranks(data_wait_share, 2)
+    assert shares == pytest.approx([0.5, 0.5], rel=0.1)  # of 100 s and what reading takes
 
 
 def test_the_guard_lets_finite_losses_pass() -> None:
