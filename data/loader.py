@@ -32,7 +32,7 @@ from data.health import BadSample, Health
 from data.masking import Masker
 from data.order import Order, Place
 from data.prefetch import Prefetcher
-from data.shards import BadCaption, Sample, Shards
+from data.shards import BadCaption, Exchange, Sample, Shards
 from data.storage import expand
 
 _MAX_ATTEMPTS = 1000  # fills tried for one position: beyond, its stream has next to no readable sample
@@ -58,7 +58,8 @@ class Row:
 class Loader:
     """The training batches of one rank. Raises UserError for a corpus or world size that cannot serve it.
 
-    `health` has the bad samples so far; `wait_seconds` the time the consumer of `iterate` waited.
+    `health` has the bad samples so far; `wait_seconds` the time the consumer of `iterate` waited. With an `exchange`
+    (data/shards.py) ranks share the work of opening the corpus, and making a loader is a collective.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         bad_log: Path | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         streams, cache_dir = config.data.streams, config.system.loader.cache_dir
         if streams % world_size:
@@ -79,8 +81,7 @@ class Loader:
         self.config, self.encoder, self.rank, self.world_size = config, encoder, rank, world_size
         open_indexes = (streams // world_size + 1) * config.data.block_shards + 8
         names = expand(config.data.train, cache_dir)
-        first = rank * len(names) // world_size
-        self.shards = Shards(names, _caption(config), cache_dir, open_indexes, first)
+        self.shards = Shards(names, _caption(config), cache_dir, open_indexes, rank, world_size, exchange)
         self.health = Health(config.data.max_bad_share, int(self.shards.sizes.sum()), self.shards.bad, bad_log)
         self.order = Order(self.shards.sizes, streams, config.data.block_shards, config.seed)
         self._masker = Masker(

@@ -20,11 +20,12 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from configs import UserError
 from data import sidecar, storage
 from data.sidecar import Member
 
+Exchange = Callable[[Any], list[Any]]
 _OPEN_FILES = 128  # tar files kept open; the usual limit of a process is 1,024
 _INDEX_THREADS = 16  # opening many sidecars waits for the disk or the network
 
@@ -68,9 +70,9 @@ class ShardIndex:
 class Shards:
     """A corpus of shards. `caption` is a member extension, `json:KEY`, or None to read pictures alone.
 
-    `open_indexes` indexes are kept in memory. Shards without a sidecar are indexed from shard `first` on, so
-    that ranks which begin in different places share that work. Thread-safe. Raises UserError for a shard that
-    is missing or no tar.
+    `open_indexes` indexes are kept in memory. With an `exchange`, which gives every rank's argument on every rank
+    in order, rank r of W opens (and where needed indexes) the shards r, r + W ... only and learns the other
+    counts from the others. Thread-safe. Raises UserError for a shard that is missing or no tar, on all ranks.
     """
 
     def __init__(
@@ -79,18 +81,25 @@ class Shards:
         caption: str | None,
         cache_dir: str | Path | None = None,
         open_indexes: int = 64,
-        first: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        exchange: Exchange | None = None,
     ) -> None:
         self.names, self.caption, self.cache_dir = tuple(names), caption, cache_dir
         self._caption_ext = caption and caption.partition(":")[0]
         self._labels = _labels(self.names)
         self._descriptor = lru_cache(_OPEN_FILES)(self._open)
         self.index = lru_cache(open_indexes)(self._load_index)
-        shards = np.roll(np.arange(len(self.names)), -first).tolist()
-        with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-            counts = dict(zip(shards, pool.map(self._count, shards), strict=True))
-        self.sizes = np.array([counts[shard_idx][0] for shard_idx in range(len(counts))], np.int64)
-        self.bad: Counter[str] = sum((reasons for _, reasons in counts.values()), Counter())
+        step = world_size if exchange else 1
+        own = self._count_all(range(rank if exchange else 0, len(self.names), step))
+        parts: list[Any] = exchange(own) if exchange else [own]
+        for part in parts:
+            if isinstance(part, UserError):
+                raise part
+        self.sizes = np.empty(len(self.names), np.int64)
+        for start, (sizes, _) in enumerate(parts):
+            self.sizes[start::step] = sizes
+        self.bad: Counter[str] = sum((reasons for _, reasons in parts), Counter())
 
     def read(self, shard_idx: int, sample_idx: int) -> Sample:
         """The bytes of one sample. Raises BadCaption when its caption cannot be read."""
@@ -136,6 +145,15 @@ class Shards:
             raise UserError(
                 f"{name} does not exist: every named shard must; correct the pattern or upload it"
             ) from None
+
+    def _count_all(self, shards: Sequence[int]) -> tuple[list[int], Counter[str]] | UserError:
+        """(usable samples of each shard, bad samples by reason); an error is a result, to be told to all ranks."""
+        try:
+            with ThreadPoolExecutor(_INDEX_THREADS) as pool:
+                counts = list(pool.map(self._count, shards))
+        except UserError as error:
+            return error
+        return [count for count, _ in counts], sum((reasons for _, reasons in counts), Counter())
 
     def _count(self, shard_idx: int) -> tuple[int, Counter[str]]:
         """(usable samples, bad samples by reason), from the sidecar's last line where it knows."""

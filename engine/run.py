@@ -58,7 +58,14 @@ def make_loader(config: Config, comm: Comm, bad_log: Path) -> Loader:
     """This rank's loader. Made before the model: on a large run a mistake in the data is told minutes earlier."""
     encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
     check_vocabulary(encoder, config)
-    return Loader(config, encoder, rank=comm.rank, world_size=comm.world_size, bad_log=bad_log)
+    return Loader(
+        config,
+        encoder,
+        rank=comm.rank,
+        world_size=comm.world_size,
+        bad_log=bad_log,
+        exchange=world.gather_objects,
+    )
 
 
 @dataclass(frozen=True)

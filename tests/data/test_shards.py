@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -228,3 +229,51 @@ def test_the_index_command_answers_a_wrong_directory_with_one_line(tmp_path: Pat
 
 def _is_open(number: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{number}")
+
+
+def opened_by_ranks(names: list[str], world_size: int) -> list[Shards | UserError]:
+    """What each of several ranks, here threads, gets when they open a corpus together."""
+    told: list[object] = [None] * world_size
+    everyone = threading.Barrier(world_size)
+
+    def open_as(rank: int) -> Shards | UserError:
+        def exchange(own: object) -> list[object]:
+            told[rank] = own
+            everyone.wait(timeout=30)
+            return list(told)
+
+        try:
+            return Shards(names, "txt", rank=rank, world_size=world_size, exchange=exchange)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(world_size) as ranks:
+        return list(ranks.map(open_as, range(world_size)))
+
+
+def test_ranks_that_exchange_counts_open_each_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(7):
+        members = {
+            f"{i}.{ext}": encoded(i) if ext == "jpg" else b"x" for i in range(1 + number) for ext in ("jpg", "txt")
+        }
+        write_tar(tmp_path / f"{number}.tar", {**members, "bad.jpg": encoded(0)})
+    names = expand([str(tmp_path)])
+    alone = Shards(names, "txt")
+    counted: Counter[int] = Counter()
+    count = Shards._count
+    monkeypatch.setattr(Shards, "_count", lambda shards, idx: counted.update([idx]) or count(shards, idx))
+    for found in opened_by_ranks(names, world_size=3):
+        assert isinstance(found, Shards)
+        assert found.sizes.tolist() == alone.sizes.tolist() == [1, 2, 3, 4, 5, 6, 7]
+        assert found.bad == alone.bad == {"missing caption": 7}
+    assert counted == dict.fromkeys(range(7), 1)
+    more_ranks_than_shards = opened_by_ranks(names[:2], world_size=3)
+    assert [found.sizes.tolist() for found in more_ranks_than_shards if isinstance(found, Shards)] == [[1, 2]] * 3
+
+
+def test_a_shard_that_one_rank_cannot_open_is_an_error_on_all(tmp_path: Path) -> None:
+    write_corpus(tmp_path, num_shards=3, per_shard=2)
+    (tmp_path / "00001.tar").write_bytes(b"no tar at all" * 100)
+    found = opened_by_ranks(expand([str(tmp_path)]), world_size=2)
+    assert [type(error) for error in found] == [UserError, UserError]
+    assert all("00001.tar is not an uncompressed tar file" in str(error) for error in found)
