@@ -358,8 +358,8 @@ class Config(Section):
         said = f"system.clip.micro_batches={parts}"
         if self.model.trunk.drop_path:
             raise ValueError(
-                f"{said} but model.trunk.drop_path={self.model.trunk.drop_path}: each part would drop segments of its own, "
-                "and the gradient would not be that of the whole batch; set one of them off"
+                f"{said} but model.trunk.drop_path={self.model.trunk.drop_path}: each part would drop segments of its "
+                "own, and the gradient would not be that of the whole batch; set one of them off"
             )
         if not self.objectives.clip.weight:
             raise ValueError(f"{said} but objectives.clip.weight=0: there is no clip batch to cut; leave it at 1")

@@ -1,11 +1,12 @@
 """The step without a shared pass: what one writes around the public model class, for benches to compare with.
 
-Same modules, same weights, same losses. Images pass the trunk once for each purpose (clip; ssl, where global and local
-crops are two calls, because the class takes one size a call; rec), and captions keep their padding. Attention is
-torch's fused kernel.
+Same modules, same weights. Images pass the trunk once for each purpose (clip; ssl, where global and local crops are two
+calls, because the class takes one size a call; rec), captions keep their padding, attention is torch's fused kernel,
+and losses are computed as formulas are written, with every matrix of logits.
 
     reference = ThreePass(config, Rows.per_rank(config, 1))
     outputs = reference(**padded_inputs(batch, device))      # the Outputs of Pretrainer
+    written_out_loss(outputs, config.objectives, 0.07)         # compute(...).total
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ import torch
 from torch import Tensor
 
 from configs import Config
+from configs.schema import Objectives
 from data.batch import Batch
 from engine.step import model_inputs
+from kernels.contrastive import softmax_reference
 from model.captions import one_a_row
-from model.outputs import RecOutputs
+from model.objectives.comm import Solo
+from model.objectives.dense import cross_entropy, sinkhorn
+from model.objectives.koleo import koleo_loss
+from model.objectives.pixels import l1_loss
+from model.outputs import Outputs, RecOutputs, SslOutputs
 from model.pack import Layout
 from model.pretrainer import Pretrainer, Rows
 from model.trunk import Trunk
@@ -61,3 +68,33 @@ class ThreePass(Pretrainer):
 def padded_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
     """As engine.step.model_inputs, with every caption in a row of its own, padding and all."""
     return model_inputs(batch, device) | {"captions": one_a_row(batch.captions).to(device)}
+
+
+def written_out_loss(outputs: Outputs, objectives: Objectives, teacher_temp: float) -> Tensor:
+    """The total of model.objectives.total.compute: softmax contrast, Sinkhorn targets, no perceptual term."""
+    assert outputs.clip is not None
+    assert outputs.ssl is not None
+    assert outputs.rec is not None
+    clip, _ = softmax_reference(outputs.clip.image_BE, outputs.clip.text_BE, outputs.clip.logit_scale)
+    ssl = _written_out_ssl(outputs.ssl, objectives.ssl.student_temp, teacher_temp)
+    ssl = ssl + objectives.ssl.koleo * koleo_loss(outputs.ssl.student_cls_GD, Solo())
+    rec = objectives.rec.l1 * l1_loss(outputs.rec.recon, outputs.rec.target)
+    return objectives.clip.weight * clip + objectives.ssl.weight * ssl + objectives.rec.weight * rec
+
+
+def _written_out_ssl(ssl: SslOutputs, student_temp: float, teacher_temp: float) -> Tensor:
+    """DINO and iBOT."""
+    num_crops = len(ssl.student_global_GE)
+    num_images, num_locals = num_crops // 2, 2 * len(ssl.student_local_LE) // num_crops
+    cls_GK, patch_MK = (
+        sinkhorn(rows @ ssl.teacher_KE.T, teacher_temp, Solo())
+        for rows in (ssl.teacher_global_GE, ssl.teacher_patch_ME)
+    )
+    global_GK, local_LK, hidden_MK = (
+        rows @ ssl.student_KE.T for rows in (ssl.student_global_GE, ssl.student_local_LE, ssl.student_patch_ME)
+    )
+    both_views_LK = cls_GK.unflatten(0, (2, num_images)).sum(dim=0).repeat(num_locals, 1)
+    local = cross_entropy(local_LK, both_views_LK, student_temp).sum()
+    across = cross_entropy(global_GK, cls_GK.roll(num_images, dims=0), student_temp).sum()
+    hidden = (ssl.patch_weight_M * cross_entropy(hidden_MK, patch_MK, student_temp)).sum()
+    return (local + across) / (num_images * (2 + 2 * num_locals)) + hidden / num_crops

@@ -14,19 +14,21 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import Config
+from configs.schema import Objectives
 from data.batch import Batch
+from engine import optim
 from engine.assemble import compile_blocks
-from engine.optim import adamw
 from engine.step import model_inputs
 from engine.teacher import Teacher
 from kernels.attention import resolve
 from model.initialise import initialise
 from model.objectives.comm import Solo
 from model.objectives.total import compute
+from model.outputs import Outputs
 from model.pretrainer import Pretrainer, Rows, teacher_pairs
 from profiling.machine import device, matmul_peak
 from profiling.measurement import Measurement, measure
-from profiling.three_pass import ThreePass, padded_inputs
+from profiling.three_pass import ThreePass, padded_inputs, written_out_loss
 from profiling.workload import random_batch, small_step
 
 TEMPERATURE, MOMENTUM = 0.07, 0.999
@@ -45,10 +47,10 @@ def run(rounds: int) -> list[Measurement]:
         return ThreePass(config, rows)
 
     steps = {
-        "three passes, eager": Step(apart(), config, batch, padded_inputs),
-        "shared, eager": Step(shared(), config, batch, model_inputs),
-        "three passes, compiled": Step(apart(), config, batch, padded_inputs, is_compiled=True),
-        "shared, compiled": Step(shared(), config, batch, model_inputs, is_compiled=True),
+        "three passes, eager": Step(apart(), config, batch, padded_inputs, written_out_loss),
+        "shared, eager": Step(shared(), config, batch, model_inputs, shared_loss),
+        "three passes, compiled": Step(apart(), config, batch, padded_inputs, written_out_loss, is_compiled=True),
+        "shared, compiled": Step(shared(), config, batch, model_inputs, shared_loss, is_compiled=True),
     }
     losses = {name: step.loss().item() for name, step in steps.items()}
     assert max(losses.values()) - min(losses.values()) < 0.01 * losses["shared, eager"], losses  # bf16
@@ -68,6 +70,11 @@ def run(rounds: int) -> list[Measurement]:
     ]
 
 
+def shared_loss(outputs: Outputs, objectives: Objectives, teacher_temp: float) -> Tensor:
+    """As the engine computes it."""
+    return compute(outputs, objectives, teacher_temp, Solo()).total
+
+
 class Step:
     """Forward, losses, backward, AdamW and the teacher's EMA of one variant."""
 
@@ -77,20 +84,21 @@ class Step:
         config: Config,
         batch: Batch,
         inputs: Callable[[Batch, torch.device], dict[str, Any]],
+        total: Callable[[Outputs, Objectives, float], Tensor],
         is_compiled: bool = False,
     ) -> None:
         initialise(model, config)
         self.model = model.to(device(), torch.bfloat16)
         if is_compiled:
             compile_blocks(self.model)
-        self.config, self.batch, self.inputs = config, batch, inputs
-        self.optimizer = adamw(self.model, config.optim)
+        self.config, self.batch, self.inputs, self.total = config, batch, inputs, total
+        self.optimizer = optim.build(self.model, config.optim, "torch_fused")
         self.teacher = Teacher(teacher_pairs(self.model))
 
     def loss(self) -> Tensor:
         """The total loss of the batch."""
         outputs = self.model(**self.inputs(self.batch, device()))
-        return compute(outputs, self.config.objectives, TEMPERATURE, Solo()).total
+        return self.total(outputs, self.config.objectives, TEMPERATURE)
 
     def __call__(self) -> None:
         self.loss().backward()

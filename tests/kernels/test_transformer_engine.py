@@ -46,7 +46,7 @@ def _loss(outputs: Outputs) -> Tensor:
     assert outputs.ssl is not None
     parts = [
         outputs.rec.recon,
-        outputs.ssl.student_patch_MK,
+        outputs.ssl.student_patch_ME,
         *(t for t in vars(outputs.clip).values() if t is not None),
     ]
     return torch.stack([part.float().square().mean() for part in parts[:4]]).sum()

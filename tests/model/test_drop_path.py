@@ -19,7 +19,7 @@ from model.initialise import initialise
 from model.pack import Group, Layout
 from model.pretrainer import Pretrainer, Rows
 from model.rope import Rope
-from tests.tiny import random_batch, tiny_config
+from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
 GROUPS = (Group("clip", 6, 17, (4, 4)), Group("ssl_local", 8, 5, (2, 2)))
@@ -158,11 +158,10 @@ def test_the_student_drops_and_the_teacher_does_not() -> None:
     initialise(model, config)
     draws, batch = drop_path(config, rank=0, world_size=1), random_batch(config, step=0)
     assert draws is not None
-    names = ("images", "captions", "global_crops", "local_crops", "masks", "masked_idx")
-    tensors = {name: getattr(batch, name) for name in names}
+    tensors = model_inputs(batch)
     full, dropped = model(**tensors).ssl, model(**tensors, kept_idx=draws.draw(0)).ssl
-    assert torch.equal(full.teacher_global_GK, dropped.teacher_global_GK)
-    assert not torch.equal(full.student_global_GK, dropped.student_global_GK)
+    assert torch.equal(full.teacher_global_GE, dropped.teacher_global_GE)
+    assert not torch.equal(full.student_global_GE, dropped.student_global_GE)
 
 
 def test_rate_zero_draws_nothing_and_a_rate_without_effect_is_refused() -> None:

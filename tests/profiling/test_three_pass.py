@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from model.initialise import initialise
-from model.objectives.comm import Solo
-from model.objectives.total import compute
 from model.pretrainer import Pretrainer, Rows
-from profiling.three_pass import ThreePass, padded_inputs
+from profiling.benches.step import shared_loss
+from profiling.three_pass import ThreePass, padded_inputs, written_out_loss
 from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
@@ -22,19 +21,19 @@ def test_three_passes_give_the_losses_and_gradients_of_the_shared_one(ae_only: s
     config = tiny_config("model.rope_dtype=fp32", f"model.bottleneck_ae_only={ae_only}")
     batch, rows = random_batch(config, step=0), Rows.per_rank(config, 1)
     found = []
-    for model, inputs in (
-        (Pretrainer(config, rows), model_inputs(batch)),
-        (ThreePass(config, rows), padded_inputs(batch, torch.device("cpu"))),
+    for model, inputs, total in (
+        (Pretrainer(config, rows), model_inputs(batch), shared_loss),
+        (ThreePass(config, rows), padded_inputs(batch, torch.device("cpu")), written_out_loss),
     ):
         initialise(model, config)
         passes = count_calls(model)
-        loss = compute(model(**inputs), config.objectives, 0.07, Solo()).total
+        loss = total(model(**inputs), config.objectives, 0.07)
         loss.backward()
         found.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}, passes))
-    (shared_loss, shared_grads, shared_passes), (loss, grads, passes) = found
+    (expected, expected_grads, shared_passes), (loss, grads, passes) = found
     assert (len(shared_passes), len(passes)) == (1, 4), "packed; clip, global crops, local crops, rec"
-    assert loss == pytest.approx(shared_loss, rel=1e-5)
-    for name, grad in shared_grads.items():
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, grad in expected_grads.items():
         if grad is not None:
             # Worst seen 4e-6 of the largest: sums in another order.
             assert (grads[name] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-9, name
