@@ -4,7 +4,7 @@ order                       the error you get otherwise
 1. construct                (ZeRO-3 inside its own context) a 7B model does not fit on one device
 2. initialise               after partitioning, gathered one by one; else all ranks start apart
 3. teacher = student        before the optimizer; else the first targets are noise
-4. FP8 in the blocks        before they are compiled; else the graphs keep the bf16 products
+4. FP8 in the blocks        before 5 and 6 wrap their forwards; else they go on with the bf16 products
 5. activation checkpointing before compiling; else the compiled block is one operation, of which nothing is kept
 6. compile the blocks       before ZeRO hangs its hooks on modules; else each hook breaks the graph
 7. mark blocks as leaves    before `initialize`; else ZeRO-3 hooks the layers inside a compiled block

@@ -100,10 +100,10 @@ def to_torchao(root: nn.Module, linears: Collection[nn.Linear]) -> None:
 def torchao_linear() -> BareProduct:
     """F.linear in float8, for a weight that no nn.Linear holds: (M, K), (N, K), (N) -> (M, N). The same function at
     every call, so that blocks which carry it share one compiled graph."""
+    library, config = _torchao(), _torchao_config()
     multiply = importlib.import_module("torchao.float8.float8_linear").matmul_with_hp_or_float8_args
-    config = _torchao_config()
     holder = nn.Sequential(nn.Linear(MULTIPLE, MULTIPLE, device="meta"))
-    products = _torchao().convert_to_float8_training(holder, config=config)[0].linear_mm_config
+    products = library.convert_to_float8_training(holder, config=config)[0].linear_mm_config
 
     def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
         y_MN: Tensor = multiply.apply(x_MK, weight_NK.t(), products, config)

@@ -44,9 +44,8 @@ def test_torchao_equals_the_oracle_in_values_and_gradients(m: int, k: int, n: in
     operands = _operands(m, k, n)
     ours, theirs = _with_gradients(torchao_linear(), *operands), _with_gradients(reference, *operands)
     for found, expected in zip(ours, theirs, strict=True):
-        # The same roundings; only the sum's order and bf16 of the result differ. Worst seen 2.2e-3. Another format for
-        # gradients, or scales by row, is off by 1e-2 at least.
-        assert _distance(found, expected) < 5e-3
+        # The same roundings; the order of sums may differ. Worst seen 3.1e-4; e4m3 for gradients is 3.5e-2 off.
+        assert _distance(found, expected) < 1e-3
 
 
 def test_a_converted_layer_computes_the_same_and_keeps_its_parameters() -> None:
@@ -128,8 +127,9 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("prelude", ["", "sys.modules['torchao'] = None;"], ids=["installed", "missing"])
 def test_the_library_comes_in_without_talk_or_is_named_with_its_extra(prelude: str) -> None:
     """In a process of its own: an import happens once."""
-    program = f"import sys, warnings; warnings.simplefilter('error'); {prelude} from kernels.fp8 import resolve\n"
-    program += "try:\n    print(resolve('fp8_torchao', 'cpu').name)\nexcept ImportError as error:\n    print(error)"
+    program = f"import sys, warnings; warnings.simplefilter('error'); {prelude} from kernels import fp8\n"
+    program += "try:\n    fp8.torchao_linear(); print(fp8.resolve('fp8_torchao', 'cpu').name)\n"
+    program += "except ImportError as error:\n    print(error)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout.startswith("fp8_torchao needs torchao (" if prelude else "fp8_torchao\n")
