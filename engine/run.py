@@ -4,15 +4,14 @@
                 bad_samples.jsonl  weights.safetensors
 
 The loop reads as the data's way: batch, step, meter; and every report_every steps the one moment in which the host
-looks at the device: guard, report, stop, checkpoint.
+looks at the device: guard, report, collect garbage, stop, checkpoint.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from data.captions import CaptionEncoder
 from data.loader import Loader
 from engine import archive, checkpoint, world
 from engine.assemble import Assembly, assemble
+from engine.garbage import collected_by_hand
 from engine.guard import STOPPED, Guard
 from engine.meter import Meter
 from engine.pictures import latent_colours, reconstructions, write_png
@@ -34,8 +34,6 @@ from model.objectives.total import Centres
 from model.pretrainer import Rows
 from profiling.memory import process_peak_bytes
 
-GC_EVERY = 200  # steps between two collections, on all ranks at once: a rank that collects alone makes the others wait
-
 
 def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -> int:
     """Trains to optim.steps, or to a stop signal; gives the exit code. A collective."""
@@ -47,7 +45,7 @@ def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -
             _describe(run_dir, config, ds_config)
         guard = Guard(comm, parts.device)
         guard.listen()
-        with open_reporter(run_dir, config.optim.steps, first_step, world.is_first()) as reporter, _gc_by_hand():
+        with open_reporter(run_dir, config.optim.steps, first_step, world.is_first()) as reporter, collected_by_hand():
             reporter.say(describe(config, Rows.per_rank(config, comm.world_size)))
             for name, choice in parts.choices.items():
                 reporter.say(f"{name}: {choice}")
@@ -89,8 +87,6 @@ class Run:
             centres, done = record.centres, step + 1
             meter.add(record)
             self.guard.watch(record.losses["total"])
-            if done % GC_EVERY == 0:
-                gc.collect()
             if (done % report_every == 0 or done == total) and self._report(done, record, meter):
                 self.reporter.say(f"asked to stop: {done} of {total} steps are done; go on with --resume")
                 return STOPPED
@@ -104,6 +100,7 @@ class Run:
         """The host looks at the device; pictures and a checkpoint when they are due. Whether to stop before the end."""
         system = self.config.system
         self.guard.check(done)
+        gc.collect()
         self.reporter.scalars(done, meter.read(done, self.loader.wait_seconds) | data_health(self.loader))
         is_stopping, is_last = self.guard.should_stop(), done == self.config.optim.steps
         if is_stopping or is_last or is_due(done, system.images_every, system.report_every):
@@ -155,15 +152,6 @@ def check_vocabulary(encoder: CaptionEncoder, config: Config) -> None:
 def is_due(done: int, every: int, report_every: int) -> bool:
     """Whether a multiple of `every` fell into the reporting window that ends at `done`."""
     return every > 0 and done // every > (done - report_every) // every
-
-
-@contextmanager
-def _gc_by_hand() -> Iterator[None]:
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _restore(parts: Assembly, run_dir: Path, resume: bool) -> tuple[int, Centres | None]:
