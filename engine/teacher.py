@@ -43,8 +43,12 @@ class Teacher:
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
         """One EMA step toward the student, after the optimizer's step."""
-        for pair in self.pairs:
-            pair.average.lerp_(self._student(pair), 1.0 - momentum)
+        averages, students = [pair.average for pair in self.pairs], [self._student(pair) for pair in self.pairs]
+        if all(student.dtype == torch.float32 for student in students):
+            torch._foreach_lerp_(averages, students, 1.0 - momentum)
+        else:  # ZeRO-1 and 2 in bf16: one at a time, so that only one of them is held in float32 at any moment
+            for average, student in zip(averages, students, strict=True):
+                average.lerp_(student.float(), 1.0 - momentum)
         self._publish()
 
     @torch.no_grad()
@@ -57,9 +61,9 @@ class Teacher:
     def _student(self, pair: Pair) -> Tensor:
         if zero.is_partitioned(pair.student):
             return zero.Fragment(pair.name, pair.student, pair.start, pair.average.numel()).read(MASTER)
-        return zero.shard(pair.student).float()
+        return zero.shard(pair.student)
 
     def _publish(self) -> None:
-        for pair in self.pairs:
-            zero.shard(pair.teacher)[: pair.average.numel()].copy_(pair.average)
+        shards = [zero.shard(pair.teacher)[: pair.average.numel()] for pair in self.pairs]
+        torch._foreach_copy_(shards, [pair.average for pair in self.pairs])
         zero.release(pair.teacher for pair in self.pairs)
