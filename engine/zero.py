@@ -236,7 +236,8 @@ def _skip_on_device(zero: Any, optimizer: torch.optim.AdamW) -> None:
     fused step can be told by a flag on the device instead: it then changes neither weights nor moments nor its count.
     """
 
-    def flag(norm: Tensor) -> bool:
+    def flag(norm: Tensor | float) -> bool:
+        norm = torch.as_tensor(norm)  # a number where the states are on the host
         optimizer.found_inf = (~torch.isfinite(norm) | (norm < 0)).float()  # type: ignore[attr-defined]
         return False
 
