@@ -18,7 +18,7 @@ from rich.console import Console
 
 from profiling.measurement import Measurement
 
-BENCHES = ("step", "attention", "text", "compile", "depth", "prototypes", "contrastive", "loader")
+BENCHES = ("step", "attention", "text", "compile", "depth", "prototypes", "contrastive", "loader", "fp8")
 
 
 def main(arguments: list[str]) -> int:

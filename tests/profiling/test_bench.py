@@ -11,7 +11,7 @@ import torch
 
 from model.pack import Group
 from profiling import bench
-from profiling.benches import attention, compile, depth, loader, prototypes, step, text
+from profiling.benches import attention, compile, depth, fp8, loader, prototypes, step, text
 from profiling.machine import describe, matmul_peak
 from profiling.measurement import Measurement, measure
 from profiling.workload import random_batch, random_captions, small_step
@@ -103,6 +103,17 @@ def test_the_loader_bench_makes_the_same_tensors_with_both_loaders(monkeypatch: 
         assert {row.variant for row in measurement.rows} == {"pil", "ours"}
         assert all(row.median_ms > 0 for row in measurement.rows)
         assert all("images/s" in note for note in measurement.notes)
+
+
+def test_the_fp8_bench_tells_errors_and_what_the_rule_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "SHAPES", {device: {"small": (40, 64, 96)} for device in ("cpu", "cuda")})
+    monkeypatch.setattr(fp8, "matmul_peak", lambda dtype: 1e12)
+    [found] = fp8.run(rounds=1)
+    assert {row.variant for row in found.rows} >= {"bf16", "fp8_torchao"}
+    assert found.workload.startswith("small: 40 x 64 by 64 x 96")
+    assert any(note.startswith("fp8_torchao: off float32 by 3") for note in found.notes)
+    assert found.notes[-1] == "on a GPU the rule leaves this in bf16: too small to pay"
+    assert torch.cuda.is_available() or "emulated on the CPU" in found.workload
 
 
 def test_an_unknown_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
