@@ -53,17 +53,8 @@ def _loss(outputs: Outputs) -> Tensor:
     assert outputs.clip is not None
     assert outputs.rec is not None
     assert outputs.ssl is not None
-<<<<<<< ours
-    parts = [
-        outputs.rec.recon,
-        outputs.ssl.student_patch_ME,
-        *(t for t in vars(outputs.clip).values() if t is not None),
-    ]
-    return torch.stack([part.float().square().mean() for part in parts[:4]]).sum()
-=======
-    parts = (outputs.clip.text_BE, outputs.clip.image_BE, outputs.ssl.student_patch_MK, outputs.rec.recon)
+    parts = (outputs.clip.text_BE, outputs.clip.image_BE, outputs.ssl.student_patch_ME, outputs.rec.recon)
     return torch.stack([(part * torch.linspace(-1, 1, part.numel()).view_as(part)).mean() for part in parts]).sum()
->>>>>>> theirs
 
 
 @pytest.fixture
