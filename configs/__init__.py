@@ -2,6 +2,7 @@
 reported in milliseconds."""
 
 from configs.load import fingerprint, load_config, to_yaml
-from configs.schema import Config, UserError
+from configs.schema import Config
+from configs.section import UserError
 
 __all__ = ["Config", "UserError", "fingerprint", "load_config", "to_yaml"]

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.load import one_line
-from configs.schema import Config, UserError
+from configs.schema import Config
+from configs.section import UserError
 
 # What DeepSpeed may be told here. Its own parser ignores an unknown top-level key: a typo would do nothing.
 SYSTEM_KEYS = frozenset({

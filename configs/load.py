@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from configs.schema import Config, UserError
+from configs.schema import Config
+from configs.section import UserError
 
 # Pydantic's own words for these are about Python.
 _RULES = {

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import Vit
+from configs.architecture import Vit
 from kernels.attention import Segments, attend
 from model.drop_path import subset
 from model.rope import turn

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from configs.schema import Model
+from configs.architecture import Model
 from model.block import Block, norm
 from model.pack import Group, Layout
 from model.rope import rope_of

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from configs import Config
-from configs.schema import Text, Vit
+from configs.architecture import Text, Vit
 from model.pack import Layout, pack
 from model.pretrainer import Pretrainer, Rows
 

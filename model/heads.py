@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import Prototypes
+from configs.architecture import Prototypes
 
 MAX_LOGIT_SCALE = math.log(100)  # [C]
 

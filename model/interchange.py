@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs import UserError, load_config
-from configs.schema import Model, Text, Vit
+from configs.architecture import Model, Text, Vit
 from model.rope import rope_of
 from model.tokenizer import PARTS, VisualTokenizer
 from model.weights import read_weights, write_weights

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config, UserError
-from configs.schema import Model
+from configs.architecture import Model
 from model.captions import PackedCaptions
 from model.decoder import PixelDecoder
 from model.heads import ClipHeads, PrototypeHead

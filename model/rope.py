@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.schema import Model, Vit
+from configs.architecture import Model, Vit
 from model.pack import Layout
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

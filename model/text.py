@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import Text
+from configs.architecture import Text
 from kernels.attention import Segments, Spans, attend
 from model.block import LayerNorm
 from model.captions import PackedCaptions

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import UserError
-from configs.schema import Model
+from configs.architecture import Model
 from model.captions import pack_captions
 from model.decoder import PixelDecoder
 from model.heads import ClipHeads

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import Model
+from configs.architecture import Model
 from model.block import Block, norm
 from model.drop_path import subset
 from model.pack import Layout, pack

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs import UserError, load_config
-from configs.schema import Model
+from configs.architecture import Model
 
 
 def write_weights(path: str | Path, state: dict[str, Tensor], model: Model) -> None:

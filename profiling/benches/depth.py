@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from configs.schema import Vit
+from configs.architecture import Vit
 from engine.drop_path import DropPath
 from kernels.attention import resolve
 from model.block import Block

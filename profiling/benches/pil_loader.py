@@ -28,7 +28,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from configs.schema import AreaRange, Views
+from configs.schema import Views
+from configs.section import AreaRange
 
 Sample = tuple[list[Tensor], str]
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]

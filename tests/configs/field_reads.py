@@ -13,14 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from configs import schema
-from configs.schema import Section
+from configs import architecture, schema
+from configs.section import Section
 
-SECTIONS = {name: kind for name, kind in vars(schema).items() if isinstance(kind, type) and issubclass(kind, Section)}
+_HOMES = (schema, architecture)
+SECTIONS = {
+    name: kind
+    for home in _HOMES
+    for name, kind in vars(home).items()
+    if isinstance(kind, type) and issubclass(kind, Section)
+}
 Kind: TypeAlias = str  # "configs.schema.Views", or "data.loader.Loader" for a class of ours
 Names: TypeAlias = dict[str, Kind]
 _ROUNDS = 4  # times over the source: each carries kinds one assignment further
-_SCHEMA = "configs.schema"
+_SCHEMA = "configs.schema"  # every section goes by this module, wherever it is defined
 
 
 def all_fields() -> set[tuple[str, str]]:
@@ -152,7 +158,7 @@ def _class_names(module: str, tree: ast.Module) -> Iterator[tuple[str, Kind]]:
         if isinstance(node, ast.ClassDef):
             yield node.name, f"{module}.{node.name}"
         elif isinstance(node, ast.ImportFrom) and node.module:
-            home = _SCHEMA if node.module == "configs" else node.module
+            home = _SCHEMA if node.module in ("configs", *(part.__name__ for part in _HOMES)) else node.module
             for alias in node.names:
                 if home != _SCHEMA or alias.name in SECTIONS:
                     yield alias.asname or alias.name, f"{home}.{alias.name}"

@@ -10,7 +10,7 @@ import pytest
 
 from configs import Config, fingerprint
 from configs.load import science_changes
-from configs.schema import Section
+from configs.section import Section
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs import Config, load_config
-from configs.schema import Vit
+from configs.architecture import Vit
 from model.describe import count_parameters, step_layout
 from model.pretrainer import Rows
 

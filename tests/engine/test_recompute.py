@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.schema import Text, Vit
+from configs.architecture import Text, Vit
 from engine.recompute import Mode, recompute_blocks
 from model.block import Block
 from model.objectives.comm import Comm

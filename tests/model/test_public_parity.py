@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import Model
+from configs.architecture import Model
 from model.captions import pack_captions
 from model.imagenet import denormalise, normalise
 from model.interchange import from_public, to_public

@@ -1,0 +1,47 @@
+"""What the schema is made of: the kinds of values a setting may have, and the error of a wrong one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class UserError(ValueError):
+    """A mistake the user can mend.
+
+    The message says what was found, the rule and the remedy; no traceback is shown.
+    """
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"{list(pair)} is not a range [low, high]: low must not exceed high; swap them")
+    return pair
+
+
+def _one_is_a_list(paths: object) -> object:
+    """On a command line `data.train=shards/{000..099}.tar` needs no brackets."""
+    return (paths,) if isinstance(paths, str) else paths
+
+
+def _no_truth_value(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a number")
+    return value
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_no_truth_value)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(_no_truth_value)]
+Range = tuple[float, float]
+Amount = Annotated[float, Field(ge=0.0)]
+Area = Annotated[float, Field(gt=0.0, le=1.0)]  # share of an image's area; a crop has some
+AreaRange = Annotated[tuple[Area, Area], AfterValidator(_ordered)]
+ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
+PixelRange = Annotated[tuple[Amount, Amount], AfterValidator(_ordered)]
+Paths = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
