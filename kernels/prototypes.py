@@ -8,9 +8,10 @@ is taken at a time, and logits that are needed again are computed again. Every t
 
 centring with bias = centre / temp, Sinkhorn-Knopp with bias = the log of the columns' masses, all iterations in one
 vector: a row's own scaling is the softmax's denominator. So what is held beyond inputs and gradients is (K,) vectors,
-the float32 sum of the prototypes' gradient, and CHUNK_BYTES a matrix for the chunk at work.
+the float32 sum of the prototypes' gradient, CHUNK_BYTES a matrix for the chunk at work, and a teacher's logits between
+the passes of Sinkhorn where they take no more than KEEP_BYTES.
 
-    mass_K = column_mass(teacher_RE, prototypes_KE, 0.05, bias_K)          # one pass of Sinkhorn over own rows
+    mass_K = TeacherColumns(teacher_RE, teacher_KE, 0.05).mass(bias_K)      # one pass of Sinkhorn over own rows
     loss = prototype_cross_entropy(student_RUE, student_KE, teacher_RVE, teacher_KE, bias_K, weight_RU, 0.1, 0.05)
     loss.backward()             # gradients of both students' tensors were computed with the loss, and are only scaled
 
@@ -27,38 +28,58 @@ from torch import Tensor
 
 # float32 logits of one chunk. CPU: two chunks stay in the last-level cache. GPU: large enough to keep the device busy.
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+KEEP_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # of a teacher's logits, from one pass of Sinkhorn to the next
 MIN_ROWS = 128  # with fewer, reading the prototypes anew for every chunk takes longer than the products
 
 
-@torch.no_grad()
-def column_logsumexp(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float) -> Tensor:
-    """log sum_r exp(<teacher_r, prototype_k> / temp): (R, E), (K, E) -> (K,) float32, safe at any size of logits.
+class TeacherColumns:
+    """Passes over own rows of a teacher, (R, E), that sum over rows for each prototype: what Sinkhorn-Knopp needs.
 
-    Without rows the result is float32's lowest number, which adds nothing to other ranks' sums.
+    Every pass computes the logits again, unless all of them together take no more than KEEP_BYTES.
     """
-    lowest = torch.finfo(torch.float32).min
-    top_K = prototypes_KE.new_full(prototypes_KE.shape[:1], lowest, dtype=torch.float32)
-    sum_K = torch.zeros_like(top_K)
-    chunk = Logits(prototypes_KE, len(teacher_RE))
-    for rows in slices(len(teacher_RE), chunk.num_rows):
-        logits_RK = chunk.of(teacher_RE[rows])
-        before_K, top_K = top_K, torch.maximum(top_K, logits_RK.amax(dim=0) / temp)
-        torch.add(-top_K, logits_RK, alpha=1 / temp, out=logits_RK).exp_()
-        sum_K = sum_K * (before_K - top_K).exp() + logits_RK.sum(dim=0)
-    return torch.where(sum_K > 0, top_K + sum_K.log(), top_K)
 
+    def __init__(self, teacher_RE: Tensor, prototypes_KE: Tensor, temp: float) -> None:
+        num_rows, num_prototypes = len(teacher_RE), len(prototypes_KE)
+        self._teacher_RE, self._temp = teacher_RE, temp
+        self._zero_K = prototypes_KE.new_zeros(num_prototypes, dtype=torch.float32)
+        is_small = 4 * num_rows * num_prototypes <= KEEP_BYTES["cuda" if teacher_RE.is_cuda else "cpu"]
+        self._kept_RK = (teacher_RE.detach() @ prototypes_KE.detach().T).float() if is_small else None
+        self._logits = Logits(prototypes_KE.detach(), num_rows)
 
-@torch.no_grad()
-def column_mass(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float, bias_K: Tensor) -> Tensor:
-    """What each prototype gets of all targets: sum_r softmax_k(<teacher_r, prototype_k> / temp - bias_k), (K,) float32.
+    @torch.no_grad()
+    def logsumexp(self) -> Tensor:
+        """log sum_r exp(<teacher_r, prototype_k> / temp), (K,) float32, safe at any size of logits.
 
-    A row's normalisation and the next iteration's column masses in one pass over the rows.
-    """
-    mass_K = torch.zeros_like(bias_K)
-    chunk = Logits(prototypes_KE, len(teacher_RE))
-    for rows in slices(len(teacher_RE), chunk.num_rows):
-        mass_K += chunk.targets(teacher_RE[rows], temp, bias_K).sum(dim=0)
-    return mass_K
+        Without rows the result is float32's lowest number, which adds nothing to other ranks' sums.
+        """
+        top_K, sum_K = torch.full_like(self._zero_K, torch.finfo(torch.float32).min), self._zero_K
+        for logits_RK, work_RK in self._chunks():
+            before_K, top_K = top_K, torch.maximum(top_K, logits_RK.amax(dim=0) / self._temp)
+            torch.add(-top_K, logits_RK, alpha=1 / self._temp, out=work_RK).exp_()
+            sum_K = sum_K * (before_K - top_K).exp() + work_RK.sum(dim=0)
+        return torch.where(sum_K > 0, top_K + sum_K.log(), top_K)
+
+    @torch.no_grad()
+    def mass(self, bias_K: Tensor) -> Tensor:
+        """What each prototype gets of all targets: sum_r softmax_k(<teacher_r, prototype_k> / temp - bias_k), (K,).
+
+        A row's normalisation and the next iteration's column masses in one pass over the rows.
+        """
+        mass_K = torch.zeros_like(bias_K)
+        for logits_RK, work_RK in self._chunks():
+            torch.add(-bias_K, logits_RK, alpha=1 / self._temp, out=work_RK)
+            mass_K += torch.softmax(work_RK, dim=1, out=work_RK).sum(dim=0)
+        return mass_K
+
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """float32 logits of some rows and where to work on them, which may be the same place."""
+        for rows in slices(len(self._teacher_RE), self._logits.num_rows):
+            if self._kept_RK is None:
+                logits_RK = self._logits.of(self._teacher_RE[rows])
+                yield logits_RK, logits_RK
+            else:
+                kept_RK = self._kept_RK[rows]
+                yield kept_RK, self._logits.buffer(len(kept_RK))
 
 
 @torch.no_grad()
@@ -131,10 +152,10 @@ def chunked(
     (num_groups, num_students, _), num_targets = student_GUE.shape, teacher_GVE.shape[1]
     loss = bias_K.new_zeros(())
     grad_student_GUE = torch.zeros_like(student_GUE)
-    grad_KE = torch.zeros_like(student_KE, dtype=torch.float32)
     students = Logits(student_KE, num_groups * num_students, num_students)
     teachers = Logits(teacher_KE, num_groups * num_targets, num_targets)
     step = min(students.num_rows // max(num_students, 1), teachers.num_rows // num_targets)
+    grad_KE = torch.zeros_like(student_KE, dtype=torch.float32 if step < num_groups else None)
     scale_GU1 = weight_GU.unsqueeze(2) / student_temp
     for groups in slices(num_groups if num_students else 0, step):
         q_RK = teachers.targets(teacher_GVE[groups].flatten(0, 1), teacher_temp, bias_K)
@@ -167,9 +188,13 @@ class Logits:
         if prototypes_KE.dtype != torch.float32:
             self._narrow_RK = prototypes_KE.new_empty(self._float_RK.shape)
 
+    def buffer(self, num_rows: int) -> Tensor:
+        """The float32 buffer's first rows, whatever they hold."""
+        return self._float_RK[:num_rows]
+
     def of(self, x_RE: Tensor) -> Tensor:
         """<x_r, prototype_k>, float32, in the buffer: valid until the next call."""
-        float_RK, narrow_RK = self._float_RK[: len(x_RE)], self._narrow_RK[: len(x_RE)]
+        float_RK, narrow_RK = self.buffer(len(x_RE)), self._narrow_RK[: len(x_RE)]
         torch.mm(x_RE, self._prototypes_KE.T, out=narrow_RK)
         return float_RK if self._narrow_RK is self._float_RK else float_RK.copy_(narrow_RK)
 
@@ -194,8 +219,8 @@ def _mean_of(q_RK: Tensor, num_targets: int) -> Tensor:
 
 
 def _add_product(sum_KE: Tensor, left_KR: Tensor, right_RE: Tensor) -> None:
-    """sum += left @ right, summed in float32 over chunks."""
-    if left_KR.dtype == torch.float32:
+    """sum += left @ right; products of a narrower dtype are summed in float32."""
+    if left_KR.dtype == sum_KE.dtype:
         sum_KE.addmm_(left_KR, right_RE)
     else:
         sum_KE += left_KR @ right_RE

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.prototypes import column_logsumexp, column_mass
+from kernels.prototypes import TeacherColumns
 from model.objectives.comm import Comm
 
 
@@ -50,11 +50,12 @@ def sinkhorn(
         divide each row by its sum:                                    Q = softmax(logits / temp - bias)
     The usual factors 1/K and 1/rows cancel in the row step and are left out. An iteration is one pass over the rows
     and one all-reduce of K numbers; the first has one more, for a maximum that keeps exp finite at any temperature.
-    Held: two (K,) vectors and a chunk of logits.
+    Held: a few (K,) vectors and a chunk of logits, or all of them where they are few (kernels.prototypes.KEEP_BYTES).
     """
-    bias_K = _all_logsumexp(column_logsumexp(teacher_RE, teacher_KE, temp), comm)
+    columns = TeacherColumns(teacher_RE, teacher_KE, temp)
+    bias_K = _all_logsumexp(columns.logsumexp(), comm)
     for _ in range(iterations - 1):
-        mass_K = comm.all_sum(column_mass(teacher_RE, teacher_KE, temp, bias_K))
+        mass_K = comm.all_sum(columns.mass(bias_K))
         bias_K = bias_K + mass_K.clamp_min(torch.finfo(torch.float32).tiny).log()
     return bias_K
 

@@ -81,7 +81,7 @@ def written_out(ssl: SslOutputs, comm: Comm) -> tuple[list[Tensor], Tensor]:
 def everything(comm: Comm, sizes: Sizes) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> (ours, dense), of one rank."""
     prototypes.MIN_ROWS = 5  # several chunks, the last one short
-    prototypes.CHUNK_BYTES["cpu"] = 0
+    prototypes.CHUNK_BYTES["cpu"] = prototypes.KEEP_BYTES["cpu"] = 0
     config = Ssl(koleo=0, student_temp=STUDENT_TEMP)
     ssl = ssl_outputs(sizes, comm.rank)
     objectives = Objectives(clip=Clip(weight=0), ssl=config, rec=Rec(weight=0))
@@ -102,8 +102,9 @@ def everything(comm: Comm, sizes: Sizes) -> dict[str, tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("sizes", CASES, ids=str)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_ssl_in_chunks_equals_ssl_written_out(world_size: int, sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prototypes, "MIN_ROWS", prototypes.MIN_ROWS)  # `everything` sets both
-    monkeypatch.setitem(prototypes.CHUNK_BYTES, "cpu", prototypes.CHUNK_BYTES["cpu"])
+    monkeypatch.setattr(prototypes, "MIN_ROWS", prototypes.MIN_ROWS)  # `everything` sets all three
+    for sizes_of in (prototypes.CHUNK_BYTES, prototypes.KEEP_BYTES):
+        monkeypatch.setitem(sizes_of, "cpu", sizes_of["cpu"])
     shares = [everything(Solo(), sizes)] if world_size == 1 else run_ranks(everything, world_size, sizes)
     errors = {}
     for rank, share in enumerate(shares):
