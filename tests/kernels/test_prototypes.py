@@ -19,8 +19,8 @@ from kernels.prototypes import (
 )
 
 pytestmark = pytest.mark.L0
-# Relative to the largest entry. Measured worst case 1.2e-6 (a gradient at temperature 0.04); a chunk left out, a weight
-# on the wrong row or a temperature forgotten is off by percents.
+# Relative to the largest entry, or to 0.1 where all are smaller: a student that agrees has a loss that is all rounding.
+# Measured worst case 2.6e-6; a chunk left out, a weight on the wrong row or a temperature forgotten is off by percents.
 TOLERANCE = 1e-5
 
 
@@ -68,7 +68,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     if not expected.numel():
         return 0.0
     found, expected = found.double(), expected.double()
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(0.1))
 
 
 def worst_error(case: Case, scale: float = 1.0) -> float:
