@@ -79,7 +79,8 @@ def convert(model: Pretrainer, config: Config, device: torch.device) -> str:
     if not census.converted:
         raise UserError(f"system.linear={name} would change nothing here ({census}): set system.linear=bf16")
     if name == "fp8_te":
-        _compute(model, fp8.te_autocast(model.forward, linears, world.group()))
+        for block, _ in blocks:  # not around the whole model: a block computed again in backward needs its region too
+            _compute(block, fp8.te_autocast(block.forward, linears, world.group()))
     return f"{name} ({linears.reason}): {census}"
 
 

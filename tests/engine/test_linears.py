@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import pytest
@@ -12,14 +12,18 @@ import torch
 
 from configs import UserError
 from engine import archive, checkpoint, linears
+from engine.recompute import recompute_blocks
+from engine.step import model_inputs
 from kernels.fp8 import E4M3, E5M2
+from model.block import Block
 from model.initialise import initialise
 from model.objectives.comm import Comm
 from model.pretrainer import Pretrainer, Rows
+from model.text import TextBlock
 from tests.engine import ranks
 from tests.float8_count import float8_products
 from tests.harness import run_ranks
-from tests.tiny import tiny_config
+from tests.tiny import random_batch, tiny_config
 
 BF16 = ("optim.precision=bf16", "optim.steps=20")
 FP8 = (*BF16, "system.linear=fp8_torchao")
@@ -45,6 +49,26 @@ def test_the_students_blocks_change_and_nothing_else() -> None:
     assert said.endswith("15 of 16 linears; 1 with a side that is no multiple of 16")  # in_proj is the fifteenth
     assert model.text is not None
     assert model.text.resblocks[0].attn.in_product is not torch.nn.functional.linear
+
+
+@pytest.mark.L0
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_blocks_computed_again_in_backward_multiply_in_float8_again(mode: Literal["selective", "full"]) -> None:
+    config = tiny_config(*FP8)
+    inputs = model_inputs(random_batch(config, 0), CPU)
+    gradients, products = [], []
+    for each in ("off", mode):
+        model, _ = _converted("model.trunk.depth=1", "batch.ssl=0", "objectives.ssl.weight=0")
+        recompute_blocks(model, each, (Block, TextBlock))
+        with float8_products() as counted:
+            outputs = model(**inputs)
+            assert outputs.rec is not None
+            outputs.rec.recon.square().mean().backward()
+        gradients.append([p.grad for p in model.trunk.parameters() if p.grad is not None])
+        products.append(len(counted))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    # 3 products in the trunk's block, 3 in the decoder's, 4 in the text tower's, which has no gradient here.
+    assert products == [3 * 6 + 4, 3 * 6 + 4 + (6 if mode == "full" else 0)]
 
 
 @pytest.mark.L0

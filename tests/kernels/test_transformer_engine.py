@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from configs import Config
 from engine import linears
+from engine.recompute import recompute_blocks
 from engine.step import model_inputs
 from kernels import fp8
 from kernels.fp8 import MXFP8_MULTIPLE, Affine, Linears
+from model.block import Block
 from model.initialise import initialise
 from model.outputs import Outputs
 from model.pretrainer import Pretrainer, Rows
+from model.text import TextBlock
 from tests.kernels.te_stand_in import Library, bind, installed
 from tests.tiny import random_batch, tiny_config
 
@@ -97,12 +100,15 @@ def test_every_norm_is_fused_and_only_the_students_blocks_are(te: Library, monke
     assert {made["eps"] for made in te.made if "eps" in made} == {1e-5, 1e-6}
     assert all(made["device"] == "meta" and made["params_dtype"] == torch.float32 for made in te.made)
 
-    model(**model_inputs(random_batch(config, 0), torch.device("cpu")))
+    recompute_blocks(model, "full", (Block, TextBlock))
+    loss = _loss(model(**model_inputs(random_batch(config, 0), torch.device("cpu"))))
     assert te.calls_in_fp8 == len(te.made), "one call each: none of the teacher's, none twice"
-    [region] = te.regions
-    assert region["enabled"] is True
-    assert type(region["recipe"]).__name__ == "Float8CurrentScaling"
-    assert region["amax_reduction_group"] == "all ranks"
+    loss.backward()
+    assert te.calls_in_fp8 == 2 * len(te.made), "what is computed again in backward is in FP8 as well"
+    for region in te.regions:
+        assert region["enabled"] is True
+        assert type(region["recipe"]).__name__ == "Float8CurrentScaling"
+        assert region["amax_reduction_group"] == "all ranks"
 
 
 def test_layers_that_do_not_fit_stay_as_they_are(te: Library, monkeypatch: pytest.MonkeyPatch) -> None:
