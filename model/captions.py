@@ -16,11 +16,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.attention import Spans
 
+Ids = NDArray[np.int64]
 ALIGN = 16  # slots: a row's width is a multiple, and so is the number of tokens of all rows
 
 
@@ -49,17 +52,18 @@ def pack_captions(captions_BC: Tensor) -> PackedCaptions:
 
     First-fit decreasing: the longest captions open rows, shorter ones fill them up.
     """
-    lengths = (captions_BC.argmax(dim=1) + 1).tolist()
-    width = -(-captions_BC.shape[1] // ALIGN) * ALIGN
-    bins = _first_fit(lengths, width)
-    return _lay_out(captions_BC, lengths, bins, _rung(len(bins)), width)
+    ids_BC = captions_BC.numpy()
+    length_B = ids_BC.argmax(axis=1) + 1
+    width = -(-ids_BC.shape[1] // ALIGN) * ALIGN
+    bins = _first_fit(length_B.tolist(), width)
+    return _lay_out(ids_BC, length_B, bins, _rung(len(bins)), width)
 
 
 def one_a_row(captions_BC: Tensor) -> PackedCaptions:
     """Every caption in a row of its own, padding and all: what a tower without packing computes; for comparison."""
-    count, length = captions_BC.shape
-    packed = _lay_out(captions_BC, [length] * count, [[row] for row in range(count)], count, length)
-    return packed._replace(ends_B=torch.arange(count) * length + captions_BC.argmax(dim=1))
+    count, width = captions_BC.shape
+    packed = _lay_out(captions_BC.numpy(), np.full(count, width), [[row] for row in range(count)], count, width)
+    return packed._replace(ends_B=torch.arange(count) * width + captions_BC.argmax(dim=1))
 
 
 def _first_fit(lengths: list[int], width: int) -> list[list[int]]:
@@ -86,34 +90,28 @@ def _rung(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _lay_out(captions_BC: Tensor, lengths: list[int], bins: list[list[int]], rows: int, width: int) -> PackedCaptions:
-    order = [caption for row in bins for caption in row]
-    length_N = torch.tensor([lengths[caption] for caption in order], dtype=torch.int64)
-    row_N = torch.tensor([number for number, row in enumerate(bins) for _ in row], dtype=torch.int64)
-    used_R = torch.zeros(rows, dtype=torch.int64).index_add_(0, row_N, length_N)
-    before_N, before_R = length_N.cumsum(0) - length_N, used_R.cumsum(0) - used_R  # tokens of earlier captions, rows
+def _lay_out(ids_BC: Ids, length_B: Ids, bins: list[list[int]], rows: int, width: int) -> PackedCaptions:
+    """`bins` lists the captions of each row. Arithmetic of the host, in numpy: no device is asked for anything."""
+    order_N = np.array([caption for row in bins for caption in row], dtype=np.int64)
+    length_N = length_B[order_N]
+    row_N = np.repeat(np.arange(len(bins)), [len(row) for row in bins])
+    used_R = np.bincount(row_N, weights=length_N, minlength=rows).astype(np.int64)
+    before_N, before_R = length_N.cumsum() - length_N, used_R.cumsum() - used_R  # tokens of earlier captions, rows
     start_N = row_N * width + before_N - before_R[row_N]  # where each caption begins in the flattened rows
 
-    position_T = torch.arange(int(length_N.sum())) - before_N.repeat_interleave(length_N)
-    slot_T = start_N.repeat_interleave(length_N) + position_T
-    caption_T = torch.tensor(order, dtype=torch.int64).repeat_interleave(length_N)
-
-    tokens, positions, spans = (torch.zeros(rows * width, dtype=torch.int64) for _ in range(3))
-    tokens[slot_T] = captions_BC[caption_T, position_T]
-    positions[slot_T] = position_T
-    spans[slot_T] = caption_T + 1
-    ends_B = torch.empty(len(order), dtype=torch.int64)
-    ends_B[torch.tensor(order, dtype=torch.int64)] = start_N + length_N - 1
-    return PackedCaptions(
-        tokens.view(rows, width),
-        positions.view(rows, width),
-        Spans(spans.view(rows, width).int(), _offsets(start_N, used_R, width)),
-        ends_B,
-    )
+    position_T = np.arange(length_N.sum()) - before_N.repeat(length_N)
+    slot_T, caption_T = start_N.repeat(length_N) + position_T, order_N.repeat(length_N)
+    tokens, positions, spans = (np.zeros(rows * width, kind) for kind in (np.int64, np.int64, np.int32))
+    tokens[slot_T], positions[slot_T], spans[slot_T] = ids_BC[caption_T, position_T], position_T, caption_T + 1
+    end_B = np.empty_like(order_N)
+    end_B[order_N] = start_N + length_N - 1
+    tokens_RC, positions_RC, ids_RC = (torch.from_numpy(x).view(rows, width) for x in (tokens, positions, spans))
+    offsets = torch.from_numpy(_offsets(start_N, used_R, width))
+    return PackedCaptions(tokens_RC, positions_RC, Spans(ids_RC, offsets), torch.from_numpy(end_B))
 
 
-def _offsets(start_N: Tensor, used_R: Tensor, width: int) -> Tensor:
-    """(N + R + 1,) int32: where each span begins, the empty ends of rows being spans too, and the end of all."""
-    fills_R = torch.arange(len(used_R)) * width + used_R
-    starts = torch.cat((start_N, fills_R)).sort().values  # a full row's empty end begins where the next row does
-    return torch.cat((starts, torch.tensor([len(used_R) * width]))).int()
+def _offsets(start_N: Ids, used_R: Ids, width: int) -> NDArray[np.int32]:
+    """(N + R + 1,): where each span begins, the empty ends of rows being spans too, and the end of all."""
+    fill_R = np.arange(len(used_R)) * width + used_R
+    starts = np.sort(np.concatenate((start_N, fill_R)))  # a full row's empty end begins where the next row does
+    return np.append(starts, len(used_R) * width).astype(np.int32)

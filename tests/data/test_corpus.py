@@ -268,7 +268,7 @@ def test_an_interrupt_stops_all_processes_with_one_line(tmp_path: Path) -> None:
         while not list(tmp_path.glob(".partial/*.tar")):
             assert process.poll() is None
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process gets it
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 1

@@ -14,11 +14,11 @@ from tests.tiny import tiny_config
 pytestmark = pytest.mark.L1
 
 
-def count(comm: Comm, steps: int) -> list[dict[str, Any]]:
+def count(comm: Comm, steps: int, *overrides: str) -> list[dict[str, Any]]:
     """Dynamo's counters after every step, and the step's loss."""
     from torch._dynamo.utils import counters
 
-    config = tiny_config("system.compile=on")
+    config = tiny_config("system.compile=on", *overrides)
     parts = ranks.build(config, comm, "zero3")
     seen = []
     for step in range(steps):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from configs.architecture import Text, Vit
 from engine.recompute import Mode, recompute_blocks
+from kernels.attention import Spans
 from model.block import Block
 from model.objectives.comm import Comm
 from model.pack import Group, Layout
@@ -22,6 +23,7 @@ from tests.tiny import tiny_config
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 LAYOUT = Layout((Group("clip", 6, 65, (8, 8)), Group("ssl_local", 5, 17, (4, 4))), pad=5)
+HALVES = Spans((torch.arange(80) // 40).expand(6, 80), torch.arange(0, 481, 40, dtype=torch.int32))  # two a row
 
 
 def gradients(blocks: nn.ModuleList, dtype: torch.dtype) -> list[Tensor]:
@@ -29,7 +31,7 @@ def gradients(blocks: nn.ModuleList, dtype: torch.dtype) -> list[Tensor]:
     x_TD = torch.randn(LAYOUT.tokens, 64, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
     rope_2TE, y_TD = Rope(32, 100.0, torch.bfloat16).packed(LAYOUT, "cpu"), x_TD
     for block in blocks:
-        y_TD = block(y_TD, *((rope_2TE,) if isinstance(block, Block) else ()), LAYOUT.segments)
+        y_TD = block(y_TD, rope_2TE, LAYOUT.segments) if isinstance(block, Block) else block(y_TD, ((6, 80),), HALVES)
     return list(torch.autograd.grad(y_TD.float().square().sum(), [x_TD, *blocks.parameters()]))
 
 
