@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention import attend, reference
+from kernels import varlen
+from kernels.attention import DENSE, attend, reference
 from profiling.machine import device
 from profiling.measurement import Measurement, measure
 
 SEGMENTS = ((12, 257), (16, 37))
 HEADS, HEAD_WIDTH = 6, 64
-BACKENDS = ("sdpa", "matmul")
 
 
 def run(rounds: int) -> list[Measurement]:
@@ -30,10 +30,14 @@ def _measure(dtype: torch.dtype, rounds: int) -> Measurement:
     def step(backend: str) -> tuple[Tensor, ...]:
         return torch.autograd.grad(attend(q, k, v, SEGMENTS, backend=backend).float().sum(), (q, k, v))
 
+    missing = {name: varlen.missing(name, device(), dtype) for name in varlen.NEEDS}
+    backends = [*DENSE, *(name for name, reason in missing.items() if reason is None)]
     want = reference(q.detach().float(), k.detach().float(), v.detach().float(), SEGMENTS)
-    for backend in BACKENDS:
+    for backend in backends:
+        varlen.activate(backend)
         torch.testing.assert_close(attend(q, k, v, SEGMENTS, backend=backend).float(), want, atol=2e-2, rtol=2e-2)
     words = " + ".join(f"{count} segments of {length}" for count, length in SEGMENTS)
     workload = f"{words} tokens, {HEADS} heads of {HEAD_WIDTH}, {dtype}, forward and backward"
-    variants = {backend: lambda backend=backend: step(backend) for backend in BACKENDS}
-    return measure("attention", workload, variants, "sdpa", rounds)
+    variants = {backend: lambda backend=backend: step(backend) for backend in backends}
+    notes = tuple(f"not here: {name}, {reason}" for name, reason in missing.items() if reason is not None)
+    return measure("attention", workload, variants, "sdpa", rounds, notes=notes)
