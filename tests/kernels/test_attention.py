@@ -6,20 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from kernels.attention import DENSE, Segments, Spans, attend, reference, resolve
+from tests.kernels.attention_parity import check, random_qkv
 
 pytestmark = pytest.mark.L0
-HEADS, HEAD_WIDTH = 3, 8
 BACKENDS = list(DENSE)
 layouts = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9)), min_size=1, max_size=3).map(tuple)
-
-
-def _random_qkv(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    q, k, v = torch.randn(3, tokens, HEADS, HEAD_WIDTH, generator=generator).unbind()
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
 def _tokens(segments: Segments) -> int:
@@ -32,18 +25,7 @@ def _tokens(segments: Segments) -> int:
 def test_backends_equal_the_oracle_in_values_and_gradients(
     backend: str, segments: Segments, pad: int, causal: bool
 ) -> None:
-    tokens = _tokens(segments) + pad
-    qkv, oracle_qkv = _random_qkv(tokens), _random_qkv(tokens)
-    out, expected = attend(*qkv, segments, causal, backend), reference(*oracle_qkv, segments, causal)
-    # Measured worst 5e-7 of 4; one wrong key in a softmax of 9 is off by more than 0.01.
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
-    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
-    for ours, theirs in zip(
-        torch.autograd.grad((out * weights).sum(), qkv),
-        torch.autograd.grad((expected * weights).sum(), oracle_qkv),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    check(backend, segments, _tokens(segments) + pad, causal)
 
 
 def spans_of(rows: list[list[int]], width: int) -> Spans:
@@ -62,23 +44,12 @@ def spans_of(rows: list[list[int]], width: int) -> Spans:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_spans_divide_rows_as_the_oracle_does(backend: str, causal: bool) -> None:
-    spans = spans_of([[3, 2, 4], [9], [1, 1]], width=9)
-    qkv, oracle_qkv = _random_qkv(27), _random_qkv(27)
-    out = attend(*qkv, ((3, 9),), causal, backend, spans)
-    expected = reference(*oracle_qkv, ((3, 9),), causal, spans)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
-    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
-    for ours, theirs in zip(
-        torch.autograd.grad((out * weights).sum(), qkv),
-        torch.autograd.grad((expected * weights).sum(), oracle_qkv),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    check(backend, ((3, 9),), 27, causal, spans_of([[3, 2, 4], [9], [1, 1]], width=9))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_comes_out_as_zeros(backend: str) -> None:
-    out = attend(*_random_qkv(16), segments=((2, 5), (1, 3)), backend=backend)
+    out = attend(*random_qkv(16), segments=((2, 5), (1, 3)), backend=backend)
     assert out[:13].abs().min() > 0
     assert torch.equal(out[13:], torch.zeros_like(out[13:]))
 
@@ -86,7 +57,7 @@ def test_padding_comes_out_as_zeros(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_token_does_not_see_other_segments_nor_causally_its_future(backend: str) -> None:
     segments = ((2, 4), (2, 3))
-    q, k, v = (t.detach() for t in _random_qkv(14))
+    q, k, v = (t.detach() for t in random_qkv(14))
     before = attend(q, k, v, segments, causal=True, backend=backend)
     k[6], v[6] = 9.0, 9.0  # third token of the second segment
     after = attend(q, k, v, segments, causal=True, backend=backend)
@@ -96,7 +67,7 @@ def test_a_token_does_not_see_other_segments_nor_causally_its_future(backend: st
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16_stays_close_to_float32(backend: str) -> None:
-    q, k, v = (t.detach() for t in _random_qkv(2 * 33))
+    q, k, v = (t.detach() for t in random_qkv(2 * 33))
     expected = reference(q, k, v, ((2, 33),))
     out = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), ((2, 33),), backend=backend)
     assert out.dtype == torch.bfloat16

@@ -17,16 +17,12 @@ from torch import Tensor
 
 from kernels import varlen
 from kernels.attention import Spans, attend, reference, resolve
+from tests.kernels.attention_parity import check, random_qkv
 
 SEGMENTS = ((2, 5), (3, 2))
 CUDA = torch.device("cuda")
 IDS = torch.tensor([[1, 1, 1, 2, 2], [1, 0, 0, 0, 0]], dtype=torch.int32)
 SPANS = Spans(IDS, torch.tensor([0, 3, 5, 5, 6, 10], dtype=torch.int32))
-
-
-def random_qkv(tokens: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    return [t.to(device, dtype).requires_grad_() for t in torch.randn(3, tokens, 2, 16, generator=generator)]
 
 
 def by_offsets(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool) -> Tensor:
@@ -114,19 +110,6 @@ def xformers_stand_in() -> dict[str, ModuleType]:
     return modules
 
 
-def check(backend: str, segments: tuple[tuple[int, int], ...], tokens: int, causal: bool, spans: Spans | None) -> None:
-    qkv, oracle_qkv = random_qkv(tokens), random_qkv(tokens)
-    out, expected = attend(*qkv, segments, causal, backend, spans), reference(*oracle_qkv, segments, causal, spans)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
-    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
-    for ours, theirs in zip(
-        torch.autograd.grad((out * weights).sum(), qkv),
-        torch.autograd.grad((expected * weights).sum(), oracle_qkv),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-
-
 @pytest.mark.L0
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("backend", list(varlen.NEEDS))
@@ -196,7 +179,8 @@ def test_each_installed_library_equals_the_oracle_on_the_gpu(backend: str, spans
     varlen.activate(backend)
     segments, tokens = (SEGMENTS, 18) if spans is None else (((2, 5),), 10)
     spans = None if spans is None else Spans(*(t.cuda() for t in spans))
-    qkv, exact = random_qkv(tokens, "cuda", torch.bfloat16), random_qkv(tokens, "cuda")
+    exact = [t.detach().cuda().requires_grad_() for t in random_qkv(tokens)]
+    qkv = [t.detach().bfloat16().requires_grad_() for t in exact]
     call = torch.compile(attend, fullgraph=True)
     out, expected = call(*qkv, segments, causal, backend, spans), reference(*exact, segments, causal, spans)
     torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.03)  # bf16 rounds numbers of order 1 by 0.004
