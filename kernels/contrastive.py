@@ -10,7 +10,8 @@ products that the plain softmax loss takes, four are left, because one score ser
     loss.backward()
 
 Letters: B own rows, A rows of all ranks, E width of the joint space, R x C a tile. Products are torch's; what happens
-to a tile between two products is a method of `TorchTiles` or of kernels/contrastive_triton.py's `TritonTiles`.
+to a tile between two products is a method of TorchTiles (kernels/contrastive_tiles.py) or of TritonTiles
+(kernels/contrastive_triton.py).
 """
 
 from __future__ import annotations
@@ -18,60 +19,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Sums = tuple[Tensor, Tensor]  # best, total: a log-sum-exp is best + log(total); apart they keep the last digits
+from kernels.contrastive_tiles import Online, Sums, Tiles, TorchTiles, pairs
+
 Merge = Callable[[Tensor, Tensor], Sums]
 BACKENDS = ("torch", "triton")
-
-
-@dataclass(frozen=True)
-class Online:
-    """Running statistics of n rows (or columns) over the scores seen so far."""
-
-    best: Tensor  # (n,) the largest score
-    total: Tensor  # (n,) sum of exp(score - best)
-    idx: Tensor  # (n,) int64: where the largest score stands, the first one of equals
-
-    @classmethod
-    def start(cls, count: int, like: Tensor) -> Online:
-        return cls(
-            best=like.new_full((count,), -torch.inf),
-            total=like.new_zeros(count),
-            idx=torch.zeros(count, dtype=torch.int64, device=like.device),
-        )
-
-    def __getitem__(self, rows: slice) -> Online:
-        """A view: what is written to it is written here."""
-        return Online(self.best[rows], self.total[rows], self.idx[rows])
-
-
-class Tiles(Protocol):
-    """What is done with one tile of scores. `diagonal` is the column minus the row of a pair: F of torch.diagonal."""
-
-    size: tuple[int, int]  # rows, columns
-
-    def follow(self, tile_RC: Tensor, rows: Online, columns: Online, start: int) -> None:
-        """Adds the tile to the statistics of its rows and columns; its first column is number `start`. May overwrite
-        the tile."""
-        ...
-
-    def follow_best(self, tile_RC: Tensor, rows: Online, start: int) -> None:
-        """Adds the tile to the rows' `best` and `idx` alone."""
-        ...
-
-    def softmax_gradient(self, tile_RC: Tensor, row_sums: Sums, column_sums: Sums, diagonal: int) -> None:
-        """score -> softmax along its row + softmax along its column, less 2 on the diagonal; in place."""
-        ...
-
-    def sigmoid_gradient(self, tile_RC: Tensor, diagonal: int) -> Tensor:
-        """score -> sigmoid(score), less 1 on the diagonal; in place. Gives the (1,) sum of the logistic losses."""
-        ...
 
 
 def softmax_contrast(
@@ -132,50 +90,6 @@ def tiles_of(backend: str, device: torch.device) -> Tiles:
     return tiles
 
 
-class TorchTiles:
-    """Plain torch. A tile and its exponentials are 4 MiB in float32: they stay in a CPU's cache."""
-
-    size = (512, 1024)
-
-    def follow(self, tile_RC: Tensor, rows: Online, columns: Online, start: int) -> None:
-        before_R = rows.best.clone()
-        self.follow_best(tile_RC, rows, start)
-        _add(rows, before_R, (tile_RC - rows.best[:, None]).exp_().sum(dim=1))
-        before_C = columns.best.clone()
-        torch.maximum(before_C, tile_RC.amax(dim=0), out=columns.best)
-        _add(columns, before_C, tile_RC.sub_(columns.best).exp_().sum(dim=0))
-
-    def follow_best(self, tile_RC: Tensor, rows: Online, start: int) -> None:
-        best_R, idx_R = tile_RC.max(dim=1)
-        rows.idx.copy_(torch.where(best_R > rows.best, idx_R + start, rows.idx))
-        torch.maximum(rows.best, best_R, out=rows.best)
-
-    def softmax_gradient(self, tile_RC: Tensor, row_sums: Sums, column_sums: Sums, diagonal: int) -> None:
-        by_row_RC = (tile_RC - row_sums[0][:, None]).exp_().div_(row_sums[1][:, None])
-        tile_RC.sub_(column_sums[0]).exp_().div_(column_sums[1])
-        for softmax_RC in (by_row_RC, tile_RC):  # each before the sum: near 1 a pair's difference has few digits
-            _pairs(softmax_RC, diagonal).sub_(1.0)
-        tile_RC.add_(by_row_RC)
-
-    def sigmoid_gradient(self, tile_RC: Tensor, diagonal: int) -> Tensor:
-        _pairs(tile_RC, diagonal).neg_()  # a pair asks the opposite question: softplus(-x), -sigmoid(-x)
-        loss = F.softplus(tile_RC).sum().view(1)
-        tile_RC.sigmoid_()
-        _pairs(tile_RC, diagonal).neg_()
-        return loss
-
-
-def _add(sums: Online, best_before: Tensor, total: Tensor) -> None:
-    """Adds sums of exp(score - sums.best) to totals that were relative to `best_before`."""
-    sums.total.mul_((best_before - sums.best).exp_()).add_(total)
-
-
-def _pairs(tile_RC: Tensor, diagonal: int) -> Tensor:
-    """The scores of pairs: a view of the tile's diagonal, empty where it runs past the tile."""
-    rows, columns = tile_RC.shape
-    return tile_RC.diagonal(diagonal) if -rows < diagonal < columns else tile_RC[:0].flatten()
-
-
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -186,8 +100,8 @@ class _Softmax(torch.autograd.Function):
         own_B = torch.empty_like(rows.best)
         for row, column, tile_RC in _scores(scaled_BE, text_AE, tiles.size):
             diagonal = row.start + first - column.start
-            pairs = _pairs(tile_RC, diagonal)
-            own_B[row][max(0, -diagonal) :][: len(pairs)] = pairs
+            pair_scores = pairs(tile_RC, diagonal)
+            own_B[row][max(0, -diagonal) :][: len(pair_scores)] = pair_scores
             tiles.follow(tile_RC, rows[row], columns[column], column.start)
         best_A, total_A = merge(columns.best, columns.total)
         own = slice(first, first + num_rows)

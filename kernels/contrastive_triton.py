@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.contrastive import Online, Sums
+from kernels.contrastive_tiles import Online, Sums
 
 try:
     import triton

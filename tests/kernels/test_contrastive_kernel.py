@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.contrastive import (
-    TorchTiles,
     sigmoid_contrast,
     sigmoid_reference,
     softmax_contrast,
     softmax_reference,
     tiles_of,
 )
+from kernels.contrastive_tiles import TorchTiles
 from profiling.memory import peak_bytes
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
