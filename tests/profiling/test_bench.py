@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,9 @@ def test_the_attention_bench_tells_every_backend(
 
 
 def run_small() -> dict[str, Measurement]:
-    """The benches that compile, at a size for tests. In a process of their own: torch's compiler warns by itself."""
+    """The benches that compile, at a size for tests; traced and differentiated, but no code is generated: that takes a
+    minute. In a process of their own, which may change torch."""
+    torch.compile = partial(torch.compile, backend="aot_eager")
     for module in (step, text, compile):
         vars(module)["small_step"] = tiny_config
     compile.CROPS = {"clip": (2, 32), "ssl_local": (2, 16)}
