@@ -262,7 +262,13 @@ def test_an_interrupt_stops_all_processes_with_one_line(tmp_path: Path) -> None:
         "100000",
     ]
     process = subprocess.Popen(
-        [*command, "--workers", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "--workers", "2"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell starts what it runs in the background with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while not list(tmp_path.glob(".partial/*.tar")):
