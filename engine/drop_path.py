@@ -17,7 +17,7 @@ from torch import Tensor
 
 from configs import Config, UserError
 from data.hashing import hash_text, hash_words
-from kernels.attention import Segments
+from kernels.dense_attention import Segments
 from model.describe import step_layout
 from model.drop_path import subset
 from model.pretrainer import Rows

@@ -36,7 +36,7 @@ class StepRecord:
     losses: dict[str, Tensor]  # every named term, detached scalars on the device: this rank's mean
     schedule: dict[str, float]  # learning rate, teacher momentum and temperature of this step
     grad_norm: float | Tensor  # of the averaged gradient before clipping; the same on every rank
-    caption_tokens_saved: float  # the share of the text tower's token slots that packing left out
+    caption_tokens_saved: float  # share of token slots that packing left out; with micro-batches, of the shared one
     outputs: Outputs
     centres: Centres | None  # for the next step
 

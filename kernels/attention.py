@@ -1,12 +1,15 @@
 """Attention over a packed sequence: tokens see their own segment only.
 
-A packed sequence has no padding inside segments and few distinct segment lengths. Two families of kernels serve it:
+A packed sequence has no padding inside segments and few distinct segment lengths. Two families of kernels serve it, all
+exact. Dense ones take one batched call per segment length (kernels/dense_attention.py: sdpa, matmul). Varlen ones take
+one call for all, told by offsets where each segment begins; this file is the one door to their libraries:
 
-- dense: one batched call per segment length, `sdpa` (torch's fused kernel) or `matmul` (two batched products);
-- varlen: one call for all, that reads where segments begin (kernels/varlen.py: FlashAttention 2 and 3, torch's own,
-  xFormers).
+    flash3      FlashAttention 3 for Hopper (module flash_attn_interface), put under torch's varlen_attn by torch itself
+    varlen      torch.nn.attention.varlen: the FlashAttention 2 inside PyTorch, nothing to install
+    flash2      the flash-attn package, 2.7 or newer (its operators are known to torch.compile)
+    xformers    BlockDiagonalMask; as an operator of our own, because torch.compile cannot look through its dispatcher
 
-All are exact. Rows of equal length may be divided further into spans, as packed captions are.
+Rows of equal length may be divided further into spans, as packed captions are.
 
     T = 2*5 + 3*2 + 2 = 18 tokens: two segments of 5, three of 2, two of padding
     attend(q_THE, k_THE, v_THE, segments=((2, 5), (3, 2)))      # (18, H, E); the last 2 rows are zeros
@@ -14,24 +17,36 @@ All are exact. Rows of equal length may be divided further into spans, as packed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import varlen
-
-Segments = tuple[tuple[int, int], ...]  # (count, length) pairs in the order of the tokens
+from kernels.dense_attention import DENSE, Segments, Spans, attend_dense
 
 
-class Spans(NamedTuple):
-    """Rows of C slots divided into spans of tokens that see each other; what is in no caption is a span too."""
+@dataclass(frozen=True)
+class Need:
+    """What a backend needs beside a CUDA device and half precision."""
 
-    ids_RC: Tensor  # int32: slots of one row with equal ids are one span
-    offsets: Tensor  # (N + 1,) int32: where each span begins in the flattened rows (a span may be empty), then R * C
+    module: str
+    capability: tuple[int, int]
+    remedy: str
+
+
+NEEDS = {
+    "flash3": Need("flash_attn_interface", (9, 0), "build the folder hopper/ of the flash-attention sources"),
+    "varlen": Need("torch.nn.attention.varlen", (8, 0), "install torch 2.10 or newer"),
+    "flash2": Need("flash_attn", (8, 0), "pip install flash-attn --no-build-isolation"),
+    "xformers": Need("xformers", (8, 0), "pip install xformers"),
+}
+PREFERENCE = ("flash3", "varlen", "flash2", "xformers")  # what "auto" tries, best first
+TAKES_OFFSETS = ("flash3", "varlen", "flash2")  # xFormers wants lengths as Python numbers, known before the call
 
 
 @dataclass(frozen=True)
@@ -50,14 +65,12 @@ def resolve(name: str, device: torch.device | str, dtype: torch.dtype = torch.bf
     device = torch.device(device)
     if name == "auto":
         return _pick(device, dtype)
-    if name not in (*DENSE, *varlen.NEEDS):
-        raise ValueError(
-            f"attention backend {name!r} is not known; choose one of auto, {', '.join((*DENSE, *varlen.NEEDS))}"
-        )
-    missing = varlen.missing(name, device, dtype) if name in varlen.NEEDS else None
-    if missing:
-        raise ValueError(f"it cannot run here: {missing}; or choose auto")
-    varlen.activate(name)
+    if name not in (*DENSE, *NEEDS):
+        raise ValueError(f"attention backend {name!r} is not known; choose one of auto, {', '.join((*DENSE, *NEEDS))}")
+    obstacle = missing(name, device, dtype) if name in NEEDS else None
+    if obstacle:
+        raise ValueError(f"it cannot run here: {obstacle}; or choose auto")
+    activate(name)
     return Backend(name, "named in the config")
 
 
@@ -67,12 +80,12 @@ def _pick(device: torch.device, dtype: torch.dtype) -> Backend:
     if device.type == "cpu" or dtype == torch.float32:
         return Backend("sdpa", f"auto: torch's fused attention, one call per segment length, serves {dtype} best")
     reasons: list[str] = []
-    for name in varlen.PREFERENCE:
-        missing = varlen.missing(name, device, dtype)
-        if not missing:
-            varlen.activate(name)
+    for name in PREFERENCE:
+        obstacle = missing(name, device, dtype)
+        if not obstacle:
+            activate(name)
             return Backend(name, "auto: one call for all segments" + "".join(f"; {why}" for why in reasons))
-        reasons.append(f"not {name}: {missing}")
+        reasons.append(f"not {name}: {obstacle}")
     return Backend("sdpa", "auto: one call per segment length; " + "; ".join(reasons))
 
 
@@ -94,78 +107,138 @@ def attend(
     held = sum(count * length for count, length in segments)
     assert held <= q_THE.shape[0], f"segments {segments} hold {held} tokens, the sequence {q_THE.shape[0]}"
     assert spans is None or len(segments) == 1, f"spans divide rows of one length, not {segments}"
-    if backend in varlen.NEEDS and (spans is None or backend in varlen.TAKES_OFFSETS):
+    if backend in NEEDS and (spans is None or backend in TAKES_OFFSETS):
         offsets = None if spans is None else spans.offsets
-        out_THE = varlen.attend(q_THE[:held], k_THE[:held], v_THE[:held], segments, offsets, causal, backend)
+        out_THE = _attend_varlen(q_THE[:held], k_THE[:held], v_THE[:held], segments, offsets, causal, backend)
     else:
-        out_THE = _dense(q_THE, k_THE, v_THE, segments, causal, DENSE.get(backend, _sdpa), spans)
+        out_THE = attend_dense(q_THE, k_THE, v_THE, segments, causal, DENSE.get(backend, DENSE["sdpa"]), spans)
     return F.pad(out_THE, (0, 0, 0, 0, 0, q_THE.shape[0] - held)) if held < q_THE.shape[0] else out_THE
 
 
-def reference(
-    q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments, causal: bool = False, spans: Spans | None = None
-) -> Tensor:
-    """The oracle: the same function, one segment and one head at a time, as the formula is written."""
-    out_THE, start = torch.zeros_like(v_THE), 0
-    lengths = [length for count, length in segments for _ in range(count)]
-    for length in lengths if spans is None else spans.offsets.diff().tolist():
-        rows = slice(start, start + length)
-        for head in range(q_THE.shape[1]):
-            scores_NN = q_THE[rows, head] @ k_THE[rows, head].T * q_THE.shape[2] ** -0.5
-            if causal:
-                scores_NN = scores_NN.masked_fill(_future(length, scores_NN.device), float("-inf"))
-            out_THE[rows, head] = scores_NN.softmax(-1) @ v_THE[rows, head]
-        start += length
-    return out_THE
+def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why backend `name` cannot serve `dtype` on `device`, with the way out; None if it can."""
+    need = NEEDS[name]
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"it needs a CUDA device, this machine has none in use ({device.type})"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in half precision, not {dtype}; set optim.precision=bf16"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < need.capability:
+        return f"it needs compute capability {_dotted(need.capability)}, this GPU has {_dotted(capability)}"
+    if name == "flash3" and capability[0] != 9:
+        return f"FlashAttention 3 is made for Hopper (9.0), this GPU has {_dotted(capability)}"
+    return None if _is_installed(need.module) else f"{need.module} is not installed; {need.remedy}"
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+def activate(name: str) -> None:
+    """Puts FlashAttention 3 under torch's varlen_attn, for the life of the process; other names need nothing."""
+    if name == "flash3":
+        importlib.import_module("torch.nn.attention").activate_flash_attention_impl("FA3")
 
 
-def _dense(
+def _attend_varlen(
     q_THE: Tensor,
     k_THE: Tensor,
     v_THE: Tensor,
     segments: Segments,
+    offsets: Tensor | None,
     causal: bool,
-    kernel: Kernel,
-    spans: Spans | None,
+    backend: str,
 ) -> Tensor:
-    """One call of `kernel` per segment length; (held, H, E)."""
-    done, parts = 0, []
+    """Attention within segments that cover all T tokens, or, given `offsets`, between neighbouring offsets."""
+    if backend == "xformers":
+        lengths = [length for count, length in segments for _ in range(count)]
+        return _xformers(q_THE, k_THE, v_THE, lengths, causal)[0]
+    offsets = begins(segments, q_THE.device) if offsets is None else offsets
+    longest = max(length for _, length in segments)
+    if backend == "flash2":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q_THE, k_THE, v_THE, offsets, offsets, longest, longest, causal=causal)
+    from torch.nn.attention.varlen import varlen_attn
+
+    window = (-1, 0) if causal else (-1, -1)
+    out_THE = varlen_attn(q_THE, k_THE, v_THE, offsets, offsets, longest, longest, window_size=window)
+    assert isinstance(out_THE, Tensor), "it returns more only when asked"
+    return out_THE
+
+
+def begins(segments: Segments, device: torch.device) -> Tensor:
+    """(N + 1,) int32: where each segment begins, then where the last ends. Made on the device, not copied there."""
+    parts, done = [], 0
     for count, length in segments:
-        q_SHNE, k_SHNE, v_SHNE = (
-            t[done : done + count * length].unflatten(0, (count, length)).transpose(1, 2) for t in (q_THE, k_THE, v_THE)
-        )
-        visible = _visible(length, causal, spans, q_THE.device)
-        parts.append(kernel(q_SHNE, k_SHNE, v_SHNE, visible).transpose(1, 2).flatten(0, 1))
+        parts.append(torch.arange(count, dtype=torch.int32, device=device) * length + done)
         done += count * length
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    parts.append(torch.full((1,), done, dtype=torch.int32, device=device))
+    return torch.cat(parts)
 
 
-def _visible(length: int, causal: bool, spans: Spans | None, device: torch.device) -> Tensor | None:
-    """Bool, broadcast to (S, H, length, length): True where the row's token sees the column's; None: everywhere."""
-    visible = ~_future(length, device) if causal else None
-    if spans is None:
-        return visible
-    same = (spans.ids_RC[:, :, None] == spans.ids_RC[:, None, :]).unsqueeze(1)
-    return same if visible is None else same & visible
+@torch.library.custom_op("vtp_engine::xformers_attention", mutates_args=())
+def _xformers(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, lengths: list[int], causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention within segments of `lengths`, and its log-sum-exp (H, T)."""
+    from xformers.ops import fmha
+
+    q, k, v = (t.unsqueeze(0).contiguous() for t in (q_THE, k_THE, v_THE))
+    mask = _block_diagonal(tuple(lengths), causal, q_THE.device)
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, mask, op=fmha.flash.FwOp)
+    return out.squeeze(0), lse.squeeze(0)
 
 
-def _sdpa(q_SHNE: Tensor, k_SHNE: Tensor, v_SHNE: Tensor, visible: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q_SHNE, k_SHNE, v_SHNE, attn_mask=visible)
+@_xformers.register_fake
+def _(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, lengths: list[int], causal: bool) -> tuple[Tensor, Tensor]:
+    tokens, heads, _width = q_THE.shape
+    return torch.empty_like(q_THE, memory_format=torch.contiguous_format), q_THE.new_empty(
+        heads, tokens, dtype=torch.float32
+    )
 
 
-def _matmul(q_SHNE: Tensor, k_SHNE: Tensor, v_SHNE: Tensor, visible: Tensor | None) -> Tensor:
-    scores_SHNN = (q_SHNE * q_SHNE.shape[-1] ** -0.5) @ k_SHNE.transpose(-2, -1)
-    if visible is not None:
-        scores_SHNN = scores_SHNN.masked_fill(~visible, float("-inf"))
-    return scores_SHNN.softmax(-1) @ v_SHNE
+@torch.library.custom_op("vtp_engine::xformers_attention_backward", mutates_args=())
+def _xformers_backward(
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from xformers.ops import fmha
+
+    grad, out, q, k, v = (t.unsqueeze(0).contiguous() for t in (grad, out, q, k, v))
+    mask = _block_diagonal(tuple(lengths), causal, q.device)
+    op = fmha.flash.BwOp
+    grads = fmha.memory_efficient_attention_backward(grad, out, lse.unsqueeze(0), q, k, v, mask, op=op)
+    return tuple(g.squeeze(0).clone() for g in grads)  # clones: the three may be views of one tensor
 
 
-def _future(length: int, device: torch.device) -> Tensor:
-    """(length, length) bool: True where the column comes after the row."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+@_xformers_backward.register_fake
+def _(
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return dq, dk, dv
 
 
-DENSE: dict[str, Kernel] = {"sdpa": _sdpa, "matmul": _matmul}
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.lengths, ctx.causal = inputs
+    ctx.save_for_backward(*output, q, k, v)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    return *_xformers_backward(grad, *ctx.saved_tensors, ctx.lengths, ctx.causal), None, None
+
+
+_xformers.register_autograd(_differentiate, setup_context=_keep)
+
+
+@lru_cache(maxsize=16)
+def _block_diagonal(lengths: tuple[int, ...], causal: bool, device: torch.device) -> Any:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    mask = BlockDiagonalMask.from_seqlens(list(lengths), device=device)
+    return mask.make_causal() if causal else mask
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.architecture import Vit
-from kernels.attention import Segments, attend
+from kernels.attention import attend
+from kernels.dense_attention import Segments
 from model.drop_path import subset
 from model.rope import turn
 

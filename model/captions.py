@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.attention import Spans
+from kernels.dense_attention import Spans
 
 Ids = NDArray[np.int64]
 ALIGN = 16  # slots: a row's width is a multiple, and so is the number of tokens of all rows

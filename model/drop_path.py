@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.attention import Segments
+from kernels.dense_attention import Segments
 from model.pack import ALIGN
 
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.architecture import Text
-from kernels.attention import Segments, Spans, attend
+from kernels.attention import attend
+from kernels.dense_attention import Segments, Spans
 from model.block import LayerNorm
 from model.captions import PackedCaptions
 

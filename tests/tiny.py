@@ -24,7 +24,7 @@ def tiny_config(*overrides: str) -> Config:
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
-    """The arguments of Pretrainer.forward."""
+    """The arguments of Pretrainer.forward: engine.step.model_inputs without DeepSpeed, which model tests do without."""
     names = ("images", "global_crops", "local_crops", "masks", "masked_idx")
     return {"captions": pack_captions(batch.captions)} | {name: getattr(batch, name) for name in names}
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import varlen
-from kernels.attention import DENSE, attend, reference
+from kernels.attention import NEEDS, activate, attend, missing
+from kernels.dense_attention import DENSE, reference
 from profiling.machine import device
 from profiling.measurement import Measurement, measure
 
@@ -30,14 +30,14 @@ def _measure(dtype: torch.dtype, rounds: int) -> Measurement:
     def step(backend: str) -> tuple[Tensor, ...]:
         return torch.autograd.grad(attend(q, k, v, SEGMENTS, backend=backend).float().sum(), (q, k, v))
 
-    missing = {name: varlen.missing(name, device(), dtype) for name in varlen.NEEDS}
-    backends = [*DENSE, *(name for name, reason in missing.items() if reason is None)]
+    obstacles = {name: missing(name, device(), dtype) for name in NEEDS}
+    backends = [*DENSE, *(name for name, reason in obstacles.items() if reason is None)]
     want = reference(q.detach().float(), k.detach().float(), v.detach().float(), SEGMENTS)
     for backend in backends:
-        varlen.activate(backend)
+        activate(backend)
         torch.testing.assert_close(attend(q, k, v, SEGMENTS, backend=backend).float(), want, atol=2e-2, rtol=2e-2)
     words = " + ".join(f"{count} segments of {length}" for count, length in SEGMENTS)
     workload = f"{words} tokens, {HEADS} heads of {HEAD_WIDTH}, {dtype}, forward and backward"
     variants = {backend: lambda backend=backend: step(backend) for backend in backends}
-    notes = tuple(f"not here: {name}, {reason}" for name, reason in missing.items() if reason is not None)
+    notes = tuple(f"not here: {name}, {reason}" for name, reason in obstacles.items() if reason is not None)
     return measure("attention", workload, variants, "sdpa", rounds, notes=notes)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from configs.architecture import Text, Vit
 from engine.recompute import Mode, recompute_blocks
-from kernels.attention import Spans
+from kernels.dense_attention import Spans
 from model.block import Block
 from model.objectives.comm import Comm
 from model.pack import Group, Layout

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention import Segments, Spans, attend, reference
+from kernels.attention import attend
+from kernels.dense_attention import Segments, Spans, reference
 
 HEADS, HEAD_WIDTH = 3, 8
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import DENSE, Segments, Spans, attend, reference, resolve
+from kernels.attention import attend, resolve
+from kernels.dense_attention import DENSE, Segments, Spans, reference
 from tests.kernels.attention_parity import check, random_qkv
 
 pytestmark = pytest.mark.L0

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import varlen
-from kernels.attention import Spans, attend, reference, resolve
+from kernels import attention
+from kernels.attention import attend, resolve
+from kernels.dense_attention import Spans, reference
 from tests.kernels.attention_parity import check, random_qkv
 
 SEGMENTS = ((2, 5), (3, 2))
@@ -54,7 +55,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     for name, module in xformers_stand_in().items():
         monkeypatch.setitem(sys.modules, name, module)
-    varlen._block_diagonal.cache_clear()
+    attention._block_diagonal.cache_clear()
 
 
 def by_hand(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool) -> tuple[Tensor, ...]:
@@ -112,7 +113,7 @@ def xformers_stand_in() -> dict[str, ModuleType]:
 
 @pytest.mark.L0
 @pytest.mark.usefixtures("libraries")
-@pytest.mark.parametrize("backend", list(varlen.NEEDS))
+@pytest.mark.parametrize("backend", list(attention.NEEDS))
 @pytest.mark.parametrize("causal", [False, True])
 def test_each_library_gets_segments_and_spans_in_its_own_form(backend: str, causal: bool) -> None:
     check(backend, SEGMENTS, 18, causal, None)  # two tokens of padding
@@ -130,7 +131,7 @@ def test_the_xformers_operator_compiles_without_a_break() -> None:
 
 
 @pytest.mark.L0
-@pytest.mark.parametrize("backend", list(varlen.NEEDS))
+@pytest.mark.parametrize("backend", list(attention.NEEDS))
 def test_a_named_backend_that_cannot_run_says_what_it_needs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"needs a CUDA device, this machine has none in use \(cpu\); or choose auto"):
         resolve(backend, "cpu")
@@ -147,7 +148,7 @@ def test_a_named_backend_that_cannot_run_says_what_it_needs(backend: str, monkey
 @pytest.mark.L0
 def test_auto_on_a_gpu_takes_the_best_there_is_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     activated: list[str] = []
-    monkeypatch.setattr(varlen, "activate", activated.append)
+    monkeypatch.setattr(attention, "activate", activated.append)
     for capability, installed, name, reason in (
         ((9, 0), ("flash_attn_interface", "torch.nn.attention.varlen"), "flash3", "auto: one call for all segments"),
         ((9, 0), ("torch.nn.attention.varlen",), "varlen", "not flash3: flash_attn_interface is not installed"),
@@ -166,17 +167,17 @@ def test_auto_on_a_gpu_takes_the_best_there_is_and_says_what_is_missing(monkeypa
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: tuple[str, ...]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(varlen, "_is_installed", lambda module: module in installed)
+    monkeypatch.setattr(attention, "_is_installed", lambda module: module in installed)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", list(varlen.NEEDS))
+@pytest.mark.parametrize("backend", list(attention.NEEDS))
 @pytest.mark.parametrize("spans", [None, SPANS])
 @pytest.mark.parametrize("causal", [False, True])
 def test_each_installed_library_equals_the_oracle_on_the_gpu(backend: str, spans: Spans | None, causal: bool) -> None:
-    if reason := varlen.missing(backend, CUDA, torch.bfloat16):
+    if reason := attention.missing(backend, CUDA, torch.bfloat16):
         pytest.skip(reason)
-    varlen.activate(backend)
+    attention.activate(backend)
     segments, tokens = (SEGMENTS, 18) if spans is None else (((2, 5),), 10)
     spans = None if spans is None else Spans(*(t.cuda() for t in spans))
     exact = [t.detach().cuda().requires_grad_() for t in random_qkv(tokens)]

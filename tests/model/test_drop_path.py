@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs import UserError
 from configs.architecture import Vit
 from engine.drop_path import DropPath, drop_path
-from kernels.attention import Segments
+from kernels.dense_attention import Segments
 from model.block import Block
 from model.drop_path import subset
 from model.initialise import initialise

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import varlen
-from kernels.attention import DENSE
+from kernels.attention import NEEDS, missing
+from kernels.dense_attention import DENSE
 from model.pack import Group
 from profiling import bench
 from profiling.benches import attention, compile, depth, fp8, loader, prototypes, step, text
@@ -34,9 +34,9 @@ def test_the_attention_bench_tells_every_backend(
     assert [measurement["name"] for measurement in found] == ["attention"] * 2
     for measurement in found:
         assert measurement["machine"]["torch"] == torch.__version__
-        here = [name for name in varlen.NEEDS if varlen.missing(name, device(), torch.bfloat16) is None]
+        here = [name for name in NEEDS if missing(name, device(), torch.bfloat16) is None]
         assert {row["variant"] for row in measurement["rows"]} - set(here) == set(DENSE)
-        assert len(measurement["notes"]) >= len(varlen.NEEDS) - len(here)
+        assert len(measurement["notes"]) >= len(NEEDS) - len(here)
         assert all(row["median_ms"] > 0 and row["peak_mib"] > 0 for row in measurement["rows"])
     assert "median ms" in capsys.readouterr().out
 
