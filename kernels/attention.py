@@ -41,7 +41,7 @@ class Need:
 
 NEEDS = {
     "flash3": Need("flash_attn_interface", (9, 0), "build the folder hopper/ of the flash-attention sources"),
-    "varlen": Need("torch.nn.attention.varlen", (8, 0), "install torch 2.10 or newer"),
+    "varlen": Need("torch.nn.attention.varlen", (8, 0), "install torch 2.13 or newer"),
     "flash2": Need("flash_attn", (8, 0), "pip install flash-attn --no-build-isolation"),
     "xformers": Need("xformers", (8, 0), "pip install xformers"),
 }
