@@ -23,6 +23,7 @@ from torch import nn
 from configs import Config, UserError
 from engine import linears, optim, world, zero
 from engine.drop_path import DropPath, drop_path
+from engine.host_memory import keep_freed_blocks
 from engine.recompute import recompute_blocks
 from engine.teacher import Teacher
 from kernels.attention import Backend, resolve
@@ -55,6 +56,7 @@ class Assembly:
 def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
     """Builds the run on this rank; a collective. `comm` is what `world.start` gave."""
     device, drops = world.device(), drop_path(config, comm.rank, comm.world_size)
+    host_memory = keep_freed_blocks(device)
     optimizer = optim.resolve(config, ds_config, device)
     attention = _attention(config, device)
     is_compiled, why = resolve_compile(config, device)
@@ -83,6 +85,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
             "zero": f"stage {zero.zero_stage(ds_config)} (--ds_config)",
             "activation checkpointing": f"{config.system.activation_checkpointing} (system.activation_checkpointing)",
             "precision": f"{config.optim.precision} (optim.precision)",
+            "host memory": host_memory,
             "drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)",
         },
     )

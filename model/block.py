@@ -22,6 +22,7 @@ from configs.architecture import Vit
 from kernels.attention import attend
 from kernels.dense_attention import Segments
 from model.drop_path import subset
+from model.reads import Reads
 from model.rope import turn
 
 
@@ -108,15 +109,22 @@ class Block(nn.Module):
         self.mlp = SwiGlu(vit.width, vit.mlp_ratio)
         self.ls2 = _scale(vit)
 
-    def forward(self, x_TD: Tensor, rope_2TE: Tensor, segments: Segments, kept_idx_2K: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        rope_2TE: Tensor,
+        segments: Segments,
+        kept_idx_2K: Tensor | None = None,
+        reads: Reads | None = None,
+    ) -> Tensor:
         """(T, D) -> (T, D). `rope_2TE` is Rope.packed of the layout whose Layout.segments are `segments`.
 
         `kept_idx_2K` names the tokens that attention and MLP see, as model.drop_path.Subset.tokens gives them; without
-        it both see all.
+        it both see all. `reads`, for a last block without stochastic depth: the MLP sees these tokens only.
         """
         if kept_idx_2K is None:
             x_TD = x_TD + self._attention_branch(x_TD, rope_2TE, segments)
-            return x_TD + self._mlp_branch(x_TD)
+            return x_TD + self._mlp_branch(x_TD) if reads is None else reads.add(x_TD, self._mlp_branch)
         kept, (attn_K, mlp_K) = subset(segments, self.drop_path), kept_idx_2K.unbind()
         y_KD = self._attention_branch(x_TD.index_select(0, attn_K), rope_2TE.index_select(1, attn_K), kept.segments)
         x_TD = kept.add_back(x_TD, y_KD, attn_K)

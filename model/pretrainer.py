@@ -25,6 +25,7 @@ from model.heads import ClipHeads, PrototypeHead
 from model.imagenet import normalise
 from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs
 from model.pack import Layout
+from model.reads import Reads, reads_of, tokens
 from model.text import TextTower
 from model.trunk import Trunk
 
@@ -85,7 +86,10 @@ class Teacher(nn.Module):
     def forward(self, global_crops: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(G, 3, height, width) normalised pixels -> CLS (G, E), hidden patches (M, E), prototypes (K, E)."""
         crops = {"ssl_global": global_crops}
-        x_TD, layout = self.trunk(crops, {}), self.trunk.layout(crops)
+        layout = self.trunk.layout(crops)
+        token_T1 = tokens(layout, global_crops.device)
+        reads = reads_of((layout.cls(token_T1, "ssl_global"), _masked_patches(token_T1, layout, masked_idx)))
+        x_TD = self.trunk(crops, {}, reads=reads)
         if self.bottleneck is not None:
             x_TD = self.bottleneck(x_TD)
         cls_GD, patch_MD = layout.cls(x_TD, "ssl_global"), _masked_patches(x_TD, layout, masked_idx)
@@ -141,7 +145,8 @@ class Pretrainer(nn.Module):
             with torch.no_grad():
                 taught = self.teacher(crops["ssl_global"], masked_idx)
         layout = self.trunk.layout(crops)
-        x_TD = self.trunk(crops, {"ssl_global": masks} if taught is not None else {}, kept_idx)
+        hidden = {"ssl_global": masks} if taught is not None else {}
+        x_TD = self.trunk(crops, hidden, kept_idx, self._reads(layout, masked_idx))
         z_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
         return Outputs(
             clip=self._clip(layout, z_TD, captions),
@@ -151,14 +156,16 @@ class Pretrainer(nn.Module):
 
     def _clip_alone(self, images: Tensor, captions: PackedCaptions) -> Outputs:
         crops = {"clip": normalise(images)}
-        x_TD = self.trunk(crops, {})
+        layout = self.trunk.layout(crops)
+        reads = reads_of([self._clip_rows(layout, tokens(layout, images.device))])
+        x_TD = self.trunk(crops, {}, reads=reads)
         z_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
-        return Outputs(clip=self._clip(self.trunk.layout(crops), z_TD, captions), ssl=None, rec=None)
+        return Outputs(clip=self._clip(layout, z_TD, captions), ssl=None, rec=None)
 
     def _crops(self, images: Tensor, global_crops: Tensor, local_crops: Tensor) -> dict[str, Tensor]:
         """Normalised pixels by group, in packing order; without clip only the rows that rec reads."""
         crops = {}
-        images = images if self.clip is not None else images[self._rec_rows()]
+        images = images if self.clip is not None else images[self._rows_of_rec()]
         if images.shape[0]:
             crops["clip"] = normalise(images)
         if self.teacher is not None:
@@ -167,13 +174,36 @@ class Pretrainer(nn.Module):
                 crops["ssl_local"] = normalise(local_crops)
         return crops
 
-    def _rec_rows(self) -> slice:
+    def _rows_of_rec(self) -> slice:
+        """Which of the images that came are reconstructed."""
         first = self.rows.rec_start - self.rows.shared * self.rows.part
         return slice(first, first + self.rows.rec)
+
+    def _rec_rows(self) -> slice:
+        """Which of the group "clip" are: without the contrastive loss nothing else is in it."""
+        return self._rows_of_rec() if self.clip is not None else slice(None)
 
     def _through_bottleneck(self, x: Tensor) -> Tensor:
         assert self.bottleneck is not None, "built whenever an objective reads it"
         return self.bottleneck(x)
+
+    def _reads(self, layout: Layout, masked_idx: Tensor) -> Reads:
+        """What clip, ssl and rec take from the trunk, each by the same selection as from its features."""
+        token_T1 = tokens(layout, masked_idx.device)
+        parts: list[Tensor] = [] if self.clip is None else [self._clip_rows(layout, token_T1)]
+        if self.decoder is not None and (self.clip is None or self.image_feature == "cls"):  # else clip reads them too
+            parts.append(self._rec_patches(layout, token_T1))
+        if self.prototypes is not None:
+            parts.extend(_ssl_rows(layout, token_T1, masked_idx))
+        return reads_of(parts)
+
+    def _clip_rows(self, layout: Layout, x_TD: Tensor) -> Tensor:
+        """(B, D) or (B, P, D): what stands for an image in the contrastive loss, before a mean over patches."""
+        return layout.cls(x_TD, "clip") if self.image_feature == "cls" else layout.patches(x_TD, "clip")
+
+    def _rec_patches(self, layout: Layout, x_TD: Tensor) -> Tensor:
+        """(R, P, D): the patches of the clip rows that rec reconstructs; all where rec brought its own."""
+        return layout.patches(x_TD, "clip")[self._rec_rows()]
 
     def _clip(self, layout: Layout, z_TD: Tensor, captions: PackedCaptions) -> ClipOutputs | None:
         if self.clip is None or self.text is None:
@@ -185,10 +215,7 @@ class Pretrainer(nn.Module):
     ) -> SslOutputs:
         """CLS of global and local crops and the hidden patches, through the prototype head in one call."""
         assert self.prototypes is not None
-        global_GD = layout.cls(z_TD, "ssl_global")
-        has_locals = any(group.name == "ssl_local" for group in layout.groups)
-        local_LD = layout.cls(z_TD, "ssl_local") if has_locals else global_GD[:0]
-        parts = (global_GD, local_LD, _masked_patches(z_TD, layout, masked_idx))
+        parts = _ssl_rows(layout, z_TD, masked_idx)
         rows_XE, student_KE = self.prototypes(torch.cat(parts))
         global_GE, local_LE, patch_ME = rows_XE.split([part.shape[0] for part in parts])
         num_hidden_G = masks.sum(dim=1).float()
@@ -200,7 +227,7 @@ class Pretrainer(nn.Module):
             teacher_global_GE=taught[0],
             teacher_patch_ME=taught[1],
             teacher_KE=taught[2],
-            student_cls_GD=global_GD,
+            student_cls_GD=parts[0],
             patch_weight_M=1 / num_hidden_G.index_select(0, masked_idx // masks.shape[1]),
         )
 
@@ -208,14 +235,14 @@ class Pretrainer(nn.Module):
         """Reconstructs clip rows from the features that clip itself reads: no pass of its own."""
         if self.decoder is None:
             return None
-        rows = self._rec_rows() if self.clip is not None else slice(None)
-        latent_RPL = layout.patches(z_TD, "clip")[rows]
+        latent_RPL = self._rec_patches(layout, z_TD)
         if self.bottleneck_ae_only:
             latent_RPL = self._through_bottleneck(latent_RPL)
         grid = layout.group("clip").grid
         recon = self.decoder(latent_RPL, grid)
         latent = latent_RPL.transpose(1, 2).unflatten(2, grid)
-        return RecOutputs(recon=recon.float(), target=crops["clip"][rows], latent=latent)
+        target = crops["clip"][self._rec_rows()]
+        return RecOutputs(recon=recon.float(), target=target, latent=latent)
 
 
 def image_feature(layout: Layout, x_TD: Tensor, kind: str) -> Tensor:
@@ -229,6 +256,14 @@ def teacher_pairs(model: Pretrainer) -> list[tuple[str, nn.Parameter, nn.Paramet
         return []
     student = dict(model.named_parameters())
     return [(name, student[name], parameter) for name, parameter in model.teacher.named_parameters()]
+
+
+def _ssl_rows(layout: Layout, x_TD: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(G, D), (L, D), (M, D): CLS of the global crops, CLS of the local ones, hidden patches."""
+    global_GD = layout.cls(x_TD, "ssl_global")
+    has_locals = any(group.name == "ssl_local" for group in layout.groups)
+    local_LD = layout.cls(x_TD, "ssl_local") if has_locals else global_GD[:0]
+    return global_GD, local_LD, _masked_patches(x_TD, layout, masked_idx)
 
 
 def _masked_patches(x_TD: Tensor, layout: Layout, masked_idx: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ ZeRO-3 cannot run the backward of a leaf module otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from configs.architecture import Model
 from model.block import Block, norm
 from model.drop_path import subset
 from model.pack import Layout, pack
+from model.reads import Reads
 from model.rope import rope_of
 
 
@@ -63,15 +65,22 @@ class Trunk(nn.Module):
         sizes = {name: (pixels.shape[0], pixels.shape[2], pixels.shape[3]) for name, pixels in crops.items()}
         return pack(sizes, self.patch_size, self.prefix)
 
-    def forward(self, crops: dict[str, Tensor], masks: dict[str, Tensor], kept_idx: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        crops: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        kept_idx: Tensor | None = None,
+        reads: Reads | None = None,
+    ) -> Tensor:
         """The final-normed packed sequence (T, D) of `crops`, laid out as `layout(crops)` says.
 
         `masks` may name some of the crops: (S, P) bool, True where the mask token stands in for the patch. `kept_idx`
-        (depth, 2, kept segments) names the segments that each block's attention and MLP see; without it all are seen.
+        (depth, 2, kept segments) names the segments that each block's attention and MLP see. Without it all are seen,
+        but for `reads`, the tokens that the last MLP sees: other rows come out unfinished, and nobody may look at them.
         """
         layout = self.layout(crops)
         x_TD, rope_2TE = self._embed(crops, masks, layout.pad), self._rope(layout)
-        for block, tokens in zip(self.blocks, self._kept_tokens(layout, kept_idx), strict=True):
+        for block, tokens in zip(self.blocks, self._seen_tokens(layout, kept_idx, reads), strict=True):
             x_TD = block(x_TD, rope_2TE, layout.segments, *tokens)
         return self.norm(x_TD)
 
@@ -95,12 +104,12 @@ class Trunk(nn.Module):
             parts.append(torch.cat((prefix_SND, patches_SPD), dim=1).flatten(0, 1))
         return torch.cat((*parts, parts[0].new_zeros(pad, parts[0].shape[1])))
 
-    def _kept_tokens(self, layout: Layout, kept_idx: Tensor | None) -> list[tuple[Tensor, ...]]:
-        """What each block gets of `kept_idx`: (2, K) token indices, or nothing."""
+    def _seen_tokens(self, layout: Layout, kept_idx: Tensor | None, reads: Reads | None) -> list[tuple[Any, ...]]:
+        """Which tokens each block's branches see: (2, K) of `kept_idx`; else all, and the last MLP `reads`."""
         if kept_idx is None:
-            return [()] * len(self.blocks)
+            return [(None, None)] * (len(self.blocks) - 1) + [(None, reads)]
         tokens_L2K = subset(layout.segments, self.drop_path).tokens(kept_idx, layout.segments)
-        return [(tokens_2K,) for tokens_2K in tokens_L2K]
+        return [(tokens_2K, None) for tokens_2K in tokens_L2K]
 
     def _rope(self, layout: Layout) -> Tensor:
         return self.rope.packed(layout, self.cls_token.device)

@@ -29,13 +29,21 @@ from model.objectives.pixels import l1_loss
 from model.outputs import Outputs, RecOutputs, SslOutputs
 from model.pack import Layout
 from model.pretrainer import Pretrainer, Rows
+from model.reads import Reads
 from model.trunk import Trunk
 
 
 class SeparateTrunk(Trunk):
     """A trunk that takes one kind of crop a pass, and lays the results where a packed pass would have put them."""
 
-    def forward(self, crops: dict[str, Tensor], masks: dict[str, Tensor], kept_idx: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        crops: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        kept_idx: Tensor | None = None,
+        reads: Reads | None = None,
+    ) -> Tensor:
+        """Every token of every crop, whatever is read of it."""
         assert kept_idx is None, "the reference has no stochastic depth"
         parts = [
             self._alone(name, pixels, {name: masks[name]} if name in masks else {}) for name, pixels in crops.items()
@@ -53,11 +61,13 @@ class ThreePass(Pretrainer):
     def __init__(self, config: Config, rows: Rows) -> None:
         super().__init__(config, rows, "sdpa")
         self.trunk = SeparateTrunk(config.model, "sdpa")
+        assert self.teacher is not None, "the reference computes all three objectives"
+        self.teacher.trunk = SeparateTrunk(config.model, "sdpa").requires_grad_(False)
         assert rows.rec_start == 0, "rec rows lead the clip rows: batch.layout=nested"
 
     def _rec(self, layout: Layout, z_TD: Tensor, crops: dict[str, Tensor]) -> RecOutputs | None:
         """Reconstructs from a pass of its own."""
-        own = {"clip": crops["clip"][self._rec_rows()]} if self.clip is not None else crops
+        own = {"clip": crops["clip"][self._rec_rows()]}
         return super()._rec(self.trunk.layout(own), self._features(own), own)
 
     def _features(self, crops: dict[str, Tensor]) -> Tensor:

@@ -28,12 +28,16 @@ def count(comm: Comm, steps: int, *overrides: str) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.mark.parametrize("overrides", [(), ("model.trunk.drop_path=0.4", "system.activation_checkpointing=selective")])
-def test_blocks_compile_to_one_graph_per_layout_without_breaks_or_late_recompiles(overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "graphs"),
+    [((), 6), (("model.trunk.drop_path=0.4", "system.activation_checkpointing=selective"), 5)],
+)
+def test_blocks_compile_to_few_graphs_without_breaks_or_late_recompiles(overrides: tuple[str, ...], graphs: int) -> None:
     seen = run_ranks(count, 2, 4, *overrides, timeout=300.0)[0]
     assert [step["breaks"] for step in seen] == [0, 0, 0, 0]
-    # Four layouts: the student's packed sequence, the teacher's global crops (no gradient), the decoder, the captions.
-    assert seen[0]["graphs"] == 4
+    # Four layouts: the student's packed sequence, the teacher's global crops (no gradient), the decoder, the captions;
+    # and the last blocks of student and teacher, whose MLPs see only what is read (with drop_path the teacher's alone).
+    assert seen[0]["graphs"] == graphs
     assert seen[-1]["graphs"] == seen[1]["graphs"]
     eager = run_ranks(ranks.train, 2, tiny_config("system.compile=off", *overrides), "zero3", 4)[0]
     # Fused kernels round differently: worst seen 4e-7.
@@ -51,5 +55,6 @@ def count_graphs_of_micro_batches(comm: Comm) -> tuple[int, int]:
 
 
 def test_micro_batches_share_their_graphs() -> None:
-    """Beside the four of a step without parts: a part of clip rows and its captions without gradient, and with one."""
-    assert run_ranks(count_graphs_of_micro_batches, 1)[0] == (7, 0)
+    """Beside the six of a step without parts: a part of clip rows without gradient and with one, each with a last block,
+    and its captions without."""
+    assert run_ranks(count_graphs_of_micro_batches, 1)[0] == (11, 0)
