@@ -56,7 +56,6 @@ class Assembly:
 def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
     """Builds the run on this rank; a collective. `comm` is what `world.start` gave."""
     device, drops = world.device(), drop_path(config, comm.rank, comm.world_size)
-    host_memory = keep_freed_blocks(device)
     optimizer = optim.resolve(config, ds_config, device)
     attention = _attention(config, device)
     is_compiled, why = resolve_compile(config, device)
@@ -85,7 +84,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
             "zero": f"stage {zero.zero_stage(ds_config)} (--ds_config)",
             "activation checkpointing": f"{config.system.activation_checkpointing} (system.activation_checkpointing)",
             "precision": f"{config.optim.precision} (optim.precision)",
-            "host memory": host_memory,
+            "host memory": keep_freed_blocks(device),
             "drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)",
         },
     )

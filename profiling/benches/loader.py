@@ -2,8 +2,9 @@
 
 Both make, from the same shards, every view of the ssl chain for every image: the clip view, two global and the local
 crops, with flip, jitter, grey, blur and solarisation at the same odds, and the token ids of the caption. Everything
-runs pinned to one core (1 loader thread against 1 worker process), then to two. A round is a number of images, from the
-first byte read to the last batch in hand, with nothing made ahead.
+runs pinned to one core (a rank of one loader thread against one worker process), then to two: two workers against one
+rank of two threads, and against two ranks of one thread, each a process, as in a run. A round is a number of images,
+from the first byte read to the last batch in hand, with nothing made ahead.
 
 Two chains: the demo's on its own synthetic corpus (64 px; jpg, png and webp), and 256 px on photographs: four of
 scikit-image's, resized to short sides of 256 to 500 px, as JPEGs of quality 90.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import io
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -31,6 +32,7 @@ from data.corpus import build, write_shards
 from data.loader import Loader
 from data.sample import Sample
 from data.synthetic import synthetic_plan
+from profiling.benches.loader_ranks import Kind, loader_ranks
 from profiling.benches.pil_loader import pil_loader
 from profiling.measurement import Measurement, measure
 
@@ -48,13 +50,13 @@ class Chain:
     batch: int
     images: int
 
-    def config(self, corpus: Path, threads: int) -> Config:
-        """The preset's views, every image in the ssl chain, on this corpus and so many threads."""
+    def config(self, corpus: Path, threads: int, ranks: int = 1) -> Config:
+        """The preset's views, every image in the ssl chain, on this corpus and so many threads a rank."""
         overrides = [
             f"data.train=[{corpus}/{self.shards}-*.tar]",
             f"data.tokenizer={corpus}/tokenizer.json",
-            "data.streams=1",
-            f"batch={{clip: {self.batch}, ssl: {self.batch}, rec: 0}}",
+            f"data.streams={ranks}",
+            f"batch={{clip: {ranks * self.batch}, ssl: {ranks * self.batch}, rec: 0}}",
             "objectives.rec={weight: 0, perceptual: 0}",
             f"system.loader={{threads: {threads}, device: cpu}}",
         ]
@@ -74,8 +76,8 @@ def run(rounds: int) -> list[Measurement]:
     with TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
         scenes, photos = (chain.images for chain in CHAINS)
-        build(corpus, synthetic_plan(scenes, held_out=0, size=64, shard_size=256, seed=0, workers=1))
-        write_shards(photographs(photos), corpus, "photographs", shard_size=256)
+        build(corpus, synthetic_plan(scenes, held_out=0, size=64, shard_size=scenes // 2, seed=0, workers=1))
+        write_shards(photographs(photos), corpus, "photographs", shard_size=photos // 2)
         return [_measure(chain, corpus, number, rounds) for chain in CHAINS for number in cores]
 
 
@@ -99,7 +101,8 @@ def photographs(number: int) -> Iterator[Sample]:
 def _measure(chain: Chain, corpus: Path, cores: int, rounds: int) -> Measurement:
     config = chain.config(corpus, threads=cores)
     encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
-    with _pinned(cores), closing(Loader(config, encoder)) as loader:
+    ranked = loader_ranks(chain.config(corpus, threads=1, ranks=cores), cores)
+    with _pinned(cores), closing(Loader(config, encoder)) as loader, ranked as ranks:
         plain = pil_loader(loader.shards.names, config.views, encoder.encode, chain.batch, workers=cores)
         steps = count()
 
@@ -110,9 +113,14 @@ def _measure(chain: Chain, corpus: Path, cores: int, rounds: int) -> Measurement
         def pil() -> list[tuple[Tensor, ...]]:
             return list(plain)
 
-        variants = {"pil": pil, "ours": ours}
-        made = {name: [[_kind(t) for t in batch] for batch in make()] for name, make in variants.items()}
-        assert made["ours"] == made["pil"], f"not the same tensors: {made}"
+        def each_rank() -> list[list[Kind]]:
+            return ranks.make(chain.images // chain.batch // cores)
+
+        made = {make.__name__: [[_kind(t) for t in batch] for batch in make()] for make in (ours, pil)}
+        assert made["ours"] == made["pil"] == each_rank(), f"not the same tensors: {made}"
+        variants: dict[str, Callable[[], object]] = {"pil": pil, f"ours, 1 rank of {cores} thread(s)": ours}
+        if cores > 1:
+            variants[f"ours, {cores} ranks of 1 thread"] = each_rank
         found = measure("loader", _workload(chain, config, cores), variants, "pil", rounds, with_memory=False)
     return Measurement(found.name, found.workload, found.reference, found.rows, _rates(found, chain, config, cores))
 
@@ -130,7 +138,7 @@ def _pinned(cores: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _kind(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+def _kind(tensor: Tensor) -> Kind:
     return tensor.dtype, tuple(tensor.shape)
 
 

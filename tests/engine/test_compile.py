@@ -32,7 +32,9 @@ def count(comm: Comm, steps: int, *overrides: str) -> list[dict[str, Any]]:
     ("overrides", "graphs"),
     [((), 6), (("model.trunk.drop_path=0.4", "system.activation_checkpointing=selective"), 5)],
 )
-def test_blocks_compile_to_few_graphs_without_breaks_or_late_recompiles(overrides: tuple[str, ...], graphs: int) -> None:
+def test_blocks_compile_to_few_graphs_without_breaks_or_late_recompiles(
+    overrides: tuple[str, ...], graphs: int
+) -> None:
     seen = run_ranks(count, 2, 4, *overrides, timeout=300.0)[0]
     assert [step["breaks"] for step in seen] == [0, 0, 0, 0]
     # Four layouts: the student's packed sequence, the teacher's global crops (no gradient), the decoder, the captions;
@@ -55,6 +57,5 @@ def count_graphs_of_micro_batches(comm: Comm) -> tuple[int, int]:
 
 
 def test_micro_batches_share_their_graphs() -> None:
-    """Beside the six of a step without parts: a part of clip rows without gradient and with one, each with a last block,
-    and its captions without."""
+    """Beside the six of a step without parts: clip rows with and without gradient, each with a last block; captions."""
     assert run_ranks(count_graphs_of_micro_batches, 1)[0] == (11, 0)
