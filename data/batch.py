@@ -6,7 +6,8 @@ Crops are view-major: with S=3 ssl rows, `global_crops` holds rows 0 1 2 of view
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -27,3 +28,9 @@ class Batch:
     masked_idx: torch.Tensor  # (M,) int64: flat positions of True in masks, so that no device has to look for them
     step: int  # the step this batch belongs to; the data cursor is step * batch.clip
     keys: tuple[str, ...]  # B sample keys, "shard/sample", after bad samples were replaced
+
+    def pinned(self) -> Batch:
+        """With what lies in host memory in page-locked memory: only from there a copy to a GPU runs beside the host."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in tensors.items() if value.is_cpu}
+        return replace(self, **pinned)

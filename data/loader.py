@@ -127,7 +127,7 @@ class Loader:
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from `start_step` on, without end, made ahead; one iteration at a time."""
         self._stop_prefetching()
-        self._prefetcher = Prefetcher(self.batch, start_step, self.config.system.loader.prefetch)
+        self._prefetcher = Prefetcher(self._batch_ahead, start_step, self.config.system.loader.prefetch)
         return self._prefetcher
 
     def close(self) -> None:
@@ -135,6 +135,10 @@ class Loader:
         self._stop_prefetching()
         self._readers.shutdown()
         self._decoder.close()
+
+    def _batch_ahead(self, step: int) -> Batch:
+        batch = self.batch(step)
+        return batch.pinned() if torch.cuda.is_available() else batch
 
     def _stop_prefetching(self) -> None:
         if self._prefetcher is not None:

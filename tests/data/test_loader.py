@@ -1,5 +1,6 @@
 """Batches are a pure function of the step: on resume, on any world size, with a fifth of the corpus bad."""
 
+import dataclasses
 import json
 import threading
 from collections import Counter
@@ -315,3 +316,26 @@ def test_no_held_out_shards_is_a_user_error(corpus: Path) -> None:
 
 def _images(batch: Batch) -> list[tuple[str, torch.Tensor]]:
     return list(zip(batch.keys, batch.images, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_nothing_of_a_batch_ahead_of_a_gpu_lies_in_pageable_memory(corpus: Path, device: str) -> None:
+    with loading(config_for(corpus, f"system.loader.device={device}")) as loader:
+        batch = next(loader.iterate())
+        tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+        assert all(tensor.is_cuda or tensor.is_pinned() for tensor in tensors)
+
+
+def test_a_pinned_batch_is_the_same_batch(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page-locked memory needs a CUDA driver: here a copy stands in. What is on a device already is left alone."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    with loading(config_for(corpus)) as loader:
+        batch = loader.batch(0)
+        elsewhere = dataclasses.replace(batch, images=batch.images.to("meta"))
+        pinned = elsewhere.pinned()
+        assert pinned.images is elsewhere.images
+        assert torch.equal(pinned.global_crops, batch.global_crops)
+        assert pinned.global_crops.data_ptr() != batch.global_crops.data_ptr()
+        assert (pinned.step, pinned.keys) == (batch.step, batch.keys)
