@@ -12,7 +12,9 @@ import functools
 import io
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 from data.drawing import draw
@@ -68,11 +70,30 @@ def synthetic_samples(seed: int, split: str, count: int, size: int, workers: int
         return
     # spawn: the caller may hold threads (torch, tokenizers), which a forked child must not inherit half
     # alive.
-    with multiprocessing.get_context("spawn").Pool(workers, _leave_interrupts_to_parent) as pool:
+    with _interrupts_left_to_this_process():
+        pool = multiprocessing.get_context("spawn").Pool(workers, _ignore_interrupts)
+    with pool:
         yield from pool.imap(render, range(count), chunksize=32)
 
 
-def _leave_interrupts_to_parent() -> None:
+@contextmanager
+def _interrupts_left_to_this_process() -> Iterator[None]:
+    """Processes started inside ignore interrupts from their first moment on: children inherit what is ignored.
+
+    For the milliseconds it takes this process ignores them too. (A blocked signal is not lost, but multiprocessing
+    unblocks it.) Only a main thread can do that; called from another, workers are deaf once their imports are done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
