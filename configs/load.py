@@ -89,7 +89,7 @@ def to_yaml(config: Config) -> str:
 
 
 def fingerprint(config: Config) -> str:
-    """16 hex digits of everything that changes results: the config less its name and its system half."""
+    """16 hex digits of everything that changes results: the config less its name, `system` and `profile`."""
     return hashlib.sha256(json.dumps(_science(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -105,7 +105,7 @@ def one_line(text: object) -> str:
 
 
 def _science(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"system", "name"})
+    return config.model_dump(mode="json", exclude={"system", "profile", "name"})
 
 
 def _read(path: Path) -> dict[str, Any]:

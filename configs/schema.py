@@ -1,8 +1,8 @@
 """The schema: every setting of a run, its default (here and nowhere else) and its rule.
 
 Two halves. *Science* (`seed`, `data`, `batch`, `views`, `masks`, `model`, `objectives`, `optim`, `teacher`)
-changes results and is fingerprinted; *system* must not change them. All batch sizes are global: what one rank
-gets is a division by the world size, so a preset means the same run on 2 CPU ranks and on 256 GPUs.
+changes results and is fingerprinted; *system* (`system`, `profile`) must not change them. All batch sizes are global:
+what one rank gets is a division by the world size, so a preset means the same run on 2 CPU ranks and on 256 GPUs.
 
     load_config("configs/demo.yaml").batch.clip        # 64 images a step, over all ranks
 
@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.architecture import Model
-from configs.section import Amount, AreaRange, Count, Paths, PixelRange, Positive, Section, Share, ShareRange
+from configs.section import Amount, AreaRange, Count, Paths, PixelRange, Positive, Section, Share, ShareRange, StepSpan
 
 
 class Data(Section):
@@ -163,6 +163,7 @@ class System(Section):
     report_every: Positive = 10  # steps between two host syncs
     images_every: Count = 0  # steps between two picture reports; 0: only at the end
     checkpoint_every: Count = 0  # steps; 0: only at the end
+    phases: bool = True  # reports say where a step's time goes (engine/timing.py)
     compile: Literal["auto", "on", "off"] = "auto"
     attention: Literal["auto", "flash3", "varlen", "flash2", "xformers", "sdpa", "matmul"] = "auto"
     activation_checkpointing: Literal["off", "selective", "full"] = "off"  # engine/recompute.py
@@ -182,8 +183,22 @@ class System(Section):
         return self
 
 
+class Profile(Section):
+    """A window of steps under torch's profiler (profiling/window.py)."""
+
+    steps: StepSpan | None = None  # FIRST:END, counted from 0 over the whole run: 10:13 are the steps 10, 11 and 12
+    ranks: tuple[Count, ...] = (0,)  # which ranks record
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(first, end) of a window that is given."""
+        assert self.steps is not None
+        first, end = self.steps.split(":")
+        return int(first), int(end)
+
+
 class Config(Section):
-    """A whole run. `system` is the half that must not change results."""
+    """A whole run. `system` and `profile` are the half that must not change results."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     seed: Count = 0
@@ -196,6 +211,16 @@ class Config(Section):
     optim: Optim
     teacher: Teacher = Teacher()
     system: System = System()
+    profile: Profile = Profile()
+
+    @model_validator(mode="after")
+    def _profiled_steps_are_taken(self) -> Config:
+        if self.profile.steps is not None and self.profile.span[1] > self.optim.steps:
+            raise ValueError(
+                f"profile.steps={self.profile.steps} but optim.steps={self.optim.steps}: the run ends before the "
+                "window does; lower profile.steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _crops_hold_whole_patches(self) -> Config:

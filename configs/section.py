@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -31,6 +32,16 @@ def _no_truth_value(value: object) -> object:
     return value
 
 
+def _steps_in_order(value: object) -> object:
+    found = re.fullmatch(r"(\d+):(\d+)", str(value), re.ASCII)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise ValueError(
+            f"{value} is no window of steps: it is FIRST:END, counted from 0 and without END; "
+            "write 10:13 for the steps 10, 11 and 12"
+        )
+    return value
+
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_no_truth_value)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(_no_truth_value)]
@@ -40,6 +51,7 @@ Area = Annotated[float, Field(gt=0.0, le=1.0)]  # share of an image's area; a cr
 AreaRange = Annotated[tuple[Area, Area], AfterValidator(_ordered)]
 ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
 PixelRange = Annotated[tuple[Amount, Amount], AfterValidator(_ordered)]
+StepSpan = Annotated[str, BeforeValidator(_steps_in_order)]
 Paths = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
 
 

@@ -10,6 +10,7 @@ order                       the error you get otherwise
 7. mark blocks as leaves    before `initialize`; else ZeRO-3 hooks the layers inside a compiled block
 8. optimizer, then ZeRO     ZeRO flattens the groups it is given
 9. the EMA teacher          reads fp32 shards, which exist only now
+10. phases are timed        before ZeRO's hooks, a child's time would have the gather of its parameters in it
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from engine.drop_path import DropPath, drop_path
 from engine.host_memory import keep_freed_blocks
 from engine.recompute import recompute_blocks
 from engine.teacher import Teacher
+from engine.timing import TimedComm, time_parts
 from kernels.attention import Backend, resolve
 from model.block import Block
 from model.initialise import initialise_parameter
@@ -34,6 +36,7 @@ from model.objectives.perceptual import Perceptual
 from model.objectives.total import Centres
 from model.pretrainer import Pretrainer, Rows, teacher_pairs
 from model.text import TextBlock
+from profiling.phases import Phases, clock_of
 
 MOST_GRAPHS = 32  # of one block kind; captions meet a few shapes a run (model/captions.py), torch's own limit is 8
 LEAVES: list[type[nn.Module]] = [Block, TextBlock]
@@ -50,6 +53,7 @@ class Assembly:
     centres: Centres | None
     drop_path: DropPath | None
     device: torch.device
+    phases: Phases
     choices: dict[str, str]  # what every "auto" became, and why
 
 
@@ -68,14 +72,19 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
         compile_blocks(model)
     zero.mark_leaves(model, [kind for kind in LEAVES if any(isinstance(m, kind) for m in model.modules())])
     engine = zero.start(model, optim.build(model, config.optim, optimizer.name), ds_config)
+    teacher = Teacher(teacher_pairs(model)) if model.teacher is not None else None
+    phases = Phases(clock_of(device) if config.system.phases else None)
+    if config.system.phases or config.profile.steps is not None:
+        time_parts(phases, engine, teacher)
     return Assembly(
         engine=engine,
-        teacher=Teacher(teacher_pairs(model)) if model.teacher is not None else None,
-        comm=comm,
+        teacher=teacher,
+        comm=TimedComm(comm, phases),
         perceptual=_perceptual(config, device),
         centres=_centres(config, device),
         drop_path=drops,
         device=device,
+        phases=phases,
         choices={
             "attention": f"{attention.name} ({attention.reason})",
             "linear": products,

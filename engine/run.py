@@ -1,7 +1,7 @@
 """A run from its first step, or from a checkpoint, to its weights.
 
     runs/NAME/  config.yaml  ds_config.json  log.txt  log.jsonl  tensorboard/  checkpoints/  pictures/
-                bad_samples.jsonl  weights.safetensors
+                bad_samples.jsonl  weights.safetensors  profile/ (with profile.steps)
 
 The loop reads as the data's way: batch, step, meter; and every report_every steps the one moment in which the host
 looks at the device: guard, report, collect garbage, stop, checkpoint.
@@ -27,12 +27,14 @@ from engine.meter import Meter
 from engine.pictures import latent_colours, reconstructions, write_png
 from engine.report import Reporter, open_reporter
 from engine.step import StepRecord, train_step
+from engine.timing import report as phase_times
 from model.describe import describe
 from model.imagenet import denormalise
 from model.objectives.comm import Comm
 from model.objectives.total import Centres
 from model.pretrainer import Rows
 from profiling.memory import process_peak_bytes
+from profiling.window import Window
 
 
 def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -> int:
@@ -40,16 +42,21 @@ def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -
     run_dir = archive.run_directory(config)
     with closing(make_loader(config, comm, run_dir / "bad_samples.jsonl")) as loader:
         parts = assemble(config, ds_config, comm)
+        window = Window(config, parts.phases, run_dir, comm.rank, comm.world_size)
         first_step, centres = _restore(parts, run_dir, resume)
         if world.is_first():
             _describe(run_dir, config, ds_config)
         guard = Guard(comm, parts.device)
         guard.listen()
-        with open_reporter(run_dir, config.optim.steps, first_step, world.is_first()) as reporter, collected_by_hand():
+        with (
+            open_reporter(run_dir, config.optim.steps, first_step, world.is_first()) as reporter,
+            collected_by_hand(),
+            window,
+        ):
             reporter.say(describe(config, Rows.per_rank(config, comm.world_size)))
             for name, choice in parts.choices.items():
                 reporter.say(f"{name}: {choice}")
-            return Run(config, parts, loader, guard, reporter, run_dir).go(first_step, centres)
+            return Run(config, parts, loader, guard, reporter, window, run_dir).go(first_step, centres)
 
 
 def make_loader(config: Config, comm: Comm, bad_log: Path) -> Loader:
@@ -75,21 +82,30 @@ class Run:
     loader: Loader
     guard: Guard
     reporter: Reporter
+    window: Window
     directory: Path
 
     def go(self, first_step: int, centres: Centres | None) -> int:
         """Steps from `first_step` to optim.steps; gives the exit code."""
         total, report_every = self.config.optim.steps, self.config.system.report_every
-        meter = Meter(self.parts.comm, total, self.config.batch.clip)
+        meter, phases = Meter(self.parts.comm, total, self.config.batch.clip), self.parts.phases
+        phases.read()  # what came before belongs to no step
         batches = self.loader.iterate(first_step)
         for step in range(first_step, total):
-            record = train_step(self.parts, next(batches), centres, self.config)
+            self.window.before(step)
+            with phases("data"):
+                batch = next(batches)
+            record = train_step(self.parts, batch, centres, self.config)
+            self.window.after(step)
             centres, done = record.centres, step + 1
             meter.add(record)
             self.guard.watch(record.losses["total"])
-            if (done % report_every == 0 or done == total) and self._report(done, record, meter):
-                self.reporter.say(f"asked to stop: {done} of {total} steps are done; go on with --resume")
-                return STOPPED
+            if done % report_every == 0 or done == total:
+                with phases("report"):
+                    is_stopping = self._report(done, record, meter)
+                if is_stopping:
+                    self.reporter.say(f"asked to stop: {done} of {total} steps are done; go on with --resume")
+                    return STOPPED
         self.reporter.say(f"peak memory of this rank: {process_peak_bytes() / 2**30:.2f} GiB")
         if world.is_first():
             archive.consolidate(archive.find(self.directory / "checkpoints"), self.directory / "weights.safetensors")
@@ -101,7 +117,8 @@ class Run:
         system = self.config.system
         self.guard.check(done)
         gc.collect()
-        self.reporter.scalars(done, meter.read(done, self.loader.wait_seconds) | data_health(self.loader))
+        speed = meter.read(done, self.loader.wait_seconds) | phase_times(self.parts.phases, self.parts.comm)
+        self.reporter.scalars(done, speed | data_health(self.loader))
         is_stopping, is_last = self.guard.should_stop(), done == self.config.optim.steps
         if is_stopping or is_last or is_due(done, system.images_every, system.report_every):
             self._show(done, record)

@@ -43,6 +43,7 @@ class StepRecord:
 
 def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: Config) -> StepRecord:
     """Takes the optimizer step `batch.step` (counted from 0). A collective."""
+    parts.phases.next_step()
     rate = learning_rate(batch.step, config)
     momentum = teacher_momentum(batch.step, config)
     temperature = teacher_temperature(batch.step, config)
@@ -51,9 +52,11 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
     kept_idx = None if parts.drop_path is None else parts.drop_path.draw(batch.step).to(parts.device, non_blocking=True)
     with one_reduction(parts.engine, num_backwards=config.system.clip.micro_batches):
         cache = GradientCache(batch, parts.engine.module.rows, lambda part: clip_features(parts, part))
-        inputs = model_inputs(cache.shared, parts.device)
+        with parts.phases("inputs"):
+            inputs = model_inputs(cache.shared, parts.device)
         outputs = cache.complete(parts.engine(**inputs, kept_idx=kept_idx))
-        losses = compute(outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual)
+        with parts.phases("objectives"):
+            losses = compute(outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual)
         parts.engine.backward(losses.total)
         cache.replay(parts.engine.backward)
     parts.engine.step()
@@ -71,7 +74,9 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
 
 def clip_features(parts: Assembly, part: Batch) -> ClipOutputs:
     """The forward of a micro-batch's clip rows alone."""
-    outputs: Outputs = parts.engine(**model_inputs(part, parts.device), clip_only=True)
+    with parts.phases("inputs"):
+        inputs = model_inputs(part, parts.device)
+    outputs: Outputs = parts.engine(**inputs, clip_only=True)
     assert outputs.clip is not None, "micro-batches are parts of the clip batch"
     return outputs.clip
 

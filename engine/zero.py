@@ -107,6 +107,29 @@ def one_reduction(engine: Any, num_backwards: int) -> AbstractContextManager[Non
     return nullcontext() if num_backwards == 1 else engine.coalesce_grad_reduction()
 
 
+def collectives(engine: Any) -> list[tuple[str, Any, str]]:
+    """(kind, owner, method) of the calls in which a step of this engine waits for other ranks.
+
+    The methods are called from the stream that computes. `fetch_sub_module` makes it wait for gathers that run on
+    another; the epilogue waits for the reductions that backward has not hidden.
+    """
+    optimizer = engine.optimizer
+    found = [("reduce_scatter", optimizer, "independent_gradient_partition_epilogue")]
+    if not isinstance(optimizer, stage3.DeepSpeedZeroOptimizer_Stage3):
+        return [
+            *found,
+            ("reduce_scatter", optimizer, "reduce_ipg_grads"),
+            ("all_reduce", optimizer, "scaled_global_norm"),
+        ]
+    return [
+        *found,
+        ("reduce_scatter", optimizer, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"),
+        ("all_reduce", optimizer, "_get_norm_groups"),
+        ("all_gather", optimizer.parameter_offload.get_param_coordinator(), "fetch_sub_module"),
+        ("all_gather", optimizer, "_post_step"),  # of the parameters that stay gathered
+    ]
+
+
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """The parameter's shape, whether it is partitioned at the moment or not."""
     return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,5 +1,6 @@
 """A whole run as a user starts it: shards in, run directory out; stopped by a signal and taken up again."""
 
+import gzip
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 REPORTED = ("loss/total", "loss/clip", "loss/ssl", "loss/dino_local", "loss/dino_global", "loss/mim", "loss/koleo")
 REPORTED += ("loss/rec", "loss/l1", "optim/grad_norm", "optim/learning_rate", "speed/samples_per_second")
+REPORTED += ("phase/data_ms", "phase/trunk_ms", "phase/report_ms", "straggler/rank", "straggler/excess_share")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def reports(run_dir: Path) -> list[dict[str, float]]:
 def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = subprocess.run(
-        command(shards, run_dir, f"optim.steps={STEPS}"),
+        command(shards, run_dir, f"optim.steps={STEPS}", "profile.steps=3:5"),
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
@@ -88,6 +91,13 @@ def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(shards: Pat
     lines = (run_dir / "log.txt").read_text().splitlines()
     assert sum(line.startswith("step ") for line in lines) == 3
     assert any(line.startswith("attention: sdpa (auto") for line in lines)
+
+    with gzip.open(run_dir / "profile" / "rank0-steps3-5.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    ranges = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    assert {name: ranges[name] for name in ("data", "trunk", "ema", "report")} == dict.fromkeys(
+        ("data", "trunk", "ema"), 2
+    ) | {"report": 1}
 
     board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert set(REPORTED) <= set(board.Tags()["scalars"])

@@ -1,0 +1,93 @@
+"""A window of steps under torch's profiler, on demand: every operator and kernel, for a person to look at.
+
+    deepspeed engine/launch.py --config configs/demo.yaml profile.steps=10:13      # records steps 10, 11 and 12
+
+Steps count from 0 over the whole run, so a resumed run has the window where the first one would have had it, or what is
+left of it. For every rank in `profile.ranks` (the first by default) the window leaves
+
+    RUN/profile/rank0-steps10-13.json.gz              Chrome's format: open in ui.perfetto.dev, or chrome://tracing
+    RUN/profile/rank0-steps10-13.txt                  the operators that took longest
+    RUN/tensorboard/profile/rank0-steps10-13.pt.trace.json.gz
+
+The last is a copy of the first, where TensorBoard's PyTorch plugin looks for it (`pip install
+torch-tb-profiler`). TensorBoard alone shows no traces, and the plugin is no longer developed (0.4.3 is its last
+release); Perfetto is what torch's authors point to.
+
+The phases of a step (profiling/phases.py) are named ranges in the trace. Recording slows the steps of the window,
+and the first ones after it a little; the reports that hold them say so in their speed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from configs import Config, UserError
+from profiling.phases import Phases
+
+ROWS = 40  # of the operator table
+
+
+class Window:
+    """The window of one rank; a context, so that one that is open when the run ends is written too."""
+
+    def __init__(self, config: Config, phases: Phases, run_dir: Path, rank: int, world_size: int) -> None:
+        """Raises UserError, on every rank, for `profile.ranks` that do not exist."""
+        missing = [number for number in config.profile.ranks if number >= world_size]
+        if missing:
+            raise UserError(
+                f"profile.ranks={list(config.profile.ranks)} but there are {world_size} ranks, 0 to {world_size - 1}: "
+                f"rank {missing[0]} does not exist; change profile.ranks"
+            )
+        is_recorded = config.profile.steps is not None and rank in config.profile.ranks
+        self._first, self._end = config.profile.span if is_recorded else (0, 0)
+        self._phases, self._run_dir, self._rank = phases, run_dir, rank
+        self._record: profile | None = None
+        self._opened, self._done = 0, 0
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._record is not None:
+            self._close()
+
+    def before(self, step: int) -> None:
+        """Opens the window when its first step is next, or one inside it where the run was resumed."""
+        if self._record is None and self._first <= step < self._end:
+            self._open(step)
+
+    def after(self, step: int) -> None:
+        """Closes the window when its last step is done."""
+        self._done = step + 1
+        if self._record is not None and self._done == self._end:
+            self._close()
+
+    def _open(self, step: int) -> None:
+        on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        if on_gpu:
+            torch.cuda.synchronize()  # what is queued belongs to steps before the window
+        self._record, self._opened = profile(activities=[ProfilerActivity.CPU, *on_gpu], record_shapes=True), step
+        self._record.start()
+        self._phases.is_traced = True
+
+    def _close(self) -> None:
+        assert self._record is not None
+        self._phases.is_traced = False
+        self._record.stop()
+        name = f"rank{self._rank}-steps{self._opened}-{self._done}"
+        folder, board = self._run_dir / "profile", self._run_dir / "tensorboard" / "profile"
+        for path in (folder, board):
+            path.mkdir(parents=True, exist_ok=True)
+        self._record.export_chrome_trace(str(folder / f"{name}.json.gz"))
+        shutil.copyfile(folder / f"{name}.json.gz", board / f"{name}.pt.trace.json.gz")
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = self._record.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=60)
+        (folder / f"{name}.txt").write_text(table)
+        self._record = None

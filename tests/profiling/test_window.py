@@ -1,0 +1,92 @@
+"""A window of steps under torch's profiler: where it was asked for, and nowhere else."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs import UserError
+from profiling.phases import Phases
+from profiling.window import Window
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L0
+
+
+def steps(window: Window, phases: Phases, first: int, end: int) -> None:
+    """Every step takes a product whose width names the step: 100 + step."""
+    with window:
+        for step in range(first, end):
+            window.before(step)
+            with phases("trunk"):
+                torch.ones(2, 100 + step) @ torch.ones(100 + step, 2)
+            window.after(step)
+
+
+def recorded(path: Path) -> tuple[set[int], set[str]]:
+    """The steps whose products are in the trace, and the phases named in it."""
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    products = [event for event in events if event.get("name") == "aten::mm"]
+    return (
+        {event["args"]["Input Dims"][0][1] - 100 for event in products},
+        {event["name"] for event in events if event.get("cat") == "user_annotation"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "end", "name", "inside"),
+    [
+        (0, 6, "steps2-4", {2, 3}),  # a whole run
+        (3, 6, "steps3-4", {3}),  # resumed inside the window
+        (0, 3, "steps2-3", {2}),  # stopped inside it
+    ],
+)
+def test_the_window_is_written_with_its_steps_and_phases(
+    tmp_path: Path, first: int, end: int, name: str, inside: set[int]
+) -> None:
+    phases = Phases(None)
+    window = Window(tiny_config("profile.steps=2:4", "profile.ranks=[1]"), phases, tmp_path, rank=1, world_size=2)
+    steps(window, phases, first, end)
+    found, names = recorded(tmp_path / "profile" / f"rank1-{name}.json.gz")
+    assert found == inside
+    assert "trunk" in names
+    [board] = (tmp_path / "tensorboard" / "profile").iterdir()
+    assert board.name == f"rank1-{name}.pt.trace.json.gz"
+    assert recorded(board) == (found, names)
+    assert "aten::mm" in (tmp_path / "profile" / f"rank1-{name}.txt").read_text()
+    assert not phases.is_traced
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first"),
+    [((), 0), (("profile.steps=2:4", "profile.ranks=[1]"), 0), (("profile.steps=2:4",), 4)],
+    ids=["not asked for", "another rank", "resumed behind it"],
+)
+def test_else_nothing_is_written(tmp_path: Path, overrides: tuple[str, ...], first: int) -> None:
+    phases = Phases(None)
+    steps(Window(tiny_config(*overrides), phases, tmp_path, rank=0, world_size=2), phases, first, 6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_does_not_exist_is_refused_on_every_rank(tmp_path: Path) -> None:
+    config = tiny_config("profile.steps=2:4", "profile.ranks=[0,2]")
+    for rank in (0, 1):
+        with pytest.raises(UserError, match=r"profile.ranks=\[0, 2\] but there are 2 ranks, 0 to 1: rank 2 does not"):
+            Window(config, Phases(None), tmp_path, rank=rank, world_size=2)
+
+
+@pytest.mark.parametrize("steps", ["10", "13:10", "3:3", "-1:3", "a:b", "1:2:3", "[1,2]", "1.5:3"])
+def test_what_is_no_window_is_refused_in_one_sentence(steps: str) -> None:
+    with pytest.raises(UserError, match=r"profile.steps.*is no window of steps: .*write 10:13") as error:
+        tiny_config(f"profile.steps={steps}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_window_beyond_the_run_is_refused() -> None:
+    assert tiny_config("profile.steps=4:6").profile.span == (4, 6)
+    with pytest.raises(UserError, match=r"profile.steps=4:7 but optim.steps=6"):
+        tiny_config("profile.steps=4:7")
