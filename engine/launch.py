@@ -58,8 +58,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def preflight(options: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
     """The resolved config and DeepSpeed dictionary, everything checked that needs no model and no pixels."""
-    config = load_config(options.config, options.overrides)
-    ds_config = load_ds_config(options.ds_config, config, int(os.environ.get("WORLD_SIZE", 1)))
+    config, world_size = load_config(options.config, options.overrides), int(os.environ.get("WORLD_SIZE", 1))
+    ds_config = load_ds_config(options.ds_config, config, world_size)
+    _require_profiled_ranks(config, world_size)
     from data.storage import expand
 
     expand(config.data.train, config.system.loader.cache_dir)
@@ -100,6 +101,15 @@ def _require_perceptual_weights(config: Config) -> None:
             f"objectives.rec.lpips_weights={rec.lpips_weights} is not a file: the perceptual term needs its "
             "network; make the file with `python -m model.objectives.perceptual --help`, or set "
             "objectives.rec.perceptual=0"
+        )
+
+
+def _require_profiled_ranks(config: Config, world_size: int) -> None:
+    missing = [rank for rank in config.profile.ranks if rank >= world_size]
+    if missing:
+        raise UserError(
+            f"profile.ranks={list(config.profile.ranks)} but the ranks of this run are 0 to {world_size - 1}: there is "
+            f"no rank {missing[0]} to record; change profile.ranks"
         )
 
 

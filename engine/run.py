@@ -42,7 +42,7 @@ def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -
     run_dir = archive.run_directory(config)
     with closing(make_loader(config, comm, run_dir / "bad_samples.jsonl")) as loader:
         parts = assemble(config, ds_config, comm)
-        window = Window(config, parts.phases, run_dir, comm.rank, comm.world_size)
+        window = Window(config, parts.phases, run_dir, comm.rank)
         first_step, centres = _restore(parts, run_dir, resume)
         if world.is_first():
             _describe(run_dir, config, ds_config)

@@ -26,7 +26,7 @@ from types import TracebackType
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from configs import Config, UserError
+from configs import Config
 from profiling.phases import Phases
 
 ROWS = 40  # of the operator table
@@ -35,14 +35,7 @@ ROWS = 40  # of the operator table
 class Window:
     """The window of one rank; a context, so that one that is open when the run ends is written too."""
 
-    def __init__(self, config: Config, phases: Phases, run_dir: Path, rank: int, world_size: int) -> None:
-        """Raises UserError, on every rank, for `profile.ranks` that do not exist."""
-        missing = [number for number in config.profile.ranks if number >= world_size]
-        if missing:
-            raise UserError(
-                f"profile.ranks={list(config.profile.ranks)} but there are {world_size} ranks, 0 to {world_size - 1}: "
-                f"rank {missing[0]} does not exist; change profile.ranks"
-            )
+    def __init__(self, config: Config, phases: Phases, run_dir: Path, rank: int) -> None:
         is_recorded = config.profile.steps is not None and rank in config.profile.ranks
         self._first, self._end = config.profile.span if is_recorded else (0, 0)
         self._phases, self._run_dir, self._rank = phases, run_dir, rank

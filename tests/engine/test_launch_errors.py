@@ -83,6 +83,10 @@ CASES = {
         (*GOOD, "objectives.rec.perceptual=1", "objectives.rec.lpips_weights=none.safetensors"),
         ("objectives.rec.lpips_weights=none.safetensors is not a file", "objectives.rec.perceptual=0"),
     ),
+    "profiled rank that does not exist": Case(
+        (*GOOD, "profile.steps=1:2", "profile.ranks=[0,1]"),
+        ("profile.ranks=[0, 1] but the ranks of this run are 0 to 0: there is no rank 1",),
+    ),
     "run directory that is a file": Case(
         (*GOOD, "system.run_dir=tokenizer.json/run"), ("tokenizer.json is not a directory that can be written",)
     ),

