@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.10,<3.15",  # 3.15 brings a standard module called `profiling`
     packages=[
         "configs", "kernels", "data", "model", "model.objectives", "engine", "evaluation", "profiling",
-        "profiling.benches",
+        "profiling.benches", "profiling.checks",
     ],
     package_data={"configs": ["*.yaml", "deepspeed/*.json"]},
     install_requires=[
@@ -29,10 +29,11 @@ setup(
         "pillow",
         "rich",
         "tensorboard",
+        "nvidia-ml-py",  # pure Python; finds out at run time whether there is a driver
         "setuptools",  # torch.utils.tensorboard and DeepSpeed's extension builder import it at run time
     ],
     extras_require={
-        "gpu": ["flash-attn", "xformers", "transformer-engine[pytorch]", "torchao", "nvidia-ml-py"],
+        "gpu": ["flash-attn", "xformers", "transformer-engine[pytorch]", "torchao"],
         "eval": ["matplotlib"],
         "dev": [
             "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "beartype", "scikit-image",

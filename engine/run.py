@@ -21,6 +21,7 @@ from data.captions import CaptionEncoder
 from data.loader import Loader
 from engine import archive, checkpoint, world
 from engine.assemble import Assembly, assemble
+from engine.energy import Energy, metered
 from engine.garbage import collected_by_hand
 from engine.guard import STOPPED, Guard
 from engine.meter import Meter
@@ -56,7 +57,8 @@ def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -
             reporter.say(describe(config, Rows.per_rank(config, comm.world_size)))
             for name, choice in parts.choices.items():
                 reporter.say(f"{name}: {choice}")
-            return Run(config, parts, loader, guard, reporter, window, run_dir).go(first_step, centres)
+            with metered(parts.device, config.batch.clip, first_step, reporter.say) as energy:
+                return Run(config, parts, loader, guard, reporter, window, energy, run_dir).go(first_step, centres)
 
 
 def make_loader(config: Config, comm: Comm, bad_log: Path) -> Loader:
@@ -83,6 +85,7 @@ class Run:
     guard: Guard
     reporter: Reporter
     window: Window
+    energy: Energy
     directory: Path
 
     def go(self, first_step: int, centres: Centres | None) -> int:
@@ -117,8 +120,8 @@ class Run:
         system = self.config.system
         self.guard.check(done)
         gc.collect()
-        speed = meter.read(done, self.loader.wait_seconds) | phase_times(self.parts.phases, self.parts.comm)
-        self.reporter.scalars(done, speed | data_health(self.loader))
+        measured = meter.read(done, self.loader.wait_seconds) | phase_times(self.parts.phases, self.parts.comm)
+        self.reporter.scalars(done, measured | self.energy.read(done) | data_health(self.loader))
         is_stopping, is_last = self.guard.should_stop(), done == self.config.optim.steps
         if is_stopping or is_last or is_due(done, system.images_every, system.report_every):
             self._show(done, record)

@@ -145,6 +145,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_first_here() -> bool:
+    """Whether this is the first rank of its machine: the one that does what a machine does once."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def group() -> Any:
     """The process group of all ranks: they are data-parallel, all of them."""
     return dist.group.WORLD

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "engine": tuple(package for package in ALL if package != "evaluation"),
     "evaluation": ALL,
 }
-INSTRUMENTS = ("clock", "flops", "memory", "energy", "phases", "window")
+INSTRUMENTS = ("clock", "flops", "memory", "energy", "powercap", "phases", "window")
 # configs is imported before anything else, to report a typo in milliseconds.
 LIGHT = (*sys.stdlib_module_names, "yaml", "pydantic")
 # library: the files that may touch it. A folder ends with a slash.

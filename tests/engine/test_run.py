@@ -91,6 +91,9 @@ def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(shards: Pat
     lines = (run_dir / "log.txt").read_text().splitlines()
     assert sum(line.startswith("step ") for line in lines) == 3
     assert any(line.startswith("attention: sdpa (auto") for line in lines)
+    measured = [line for line in lines if line.startswith("energy: ")]
+    assert len(measured) == 1
+    assert ("energy/joules_per_sample" in reports(run_dir)[-1]) != measured[0].startswith("energy: not measured")
 
     with gzip.open(run_dir / "profile" / "rank0-steps3-5.json.gz") as file:
         events = json.load(file)["traceEvents"]
