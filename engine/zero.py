@@ -98,6 +98,11 @@ def own_adamw(kind: str, groups: list[dict[str, Any]], **options: Any) -> torch.
     return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
 
 
+def can_build(operator: str) -> bool:
+    """Whether DeepSpeed holds one of its C++ operators ("cpu_adam", "fused_adam") to be possible on this machine."""
+    return bool(deepspeed.ops.__compatible_ops__.get(operator, False))
+
+
 def one_reduction(engine: Any, num_backwards: int) -> AbstractContextManager[None]:
     """Inside, `num_backwards` calls of engine.backward leave their gradients where they are; they are summed and
     reduced over ranks once, at the end. A single backward is left alone: then ZeRO reduces while it computes.

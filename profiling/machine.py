@@ -25,7 +25,7 @@ def device() -> torch.device:
 def describe() -> dict[str, str | int]:
     """Device, threads and versions, in the words of the system."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -45,7 +45,8 @@ def _speed(size: int, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(times.seconds)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

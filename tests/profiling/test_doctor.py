@@ -1,0 +1,206 @@
+"""The doctor finds what is there, says what is not and how to get it, and no broken package stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from configs import load_config
+from kernels.attention import NEEDS
+from kernels.dense_attention import DENSE
+from profiling import doctor
+from profiling.checks import backends, devices, imports, speed
+from profiling.checks import limits as system
+from profiling.checks.finding import Finding, carefully
+from profiling.checks.imports import Answer, ask
+from profiling.checks.packages import PACKAGES, packages
+
+pytestmark = pytest.mark.L0
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_doctor(*arguments: str, before_path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(before_path or ""), os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        [sys.executable, "-m", "profiling.doctor", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+def findings(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    report = json.loads(done.stdout)
+    found = [finding for group in report["groups"].values() for finding in group]
+    assert len({finding["name"] for finding in found}) == len(found), "two findings of one name"
+    return {finding["name"]: finding for finding in found}
+
+
+def fake_package(folder: Path, name: str, source: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(source)
+
+
+def test_a_run_is_possible_here_and_a_broken_package_is_told(tmp_path: Path) -> None:
+    """One call for both: the doctor takes seconds, most of them imports."""
+    fake_package(tmp_path, "flash_attn", "raise OSError('undefined symbol: _ZN3c104cuda')")
+    done = run_doctor("--quick", "--json", before_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report, found = json.loads(done.stdout), findings(done)
+    assert report["is_possible"]
+    assert report["missing"] == []
+
+    assert {f"attention {name}" for name in (*DENSE, *NEEDS, "in this run")} <= found.keys()
+    assert {package.distribution for package in PACKAGES} <= found.keys()
+    assert {"linear fp8_te", "optimizer apex", "compile in this run", "decoding gpu", "energy"} <= found.keys()
+    assert found["torch"]["said"].startswith(torch.__version__)
+    assert found["decoding cpu"]["said"].endswith("48 x 32 pixels came out")
+    assert all(one["remedy"] for one in found.values() if one["state"] != "ok")
+
+    for name in ("flash-attn", "attention flash2"):
+        assert found[name]["state"] == "broken"
+        assert found[name]["said"].startswith("OSError: undefined symbol: _ZN3c104cuda")
+    if not torch.cuda.is_available():
+        assert report["device"] == "CPU"
+        assert found["GPU"]["state"] == "absent"
+        assert found["attention varlen"]["state"] == "absent"
+        assert found["attention in this run"]["said"].startswith("matmul (auto: bf16 on CPU")
+
+
+def test_without_torch_the_doctor_still_speaks_and_says_that_no_run_is_possible(tmp_path: Path) -> None:
+    fake_package(tmp_path, "torch", "raise RuntimeError('built for another processor')")
+    done = run_doctor("--quick", "--json", before_path=tmp_path)
+    assert done.returncode == 1, done.stderr
+    found = findings(done)
+    assert found["torch"]["state"] == "broken"
+    assert found["torch"]["said"].startswith("RuntimeError: built for another processor")
+    assert "torch" in json.loads(done.stdout)["missing"]
+    assert found["tokenizers"]["state"] == "ok", "what needs no torch is still told"
+    assert found["disk"]["said"]
+
+
+def test_a_package_that_takes_its_process_along_is_broken_and_the_next_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_package(tmp_path, "crashing", "import os; print('loading', flush=True); os.abort()")
+    fake_package(tmp_path, "leaving", "raise SystemExit('no licence')")
+    fake_package(tmp_path, "sound", "__version__ = '1.2'; print('welcome')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    answers = ask(["crashing", "leaving", "no_such_package", "sound"])
+    assert answers["crashing"].state == "broken"
+    assert answers["crashing"].said == "importing it ended the process (exit code -6): loading"
+    assert answers["leaving"] == Answer("broken", "SystemExit: no licence")
+    assert answers["no_such_package"] == Answer("absent", "not installed")
+    assert answers["sound"] == Answer("ok", "1.2")
+
+
+def test_a_package_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_package(tmp_path, "hanging", "import time; time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(imports, "TIMEOUT_SECONDS", 0.2)
+    assert "took more than" in ask(["hanging"])["hanging"].said
+
+
+def test_a_needed_package_that_is_missing_is_needed_and_has_a_remedy() -> None:
+    answers = {package.module: Answer("absent", "not installed") for package in PACKAGES}
+    found = {finding.name: finding for finding in packages(answers)}
+    assert found["deepspeed"].is_needed
+    assert found["deepspeed"].remedy.startswith("pip install")
+    assert not found["xformers"].is_needed
+
+
+def test_the_exit_code_is_that_of_what_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def groups(*found: Finding) -> None:
+        monkeypatch.setattr(doctor, "_groups", lambda options: [("devices", lambda: list(found))])
+
+    groups(Finding("GPU 0", "ok", "one"), Finding("xformers", "absent", "not installed", "pip install xformers"))
+    assert doctor.main(["--quick"]) == 0
+    shown = capsys.readouterr().out
+    assert "A run is possible here, on the GPU." in shown
+    assert "-> pip install xformers" in shown
+    groups(Finding("deepspeed", "absent", "not installed", "pip install deepspeed", is_needed=True))
+    assert doctor.main(["--quick"]) == 1
+    assert "No run is possible yet:\n  deepspeed: pip install deepspeed" in capsys.readouterr().out
+
+
+def test_a_config_that_does_not_load_is_a_finding(tmp_path: Path) -> None:
+    options = doctor._parse(["--config", str(tmp_path / "none.yaml")])
+    [found] = doctor._backends(options, {})
+    assert (found.name, found.state, found.is_needed) == ("config", "broken", True)
+    assert "none.yaml" in found.said
+
+
+def test_a_check_that_raises_in_the_midst_keeps_what_it_found() -> None:
+    def check() -> Iterator[Finding]:
+        yield Finding("first", "ok", "found")
+        raise OSError("libcuda.so\nand much more")
+
+    assert carefully("second", check, "mend it") == [
+        Finding("first", "ok", "found"),
+        Finding("second", "broken", "OSError: libcuda.so", "mend it"),
+    ]
+
+
+def test_a_gpu_that_tells_nothing_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for cuda, visible, reason in (
+        (None, None, "built for the CPU alone"),
+        ("13.0", "-1", "CUDA_VISIBLE_DEVICES='-1' hides every GPU"),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "0")
+        [found] = devices.gpus()
+        assert found.state == "absent"
+        assert reason in found.said
+
+
+def test_limits_that_are_too_low_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system.resource, "getrlimit", lambda kind: (256, 4096))
+    monkeypatch.setattr(system.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**26, free=2**25))
+    monkeypatch.setattr(system, "smallest_tick", lambda: 0.015)
+    found = {finding.name: finding for finding in system.limits(tmp_path, shared=tmp_path)}
+    assert {finding.state for finding in found.values()} == {"broken"}
+    assert "ulimit -n" in found["open files"].remedy
+    assert "--shm-size" in found["shared memory"].remedy
+    absent = {finding.name: finding.state for finding in system.limits(tmp_path, shared=tmp_path / "none")}
+    assert absent["shared memory"] == "absent"
+
+
+def test_memory_is_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "CGROUP_LIMIT", tmp_path / "memory.max")
+    total, _ = devices.memory_bytes()
+    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert devices.memory_bytes()[0] == total
+    (tmp_path / "memory.max").write_text("5000000\n")
+    assert devices.memory_bytes() == (5_000_000, 4_000_000)
+
+
+def test_what_auto_becomes_is_what_a_run_resolves() -> None:
+    config = load_config(ROOT / "configs/vtp_l.yaml", ["system.attention=sdpa", "system.optimizer=deepspeed"])
+    plan = backends.Plan(config, {"zero_optimization": {"stage": 3}})
+    chosen = [finding for finding in backends.attention(plan, {}) if finding.name == "attention in this run"]
+    assert chosen[0].said == "sdpa (named in the config)"
+    assert list(backends.optimizers(plan, {}))[-1].said == "adamw by deepspeed (named in the config)"
+
+
+def test_the_loader_and_the_products_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("profiling.machine.matmul_peak", {torch.bfloat16: 1e11, torch.float32: 2e11}.get)
+    found = {finding.name: finding for finding in speed.products()}
+    assert found["product float32"].said.startswith("0.20 TFLOP/s")
+    assert "optim.precision=fp32" in found["bf16"].remedy
+    [loader] = speed.loading()
+    assert loader.is_needed
+    assert "images/s" in loader.said
