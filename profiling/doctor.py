@@ -14,7 +14,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,8 @@ from profiling.checks.imports import Answer, ask
 from profiling.checks.limits import limits
 from profiling.checks.packages import INSTALL, PACKAGES, packages
 
+ENGINE = ("torch", "deepspeed", "tensorboard")  # what checks import that import the engine
+LOADER = ("torch", "nvidia.dali", "tokenizers", "webdataset", "fsspec")
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 MARKS = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
 
@@ -63,11 +65,12 @@ def _groups(options: argparse.Namespace) -> Iterable[tuple[str, Callable[[], lis
         return carefully("packages", lambda: packages(answers), INSTALL, is_needed=True)
 
     yield "versions", versions
-    yield "devices", lambda: [*_careful("CPU", processor), *_careful("GPU", gpus, is_needed=False)]
+    look = partial(_careful, answers)
+    yield "devices", lambda: [*look("CPU", processor, ("torch",)), *look("GPU", gpus, ("torch",), is_needed=False)]
     yield "backends", lambda: _backends(options, answers)
-    yield "system", lambda: _careful("limits", partial(limits, Path.cwd()))
+    yield "system", lambda: look("limits", partial(limits, Path.cwd()))
     if not options.quick:
-        yield "speed", _speed
+        yield "speed", lambda: _speed(answers)
 
 
 def _backends(options: argparse.Namespace, answers: dict[str, Answer]) -> list[Finding]:
@@ -82,27 +85,39 @@ def _backends(options: argparse.Namespace, answers: dict[str, Answer]) -> list[F
         except UserError as error:
             return [Finding("config", "broken", str(error), "name another --config or --ds_config", is_needed=True)]
         return [
-            *_careful("attention", partial(backends.attention, plan, answers)),
-            *_careful("linear", partial(backends.products, plan, answers)),
-            *_careful("optimizer", partial(backends.optimizers, plan, answers)),
-            *_careful("compile", partial(backends.compiling, plan, answers)),
-            *_careful("decoding", backends.decoding),
-            *_careful("energy", partial(backends.energy, plan), is_needed=False),
+            *look("attention", partial(backends.attention, plan, answers), ENGINE),
+            *look("linear", partial(backends.products, plan, answers), ENGINE),
+            *look("optimizer", partial(backends.optimizers, plan, answers), ENGINE),
+            *look("compile", partial(backends.compiling, plan, answers), ENGINE),
+            *look("decoding", backends.decoding, ("nvidia.dali",)),
+            *look("energy", partial(backends.energy, plan), is_needed=False),
         ]
 
-    return carefully("backends", load, INSTALL, is_needed=True)
+    look = partial(_careful, answers)
+    return look("backends", load, ("pydantic", "torch"))
 
 
-def _speed() -> list[Finding]:
-    def measure() -> list[Finding]:
-        from profiling.checks import speed
+def _speed(answers: Mapping[str, Answer]) -> list[Finding]:
+    from profiling.checks import speed
 
-        return [*_careful("product", speed.products), *_careful("loader", speed.loading)]
+    return [
+        *_careful(answers, "product", speed.products, ("torch",)),
+        *_careful(answers, "loader", speed.loading, LOADER),
+    ]
 
-    return carefully("speed", measure, INSTALL, is_needed=True)
 
-
-def _careful(name: str, check: Callable[[], Iterable[Finding]], is_needed: bool = True) -> list[Finding]:
+def _careful(
+    answers: Mapping[str, Answer],
+    name: str,
+    check: Callable[[], Iterable[Finding]],
+    modules: tuple[str, ...] = (),
+    is_needed: bool = True,
+) -> list[Finding]:
+    """What `check` finds, if the `modules` it imports were seen to import: some breakages end the process."""
+    broken = [module for module in modules if module in answers and answers[module].state != "ok"]
+    if broken:
+        said = f"not looked at: {' and '.join(broken)} cannot be imported"
+        return [Finding(name, "broken", said, f"mend {' and '.join(broken)} first (see versions)", is_needed)]
     return carefully(name, check, f"mend what it names; {INSTALL}", is_needed)
 
 

@@ -18,6 +18,7 @@ from profiling.checks.finding import Finding
 from profiling.checks.imports import Answer
 
 GPU = "use a machine with an NVIDIA GPU"
+UNASKED = Answer("ok", "")  # about a module that no package of the doctor's list is: part of torch
 COMPILER = "install a C++ compiler (on Debian: apt-get install g++) and ninja"
 
 
@@ -43,7 +44,7 @@ def attention(plan: Plan, answers: Mapping[str, Answer]) -> Iterator[Finding]:
     for name in DENSE:
         yield Finding(f"attention {name}", "ok", "part of torch, one call per segment length")
     for name, need in NEEDS.items():
-        obstacle, answer = missing(name, plan.device, dtype), answers.get(need.module, Answer("ok", ""))
+        obstacle, answer = missing(name, plan.device, dtype), answers.get(need.module, UNASKED)
         remedy = need.remedy if plan.device.type == "cuda" else f"{GPU}, then: {need.remedy}"
         if answer.state == "broken":
             yield Finding(f"attention {name}", "broken", answer.said, remedy)
@@ -52,26 +53,33 @@ def attention(plan: Plan, answers: Mapping[str, Answer]) -> Iterator[Finding]:
         else:
             yield Finding(f"attention {name}", "ok", "one call for all segments")
     backend = resolve(plan.config.system.attention, plan.device, dtype)
-    yield Finding("attention in this run", "ok", f"{backend.name} ({backend.reason})")
+    name, said = "attention in this run", f"{backend.name} ({backend.reason})"
+    module = NEEDS[backend.name].module if backend.name in NEEDS else ""
+    if answers.get(module, UNASKED).state == "broken":  # it is found, chosen, and fails in the first step
+        remedy = f"mend {module}, or set system.attention=sdpa"
+        yield Finding(name, "broken", f"{said}: but {module} does not import", remedy, is_needed=True)
+    else:
+        yield Finding(name, "ok", said)
 
 
 def products(plan: Plan, answers: Mapping[str, Answer]) -> Iterator[Finding]:
     """system.linear."""
     libraries = {"fp8_torchao": "torchao", "fp8_te": "transformer_engine"}
     for name, module in libraries.items():
-        is_broken = answers.get(module, Answer("ok", "")).state == "broken"
-        yield _product(name, plan.device, is_broken)
+        yield _product(name, plan.device, answers.get(module, UNASKED))
     yield Finding("linear in this run", "ok", f"{plan.config.system.linear} (system.linear)")
 
 
-def _product(name: str, device: torch.device, is_broken: bool) -> Finding:
+def _product(name: str, device: torch.device, answer: Answer) -> Finding:
     from kernels import fp8
 
+    remedy = f"pip install -e '.[gpu]'; {GPU} of compute capability 8.9 or newer"
+    if answer.state == "broken":
+        return Finding(f"linear {name}", "broken", answer.said, remedy)
     try:
         found = fp8.resolve(name, device)
     except (ValueError, ImportError, RuntimeError, OSError) as error:
-        remedy = f"pip install -e '.[gpu]'; {GPU} of compute capability 8.9 or newer"
-        return Finding(f"linear {name}", "broken" if is_broken else "absent", str(error), remedy)
+        return Finding(f"linear {name}", "absent", str(error), remedy)
     return Finding(f"linear {name}", "ok", found.reason.removeprefix("named in the config; "))
 
 
@@ -107,7 +115,7 @@ def compiling(plan: Plan, answers: Mapping[str, Answer]) -> Iterator[Finding]:
     where = shutil.which(compiler)
     if where is None:
         yield Finding("compiler", "absent", f"no {compiler}: torch.compile generates C++ and needs one", COMPILER)
-    elif plan.device.type == "cuda" and answers.get("triton", Answer("ok", "")).state != "ok":
+    elif plan.device.type == "cuda" and answers.get("triton", UNASKED).state != "ok":
         yield Finding("compiler", "absent", "torch.compile generates Triton for GPUs", "pip install triton")
     else:
         yield Finding("compiler", "ok", f"{where}, for torch.compile")

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from configs import load_config
-from kernels.attention import NEEDS
+from kernels.attention import NEEDS, Backend
 from kernels.dense_attention import DENSE
 from profiling import doctor
 from profiling.checks import backends, devices, imports, speed
 from profiling.checks import limits as system
+from profiling.checks.backends import UNASKED
 from profiling.checks.finding import Finding, carefully
 from profiling.checks.imports import Answer, ask
 from profiling.checks.packages import PACKAGES, packages
@@ -87,6 +88,7 @@ def test_without_torch_the_doctor_still_speaks_and_says_that_no_run_is_possible(
     assert "torch" in json.loads(done.stdout)["missing"]
     assert found["tokenizers"]["state"] == "ok", "what needs no torch is still told"
     assert found["disk"]["said"]
+    assert found["CPU"]["said"] == "not looked at: torch cannot be imported"
 
 
 def test_a_package_that_takes_its_process_along_is_broken_and_the_next_is_asked(
@@ -164,6 +166,51 @@ def test_a_gpu_that_tells_nothing_is_explained(monkeypatch: pytest.MonkeyPatch, 
         [found] = devices.gpus()
         assert found.state == "absent"
         assert reason in found.said
+
+
+def test_every_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=79 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    first, second = devices.gpus()
+    assert (first.name, second.name) == ("GPU 0", "GPU 1")
+    assert first.said == "NVIDIA H100 80GB HBM3, compute capability 9.0, 79.0 GiB; CUDA 13.0, NCCL 2.28.3"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and its driver")
+def test_a_gpu_is_found_measured_and_used() -> None:
+    done = run_doctor("--json")
+    assert done.returncode == 0, done.stdout
+    found = findings(done)
+    assert json.loads(done.stdout)["device"] == "GPU"
+    assert found["GPU 0"]["said"].startswith(torch.cuda.get_device_name(0))
+    assert found["decoding gpu"]["state"] == "ok"
+    assert found["energy"]["said"].startswith("NVML's")
+    assert found["product bfloat16"]["said"].endswith("on the GPU")
+    assert found["compile in this run"]["said"].startswith("on")
+
+
+def test_a_check_does_not_import_what_was_seen_to_crash() -> None:
+    answers = {"nvidia.dali": Answer("broken", "importing it ended the process (exit code -11)"), "torch": UNASKED}
+
+    def check() -> list[Finding]:
+        raise AssertionError("it must not be called")
+
+    [found] = doctor._careful(answers, "decoding", check, ("torch", "nvidia.dali"))
+    assert found.said == "not looked at: nvidia.dali cannot be imported"
+    assert found.is_needed
+
+
+def test_a_chosen_backend_that_does_not_import_makes_a_run_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.attention.resolve", lambda *about: Backend("flash2", "named in the config"))
+    plan = backends.Plan(load_config(ROOT / "configs/vtp_l.yaml"), {})
+    chosen = list(backends.attention(plan, {"flash_attn": Answer("broken", "undefined symbol")}))[-1]
+    assert (chosen.state, chosen.is_needed) == ("broken", True)
+    assert "system.attention=sdpa" in chosen.remedy
 
 
 def test_limits_that_are_too_low_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
