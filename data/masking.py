@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from configs import Config
 from configs.schema import Masks
 from data.hashing import hash_words, permutation, uniform
 
@@ -69,10 +70,8 @@ class Masker:
 
         One count a ratio bin, moved inside the bin in opposite pairs: constant total.
         """
-        num_masked = math.floor(self.config.share_of_crops * crops + 0.5)
-        low, high = self.config.ratio
-        width = (high - low) / max(num_masked, 1) * self.grid * self.grid
-        bins = np.floor(low * self.grid * self.grid + width * (np.arange(num_masked) + 0.5) + 0.5).astype(np.int64)
+        bins, width = _ratio_bins(self.config, crops, self.grid)
+        num_masked = len(bins)
         pairs = np.arange(num_masked // 2)
         moves = ((uniform(hash_words(self.seed, _SPREAD, step, stream, pairs)) - 0.5) * width).astype(np.int64)
         bins[pairs] += moves
@@ -80,6 +79,25 @@ class Masker:
         counts = np.zeros(crops, np.int64)
         counts[:num_masked] = bins
         return counts[permutation(crops, self.seed, _CROPS, step, stream)]
+
+
+def hidden_patches(config: Config, rows: int) -> int:
+    """M: hidden patches of one rank with so many ssl rows, the same in every step."""
+    if not rows:
+        return 0
+    grid = config.views.global_size // config.model.patch_size
+    streams, ranks = config.data.streams, config.batch.ssl // rows
+    bins, _ = _ratio_bins(config.masks, 2 * config.batch.ssl // streams, grid)
+    return int(bins.sum()) * streams // ranks
+
+
+def _ratio_bins(masks: Masks, crops: int, grid: int) -> tuple[Ints, float]:
+    """Hidden patches of each masked crop of a stream, one a ratio bin, in its middle; and a bin's width in patches."""
+    num_masked = math.floor(masks.share_of_crops * crops + 0.5)
+    low, high = masks.ratio
+    width = (high - low) / max(num_masked, 1) * grid * grid
+    middles = low * grid * grid + width * (np.arange(num_masked) + 0.5)
+    return np.floor(middles + 0.5).astype(np.int64), width
 
 
 def draw_blocks(words: NDArray[np.uint64], counts: Ints, grid: int) -> Flags:

@@ -83,11 +83,11 @@ class Attention(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """w3(silu(w1 x) * w2 x); hidden width int(width * ratio * 2/3), aligned up to 8 [C]."""
+    """w3(silu(w1 x) * w2 x)."""
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
-        hidden = -(-int(width * ratio * 2 / 3) // 8) * 8
+        hidden = swiglu_hidden(width, ratio)
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
@@ -135,6 +135,11 @@ class Block(nn.Module):
 
     def _mlp_branch(self, x_TD: Tensor) -> Tensor:
         return self.ls2(self.mlp(self.norm2(x_TD)))
+
+
+def swiglu_hidden(width: int, ratio: float) -> int:
+    """int(width * ratio * 2/3), aligned up to 8 [C]."""
+    return -(-int(width * ratio * 2 / 3) // 8) * 8
 
 
 def norm(vit: Vit) -> nn.Module:

@@ -54,9 +54,14 @@ def pack_captions(captions_BC: Tensor) -> PackedCaptions:
     """
     ids_BC = captions_BC.numpy()
     length_B = ids_BC.argmax(axis=1) + 1
-    width = -(-ids_BC.shape[1] // ALIGN) * ALIGN
+    width = row_width(ids_BC.shape[1])
     bins = _first_fit(length_B.tolist(), width)
     return _lay_out(ids_BC, length_B, bins, _rung(len(bins)), width)
+
+
+def row_width(context: int) -> int:
+    """Slots of a packed row: the context, aligned up to 16."""
+    return -(-context // ALIGN) * ALIGN
 
 
 def one_a_row(captions_BC: Tensor) -> PackedCaptions:

@@ -24,6 +24,8 @@ from torch import Tensor
 from kernels.prototypes import TeacherColumns
 from model.objectives.comm import Comm
 
+ITERATIONS = 3  # of Sinkhorn-Knopp [D of DINOv2]
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -37,7 +39,11 @@ class Targets:
 
 @torch.no_grad()
 def sinkhorn(
-    teacher_RE: Float[Tensor, "R E"], teacher_KE: Float[Tensor, "K E"], temp: float, comm: Comm, iterations: int = 3
+    teacher_RE: Float[Tensor, "R E"],
+    teacher_KE: Float[Tensor, "K E"],
+    temp: float,
+    comm: Comm,
+    iterations: int = ITERATIONS,
 ) -> Float[Tensor, " K"]:
     """Sinkhorn-Knopp over the rows of all ranks (SwAV, arXiv 2006.09882, appendix A), as a bias.
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from configs import Config, load_config
-from configs.architecture import Vit
 from model.describe import count_parameters, step_layout
 from model.pretrainer import Rows
+from profiling.step_flops import step_flops
 
 pytestmark = pytest.mark.L0
 
@@ -108,34 +108,10 @@ def test_the_overrides_in_a_header_load(name: str) -> None:
             assert full.batch.clip // config.batch.clip == full.batch.ssl // config.batch.ssl
 
 
-def block_flops(vit: Vit, tokens: int) -> float:
-    """Forward: 2 FLOPs a multiply-add; 12 width^2 weights a token, and two products between all tokens."""
-    return vit.depth * (24 * vit.width**2 * tokens + 4 * vit.width * tokens**2)
-
-
 def sample_flops(config: Config) -> float:
-    """Of one step over its number of samples: docs/recipe.md, "Counting FLOPs". Backward is twice forward."""
-    model, batch, views = config.model, config.batch, config.views
-    patches = (views.image_size // 16) ** 2
-    locals_ = (views.local_size // 16) ** 2
-
-    def trunk(count: int) -> float:
-        return block_flops(model.trunk, count + 1) + count * 2 * 768 * model.trunk.width
-
-    images = batch.clip if config.objectives.clip.weight else batch.rec
-    total = 3.0 * images * trunk(patches)
-    total += 4.0 * batch.ssl * 2 * trunk(patches) + 3.0 * batch.ssl * views.num_locals * trunk(locals_)
-    if config.objectives.clip.weight:
-        text = Vit(width=model.text.width, depth=model.text.depth, heads=model.text.heads)
-        total += 3.0 * batch.clip * block_flops(text, model.text.context)
-    head = model.prototypes
-    mlp = model.trunk.width * head.hidden + head.hidden**2 + head.bottleneck * (head.hidden + head.num)
-    hidden = 2 * 0.5 * sum(config.masks.ratio) / 2 * patches
-    total += 2.0 * batch.ssl * mlp * (3 * (2 + views.num_locals + hidden) + 2 + hidden)
-    edges = 2 * patches * (64 * (model.trunk.width + model.decoder.width) + 768 * model.decoder.width)
-    total += 3.0 * batch.rec * (block_flops(model.decoder, patches) + edges)
-    total += 3.0 * batch.rec * 40.1e9  # VGG-16 at 256 px: of target, of reconstruction, back to its pixels
-    return total / batch.clip
+    """Of one step over its number of samples, nothing left out: docs/recipe.md, "Counting FLOPs"."""
+    rows = Rows.per_rank(config, 1)
+    return step_flops(config, rows).full_flops / rows.clip
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import Masks
-from data.masking import Masker, draw_blocks, fill_exactly
+from data.masking import Masker, draw_blocks, fill_exactly, hidden_patches
+from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
 
@@ -92,3 +93,14 @@ def test_without_ssl_rows_there_are_no_masks() -> None:
     masks, masked_idx = Masker(Masks(), 0, 16, 0, 6).masks(4, 1, 2)
     assert masks.shape == (0, 256)
     assert len(masked_idx) == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("overrides", [(), ("views.global_size=24",), ("masks.share_of_crops=0",)])
+def test_the_number_of_hidden_patches_is_known_without_a_step(overrides: tuple[str, ...], world_size: int) -> None:
+    config = tiny_config(*overrides)
+    grid = config.views.global_size // config.model.patch_size
+    masker = Masker(config.masks, config.seed, grid, config.batch.ssl, config.data.streams)
+    for step in range(3):
+        hidden = len(masker.masks(step, rank=0, world_size=world_size)[1])
+        assert hidden == hidden_patches(config, config.batch.ssl // world_size)

@@ -1,0 +1,343 @@
+"""Which layers meet how many tokens in a step: the analytic count that fills the table of profiling/flops.py.
+
+    rows = Rows.per_rank(config, world_size=64)
+    step_flops(config, rows).as_table()
+    step_flops(config, rows, caption_tokens=5_200).model_flops        # captions packed into so many slots
+
+Beside profiling/flops.py and not in it, because instruments know configs alone, and here layout, kept segments and
+hidden patches are asked of the modules that decide them. Held against torch's FlopCounterMode, pass by pass, for every
+option and every preset (tests/profiling/test_flops.py).
+
+Recomputation, under `recompute` and so in HFU alone: what activation checkpointing computes again (eager; compiled,
+torch's partitioner may keep more); the first forward of all micro-batches but one; contrastive scores and the
+teacher's logits, which the losses make several times because they keep no matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from configs import Config
+from configs.architecture import Model, Prototypes, Text, Vit
+from data.masking import hidden_patches
+from kernels.prototypes import KEEP_BYTES
+from model.block import swiglu_hidden
+from model.captions import row_width
+from model.describe import step_layout
+from model.drop_path import subset
+from model.objectives.perceptual import GROUPS
+from model.objectives.targets import ITERATIONS
+from model.pack import ALIGN, Group, Layout, pack
+from model.pretrainer import Rows, head_width
+from profiling.flops import Component, StepFlops, attention, convolution, linear
+
+VGG_CHANNELS = (64, 128, 256, 512, 512)  # of each tap: VGG-16
+
+
+@dataclass(frozen=True)
+class Block:
+    """Forward of one transformer block, in the order of its products."""
+
+    first: float  # all linear layers but the last
+    scores: float  # the two products between tokens
+    last: float  # the one whose result only the residual sum reads
+
+    @property
+    def forward(self) -> float:
+        return self.first + self.scores + self.last
+
+    def again(self, checkpointing: str, backend: str, last_is_kept: bool) -> float:
+        """What backward computes a second time. Recomputation ends with the last number that backward needs: the
+        result of the last product is not one, unless a scale or an index comes behind it."""
+        if checkpointing == "full":
+            return self.first + self.scores + (0 if last_is_kept else self.last)
+        return self.scores if checkpointing == "selective" and backend == "matmul" else 0
+
+
+def vit_block(vit: Vit, tokens: float, squares: float, mlp_tokens: float) -> Block:
+    """Of trunk or decoder. `squares`: sum over the segments of length^2."""
+    hidden = swiglu_hidden(vit.width, vit.mlp_ratio)
+    return Block(
+        first=linear(tokens, vit.width, 4 * vit.width) + linear(mlp_tokens, vit.width, 2 * hidden),
+        scores=attention(squares, vit.width),
+        last=linear(mlp_tokens, hidden, vit.width),
+    )
+
+
+def text_block(text: Text, tokens: float, squares: float) -> Block:
+    hidden = int(text.width * text.mlp_ratio)
+    return Block(
+        first=linear(tokens, text.width, 4 * text.width + hidden),
+        scores=attention(squares, text.width),
+        last=linear(tokens, hidden, text.width),
+    )
+
+
+def step_flops(
+    config: Config,
+    rows: Rows,
+    caption_tokens: float | None = None,
+    num_hidden: int | None = None,
+    backend: str = "sdpa",
+    device: str = "cpu",
+) -> StepFlops:
+    """One step of one rank with `rows`.
+
+    `caption_tokens` are the slots that packed captions take, empty ones included; without it every caption has a row
+    of its own, as long as the context. `num_hidden` patches are masked, by default as many as data/masking.py hides.
+    `backend` is the resolved attention (what checkpointing keeps depends on it), `device` cpu or cuda (how many
+    teacher logits the losses keep does).
+    """
+    if num_hidden is None:
+        num_hidden = hidden_patches(config, rows.ssl)
+    step = _Step(config, rows, num_hidden, backend, device)
+    parts = [*step.trunk(), *step.teacher(), *step.text(caption_tokens), *step.heads(), *step.pixels()]
+    return StepFlops.of(parts, _causes(parts, config))
+
+
+def forward_flops_of_tokenizer(config: Config, image_size: int, with_attention_products: bool = True) -> float:
+    """Encoder, bottleneck and decoder on one image of `image_size` px: what a user of the weights computes.
+
+    Published figures leave the two attention products out (docs/recipe.md, "Counting FLOPs").
+    """
+    model, patches = config.model, (image_size // config.model.patch_size) ** 2
+    encoder = vit_block(
+        model.trunk, *_tokens_and_squares(1, patches + 1 + model.registers), patches + 1 + model.registers
+    )
+    decoder = vit_block(model.decoder, *_tokens_and_squares(1, patches), patches)
+    total = _patches(model, model.trunk.width, patches) + linear(patches, model.trunk.width, model.latent_channels)
+    total += linear(patches, model.latent_channels, model.decoder.width) + _patches(model, model.decoder.width, patches)
+    for vit, block in ((model.trunk, encoder), (model.decoder, decoder)):
+        total += vit.depth * (block.forward - (0 if with_attention_products else block.scores))
+    return total
+
+
+@dataclass(frozen=True)
+class _Step:
+    config: Config
+    rows: Rows
+    num_hidden: int  # M
+    backend: str
+    device: str
+
+    @property
+    def model(self) -> Model:
+        return self.config.model
+
+    @property
+    def has_clip(self) -> bool:
+        return self.config.objectives.clip.weight > 0
+
+    def trunk(self) -> Iterator[Component]:
+        """The student's: one pass of the shared micro-batch, and two of every other."""
+        rows = self.rows
+        yield from self._student(step_layout(self.config, replace(rows, clip=rows.part)), rows.rec)
+        others = replace(rows, clip=rows.part, ssl=0, rec=0)
+        for _ in range(rows.micro_batches - 1):
+            for part in self._student(step_layout(self.config, others), 0):
+                yield replace(part, recompute=part.recompute + part.forward)
+
+    def _student(self, layout: Layout, num_rec: int) -> Iterator[Component]:
+        """One pass: its groups, what rec adds, its padding."""
+        model, rate = self.model, self.model.trunk.drop_path
+        read = {group.name: self._read(group) for group in layout.groups}
+        rec_reads = self._rec_reads(layout, num_rec)
+        read_pad = -(sum(read.values()) + rec_reads) % ALIGN
+        names = {"clip": "trunk, clip" if self.has_clip else "trunk, rec"}
+        for group, share in zip(layout.groups, _kept_shares(layout, rate), strict=True):
+            tokens, squares = _tokens_and_squares(group.segments, group.length)
+            full = vit_block(model.trunk, tokens, squares, tokens)
+            seen = vit_block(model.trunk, tokens * share, squares * share, tokens * share)
+            last = seen if rate else vit_block(model.trunk, tokens, squares, read[group.name])
+            also_read = 0 if group.name != "clip" or rate else vit_block(model.trunk, 0, 0, rec_reads).forward
+            name = names.get(group.name, f"trunk, {group.name}")
+            yield self._blocks(name, full, seen, last, also_read)
+            yield self._embed(name, group)
+            yield self._latents(tokens)
+        padding = subset(layout.segments, rate).pad if rate else layout.pad
+        full, seen = (vit_block(model.trunk, pad, 0, pad) for pad in (layout.pad, padding))
+        yield self._blocks("trunk, padding", full, seen, seen if rate else vit_block(model.trunk, padding, 0, read_pad))
+        yield self._latents(layout.pad)
+        if not rate:
+            none = vit_block(model.trunk, 0, 0, 0)
+            yield self._blocks("trunk, rec", none, none, vit_block(model.trunk, 0, 0, rec_reads), is_beside=True)
+
+    def _blocks(
+        self, name: str, full: Block, seen: Block, last: Block, also_read: float = 0, is_beside: bool = False
+    ) -> Component:
+        """All blocks: `seen` in each but the last; `full` where nothing is left out. What others read of the same
+        tokens (`also_read`) is theirs and not saved; `is_beside` is their side of it."""
+        trunk, mode = self.model.trunk, self.config.system.activation_checkpointing
+        ends_there = trunk.layer_scale is None and trunk.drop_path == 0
+        forward = (trunk.depth - 1) * seen.forward + last.forward
+        again = (trunk.depth - 1) * seen.again(mode, self.backend, ends_there) + last.again(mode, self.backend, False)
+        saved = 0 if is_beside else trunk.depth * full.forward - forward - also_read
+        return Component(name, _objective(name), forward, 2 * forward, again, 3 * saved)
+
+    def _embed(self, name: str, group: Group) -> Component:
+        """Pixels have no gradient: backward is the weight's alone."""
+        forward = _patches(self.model, self.model.trunk.width, group.segments * group.grid[0] * group.grid[1])
+        return Component(name, _objective(name), forward, forward)
+
+    def _latents(self, tokens: float) -> Component:
+        """The bottleneck where all heads read it; with bottleneck_ae_only `pixels` has it."""
+        width = 0 if self.model.bottleneck_ae_only else self.model.trunk.width
+        forward = linear(tokens, width, self.model.latent_channels)
+        return Component("bottleneck", "rec" if self.model.bottleneck_ae_only else "shared", forward, 2 * forward)
+
+    def _read(self, group: Group) -> int:
+        """Tokens of a group that its own objective reads behind the last block."""
+        if group.name == "ssl_global":
+            return group.segments + self.num_hidden
+        if group.name == "ssl_local":
+            return group.segments
+        patches = group.segments * group.grid[0] * group.grid[1]
+        return group.segments if self.has_clip and self.model.image_feature == "cls" else patches
+
+    def _rec_reads(self, layout: Layout, num_rec: int) -> int:
+        """Tokens that rec reads and clip does not."""
+        if not num_rec or not self.has_clip or self.model.image_feature == "patch_mean":
+            return 0
+        grid = layout.group("clip").grid
+        return num_rec * grid[0] * grid[1]
+
+    def teacher(self) -> Iterator[Component]:
+        """Whole global crops, forward alone; its last MLP sees what it is read for."""
+        if not self.rows.ssl:
+            return
+        model, size = self.model, self.config.views.global_size
+        layout = pack({"ssl_global": (2 * self.rows.ssl, size, size)}, model.patch_size, prefix=1 + model.registers)
+        [group] = layout.groups
+        reads = self._read(group)
+        squares = _tokens_and_squares(group.segments, group.length)[1]
+        seen = vit_block(model.trunk, layout.tokens, squares, layout.tokens)
+        last = vit_block(model.trunk, layout.tokens, squares, reads + -reads % ALIGN)
+        forward = (model.trunk.depth - 1) * seen.forward + last.forward
+        forward += _patches(model, model.trunk.width, group.segments * group.grid[0] * group.grid[1])
+        if not model.bottleneck_ae_only:
+            forward += linear(layout.tokens, model.trunk.width, model.latent_channels)
+        yield Component("teacher", "ssl", forward, saved=seen.forward - last.forward)
+        yield Component("prototype head, teacher", "ssl", _mlp(model.prototypes, head_width(model), reads))
+
+    def text(self, caption_tokens: float | None) -> Iterator[Component]:
+        """The tower; of all micro-batches but the shared one twice forward."""
+        if not self.has_clip:
+            return
+        text, rows = self.model.text, self.rows
+        unpacked = rows.clip * text.context
+        tokens, width = (
+            (unpacked, text.context) if caption_tokens is None else (caption_tokens, row_width(text.context))
+        )
+        block, full = text_block(text, tokens, tokens * width), text_block(text, unpacked, unpacked * text.context)
+        forward = text.depth * block.forward + linear(rows.clip, text.width, self.model.clip_width)
+        again = text.depth * block.again(self.config.system.activation_checkpointing, self.backend, True)
+        twice = forward * (rows.micro_batches - 1) / rows.micro_batches
+        saved = 3 * text.depth * (full.forward - block.forward)
+        yield Component("text", "clip", forward, 2 * forward, again + twice, saved)
+
+    def heads(self) -> Iterator[Component]:
+        """What lies between features and losses, and the products of the losses themselves."""
+        model, rows, objectives = self.model, self.rows, self.config.objectives
+        if self.has_clip:
+            forward = linear(rows.clip, head_width(model), model.clip_width)
+            twice = forward * (rows.micro_batches - 1) / rows.micro_batches
+            yield Component("clip head", "clip", forward, 2 * forward, twice)
+            # In float32; every rank scores its images against the captions of all.
+            scores = linear(rows.clip, model.clip_width, self.config.batch.clip)
+            again = scores if objectives.clip.kind == "softmax" else 0
+            yield Component("contrastive logits", "clip", scores, 2 * scores, again)
+        if rows.ssl:
+            yield from self._prototypes()
+            if objectives.ssl.koleo:
+                yield Component("koleo", "ssl", 2 * linear(rows.ssl, head_width(model), self.config.batch.ssl))
+
+    def _prototypes(self) -> Iterator[Component]:
+        model, num_global, hidden = self.model, 2 * self.rows.ssl, self.num_hidden
+        num_local = self.config.views.num_locals * self.rows.ssl
+        students, taught = num_global + num_local + hidden, num_global + hidden
+        forward = _mlp(model.prototypes, head_width(model), students)
+        yield Component("prototype head", "ssl", forward, 2 * forward)
+        logits = linear(students, model.prototypes.bottleneck, model.prototypes.num)
+        yield Component("prototype logits", "ssl", logits, 2 * logits)
+        # Of the teacher: for its targets' columns, for each loss that reads them, for the entropy that is reported.
+        made = self._column_rows(num_global) + self._column_rows(hidden)
+        made += (num_global if num_local else 0) + num_global + hidden + num_global
+        once, all_made = (linear(n, model.prototypes.bottleneck, model.prototypes.num) for n in (taught, made))
+        yield Component("prototype logits, teacher", "ssl", once, recompute=all_made - once)
+
+    def _column_rows(self, num_rows: int) -> int:
+        """Rows of teacher logits that Sinkhorn-Knopp makes: once where they can be kept, else in each iteration."""
+        if self.config.objectives.ssl.targets == "centering":
+            return 0
+        is_kept = 4 * num_rows * self.model.prototypes.num <= KEEP_BYTES[self.device]
+        return num_rows if is_kept else ITERATIONS * num_rows
+
+    def pixels(self) -> Iterator[Component]:
+        """Bottleneck, decoder, and the perceptual network's two passes of which one has a gradient, of pixels only."""
+        model, rows = self.model, self.rows
+        if not rows.rec:
+            return
+        size, vit = self.config.views.image_size, model.decoder
+        side = size // model.patch_size
+        tokens, squares = _tokens_and_squares(rows.rec, side * side)
+        if model.bottleneck_ae_only:
+            forward = linear(tokens, model.trunk.width, model.latent_channels)
+            yield Component("bottleneck", "rec", forward, 2 * forward)
+        block = vit_block(vit, tokens, squares, tokens)
+        again = block.again(self.config.system.activation_checkpointing, self.backend, vit.layer_scale is None)
+        edges = linear(tokens, model.latent_channels, vit.width) + _patches(model, vit.width, tokens)
+        forward = vit.depth * block.forward + edges
+        yield Component("decoder", "rec", forward, 2 * forward, vit.depth * again)
+        if self.config.objectives.rec.perceptual:
+            vgg, compared = perceptual_forward(size)
+            yield Component("perceptual", "rec", rows.rec * (2 * vgg + compared), rows.rec * (vgg + compared))
+
+
+def perceptual_forward(size: int) -> tuple[float, float]:
+    """VGG-16's convolutions on one image of `size` px, and LPIPS's heads on one pair."""
+    vgg, heads, channels_in = 0.0, 0.0, 3
+    for tap, (count, channels) in enumerate(zip(GROUPS, VGG_CHANNELS, strict=True)):
+        positions = (size // 2**tap) ** 2
+        vgg += convolution(positions, channels_in, channels, 3) + (count - 1) * convolution(
+            positions, channels, channels, 3
+        )
+        heads += convolution(positions, channels, 1, 1)
+        channels_in = channels
+    return vgg, heads
+
+
+def _patches(model: Model, width: int, patches: float) -> float:
+    """Between the pixels of a patch and `width`, either way."""
+    return linear(patches, 3 * model.patch_size**2, width)
+
+
+def _mlp(head: Prototypes, width: int, rows: int) -> float:
+    inner = (head.layers - 2) * linear(rows, head.hidden, head.hidden)
+    return linear(rows, width, head.hidden) + inner + linear(rows, head.hidden, head.bottleneck)
+
+
+def _tokens_and_squares(segments: float, length: int) -> tuple[float, float]:
+    return segments * length, segments * length**2
+
+
+def _kept_shares(layout: Layout, rate: float) -> list[float]:
+    """Share of each group's segments that a branch sees: that of its run, since draws do not look at groups."""
+    runs = [list(run) for _, run in groupby(layout.groups, key=lambda group: group.length)]
+    scales = subset(layout.segments, rate).scales
+    return [1 / scale for run, scale in zip(runs, scales, strict=True) for _ in run]
+
+
+def _objective(name: str) -> str:
+    return {"trunk, clip": "clip", "trunk, rec": "rec", "trunk, padding": "shared"}.get(name, "ssl")
+
+
+def _causes(parts: list[Component], config: Config) -> dict[str, float]:
+    """What was saved, by what saved it."""
+    saved: dict[str, float] = {}
+    for part in parts:
+        is_drop_path = config.model.trunk.drop_path and part.name.startswith("trunk")
+        cause = "captions packed" if part.name == "text" else "stochastic depth" if is_drop_path else "last MLP"
+        saved[cause] = saved.get(cause, 0) + part.saved
+    return saved
