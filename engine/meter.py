@@ -1,6 +1,6 @@
 """Running means between two reports, kept on the device: one sync a report instead of one a step.
 
-meter = Meter(comm, total_steps=300, samples_per_step=64)
+meter = Meter(comm, total_steps=300, samples_per_step=64, utilisation=use)
 meter.add(record)                         # every step
 values = meter.read(step=10)              # at a report: {"loss/total": 7.1, ..., "speed/samples_per_second": 55.0}
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.step import StepRecord
+from engine.utilisation import Utilisation
 from model.objectives.comm import Comm
 
 HEALTH = ("clip_accuracy", "logit_scale", "logit_bias", "teacher_entropy")  # named terms that are no losses
@@ -21,8 +22,10 @@ HEALTH = ("clip_accuracy", "logit_scale", "logit_bias", "teacher_entropy")  # na
 class Meter:
     """Means over steps and ranks since the last read, and the speed."""
 
-    def __init__(self, comm: Comm, total_steps: int, samples_per_step: int) -> None:
-        self._comm = comm
+    def __init__(
+        self, comm: Comm, total_steps: int, samples_per_step: int, utilisation: Utilisation | None = None
+    ) -> None:
+        self._comm, self._utilisation = comm, utilisation
         self._total_steps, self._samples_per_step = total_steps, samples_per_step
         self._sums: dict[str, Tensor] = {}
         self._schedule: dict[str, float] = {}
@@ -63,5 +66,7 @@ class Meter:
             "speed/caption_tokens_saved": self._saved / self._count,
             "speed/seconds_left": (self._total_steps - step) * per_step,
         }
+        if self._utilisation:
+            values |= self._utilisation.values(per_step, self._saved / self._count)
         self._sums, self._count, self._saved, self._since = {}, 0, 0.0, time.perf_counter()
         return values

@@ -29,6 +29,7 @@ from engine.pictures import latent_colours, reconstructions, write_png
 from engine.report import Reporter, open_reporter
 from engine.step import StepRecord, train_step
 from engine.timing import report as phase_times
+from engine.utilisation import Utilisation, utilisation
 from model.describe import describe
 from model.imagenet import denormalise
 from model.objectives.comm import Comm
@@ -57,8 +58,12 @@ def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -
             reporter.say(describe(config, Rows.per_rank(config, comm.world_size)))
             for name, choice in parts.choices.items():
                 reporter.say(f"{name}: {choice}")
+            rows, backend = parts.engine.module.rows, parts.engine.module.trunk.blocks[0].attn.backend
+            use = utilisation(config, rows, backend, parts.device)
+            reporter.say(f"compute: {use}")
             with metered(parts.device, config.batch.clip, first_step, reporter.say) as energy:
-                return Run(config, parts, loader, guard, reporter, window, energy, run_dir).go(first_step, centres)
+                run = Run(config, parts, loader, guard, reporter, window, energy, run_dir, use)
+                return run.go(first_step, centres)
 
 
 def make_loader(config: Config, comm: Comm, bad_log: Path) -> Loader:
@@ -87,11 +92,12 @@ class Run:
     window: Window
     energy: Energy
     directory: Path
+    use: Utilisation
 
     def go(self, first_step: int, centres: Centres | None) -> int:
         """Steps from `first_step` to optim.steps; gives the exit code."""
         total, report_every = self.config.optim.steps, self.config.system.report_every
-        meter, phases = Meter(self.parts.comm, total, self.config.batch.clip), self.parts.phases
+        meter, phases = Meter(self.parts.comm, total, self.config.batch.clip, self.use), self.parts.phases
         phases.read()  # what came before belongs to no step
         batches = self.loader.iterate(first_step)
         for step in range(first_step, total):

@@ -33,9 +33,9 @@ def describe() -> dict[str, str | int]:
 
 
 @cache
-def matmul_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of three square matrix products, best of several runs each."""
-    sizes = (2048, 4096, 8192) if torch.cuda.is_available() else (1024, 2048, 3072)
+def matmul_peak(dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> float:
+    """FLOP/s of the fastest of some square matrix products, three unless told, best of several runs each."""
+    sizes = sizes or ((2048, 4096, 8192) if torch.cuda.is_available() else (1024, 2048, 3072))
     return max(_speed(size, dtype) for size in sizes)
 
 

@@ -1,0 +1,70 @@
+"""What share of the device a step uses: FLOPs that were needed, and that were computed, over what it could do.
+
+    speed/tflops_per_rank   model FLOPs a second: forward and backward, each product once
+    speed/mfu               the same as a share of the peak
+    speed/hfu               with what checkpointing, gradient cache and losses compute again
+
+    use = utilisation(config, rows, backend="sdpa", device=torch.device("cuda", 0))
+    str(use)                                         # 4.0 TFLOP a step and rank; MFU against 989.4 TFLOP/s (...)
+    use.values(seconds=0.5, captions_saved=0.7)      # {"speed/tflops_per_rank": 7.9, "speed/mfu": 0.008, ...}
+
+The peak is that of the precision of the blocks' products: FP8's with FP8 in the blocks, although other products stay
+in bf16. On a CPU it is measured, before the first step and by all ranks at once, as they will share the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from configs import Config
+from model.pretrainer import Rows
+from profiling.flops import StepFlops
+from profiling.peaks import Peak, measured_peak, peak
+from profiling.step_flops import step_flops
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """Of one rank. `peak` is None on a device that nobody has stated one for."""
+
+    config: Config
+    rows: Rows
+    backend: str  # of attention, resolved
+    device: torch.device
+    peak: Peak | None
+    device_name: str
+
+    def flops(self, captions_saved: float) -> StepFlops:
+        """Of a step whose captions left out this share of their slots (PackedCaptions.saved)."""
+        tokens = (1 - captions_saved) * self.rows.clip * self.config.model.text.context
+        return step_flops(self.config, self.rows, tokens, backend=self.backend, device=self.device.type)
+
+    def values(self, seconds: float, captions_saved: float) -> dict[str, float]:
+        """For a report on steps of so many seconds."""
+        step = self.flops(captions_saved)
+        found = {"speed/tflops_per_rank": step.model_flops / seconds / 1e12}
+        if self.peak:
+            possible = seconds * self.peak.flops_per_second
+            found |= {"speed/mfu": step.model_flops / possible, "speed/hfu": step.hardware_flops / possible}
+        return found
+
+    def __str__(self) -> str:
+        flops = step_flops(self.config, self.rows, backend=self.backend, device=self.device.type).model_flops
+        step = f"{flops / 1e12:.3g} TFLOP a step and rank before captions are packed"
+        if self.peak is None:
+            return f"{step}; no MFU: no data sheet's {_precision(self.config)} peak is known for {self.device_name}"
+        return f"{step}; MFU against {self.peak}"
+
+
+def utilisation(config: Config, rows: Rows, backend: str, device: torch.device) -> Utilisation:
+    """For a run on `device`; a CPU's peak is measured now, on the threads that torch has now."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return Utilisation(config, rows, backend, device, peak(name, _precision(config)), name)
+    return Utilisation(config, rows, backend, device, measured_peak(config.optim.precision), device.type)
+
+
+def _precision(config: Config) -> str:
+    return config.optim.precision if config.system.linear == "bf16" else "fp8"
