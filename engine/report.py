@@ -28,6 +28,7 @@ HEADLINE = {
     "loss/ssl": "ssl",
     "loss/rec": "rec",
     "speed/samples_per_second": "samples/s",
+    "speed/mfu": "MFU",
 }
 
 

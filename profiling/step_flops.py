@@ -20,59 +20,25 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from configs import Config
-from configs.architecture import Model, Prototypes, Text, Vit
+from configs.architecture import Model
 from data.masking import hidden_patches
 from kernels.prototypes import KEEP_BYTES
-from model.block import swiglu_hidden
 from model.captions import row_width
 from model.describe import step_layout
 from model.drop_path import subset
-from model.objectives.perceptual import GROUPS
 from model.objectives.targets import ITERATIONS
 from model.pack import ALIGN, Group, Layout, pack
 from model.pretrainer import Rows, head_width
-from profiling.flops import Component, StepFlops, attention, convolution, linear
-
-VGG_CHANNELS = (64, 128, 256, 512, 512)  # of each tap: VGG-16
-
-
-@dataclass(frozen=True)
-class Block:
-    """Forward of one transformer block, in the order of its products."""
-
-    first: float  # all linear layers but the last
-    scores: float  # the two products between tokens
-    last: float  # the one whose result only the residual sum reads
-
-    @property
-    def forward(self) -> float:
-        return self.first + self.scores + self.last
-
-    def again(self, checkpointing: str, backend: str, last_is_kept: bool) -> float:
-        """What backward computes a second time. Recomputation ends with the last number that backward needs: the
-        result of the last product is not one, unless a scale or an index comes behind it."""
-        if checkpointing == "full":
-            return self.first + self.scores + (0 if last_is_kept else self.last)
-        return self.scores if checkpointing == "selective" and backend == "matmul" else 0
-
-
-def vit_block(vit: Vit, tokens: float, squares: float, mlp_tokens: float) -> Block:
-    """Of trunk or decoder. `squares`: sum over the segments of length^2."""
-    hidden = swiglu_hidden(vit.width, vit.mlp_ratio)
-    return Block(
-        first=linear(tokens, vit.width, 4 * vit.width) + linear(mlp_tokens, vit.width, 2 * hidden),
-        scores=attention(squares, vit.width),
-        last=linear(mlp_tokens, hidden, vit.width),
-    )
-
-
-def text_block(text: Text, tokens: float, squares: float) -> Block:
-    hidden = int(text.width * text.mlp_ratio)
-    return Block(
-        first=linear(tokens, text.width, 4 * text.width + hidden),
-        scores=attention(squares, text.width),
-        last=linear(tokens, hidden, text.width),
-    )
+from profiling.flops import Component, StepFlops, linear
+from profiling.layer_flops import (
+    Block,
+    patch_edge,
+    perceptual_forward,
+    prototype_mlp,
+    text_block,
+    tokens_and_squares,
+    vit_block,
+)
 
 
 def step_flops(
@@ -95,23 +61,6 @@ def step_flops(
     step = _Step(config, rows, num_hidden, backend, device)
     parts = [*step.trunk(), *step.teacher(), *step.text(caption_tokens), *step.heads(), *step.pixels()]
     return StepFlops.of(parts, _causes(parts, config))
-
-
-def forward_flops_of_tokenizer(config: Config, image_size: int, with_attention_products: bool = True) -> float:
-    """Encoder, bottleneck and decoder on one image of `image_size` px: what a user of the weights computes.
-
-    Published figures leave the two attention products out (docs/recipe.md, "Counting FLOPs").
-    """
-    model, patches = config.model, (image_size // config.model.patch_size) ** 2
-    encoder = vit_block(
-        model.trunk, *_tokens_and_squares(1, patches + 1 + model.registers), patches + 1 + model.registers
-    )
-    decoder = vit_block(model.decoder, *_tokens_and_squares(1, patches), patches)
-    total = _patches(model, model.trunk.width, patches) + linear(patches, model.trunk.width, model.latent_channels)
-    total += linear(patches, model.latent_channels, model.decoder.width) + _patches(model, model.decoder.width, patches)
-    for vit, block in ((model.trunk, encoder), (model.decoder, decoder)):
-        total += vit.depth * (block.forward - (0 if with_attention_products else block.scores))
-    return total
 
 
 @dataclass(frozen=True)
@@ -147,7 +96,7 @@ class _Step:
         read_pad = -(sum(read.values()) + rec_reads) % ALIGN
         names = {"clip": "trunk, clip" if self.has_clip else "trunk, rec"}
         for group, share in zip(layout.groups, _kept_shares(layout, rate), strict=True):
-            tokens, squares = _tokens_and_squares(group.segments, group.length)
+            tokens, squares = tokens_and_squares(group.segments, group.length)
             full = vit_block(model.trunk, tokens, squares, tokens)
             seen = vit_block(model.trunk, tokens * share, squares * share, tokens * share)
             last = seen if rate else vit_block(model.trunk, tokens, squares, read[group.name])
@@ -178,7 +127,7 @@ class _Step:
 
     def _embed(self, name: str, group: Group) -> Component:
         """Pixels have no gradient: backward is the weight's alone."""
-        forward = _patches(self.model, self.model.trunk.width, group.segments * group.grid[0] * group.grid[1])
+        forward = patch_edge(self.model, self.model.trunk.width, group.segments * group.grid[0] * group.grid[1])
         return Component(name, _objective(name), forward, forward)
 
     def _latents(self, tokens: float) -> Component:
@@ -211,15 +160,15 @@ class _Step:
         layout = pack({"ssl_global": (2 * self.rows.ssl, size, size)}, model.patch_size, prefix=1 + model.registers)
         [group] = layout.groups
         reads = self._read(group)
-        squares = _tokens_and_squares(group.segments, group.length)[1]
+        squares = tokens_and_squares(group.segments, group.length)[1]
         seen = vit_block(model.trunk, layout.tokens, squares, layout.tokens)
         last = vit_block(model.trunk, layout.tokens, squares, reads + -reads % ALIGN)
         forward = (model.trunk.depth - 1) * seen.forward + last.forward
-        forward += _patches(model, model.trunk.width, group.segments * group.grid[0] * group.grid[1])
+        forward += patch_edge(model, model.trunk.width, group.segments * group.grid[0] * group.grid[1])
         if not model.bottleneck_ae_only:
             forward += linear(layout.tokens, model.trunk.width, model.latent_channels)
         yield Component("teacher", "ssl", forward, saved=seen.forward - last.forward)
-        yield Component("prototype head, teacher", "ssl", _mlp(model.prototypes, head_width(model), reads))
+        yield Component("prototype head, teacher", "ssl", prototype_mlp(model.prototypes, head_width(model), reads))
 
     def text(self, caption_tokens: float | None) -> Iterator[Component]:
         """The tower; of all micro-batches but the shared one twice forward."""
@@ -257,7 +206,7 @@ class _Step:
         model, num_global, hidden = self.model, 2 * self.rows.ssl, self.num_hidden
         num_local = self.config.views.num_locals * self.rows.ssl
         students, taught = num_global + num_local + hidden, num_global + hidden
-        forward = _mlp(model.prototypes, head_width(model), students)
+        forward = prototype_mlp(model.prototypes, head_width(model), students)
         yield Component("prototype head", "ssl", forward, 2 * forward)
         logits = linear(students, model.prototypes.bottleneck, model.prototypes.num)
         yield Component("prototype logits", "ssl", logits, 2 * logits)
@@ -281,45 +230,18 @@ class _Step:
             return
         size, vit = self.config.views.image_size, model.decoder
         side = size // model.patch_size
-        tokens, squares = _tokens_and_squares(rows.rec, side * side)
+        tokens, squares = tokens_and_squares(rows.rec, side * side)
         if model.bottleneck_ae_only:
             forward = linear(tokens, model.trunk.width, model.latent_channels)
             yield Component("bottleneck", "rec", forward, 2 * forward)
         block = vit_block(vit, tokens, squares, tokens)
         again = block.again(self.config.system.activation_checkpointing, self.backend, vit.layer_scale is None)
-        edges = linear(tokens, model.latent_channels, vit.width) + _patches(model, vit.width, tokens)
+        edges = linear(tokens, model.latent_channels, vit.width) + patch_edge(model, vit.width, tokens)
         forward = vit.depth * block.forward + edges
         yield Component("decoder", "rec", forward, 2 * forward, vit.depth * again)
         if self.config.objectives.rec.perceptual:
             vgg, compared = perceptual_forward(size)
             yield Component("perceptual", "rec", rows.rec * (2 * vgg + compared), rows.rec * (vgg + compared))
-
-
-def perceptual_forward(size: int) -> tuple[float, float]:
-    """VGG-16's convolutions on one image of `size` px, and LPIPS's heads on one pair."""
-    vgg, heads, channels_in = 0.0, 0.0, 3
-    for tap, (count, channels) in enumerate(zip(GROUPS, VGG_CHANNELS, strict=True)):
-        positions = (size // 2**tap) ** 2
-        vgg += convolution(positions, channels_in, channels, 3) + (count - 1) * convolution(
-            positions, channels, channels, 3
-        )
-        heads += convolution(positions, channels, 1, 1)
-        channels_in = channels
-    return vgg, heads
-
-
-def _patches(model: Model, width: int, patches: float) -> float:
-    """Between the pixels of a patch and `width`, either way."""
-    return linear(patches, 3 * model.patch_size**2, width)
-
-
-def _mlp(head: Prototypes, width: int, rows: int) -> float:
-    inner = (head.layers - 2) * linear(rows, head.hidden, head.hidden)
-    return linear(rows, width, head.hidden) + inner + linear(rows, head.hidden, head.bottleneck)
-
-
-def _tokens_and_squares(segments: float, length: int) -> tuple[float, float]:
-    return segments * length, segments * length**2
 
 
 def _kept_shares(layout: Layout, rate: float) -> list[float]:

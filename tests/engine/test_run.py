@@ -28,6 +28,7 @@ STEPS = 6
 REPORTED = ("loss/total", "loss/clip", "loss/ssl", "loss/dino_local", "loss/dino_global", "loss/mim", "loss/koleo")
 REPORTED += ("loss/rec", "loss/l1", "optim/grad_norm", "optim/learning_rate", "speed/samples_per_second")
 REPORTED += ("phase/data_ms", "phase/trunk_ms", "phase/report_ms", "straggler/rank", "straggler/excess_share")
+REPORTED += ("speed/tflops_per_rank", "speed/mfu", "speed/hfu")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,8 @@ def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(shards: Pat
     assert {name: ranges[name] for name in ("data", "trunk", "ema", "report")} == dict.fromkeys(
         ("data", "trunk", "ema"), 2
     ) | {"report": 1}
+    assert any(line.startswith("compute: ") and "MFU against" in line for line in lines)
+    assert 0 < reports(run_dir)[-1]["speed/mfu"] < reports(run_dir)[-1]["speed/hfu"] < 1
 
     board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert set(REPORTED) <= set(board.Tags()["scalars"])

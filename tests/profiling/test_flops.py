@@ -29,7 +29,8 @@ from model.pretrainer import Pretrainer, Rows
 from model.text import TextBlock
 from model.tokenizer import VisualTokenizer
 from profiling.flops import StepFlops
-from profiling.step_flops import VGG_CHANNELS, forward_flops_of_tokenizer, step_flops
+from profiling.layer_flops import VGG_CHANNELS, forward_flops_of_tokenizer
+from profiling.step_flops import step_flops
 from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
