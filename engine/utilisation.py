@@ -5,7 +5,7 @@
     speed/hfu               with what checkpointing, gradient cache and losses compute again
 
     use = utilisation(config, rows, backend="sdpa", device=torch.device("cuda", 0))
-    str(use)                                         # 4.0 TFLOP a step and rank; MFU against 989.4 TFLOP/s (...)
+    str(use)                                         # 4,012.34 GFLOP a step and rank ...; MFU against ...
     use.values(seconds=0.5, captions_saved=0.7)      # {"speed/tflops_per_rank": 7.9, "speed/mfu": 0.008, ...}
 
 The peak is that of the precision of the blocks' products: FP8's with FP8 in the blocks, although other products stay
@@ -52,7 +52,7 @@ class Utilisation:
 
     def __str__(self) -> str:
         flops = step_flops(self.config, self.rows, backend=self.backend, device=self.device.type).model_flops
-        step = f"{flops / 1e12:.3g} TFLOP a step and rank before captions are packed"
+        step = f"{flops / 1e9:,.2f} GFLOP a step and rank before captions are packed"
         if self.peak is None:
             return f"{step}; no MFU: no data sheet's {_precision(self.config)} peak is known for {self.device_name}"
         return f"{step}; MFU against {self.peak}"

@@ -42,16 +42,20 @@ class Gpu:
     source: str
 
 
+_SAME = "differs in links and float64 alone"
 _GPUS = (
-    Gpu(r"A[18]00[- ].*", 312, None, "NVIDIA A100 Tensor Core GPU data sheet"),
+    Gpu(r"A100[- ].*", 312, None, "NVIDIA A100 Tensor Core GPU data sheet"),
+    Gpu(r"A800[- ].*", 312, None, f"NVIDIA A100 Tensor Core GPU data sheet; the A800 {_SAME}"),
     Gpu(r"A30", 165, None, "NVIDIA A30 Tensor Core GPU data sheet"),
     Gpu(r"A40", 149.7, None, "NVIDIA A40 data sheet"),
     Gpu(r"A10", 125, None, "NVIDIA A10 Tensor Core GPU data sheet"),
     Gpu(r"RTX A6000", 154.8, None, "NVIDIA Ampere GA102 GPU architecture whitepaper"),
     Gpu(r"GeForce RTX 3090", 71, None, "NVIDIA Ampere GA102 GPU architecture whitepaper"),
-    Gpu(r"(H100|H800) PCIe", 756.5, 1513, "NVIDIA H100 Tensor Core GPU data sheet, PCIe"),
+    Gpu(r"H100 PCIe", 756.5, 1513, "NVIDIA H100 Tensor Core GPU data sheet, PCIe"),
+    Gpu(r"H800 PCIe", 756.5, 1513, f"NVIDIA H100 Tensor Core GPU data sheet, PCIe; the H800 {_SAME}"),
     Gpu(r"(H100|H200) NVL", 835.5, 1670.5, "NVIDIA H100 and H200 Tensor Core GPU data sheets, NVL"),
-    Gpu(r"(H100|H800)( 80GB HBM3)?", 989.4, 1978.9, "NVIDIA H100 Tensor Core GPU data sheet, SXM"),
+    Gpu(r"H100 80GB HBM3", 989.4, 1978.9, "NVIDIA H100 Tensor Core GPU data sheet, SXM"),
+    Gpu(r"H800", 989.4, 1978.9, f"NVIDIA H100 Tensor Core GPU data sheet, SXM; the H800 {_SAME}"),
     Gpu(r"H200", 989.4, 1978.9, "NVIDIA H200 Tensor Core GPU data sheet, SXM"),
     Gpu(r"GH200 .*", 989.4, 1978.9, "NVIDIA GH200 Grace Hopper Superchip data sheet"),
     Gpu(r"B200", 2250, 4500, "NVIDIA DGX B200 data sheet, one of 8 GPUs"),
