@@ -18,6 +18,7 @@ demo: setup
 	    --ds_config configs/deepspeed/zero3.json system.run_dir=$(DEMO)
 	python -m evaluation.run $(DEMO) --tasks zero_shot,reconstruction
 	python -m evaluation.summary $(DEMO)
+	python -m profiling.report $(DEMO)
 
 # The demo with the seed that ships and two others, each held against its bounds; half an hour.
 demo-seeds: setup
@@ -40,7 +41,7 @@ setup: $(VENV)/installed
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,eval]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 clean:

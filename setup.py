@@ -12,7 +12,7 @@ setup(
         "configs", "kernels", "data", "model", "model.objectives", "engine", "evaluation", "profiling",
         "profiling.benches", "profiling.checks",
     ],
-    package_data={"configs": ["*.yaml", "deepspeed/*.json"]},
+    package_data={"configs": ["*.yaml", "deepspeed/*.json"], "profiling": ["*.j2"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8",
@@ -30,11 +30,12 @@ setup(
         "rich",
         "tensorboard",
         "nvidia-ml-py",  # pure Python; finds out at run time whether there is a driver
+        "jinja2",  # the report page, and matplotlib its plots
+        "matplotlib",
         "setuptools",  # torch.utils.tensorboard and DeepSpeed's extension builder import it at run time
     ],
     extras_require={
         "gpu": ["flash-attn", "xformers", "transformer-engine[pytorch]", "torchao"],
-        "eval": ["matplotlib"],
         "dev": [
             "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "beartype", "scikit-image",
             "scikit-learn", "torchao", "triton",  # both run on the CPU too: real float8, interpreted kernels

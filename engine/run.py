@@ -1,6 +1,6 @@
 """A run from its first step, or from a checkpoint, to its weights.
 
-    runs/NAME/  config.yaml  ds_config.json  log.txt  log.jsonl  tensorboard/  checkpoints/  pictures/
+    runs/NAME/  config.yaml  ds_config.json  choices.json  log.txt  log.jsonl  tensorboard/  checkpoints/  pictures/
                 bad_samples.jsonl  weights.safetensors  profile/ (with profile.steps)
 
 The loop reads as the data's way: batch, step, meter; and every report_every steps the one moment in which the host
@@ -47,7 +47,7 @@ def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -
         window = Window(config, parts.phases, run_dir, comm.rank)
         first_step, centres = _restore(parts, run_dir, resume)
         if world.is_first():
-            _describe(run_dir, config, ds_config)
+            _describe(run_dir, config, ds_config, parts.choices)
         guard = Guard(comm, parts.device)
         guard.listen()
         with (
@@ -187,7 +187,8 @@ def _restore(parts: Assembly, run_dir: Path, resume: bool) -> tuple[int, Centres
     return state.step, centres
 
 
-def _describe(run_dir: Path, config: Config, ds_config: dict[str, Any]) -> None:
+def _describe(run_dir: Path, config: Config, ds_config: dict[str, Any], choices: dict[str, str]) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+    (run_dir / "choices.json").write_text(json.dumps(choices, indent=2) + "\n")

@@ -1,0 +1,121 @@
+"""python -m profiling.report RUN [--compare RUN2] [--out FILE]: what a run did, as one page.
+
+Writes RUN/report.html, which needs nothing beside it (no network, no script, pictures and plots inside), and the same
+facts as RUN/report.json. With --compare two runs stand side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import re
+import sys
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from configs import UserError
+from profiling.report_blocks import Line, Plot, Section, Stack, as_json, shown
+from profiling.report_data import read_run
+from profiling.report_figures import labels
+from profiling.report_plots import line_plot, part_colour, stacked_bars
+from profiling.report_sections import sections
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_report(run: Path, compare: Path | None = None, out: Path | None = None) -> Path:
+    """Writes the page to `out` (RUN/report.html) and its facts beside it, as .json; gives the page's path.
+
+    Raises UserError for a directory that is no run, and where the page cannot be written.
+    """
+    runs = [read_run(path) for path in (run, compare) if path is not None]
+    page = out or run / "report.html"
+    if page.suffix == ".json":
+        raise UserError(f"--out {page}: the page is HTML, and its facts go beside it as .json; name a .html file")
+    title = " and ".join(labels(runs))
+    content = sections(runs)
+    try:
+        page.write_text(render(title, content), encoding="utf-8", errors="replace")
+        page.with_suffix(".json").write_text(as_json(title, content), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{page} cannot be written ({error.strerror}): name another file with --out") from None
+    return page
+
+
+def render(title: str, content: list[Section]) -> str:
+    """The page. Everything a run wrote is escaped; the plots' SVG holds no word of it."""
+    environment = Environment(
+        loader=PackageLoader("profiling", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "shown": shown,
+        "line_plot": _line_plot,
+        "stacked_bars": _stacked_bars,
+        "inlined": inlined,
+        "breakable": breakable,
+    }
+    environment.globals |= {"part_colour": part_colour, "told": told}
+    return environment.get_template("report.html.j2").render(title=title, sections=content)
+
+
+def inlined(picture: Path) -> str | None:
+    """A PNG file as a data URI; None for what is no PNG, or gone."""
+    try:
+        content = picture.read_bytes()
+    except OSError:
+        return None
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}" if content.startswith(PNG) else None
+
+
+def breakable(name: str) -> Markup:
+    """A figure's name, which may be broken behind / and _ where a phone has no room for it."""
+    return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(name))))
+
+
+def told(plot: Plot) -> str:
+    """The plot in words, for whoever does not see it."""
+    return f"{plot.title} over steps. {'; '.join(_ends(line) for line in plot.lines)}"
+
+
+def _ends(line: Line) -> str:
+    seen = [(step, value) for step, value in zip(line.steps, line.values, strict=True) if value is not None]
+    if not seen:
+        return f"{line.label}: no figures"
+    (first_step, first), (last_step, last) = seen[0], seen[-1]
+    return f"{line.label}: {shown(first)} at step {first_step:,}, {shown(last)} at step {last_step:,}"
+
+
+def _line_plot(plot: Plot) -> Markup:
+    return Markup(line_plot(plot))
+
+
+def _stacked_bars(stack: Stack) -> Markup:
+    return Markup(stacked_bars(stack))
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of this module; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m profiling.report", description="What a run did, as one self-contained page."
+    )
+    parser.add_argument("run", type=Path, help="a run directory with log.jsonl, finished or not")
+    parser.add_argument("--compare", type=Path, metavar="RUN2", help="a second run, put beside the first")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
+    parsed = parser.parse_args(arguments)
+    try:
+        page = write_report(parsed.run, parsed.compare, parsed.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

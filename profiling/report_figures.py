@@ -1,0 +1,91 @@
+"""Figures of one run or of two, as a table and as plots.
+
+figures([run], ["loss/clip"])            # a table: first, median, last
+figures([run, other], ["loss/clip"])     # a table: last of each, and the second over the first
+plots([run, other], ["loss/clip"], is_from_zero=False)
+"""
+
+from __future__ import annotations
+
+import math
+
+from profiling.report_blocks import Block, Cell, Line, Plot, Plots, Sentence, Table
+from profiling.report_data import Run
+
+MOST_POINTS = 500  # of a line; a plot is 400 pixels wide
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """A short name a run: its directory's, or the whole path where two directories are called the same."""
+    names = [run.directory.resolve().name for run in runs]
+    return names if len(set(names)) == len(runs) else [str(run.directory) for run in runs]
+
+
+def figures(runs: list[Run], keys: list[str]) -> Table:
+    """One run: first, median, last. Two: both last figures and the second over the first."""
+    if len(runs) == 1:
+        rows: list[list[Cell]] = [[key, runs[0].first(key), runs[0].median(key), runs[0].last(key)] for key in keys]
+        return Table("Over all reports", ["figure", "first", "median", "last"], rows)
+    return side_by_side("Last report", runs, {key: [run.last(key) for run in runs] for key in keys})
+
+
+def side_by_side(caption: str, runs: list[Run], rows: dict[str, list[Cell]]) -> Table:
+    """One column a run; for two, the second over the first behind, where there are such figures."""
+    header, ratios = ["", *labels(runs)], [_ratio(*cells) for cells in rows.values()] if len(runs) == 2 else []
+    filled: list[list[Cell]] = [[name, *cells] for name, cells in rows.items()]
+    if all(ratio is None for ratio in ratios):
+        return Table(caption, header, filled)
+    with_ratios = [[*row, ratio] for row, ratio in zip(filled, ratios, strict=True)]
+    return Table(caption, [*header, f"{header[2]} / {header[1]}"], with_ratios)
+
+
+def plots(runs: list[Run], keys: list[str], is_from_zero: bool) -> list[Block]:
+    """A plot a figure, with a line a run."""
+    drawn = [
+        Plot(key, [thinned(Line(name, run.steps, run.series(key))) for run, name in _named(runs)], is_from_zero)
+        for key in keys
+        if _varies(runs, key)
+    ]
+    return [Plots(drawn)] if drawn else []
+
+
+def remarks(runs: list[Run], keys: list[str]) -> list[Block]:
+    """Sentences on values that are no numbers, on what is not plotted, and on points left out."""
+    said = [_gaps(run, name, key) for key in keys for run, name in _named(runs)]
+    if flat := [key for key in keys if not _varies(runs, key)]:
+        said.append(f"Not plotted, for want of two different values: {', '.join(flat)}.")
+    if (most := max(len(run.steps) for run in runs)) > MOST_POINTS:
+        said.append(f"Of {most:,} reports the plots show at most {MOST_POINTS}, evenly taken, and the last.")
+    return [Sentence(text) for text in said if text]
+
+
+def _named(runs: list[Run]) -> list[tuple[Run, str]]:
+    return list(zip(runs, labels(runs), strict=True))
+
+
+def _varies(runs: list[Run], key: str) -> bool:
+    return len({value for run in runs for value in run.finite(key)}) > 1
+
+
+def thinned(line: Line) -> Line:
+    """At most MOST_POINTS points, evenly taken, the last one kept."""
+    stride = max(1, -(-len(line.steps) // MOST_POINTS))
+    kept = slice((len(line.steps) - 1) % stride, None, stride)
+    return Line(line.label, line.steps[kept], line.values[kept])
+
+
+def _gaps(run: Run, label: str, key: str) -> str:
+    """What to say of reports without the figure; nothing where all have it, or none has."""
+    values = run.series(key)
+    gaps = [step for step, value in zip(run.steps, values, strict=True) if value is None or not math.isfinite(value)]
+    if not gaps or all(value is None for value in values):
+        return ""
+    return (
+        f"{key} of {label} is missing or not finite in {len(gaps)} of {len(values)} reports, first at step {gaps[0]:,}."
+    )
+
+
+def _ratio(first: Cell, second: Cell) -> float | None:
+    if not (isinstance(first, int | float) and isinstance(second, int | float)) or first == 0:
+        return None
+    return second / first if math.isfinite(first) and math.isfinite(second) else None

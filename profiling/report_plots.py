@@ -1,0 +1,126 @@
+"""Plots as SVG text to stand inside a page: matplotlib's one door. The same figures give the same bytes.
+
+    svg = line_plot(Plot("loss/clip", [Line("demo", [10, 20], [4.5, 3.9])]))     # '<svg viewBox=...'
+
+Titles and the names of runs are the page's to write: no word of the run gets into the SVG. Text and axes are drawn in
+two colours that stand for the page's own, so that a plot is readable on light and on dark.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from profiling.report_blocks import Plot, Stack
+
+COLOURS = (
+    "#2f7ebc", "#d9762b", "#3d9a5f", "#a565b8", "#c2485a", "#8a7a2e", "#4aa3a8", "#8c6d5a", "#7a86c2", "#9aa0a6",
+    "#b8862f", "#5b8f3a", "#d07aa0", "#5f6f86",
+)  # fmt: skip
+MOST_DRAWN = 1e30  # beyond, axes cannot be divided any more
+_INK, _RULE = "#010203", "#010204"  # become currentColor and the page's rule
+_SUPERFLUOUS = tuple(
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        r"<style.*?</style>",
+        r'(?<=<g) id="[^"]*"',
+        r' (?:width|height)="[\d.]+pt"',
+        r" font-family: [^;]*;",
+    )
+)
+_FEW = 12  # points that get a dot each
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "text.parse_math": False,
+    "axes.edgecolor": _RULE,
+    "axes.labelcolor": _INK,
+    "axes.formatter.use_mathtext": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": _RULE,
+    "ytick.color": _RULE,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+}
+
+
+def line_plot(plot: Plot) -> str:
+    """The plot's lines over the steps."""
+    with matplotlib.rc_context(_style(plot.title)):
+        figure, axes = _canvas(height=2.4)
+        for line, colour, dashes in zip(plot.lines, COLOURS, ("-", (0, (4, 1.5))), strict=False):
+            marker = "o" if len(line.steps) <= _FEW else ""
+            axes.plot(
+                line.steps,
+                _drawable(line.values),
+                color=colour,
+                linewidth=1.6,
+                linestyle=dashes,
+                marker=marker,
+                markersize=3,
+            )
+        if plot.is_from_zero and axes.get_ylim()[0] > 0:
+            axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        return _svg(figure)
+
+
+def stacked_bars(stack: Stack) -> str:
+    """One horizontal bar a run; its parts in the order and the colours of the legend."""
+    with matplotlib.rc_context(_style(stack.title)):
+        figure, axes = _canvas(height=0.75 + 0.45 * len(stack.labels), width=6.4)
+        left = [0.0] * len(stack.labels)
+        for part_idx, widths in enumerate(stack.parts.values()):
+            axes.barh(range(len(widths)), widths, left=left, height=0.6, color=part_colour(part_idx))
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        axes.set_yticks([])
+        axes.invert_yaxis()
+        axes.set_xlabel(stack.unit)
+        return _svg(figure)
+
+
+def part_colour(part_idx: int) -> str:
+    """The colour of a stack's part."""
+    return COLOURS[part_idx % len(COLOURS)]
+
+
+def _style(title: str) -> dict[str, object]:
+    """Ids are the page's, so each plot has its own, and always the same: they come from its title."""
+    return _STYLE | {"svg.hashsalt": "plot " + title.encode(errors="replace").decode()}
+
+
+def _drawable(values: list[float | None]) -> list[float]:
+    """NaN, which is drawn as a gap, for what an axis has no place for."""
+    return [math.nan if value is None or not abs(value) < MOST_DRAWN else value for value in values]
+
+
+def _canvas(height: float, width: float = 4.2) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot(facecolor="none")
+
+
+def _svg(figure: Figure) -> str:
+    """The figure without what belongs to a file of its own: XML header, size, fonts, styles, names of groups."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg ") :].strip()
+    for superfluous in _SUPERFLUOUS:
+        svg = superfluous.sub("", svg)
+    return svg.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
