@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data import corpus
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights
+from profiling.report import write_report
 
 pytestmark = pytest.mark.L1
 
@@ -119,6 +120,12 @@ def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(shards: Pat
     latent = tokenizer.encode(images)
     assert latent.shape == (2, 8, 4, 6)
     assert tokenizer.decode(latent).shape == images.shape
+
+    choices = json.loads((run_dir / "choices.json").read_text())
+    assert {"attention", "zero"} <= choices.keys()
+    assert {f"{name}: {choice}" for name, choice in choices.items()} <= set(lines)
+    page = write_report(run_dir).read_text()
+    assert all(word in page for word in ("finished", "loss/clip", "data:image/png"))
 
 
 def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(shards: Path, tmp_path: Path) -> None:
