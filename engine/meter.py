@@ -32,6 +32,11 @@ class Meter:
         self._count, self._saved = 0, 0.0
         self._since = time.perf_counter()
 
+    @property
+    def num_steps(self) -> int:
+        """Steps since the last read."""
+        return self._count
+
     def add(self, record: StepRecord) -> None:
         """Adds a step's losses to the running sums; no sync."""
         terms = record.losses | {"grad_norm": torch.as_tensor(record.grad_norm)}

@@ -29,6 +29,7 @@ from engine.pictures import latent_colours, reconstructions, write_png
 from engine.report import Reporter, open_reporter
 from engine.step import StepRecord, train_step
 from engine.timing import report as phase_times
+from engine.traffic import Traffic, counting
 from engine.utilisation import Utilisation, utilisation
 from model.describe import describe
 from model.imagenet import denormalise
@@ -61,8 +62,8 @@ def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -
             rows, backend = parts.engine.module.rows, parts.engine.module.trunk.blocks[0].attn.backend
             use = utilisation(config, rows, backend, parts.device)
             reporter.say(f"compute: {use}")
-            with metered(parts.device, config.batch.clip, first_step, reporter.say) as energy:
-                run = Run(config, parts, loader, guard, reporter, window, energy, run_dir, use)
+            with metered(parts.device, config.batch.clip, first_step, reporter.say) as energy, counting() as traffic:
+                run = Run(config, parts, loader, guard, reporter, window, energy, run_dir, use, traffic)
                 return run.go(first_step, centres)
 
 
@@ -93,6 +94,7 @@ class Run:
     energy: Energy
     directory: Path
     use: Utilisation
+    traffic: Traffic
 
     def go(self, first_step: int, centres: Centres | None) -> int:
         """Steps from `first_step` to optim.steps; gives the exit code."""
@@ -124,10 +126,11 @@ class Run:
     def _report(self, done: int, record: StepRecord, meter: Meter) -> bool:
         """The host looks at the device; pictures and a checkpoint when they are due. Whether to stop before the end."""
         system = self.config.system
+        moved = self.traffic.take(meter.num_steps)  # before the report's own collectives
         self.guard.check(done)
         gc.collect()
         measured = meter.read(done, self.loader.wait_seconds) | phase_times(self.parts.phases, self.parts.comm)
-        self.reporter.scalars(done, measured | self.energy.read(done) | data_health(self.loader))
+        self.reporter.scalars(done, measured | moved | self.energy.read(done) | data_health(self.loader))
         is_stopping, is_last = self.guard.should_stop(), done == self.config.optim.steps
         if is_stopping or is_last or is_due(done, system.images_every, system.report_every):
             self._show(done, record)

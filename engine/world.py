@@ -16,8 +16,8 @@ usually the cause.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -32,6 +32,10 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 # torch 2.13 renamed both and warns at the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# (kind, bytes of the whole message): what `observed` tells of every collective.
+Note = Callable[[str, int], None]
 
 
 class RankError(RuntimeError):
@@ -183,6 +187,35 @@ def gather_objects(value: T) -> list[T]:
     with _named("gather_objects"):
         dist.all_gather_object(gathered, value)
     return gathered
+
+
+@contextmanager
+def observed(note: Note) -> Iterator[None]:
+    """Inside, every collective on tensors that goes through torch.distributed's functions is told to `note` first.
+
+    Told are integers of the host: nothing is waited for. Objects and barriers of torch's own are not told.
+    """
+    kinds = {"all_reduce": "all_reduce", "reduce": "reduce", "broadcast": "broadcast"}
+    own = globals()
+    with ExitStack() as stack:
+        for name, kind in kinds.items():
+            stack.callback(setattr, dist, name, getattr(dist, name))
+            setattr(dist, name, told(getattr(dist, name), kind, note))
+        for name, kind in {"_all_gather": "all_gather", "_reduce_scatter": "reduce_scatter"}.items():
+            stack.callback(own.__setitem__, name, own[name])
+            own[name] = told(own[name], kind, note)
+        yield
+
+
+def told(collective: Callable[..., Any], kind: str, note: Note) -> Callable[..., Any]:
+    """`collective` with a call of `note` before it. Its first two arguments are output and input, or one tensor."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor)][:2]
+        note(kind, max(tensor.numel() * tensor.element_size() for tensor in tensors))
+        return collective(*arguments, **options)
+
+    return call
 
 
 def _all_reduce(x: Tensor, op: Any, what: str) -> Tensor:

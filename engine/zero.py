@@ -135,6 +135,21 @@ def collectives(engine: Any) -> list[tuple[str, Any, str]]:
     ]
 
 
+@contextmanager
+def observed(note: world.Note) -> Iterator[None]:
+    """Inside, DeepSpeed's gathers and reduce-scatters are told to `note` (world.observed has its other collectives).
+
+    DeepSpeed's backend holds these two functions by itself; torch's module no longer matters to it.
+    """
+    backend = deepspeed.comm.comm.cdb
+    with ExitStack() as stack:
+        for kind in ("all_gather", "reduce_scatter"):
+            name = f"{kind}_function"
+            stack.callback(setattr, backend, name, getattr(backend, name))
+            setattr(backend, name, world.told(getattr(backend, name), kind, note))
+        yield
+
+
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """The parameter's shape, whether it is partitioned at the moment or not."""
     return getattr(parameter, "ds_shape", parameter.shape)

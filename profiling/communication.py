@@ -1,0 +1,246 @@
+"""What ranks say to each other in a step, in bytes: predicted from the config and the DeepSpeed JSON.
+
+    for each in predict(config, ds_config, world_size=8):
+        each.kind, each.purpose, each.message_bytes, each.wire_bytes(8)
+    print(table(config, ds_config, world_size=8))
+
+A *message* is the whole tensor: the output of an all-gather, the input of a reduce-scatter, the tensor of an
+all-reduce. On the *wire* a rank sends, around a ring of W, (W-1)/W of the message of an all-gather or reduce-scatter,
+and twice that for an all-reduce. Both are per optimizer step and rank, of a steady step (ZeRO-3 learns its order in the
+first). engine/traffic.py counts messages of a run under the same convention, reported as comm/*_mb.
+
+What happens only at reports (means over ranks, stop flags, data health: a few hundred bytes) is no part of a step, and
+the EMA teacher moves nothing: each rank's shards follow its own. The model of ZeRO is deepspeed 0.19.8's:
+
+    ZeRO-1, 2   gradients are all-reduced, whole, in buckets (use_multi_rank_bucket_allreduce is on: on the wire twice
+                a reduce-scatter, in both stages); after the step each rank's part of the weights is gathered
+    ZeRO-3      parameters are gathered by profiling/gathers.py's rules, gradients reduce-scattered; small parameters,
+                the teacher's too, are gathered again after the step, and the teacher's once more when it has moved
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs import Config, UserError
+from configs.ds import zero_stage
+from engine.assemble import LEAVES
+from engine.optim import parameter_groups
+from model.pretrainer import Pretrainer, Rows, head_width
+from profiling.gathers import Gathers, Settings, Visit
+
+FP32_BYTES = 4
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+COMM_DTYPE_BYTES = {"bfp16": 2, "bf16": 2, "fp16": 2, "fp32": 4}
+# A rank's part of a flat group begins at a multiple of this many elements in ZeRO-1 and 2.
+ALIGN = 2
+SINKHORN_PASSES = 4  # over K numbers: a maximum and a sum, then a sum for each of two more iterations
+STEADY = 3  # steps after which the trace of ZeRO-3 no longer changes
+# What enters these has no gradient, so DeepSpeed does not see their backward end.
+ENDS_UNSEEN = ("trunk", "trunk.patch_embed", "trunk.patch_embed.proj", "text", "text.token_embedding")
+# Settings that change what is sent in ways this model does not follow: value that leaves it as modelled.
+AS_MODELLED = {
+    "use_multi_rank_bucket_allreduce": True, "allgather_partitions": True, "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False, "zero_quantized_gradients": False,
+    "stage3_use_all_reduce_for_fetch_params": False, "stage3_module_granularity_threshold": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All messages of one kind and purpose in a step, on one rank."""
+
+    kind: str  # "all_gather", "reduce_scatter" or "all_reduce"
+    purpose: str
+    message_bytes: int
+
+    def wire_bytes(self, world_size: int) -> float:
+        """What a rank sends around a ring."""
+        passes = 2 if self.kind == "all_reduce" else 1
+        return passes * self.message_bytes * (world_size - 1) / world_size
+
+
+def predict(config: Config, ds_config: dict[str, Any], world_size: int, is_separate: bool = False) -> list[Collective]:
+    """One rank's collectives in a steady step, in the order of the step.
+
+    `is_separate`: the same step with a trunk pass for each of clip, ssl global, ssl local and rec: the difference is
+    what sharing one pass saves (without micro-batches). Raises UserError for a DeepSpeed setting that is not modelled.
+    """
+    _refuse_other_traffic(ds_config)
+    if world_size == 1:
+        return []
+    model = meta_model(config, world_size)
+    found = list(_objectives(config, world_size))
+    if zero_stage(ds_config) == 3:
+        found += _stage_3(config, ds_config, model, world_size, is_separate)
+    else:
+        found += _stage_1_and_2(config, ds_config, model, world_size)
+    return [each for each in found if each.message_bytes]
+
+
+def by_kind(collectives: list[Collective]) -> dict[str, int]:
+    """Message bytes of a step by kind, as engine.traffic counts them."""
+    counts: Counter[str] = Counter()
+    for each in collectives:
+        counts[each.kind] += each.message_bytes
+    return dict(counts)
+
+
+def table(config: Config, ds_config: dict[str, Any], world_size: int) -> str:
+    """For people: every collective, its message and wire, and the step with separate passes below."""
+    lines = [f"{'collective':<16}{'purpose':<40}{'message MB':>12}{'wire MB':>12}"]
+    for is_separate, name in ((False, "sum"), (True, "sum with separate passes")):
+        collectives = predict(config, ds_config, world_size, is_separate)
+        rows = [] if is_separate else collectives
+        for kind, purpose, message, wire in [
+            *((each.kind, each.purpose, each.message_bytes, each.wire_bytes(world_size)) for each in rows),
+            ("", name, sum(c.message_bytes for c in collectives), sum(c.wire_bytes(world_size) for c in collectives)),
+        ]:
+            lines.append(f"{kind:<16}{purpose:<40}{message / 1e6:>12.3f}{wire / 1e6:>12.3f}")
+    return "\n".join(lines)
+
+
+def meta_model(config: Config, world_size: int) -> Pretrainer:
+    """The model of one rank without memory."""
+    with torch.device("meta"):
+        return Pretrainer(config, Rows.per_rank(config, world_size))
+
+
+def _refuse_other_traffic(ds_config: dict[str, Any]) -> None:
+    zero = ds_config["zero_optimization"]
+    for key, modelled in AS_MODELLED.items():
+        if zero.get(key, modelled) != modelled:
+            raise UserError(
+                f"zero_optimization.{key}={zero[key]} changes what ranks send, in a way the prediction does not model: "
+                f"set it to {modelled}, or measure (comm/*_mb in the reports)"
+            )
+
+
+def _objectives(config: Config, world_size: int) -> Iterator[Collective]:
+    """What the losses exchange, in float32."""
+    model, weights, ssl = config.model, config.objectives, config.objectives.ssl
+    if weights.clip.weight:
+        features = config.batch.clip * model.clip_width * FP32_BYTES
+        yield Collective("all_gather", "captions' features", features)
+        yield Collective("reduce_scatter", "captions' features, backward", features)
+        if weights.clip.kind == "softmax":
+            yield Collective("all_reduce", "captions' softmax sums", 2 * config.batch.clip * FP32_BYTES)
+    if ssl.weight:
+        sinkhorn = SINKHORN_PASSES * model.prototypes.num
+        targets = sinkhorn if ssl.targets == "sinkhorn" else model.prototypes.bottleneck + 1
+        yield Collective("all_reduce", f"teacher targets, {ssl.targets}", 2 * targets * FP32_BYTES)
+        if ssl.koleo:
+            rows = 2 * config.batch.ssl * head_width(model) * FP32_BYTES
+            yield Collective("all_gather", "KoLeo's neighbours", rows)
+            yield Collective("reduce_scatter", "KoLeo's neighbours, backward", rows)
+
+
+def _stage_1_and_2(
+    config: Config, ds_config: dict[str, Any], model: Pretrainer, world_size: int
+) -> Iterator[Collective]:
+    groups = [sum(p.numel() for p in group["params"]) for group in _groups(config, model)]
+    unit = ALIGN * world_size
+    padded = sum(-(-size // unit) * unit for size in groups)
+    yield Collective("all_reduce", "gradients", sum(groups) * _gradient_bytes(config, ds_config))
+    yield Collective("all_reduce", "gradient norm", len(groups) * FP32_BYTES)
+    yield Collective("all_gather", "parameters, after the step", padded * DTYPE_BYTES[config.optim.precision])
+
+
+def _stage_3(
+    config: Config, ds_config: dict[str, Any], model: Pretrainer, world_size: int, is_separate: bool
+) -> Iterator[Collective]:
+    padded = {name: -(-p.numel() // world_size) * world_size for name, p in model.named_parameters()}
+    trained = sum(padded[name] for name, p in model.named_parameters() if p.requires_grad)
+    sizes: Counter[str] = Counter()
+    for (purpose, name), count in steady_gathers(config, ds_config, model, is_separate)[0].items():
+        sizes[purpose] += count * padded[name] * DTYPE_BYTES[config.optim.precision]
+    for purpose, size in sizes.items():
+        yield Collective("all_gather", f"parameters, {purpose}", size)
+    yield Collective("reduce_scatter", "gradients", trained * _gradient_bytes(config, ds_config))
+    yield Collective("all_reduce", "gradient norm", 2 * FP32_BYTES * len(_groups(config, model)))  # in float64
+
+
+def steady_gathers(
+    config: Config, ds_config: dict[str, Any], model: Pretrainer, is_separate: bool = False
+) -> tuple[Counter[tuple[str, str]], int]:
+    """How often a step gathers (purpose, parameter) under ZeRO-3, and the most elements that are whole at once."""
+    gathers = Gathers({name: p.numel() for name, p in model.named_parameters()}, Settings.of(ds_config))
+    teacher = {name for name in gathers.persistent if name.startswith("teacher.")}
+    whole, clip_only = _forward(config, model, is_separate), _clip_forward(config, model)
+    others = config.system.clip.micro_batches - 1
+    for _ in range(STEADY):
+        gathers.take()
+        for _ in range(others):
+            gathers.run(clip_only)
+        gathers.run([*whole, *_backward(whole)])
+        for _ in range(others):
+            gathers.run([*clip_only, *_backward(clip_only)])
+        gathers.end_step()
+        gathers.drop(teacher)
+    return gathers.take(), gathers.most_live
+
+
+def _forward(config: Config, model: Pretrainer, is_separate: bool) -> list[Visit]:
+    """The order of Pretrainer.forward."""
+    passes = 1
+    if is_separate:
+        ssl = 1 + bool(config.views.num_locals) if model.teacher is not None else 0
+        passes = max(1, (model.clip is not None) + ssl + (model.decoder is not None))
+    is_early = not config.model.bottleneck_ae_only
+    parts = ["teacher", *["trunk"] * passes, "bottleneck" if is_early else "", "text", "clip", "prototypes"]
+    parts += ["" if is_early else "bottleneck", "decoder"]
+    return _visits(model, parts)
+
+
+def _clip_forward(config: Config, model: Pretrainer) -> list[Visit]:
+    return _visits(model, ["trunk", "" if config.model.bottleneck_ae_only else "bottleneck", "text", "clip"])
+
+
+def _visits(model: Pretrainer, parts: list[str]) -> list[Visit]:
+    """The engine's module and in it `parts`, where they are built."""
+    root = Visit("forward", "", True, False, (), tuple(name for name, _ in model.named_parameters()))
+    present = [(name, getattr(model, name)) for name in parts if name]
+    inside = (visit for name, part in present if part is not None for visit in _walk(part, name))
+    return [root, *inside, root._replace(enters=False)]
+
+
+def _walk(module: nn.Module, name: str) -> Iterator[Visit]:
+    """Hooks hang on every module that is called, but for those inside a leaf."""
+    is_leaf = isinstance(module, tuple(LEAVES))
+    own, below = (
+        tuple(f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=recurse))
+        for recurse in (False, True)
+    )
+    visit = Visit("teacher" if name.startswith("teacher") else "forward", name, True, is_leaf, own, below)
+    is_called = not isinstance(module, nn.ModuleList)
+    if is_called:
+        yield visit
+    for child, part in () if is_leaf else module.named_children():
+        yield from _walk(part, f"{name}.{child}")
+    if is_called:
+        yield visit._replace(enters=False)
+
+
+def _backward(forward: list[Visit]) -> list[Visit]:
+    """The other way round, without what has no gradient and without the whole, whose outputs are no tensors: its hooks
+    do not see them."""
+    return [
+        visit._replace(purpose="backward", enters=not visit.enters, ends_unseen=visit.module in ENDS_UNSEEN)
+        for visit in reversed(forward)
+        if visit.purpose != "teacher" and visit.module
+    ]
+
+
+def _groups(config: Config, model: Pretrainer) -> list[dict[str, Any]]:
+    return parameter_groups(model, config.optim.weight_decay, one_each=config.optim.kind == "lamb")
+
+
+def _gradient_bytes(config: Config, ds_config: dict[str, Any]) -> int:
+    given = ds_config.get("communication_data_type")
+    return DTYPE_BYTES[config.optim.precision] if given is None else COMM_DTYPE_BYTES[given]
