@@ -144,7 +144,7 @@ def _objectives(config: Config, world_size: int) -> Iterator[Collective]:
 def _stage_1_and_2(
     config: Config, ds_config: dict[str, Any], model: Pretrainer, world_size: int
 ) -> Iterator[Collective]:
-    groups = [sum(p.numel() for p in group["params"]) for group in _groups(config, model)]
+    groups = [sum(p.numel() for p in group["params"]) for group in optimizer_groups(config, model)]
     unit = ALIGN * world_size
     padded = sum(-(-size // unit) * unit for size in groups)
     yield Collective("all_reduce", "gradients", sum(groups) * _gradient_bytes(config, ds_config))
@@ -163,7 +163,7 @@ def _stage_3(
     for purpose, size in sizes.items():
         yield Collective("all_gather", f"parameters, {purpose}", size)
     yield Collective("reduce_scatter", "gradients", trained * _gradient_bytes(config, ds_config))
-    yield Collective("all_reduce", "gradient norm", 2 * FP32_BYTES * len(_groups(config, model)))  # in float64
+    yield Collective("all_reduce", "gradient norm", 2 * FP32_BYTES * len(optimizer_groups(config, model)))  # in float64
 
 
 def steady_gathers(
@@ -237,7 +237,8 @@ def _backward(forward: list[Visit]) -> list[Visit]:
     ]
 
 
-def _groups(config: Config, model: Pretrainer) -> list[dict[str, Any]]:
+def optimizer_groups(config: Config, model: Pretrainer) -> list[dict[str, Any]]:
+    """As ZeRO gets them: each is flattened into one tensor."""
     return parameter_groups(model, config.optim.weight_decay, one_each=config.optim.kind == "lamb")
 
 

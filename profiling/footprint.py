@@ -1,0 +1,120 @@
+"""What a rank holds in memory, predicted from the config and the DeepSpeed JSON, component by component.
+
+    footprint = predict(config, ds_config, world_size=8)
+    print(footprint.table())
+
+States are those of deepspeed 0.19.8 as its engine holds them between two steps; tests/profiling/test_footprint.py holds
+each stage against the tensors of a real engine. For N trained and F frozen parameters of b bytes on W ranks:
+
+    component              ZeRO-1, 2                       ZeRO-3
+    parameters             N b                             N b / W, and small ones whole
+    frozen teacher         F b                             F b / W
+    optimizer              12 N / W                        12 N / W          float32 weights and two moments
+    EMA teacher            4 F                             4 F / W           float32 averages
+    gradients              -                               N b / W
+    reduce bucket          -                               reduce_bucket_size b, whatever the model's size
+
+and while a step runs
+    gathered parameters    -                               the most that is whole at once, by profiling/gathers.py
+    micro-batch gradients  N b                             N b               with system.clip.micro_batches > 1
+
+Activations and the transient gradient buffers of ZeRO-1 and 2 are not in it: the sum is a floor for what a step needs.
+What is gathered is exact in elements counted, and has not been held against a device's measured peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from configs import Config
+from configs.ds import offloads_optimizer, zero_stage
+from model.pretrainer import Pretrainer
+from profiling.communication import ALIGN, DTYPE_BYTES, FP32_BYTES, meta_model, optimizer_groups, steady_gathers
+from profiling.gathers import Settings
+
+OPTIMIZER_BYTES = 3 * FP32_BYTES  # weights and two moments
+REDUCE_BUCKET = 500_000_000  # elements, DeepSpeed's default
+MANY_PARTS = 2  # micro-batches from which gradients wait whole for their one reduction
+
+
+@dataclass(frozen=True)
+class Component:
+    """Bytes on one rank. `is_static`: held between steps too; `is_on_host`: in the host's memory, not the device's."""
+
+    name: str
+    bytes: int
+    is_static: bool = True
+    is_on_host: bool = False
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """All components of one rank."""
+
+    components: tuple[Component, ...]
+
+    @property
+    def static_bytes(self) -> int:
+        """Held between two steps on the device."""
+        return sum(each.bytes for each in self.components if each.is_static and not each.is_on_host)
+
+    @property
+    def device_bytes(self) -> int:
+        """Held on the device when all components are."""
+        return sum(each.bytes for each in self.components if not each.is_on_host)
+
+    def table(self) -> str:
+        """For people, in GiB."""
+        lines = [f"{'component':<24}{'GiB':>10}"]
+        for each in self.components:
+            where = " on the host" if each.is_on_host else "" if each.is_static else " while a step runs"
+            lines.append(f"{each.name:<24}{each.bytes / 2**30:>10.3f}{where}")
+        return "\n".join([*lines, f"{'sum on the device':<24}{self.device_bytes / 2**30:>10.3f}"])
+
+
+def predict(config: Config, ds_config: dict[str, Any], world_size: int) -> Footprint:
+    """One rank's states, and what ZeRO gathers for a step. Activations are not in it."""
+    model = meta_model(config, world_size)
+    components = _stage_3 if zero_stage(ds_config) == 3 else _stage_1_and_2
+    found = components(config, ds_config, model, world_size)
+    if config.system.clip.micro_batches >= MANY_PARTS:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        size = trained * DTYPE_BYTES[config.optim.precision]
+        found.append(Component("micro-batch gradients", size, is_static=False))
+    return Footprint(tuple(each for each in found if each.bytes))
+
+
+def _stage_3(config: Config, ds_config: dict[str, Any], model: Pretrainer, world_size: int) -> list[Component]:
+    each, zero = DTYPE_BYTES[config.optim.precision], ds_config["zero_optimization"]
+    shards = {name: -(-p.numel() // world_size) for name, p in model.named_parameters()}
+    trained = sum(shards[name] for name, p in model.named_parameters() if p.requires_grad)
+    frozen = sum(shards.values()) - trained
+    threshold = Settings.of(ds_config).persistence
+    small = [name for name, p in model.named_parameters() if p.numel() <= threshold]
+    whole = sum(shards[name] for name in small if not name.startswith("teacher.")) * world_size
+    most_live = max(0, steady_gathers(config, ds_config, model)[1] - whole)
+    bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
+    return [
+        Component("parameters", (trained + whole) * each),
+        Component("frozen teacher", frozen * each),
+        Component("optimizer", trained * OPTIMIZER_BYTES, is_on_host=offloads_optimizer(ds_config)),
+        Component("EMA teacher", frozen * FP32_BYTES),
+        Component("gradients", trained * each),
+        Component("reduce bucket", bucket * each),
+        Component("gathered parameters", most_live * each, is_static=False),
+    ]
+
+
+def _stage_1_and_2(config: Config, ds_config: dict[str, Any], model: Pretrainer, world_size: int) -> list[Component]:
+    each, unit = DTYPE_BYTES[config.optim.precision], ALIGN * world_size
+    groups = [sum(p.numel() for p in group["params"]) for group in optimizer_groups(config, model)]
+    trained = sum(-(-size // unit) * unit for size in groups)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    on_host = offloads_optimizer(ds_config)
+    return [
+        Component("parameters", trained * each),
+        Component("frozen teacher", frozen * each),
+        Component("optimizer", trained // world_size * OPTIMIZER_BYTES, is_on_host=on_host),
+        Component("EMA teacher", frozen * FP32_BYTES),
+    ]
