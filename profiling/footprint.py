@@ -18,7 +18,8 @@ and while a step runs
     gathered parameters    -                               the most that is whole at once, by profiling/gathers.py
     micro-batch gradients  N b                             N b               with system.clip.micro_batches > 1
 
-Activations and the transient gradient buffers of ZeRO-1 and 2 are not in it: the sum is a floor for what a step needs.
+Activations (profiling/activations.py counts them) and the transient gradient buffers of ZeRO-1 and 2 are not in it: the
+sum is a floor for what a step needs.
 What is gathered is exact in elements counted, and has not been held against a device's measured peak.
 """
 
