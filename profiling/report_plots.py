@@ -22,7 +22,7 @@ from profiling.report_blocks import Plot, Stack
 
 COLOURS = (
     "#2f7ebc", "#d9762b", "#3d9a5f", "#a565b8", "#c2485a", "#8a7a2e", "#4aa3a8", "#8c6d5a", "#7a86c2", "#9aa0a6",
-    "#b8862f", "#5b8f3a", "#d07aa0", "#5f6f86",
+    "#b8862f", "#5b8f3a", "#d07aa0", "#5f6f86", "#3c6e71", "#b0543c",
 )  # fmt: skip
 MOST_DRAWN = 1e30  # beyond, axes cannot be divided any more
 _INK, _RULE = "#010203", "#010204"  # become currentColor and the page's rule

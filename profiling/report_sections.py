@@ -43,7 +43,12 @@ GROUPS = (
         "The log has no utilisation (speed/mfu, speed/hfu, speed/tflops_per_rank).",
     ),
     Group("throughput", "Throughput", ("speed/",), "The log has no speeds (speed/*)."),
-    Group("phases", "Phases of a step", ("phase/",), "The log has no phases (phase/*): the run did not time them."),
+    Group(
+        "phases",
+        "Phases of a step",
+        ("phase/", "straggler/"),
+        "The log has no phases (phase/*): the run did not time them.",
+    ),
     Group("memory", "Memory", ("memory/",), "The log has no memory figures (memory/*)."),
     Group("communication", "Communication", ("comm/",), "The log has no bytes of collectives (comm/*)."),
     Group("energy", "Energy", ("energy/",), "The log has no energy (energy/*): nothing measured it beside the run."),

@@ -69,7 +69,7 @@ def run(tmp_path: Path) -> Path:
     more = {
         "phase/trunk_ms": 300.0, "phase/backward_ms": 500.0, "speed/mfu": 0.31, "memory/peak_gib": 2.5,
         "comm/all_gather_bytes": 1.5e6, "energy/joules_per_sample": 3.5, "data/bad/truncated image": 1.0,
-        "unheard/of": 7.25,
+        "unheard/of": 7.25, "straggler/rank": 1.0,
     }  # fmt: skip
     reports = [(step, figures(step, **{key: value * step for key, value in more.items()})) for step in range(1, 6)]
     directory = make_run(tmp_path / "demo", reports)
@@ -202,6 +202,8 @@ def test_the_figures_are_those_of_the_log(run: Path) -> None:
         {"label": "demo", "steps": [1, 2, 3, 4, 5], "values": pytest.approx([3.9, 3.8, 3.7, 3.6, 3.5])}
     ]
     [stack] = blocks(facts, "stack")
+    [phases] = blocks(facts, "table", "phases")
+    assert [row[0] for row in phases["rows"]] == ["phase/trunk_ms", "phase/backward_ms", "straggler/rank"]
     assert stack["parts"] == {"trunk": [900.0], "backward": [1500.0]}
 
 
