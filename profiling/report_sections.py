@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from profiling.report_blocks import Block, Cell, Listing, Pictures, Section, Sentence, Stack, Table
 from profiling.report_data import Run
 from profiling.report_figures import figures, labels, plots, remarks
+from profiling.report_flops import flops_table
 from profiling.report_summary import summary
 
 FIRST_BAD_SAMPLES = 20
@@ -85,7 +86,9 @@ def keys_of(group: Group, keys: list[str]) -> list[str]:
 
 
 def _of_group(group: Group, runs: list[Run], keys: list[str]) -> Section:
-    special = {"phases": _phases, "memory": _peaks, "data": _bad_samples}.get(group.name, _nothing_special)
+    special = {"phases": _phases, "flops": _flops, "memory": _peaks, "data": _bad_samples}.get(
+        group.name, _nothing_special
+    )
     blocks: list[Block] = [*special(runs, keys)]
     if keys:
         blocks += [*plots(runs, keys, group.is_from_zero), figures(runs, keys), *remarks(runs, keys)]
@@ -105,6 +108,10 @@ def _phases(runs: list[Run], keys: list[str]) -> list[Block]:
         return []
     parts = {key.removeprefix("phase/").removesuffix("_ms"): [run.median(key) or 0.0 for run in runs] for key in timed}
     return [Stack("Where a step's time goes (medians)", "ms a step", labels(runs), parts)]
+
+
+def _flops(runs: list[Run], keys: list[str]) -> list[Block]:
+    return [block for run, label in zip(runs, labels(runs), strict=True) for block in flops_table(run, label)]
 
 
 def _peaks(runs: list[Run], keys: list[str]) -> list[Block]:

@@ -1,6 +1,7 @@
 """The report page: whole, true to the log, self-contained, and unmoved by what a run directory may hold."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,12 +15,14 @@ import torch
 from configs import UserError, to_yaml
 from engine.pictures import write_png
 from engine.report import Log
+from model.pretrainer import Rows
 from profiling.report import main, write_report
 from profiling.report_blocks import Line, Plot, Stack, as_json, shown
 from profiling.report_data import read_run
 from profiling.report_figures import MOST_POINTS, labels, thinned
 from profiling.report_plots import line_plot, stacked_bars
 from profiling.report_sections import sections
+from profiling.step_flops import step_flops
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -205,6 +208,25 @@ def test_the_figures_are_those_of_the_log(run: Path) -> None:
     [phases] = blocks(facts, "table", "phases")
     assert [row[0] for row in phases["rows"]] == ["phase/trunk_ms", "phase/backward_ms", "straggler/rank"]
     assert stack["parts"] == {"trunk": [900.0], "backward": [1500.0]}
+
+
+def test_the_table_of_flops_is_the_count_for_the_ranks_of_the_run(run: Path) -> None:
+    batch = tiny_config().batch.clip
+    sizes = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": batch // 2, "gradient_accumulation_steps": 1}
+    (run / "ds_config.json").write_text(json.dumps(sizes))
+    [table] = [block for block in blocks(facts_of(run), "table", "flops") if "GFLOP" in block["caption"]]
+    counted = step_flops(tiny_config("optim.steps=5"), Rows.per_rank(tiny_config(), 2))
+    assert [row[0] for row in table["rows"]] == [*(part.name for part in counted.components), "sum"]
+    assert table["rows"][-1][2] + table["rows"][-1][3] == pytest.approx(counted.model_flops / 1e9)
+    for damaged in (
+        "{}",
+        "[]",
+        '{"train_batch_size": "x"}',
+        json.dumps(sizes | {"train_batch_size": math.inf}),
+        json.dumps(sizes | {"train_micro_batch_size_per_gpu": 0}),
+    ):
+        (run / "ds_config.json").write_text(damaged)
+        assert "no table of FLOPs" in sentences(facts_of(run), "flops"), damaged
 
 
 def test_of_each_kind_of_picture_the_first_the_middle_and_the_last_are_inlined(run: Path) -> None:
