@@ -21,23 +21,19 @@ from data.captions import CaptionEncoder
 from data.loader import Loader
 from engine import archive, checkpoint, world
 from engine.assemble import Assembly, assemble
-from engine.energy import Energy, metered
 from engine.garbage import collected_by_hand
 from engine.guard import STOPPED, Guard
+from engine.instruments import Instruments, watching
 from engine.meter import Meter
 from engine.pictures import latent_colours, reconstructions, write_png
 from engine.report import Reporter, open_reporter
 from engine.step import StepRecord, train_step
-from engine.timing import report as phase_times
-from engine.traffic import Traffic, counting
-from engine.utilisation import Utilisation, utilisation
 from model.describe import describe
 from model.imagenet import denormalise
 from model.objectives.comm import Comm
 from model.objectives.total import Centres
 from model.pretrainer import Rows
 from profiling.memory import process_peak_bytes
-from profiling.window import Window
 
 
 def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -> int:
@@ -45,26 +41,17 @@ def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -
     run_dir = archive.run_directory(config)
     with closing(make_loader(config, comm, run_dir / "bad_samples.jsonl")) as loader:
         parts = assemble(config, ds_config, comm)
-        window = Window(config, parts.phases, run_dir, comm.rank)
         first_step, centres = _restore(parts, run_dir, resume)
         if world.is_first():
             _describe(run_dir, config, ds_config, parts.choices)
         guard = Guard(comm, parts.device)
         guard.listen()
-        with (
-            open_reporter(run_dir, config.optim.steps, first_step, world.is_first()) as reporter,
-            collected_by_hand(),
-            window,
-        ):
+        with open_reporter(run_dir, config.optim.steps, first_step, world.is_first()) as reporter, collected_by_hand():
             reporter.say(describe(config, Rows.per_rank(config, comm.world_size)))
             for name, choice in parts.choices.items():
                 reporter.say(f"{name}: {choice}")
-            rows, backend = parts.engine.module.rows, parts.engine.module.trunk.blocks[0].attn.backend
-            use = utilisation(config, rows, backend, parts.device)
-            reporter.say(f"compute: {use}")
-            with metered(parts.device, config.batch.clip, first_step, reporter.say) as energy, counting() as traffic:
-                run = Run(config, parts, loader, guard, reporter, window, energy, run_dir, use, traffic)
-                return run.go(first_step, centres)
+            with watching(config, parts, run_dir, first_step, reporter.say) as instruments:
+                return Run(config, parts, loader, guard, reporter, instruments, run_dir).go(first_step, centres)
 
 
 def make_loader(config: Config, comm: Comm, bad_log: Path) -> Loader:
@@ -90,24 +77,21 @@ class Run:
     loader: Loader
     guard: Guard
     reporter: Reporter
-    window: Window
-    energy: Energy
+    instruments: Instruments
     directory: Path
-    use: Utilisation
-    traffic: Traffic
 
     def go(self, first_step: int, centres: Centres | None) -> int:
         """Steps from `first_step` to optim.steps; gives the exit code."""
         total, report_every = self.config.optim.steps, self.config.system.report_every
-        meter, phases = Meter(self.parts.comm, total, self.config.batch.clip, self.use), self.parts.phases
-        phases.read()  # what came before belongs to no step
+        meter = Meter(self.parts.comm, total, self.config.batch.clip, self.instruments.use)
+        window, phases = self.instruments.window, self.instruments.phases
         batches = self.loader.iterate(first_step)
         for step in range(first_step, total):
-            self.window.before(step)
+            window.before(step)
             with phases("data"):
                 batch = next(batches)
             record = train_step(self.parts, batch, centres, self.config)
-            self.window.after(step)
+            window.after(step)
             centres, done = record.centres, step + 1
             meter.add(record)
             self.guard.watch(record.losses["total"])
@@ -126,11 +110,10 @@ class Run:
     def _report(self, done: int, record: StepRecord, meter: Meter) -> bool:
         """The host looks at the device; pictures and a checkpoint when they are due. Whether to stop before the end."""
         system = self.config.system
-        moved = self.traffic.take(meter.num_steps)  # before the report's own collectives
+        beside = self.instruments.read(done, meter.num_steps)
         self.guard.check(done)
         gc.collect()
-        measured = meter.read(done, self.loader.wait_seconds) | phase_times(self.parts.phases, self.parts.comm)
-        self.reporter.scalars(done, measured | moved | self.energy.read(done) | data_health(self.loader))
+        self.reporter.scalars(done, meter.read(done, self.loader.wait_seconds) | beside | data_health(self.loader))
         is_stopping, is_last = self.guard.should_stop(), done == self.config.optim.steps
         if is_stopping or is_last or is_due(done, system.images_every, system.report_every):
             self._show(done, record)

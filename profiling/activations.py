@@ -2,8 +2,8 @@
 
     saved(config, Rows.per_rank(config, world_size=8), batch, "matmul")   # {"trunk": 91234304, "text": 5046272, ...}
 
-The forward runs under torch's FakeTensorMode: shapes, dtypes and aliasing are those of the run, storage is not there,
-so a preset that fits no machine here is counted in seconds. Each storage counts once, at the component that keeps it
+The forward runs under torch's FakeTensorMode: shapes, dtypes and aliasing are those of the run, memory is not there, so
+a preset that fits no machine here is counted in seconds. Each storage counts once, at the component that keeps it
 first; parameters and inputs do not. Without activation checkpointing, without what objectives keep, and as attention
 backends behave on the CPU: `sdpa` and `matmul`, of which the latter keeps its matrices of scores.
 """

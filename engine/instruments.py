@@ -1,0 +1,59 @@
+"""What watches a run from beside, put together: none of it changes a step, or waits for the device between reports.
+
+with watching(config, parts, run_dir, first_step, say=reporter.say) as instruments:
+    instruments.window.before(step)         # profiler window; and .after(step)
+    with instruments.phases("data"): ...
+    instruments.read(done, num_steps=10)    # {"phase/trunk_ms": ..., "straggler/rank": ..., "comm/all_gather_mb": ...,
+                                            #  "energy/joules": ...} since the last read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import Config
+from engine.assemble import Assembly
+from engine.energy import Energy, metered
+from engine.timing import report as phase_times
+from engine.traffic import Traffic, counting
+from engine.utilisation import Utilisation, utilisation
+from model.objectives.comm import Comm
+from profiling.phases import Phases
+from profiling.window import Window
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """Of one rank. `use` is read by the meter, which knows how long the steps took."""
+
+    comm: Comm
+    phases: Phases
+    window: Window
+    use: Utilisation
+    energy: Energy
+    traffic: Traffic
+
+    def read(self, done: int, num_steps: int) -> dict[str, float]:
+        """What the last `num_steps` steps took and moved, at `done` finished ones. A collective."""
+        moved = self.traffic.take(num_steps)
+        return phase_times(self.phases, self.comm) | moved | self.energy.read(done)
+
+
+@contextmanager
+def watching(
+    config: Config, parts: Assembly, run_dir: Path, first_step: int, say: Callable[[str], None]
+) -> Iterator[Instruments]:
+    """Starts the instruments, says what is measured and against what, and ends them. A collective."""
+    student = parts.engine.module
+    use = utilisation(config, student.rows, student.trunk.blocks[0].attn.backend, parts.device)
+    say(f"compute: {use}")
+    with (
+        Window(config, parts.phases, run_dir, parts.comm.rank) as window,
+        metered(parts.device, config.batch.clip, first_step, say) as energy,
+        counting() as traffic,
+    ):
+        parts.phases.read()  # what came before belongs to no step
+        yield Instruments(parts.comm, parts.phases, window, use, energy, traffic)
