@@ -1,8 +1,8 @@
 """glibc's malloc, told to keep what a step frees; for runs that compute on the CPU.
 
 By itself it hands every block above 32 MiB back to the kernel as soon as it is freed, and the kernel clears every page
-of the next one anew. Activations of a packed pass are of that size, so that a step spends a twentieth of its time on
-pages it had a moment before (`python -m profiling.bench step` measures with this set). Peak memory stays the same.
+of the next one anew. Activations of a packed pass are of that size, so that a step waits for pages it had a moment
+before: a fifth of a step of vtp_s on two cores. The price is 5 to 8 % more memory (docs/decisions.md).
 """
 
 from __future__ import annotations
