@@ -41,6 +41,7 @@ COMM_DTYPE_BYTES = {"bfp16": 2, "bf16": 2, "fp16": 2, "fp32": 4}
 # A rank's part of a flat group begins at a multiple of this many elements in ZeRO-1 and 2.
 ALIGN = 2
 SINKHORN_PASSES = 4  # over K numbers: a maximum and a sum, then a sum for each of two more iterations
+BUCKET = 500_000_000  # elements, DeepSpeed's default for reducing and for gathering
 STEADY = 3  # steps after which the trace of ZeRO-3 no longer changes
 # What enters these has no gradient, so DeepSpeed does not see their backward end.
 ENDS_UNSEEN = ("trunk", "trunk.patch_embed", "trunk.patch_embed.proj", "text", "text.token_embedding")
@@ -54,11 +55,14 @@ AS_MODELLED = {
 
 @dataclass(frozen=True)
 class Collective:
-    """All messages of one kind and purpose in a step, on one rank."""
+    """All messages of one kind and purpose in a step, on one rank. `num_messages` go one after the other, each with
+    its own latency; it is modelled and, unlike the bytes, not held against a run. `waits`: nothing computes beside."""
 
     kind: str  # "all_gather", "reduce_scatter" or "all_reduce"
     purpose: str
     message_bytes: int
+    num_messages: int = 1
+    waits: bool = True
 
     def wire_bytes(self, world_size: int) -> float:
         """What a rank sends around a ring."""
@@ -147,9 +151,12 @@ def _stage_1_and_2(
     groups = [sum(p.numel() for p in group["params"]) for group in optimizer_groups(config, model)]
     unit = ALIGN * world_size
     padded = sum(-(-size // unit) * unit for size in groups)
-    yield Collective("all_reduce", "gradients", sum(groups) * _gradient_bytes(config, ds_config))
+    buckets = -(-sum(groups) // _elements(ds_config, "reduce_bucket_size"))
+    gradients = sum(groups) * _gradient_bytes(config, ds_config)
+    yield Collective("all_reduce", "gradients", gradients, buckets, waits=not _overlaps(ds_config))
     yield Collective("all_reduce", "gradient norm", len(groups) * FP32_BYTES)
-    yield Collective("all_gather", "parameters, after the step", padded * DTYPE_BYTES[config.optim.precision])
+    pieces = -(-padded // _elements(ds_config, "allgather_bucket_size"))
+    yield Collective("all_gather", "parameters, after the step", padded * DTYPE_BYTES[config.optim.precision], pieces)
 
 
 def _stage_3(
@@ -158,18 +165,31 @@ def _stage_3(
     padded = {name: -(-p.numel() // world_size) * world_size for name, p in model.named_parameters()}
     trained = sum(padded[name] for name, p in model.named_parameters() if p.requires_grad)
     sizes: Counter[str] = Counter()
-    for (purpose, name), count in steady_gathers(config, ds_config, model, is_separate)[0].items():
+    gathers = steady_gathers(config, ds_config, model, is_separate)
+    for (purpose, name), count in gathers.parameters.items():
         sizes[purpose] += count * padded[name] * DTYPE_BYTES[config.optim.precision]
     for purpose, size in sizes.items():
-        yield Collective("all_gather", f"parameters, {purpose}", size)
-    yield Collective("reduce_scatter", "gradients", trained * _gradient_bytes(config, ds_config))
+        waits = purpose == "after the step"
+        yield Collective("all_gather", f"parameters, {purpose}", size, gathers.messages[purpose], waits)
+    buckets = -(-trained // _elements(ds_config, "reduce_bucket_size"))
+    gradients = trained * _gradient_bytes(config, ds_config)
+    yield Collective("reduce_scatter", "gradients", gradients, buckets, waits=not _overlaps(ds_config))
     yield Collective("all_reduce", "gradient norm", 2 * FP32_BYTES * len(optimizer_groups(config, model)))  # in float64
+
+
+@dataclass(frozen=True)
+class StepGathers:
+    """What a step gathers under ZeRO-3."""
+
+    parameters: Counter[tuple[str, str]]  # how often (purpose, parameter)
+    messages: Counter[str]  # by purpose
+    most_live: int  # elements that are whole at once, at most
 
 
 def steady_gathers(
     config: Config, ds_config: dict[str, Any], model: Pretrainer, is_separate: bool = False
-) -> tuple[Counter[tuple[str, str]], int]:
-    """How often a step gathers (purpose, parameter) under ZeRO-3, and the most elements that are whole at once."""
+) -> StepGathers:
+    """Of a step whose order ZeRO-3 knows."""
     gathers = Gathers({name: p.numel() for name, p in model.named_parameters()}, Settings.of(ds_config))
     teacher = {name for name in gathers.persistent if name.startswith("teacher.")}
     whole, clip_only = _forward(config, model, is_separate), _clip_forward(config, model)
@@ -183,7 +203,7 @@ def steady_gathers(
             gathers.run([*clip_only, *_backward(clip_only)])
         gathers.end_step()
         gathers.drop(teacher)
-    return gathers.take(), gathers.most_live
+    return StepGathers(*gathers.take(), gathers.most_live)
 
 
 def _forward(config: Config, model: Pretrainer, is_separate: bool) -> list[Visit]:
@@ -240,6 +260,15 @@ def _backward(forward: list[Visit]) -> list[Visit]:
 def optimizer_groups(config: Config, model: Pretrainer) -> list[dict[str, Any]]:
     """As ZeRO gets them: each is flattened into one tensor."""
     return parameter_groups(model, config.optim.weight_decay, one_each=config.optim.kind == "lamb")
+
+
+def _elements(ds_config: dict[str, Any], bucket: str) -> int:
+    return int(ds_config["zero_optimization"].get(bucket, BUCKET))
+
+
+def _overlaps(ds_config: dict[str, Any]) -> bool:
+    """Whether gradients are reduced while backward goes on; DeepSpeed's default is so for ZeRO-3 alone."""
+    return bool(ds_config["zero_optimization"].get("overlap_comm", zero_stage(ds_config) == 3))
 
 
 def _gradient_bytes(config: Config, ds_config: dict[str, Any]) -> int:

@@ -42,7 +42,8 @@ def convolution(positions: float, channels_in: int, channels_out: int, side: int
 @dataclass(frozen=True)
 class Component:
     """FLOPs of one part of the step, of one rank. `saved` is what forward and backward would take more if nothing
-    were left out; negative where leaving out costs more padding than it saves."""
+    were left out; negative where leaving out costs more padding than it saves. `scores` is that part of `forward` which
+    is between tokens: the two products of attention."""
 
     name: str
     objective: str  # clip, ssl, rec, or "shared" where no one objective asks for it
@@ -50,10 +51,11 @@ class Component:
     backward: float = 0
     recompute: float = 0
     saved: float = 0
+    scores: float = 0
 
     def __add__(self, other: Component) -> Component:
         assert (self.name, self.objective) == (other.name, other.objective)
-        numbers = {key: getattr(self, key) + getattr(other, key) for key in PASSES}
+        numbers = {key: getattr(self, key) + getattr(other, key) for key in (*PASSES, "scores")}
         return replace(self, **numbers)
 
 

@@ -31,11 +31,10 @@ from typing import Any
 from configs import Config
 from configs.ds import offloads_optimizer, zero_stage
 from model.pretrainer import Pretrainer
-from profiling.communication import ALIGN, DTYPE_BYTES, FP32_BYTES, meta_model, optimizer_groups, steady_gathers
+from profiling.communication import ALIGN, BUCKET, DTYPE_BYTES, FP32_BYTES, meta_model, optimizer_groups, steady_gathers
 from profiling.gathers import Settings
 
 OPTIMIZER_BYTES = 3 * FP32_BYTES  # weights and two moments
-REDUCE_BUCKET = 500_000_000  # elements, DeepSpeed's default
 MANY_PARTS = 2  # micro-batches from which gradients wait whole for their one reduction
 
 
@@ -94,8 +93,8 @@ def _stage_3(config: Config, ds_config: dict[str, Any], model: Pretrainer, world
     threshold = Settings.of(ds_config).persistence
     small = [name for name, p in model.named_parameters() if p.numel() <= threshold]
     whole = sum(shards[name] for name in small if not name.startswith("teacher.")) * world_size
-    most_live = max(0, steady_gathers(config, ds_config, model)[1] - whole)
-    bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
+    most_live = max(0, steady_gathers(config, ds_config, model).most_live - whole)
+    bucket = int(zero.get("reduce_bucket_size", BUCKET))
     return [
         Component("parameters", (trained + whole) * each),
         Component("frozen teacher", frozen * each),

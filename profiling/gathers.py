@@ -81,6 +81,7 @@ class Gathers:
         self._queue: deque[Use] = deque()
         self._reuse_cache: dict[tuple[str, int], frozenset[str]] = {}
         self._gathered: Counter[tuple[str, str]] = Counter()
+        self._messages: Counter[str] = Counter()
         self.most_live = 0
         self._start()
 
@@ -94,16 +95,17 @@ class Gathers:
         """After the optimizer: small parameters are gathered anew, all of them, each by itself."""
         self._available -= self.persistent
         for name in sorted(self.persistent):
-            self._gather(name, "after the step")
+            self._gather_together({name: "after the step"})
 
     def drop(self, names: set[str]) -> None:
         """Frees copies whose shards were written."""
         self._available -= names
 
-    def take(self) -> Counter[tuple[str, str]]:
-        """How often (purpose, parameter) was gathered since the last call."""
-        gathered, self._gathered = self._gathered, Counter()
-        return gathered
+    def take(self) -> tuple[Counter[tuple[str, str]], Counter[str]]:
+        """How often (purpose, parameter) was gathered since the last call, and in how many messages by purpose."""
+        taken = self._gathered, self._messages
+        self._gathered, self._messages = Counter(), Counter()
+        return taken
 
     def _start(self) -> None:
         self._queue = deque(self._uses()) if self._mode == "complete" else deque()
@@ -128,9 +130,8 @@ class Gathers:
             self._last_needed, self._queue = {}, deque()
         if self._mode == "record":
             self._trace.append(visit)
-        for name in visit.parameters:
-            self._gather(name, visit.purpose)
-            self._ahead.discard(name)
+        self._gather_together(dict.fromkeys(visit.parameters, visit.purpose))
+        self._ahead -= set(visit.parameters)
         if self._mode == "complete":
             self._pass_by(visit)
             self._prefetch()
@@ -156,9 +157,8 @@ class Gathers:
             if use.parameter not in self._available and use.parameter not in wanted:
                 wanted[use.parameter] = use.purpose
                 size += self._sizes[use.parameter]
-        for name, purpose in wanted.items():
-            self._gather(name, purpose)
-            self._ahead.add(name)
+        self._gather_together(wanted)
+        self._ahead |= set(wanted)
 
     def _leave(self, visit: Visit) -> None:
         freed = self._freed(visit) if self._mode == "complete" else set(visit.parameters)
@@ -181,13 +181,16 @@ class Gathers:
             self._reuse_cache[key] = frozenset(freed)
         return self._reuse_cache[key]
 
-    def _gather(self, name: str, purpose: str) -> None:
-        if name in self._available:
-            return
-        self._available.add(name)
-        self._gathered[purpose, name] += 1
-        self._num_live += self._sizes[name]
-        self.most_live = max(self.most_live, sum(self._sizes[name] for name in self._available))
+    def _gather_together(self, wanted: Mapping[str, str]) -> None:
+        """Parameter -> purpose, in one message, which counts for the first of its purposes."""
+        missing = {name: purpose for name, purpose in wanted.items() if name not in self._available}
+        for name, purpose in missing.items():
+            self._gathered[purpose, name] += 1
+            self._num_live += self._sizes[name]
+        if missing:
+            self._messages[next(iter(missing.values()))] += 1
+            self._available |= set(missing)
+            self.most_live = max(self.most_live, sum(self._sizes[name] for name in self._available))
 
     def _free(self, names: set[str] | frozenset[str]) -> None:
         freed = names & self._available

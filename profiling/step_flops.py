@@ -123,7 +123,8 @@ class _Step:
         forward = (trunk.depth - 1) * seen.forward + last.forward
         again = (trunk.depth - 1) * seen.again(mode, self.backend, ends_there) + last.again(mode, self.backend, False)
         saved = 0 if is_beside else trunk.depth * full.forward - forward - also_read
-        return Component(name, _objective(name), forward, 2 * forward, again, 3 * saved)
+        scores = (trunk.depth - 1) * seen.scores + last.scores
+        return Component(name, _objective(name), forward, 2 * forward, again, 3 * saved, scores)
 
     def _embed(self, name: str, group: Group) -> Component:
         """Pixels have no gradient: backward is the weight's alone."""
@@ -167,7 +168,8 @@ class _Step:
         forward += patch_edge(model, model.trunk.width, group.segments * group.grid[0] * group.grid[1])
         if not model.bottleneck_ae_only:
             forward += linear(layout.tokens, model.trunk.width, model.latent_channels)
-        yield Component("teacher", "ssl", forward, saved=seen.forward - last.forward)
+        scores = model.trunk.depth * seen.scores
+        yield Component("teacher", "ssl", forward, saved=seen.forward - last.forward, scores=scores)
         yield Component("prototype head, teacher", "ssl", prototype_mlp(model.prototypes, head_width(model), reads))
 
     def text(self, caption_tokens: float | None) -> Iterator[Component]:
@@ -184,7 +186,7 @@ class _Step:
         again = text.depth * block.again(self.config.system.activation_checkpointing, self.backend, True)
         twice = forward * (rows.micro_batches - 1) / rows.micro_batches
         saved = 3 * text.depth * (full.forward - block.forward)
-        yield Component("text", "clip", forward, 2 * forward, again + twice, saved)
+        yield Component("text", "clip", forward, 2 * forward, again + twice, saved, text.depth * block.scores)
 
     def heads(self) -> Iterator[Component]:
         """What lies between features and losses, and the products of the losses themselves."""
@@ -238,7 +240,7 @@ class _Step:
         again = block.again(self.config.system.activation_checkpointing, self.backend, vit.layer_scale is None)
         edges = linear(tokens, model.latent_channels, vit.width) + patch_edge(model, vit.width, tokens)
         forward = vit.depth * block.forward + edges
-        yield Component("decoder", "rec", forward, 2 * forward, vit.depth * again)
+        yield Component("decoder", "rec", forward, 2 * forward, vit.depth * again, scores=vit.depth * block.scores)
         if self.config.objectives.rec.perceptual:
             vgg, compared = perceptual_forward(size)
             yield Component("perceptual", "rec", rows.rec * (2 * vgg + compared), rows.rec * (vgg + compared))
