@@ -46,15 +46,20 @@ def load_ds_config(path: str | Path, config: Config, world_size: int) -> dict[st
     Raises UserError for an unreadable file, an unknown key, a science key in conflict with the YAML, or a
     world size that does not divide data.streams.
     """
-    given = _read(Path(path))
-    science = _science(config, world_size)
     try:
-        _refuse_unknown(given, SYSTEM_KEYS | REFUSED_KEYS | science.keys())
-        _check_zero(given.get("zero_optimization"))
-        _refuse_conflicts(given, science)
+        found = complete(_read(Path(path)), config, world_size)
     except UserError as error:
         raise UserError(f"--ds_config {path}: {error}") from None
     check_world(config, world_size)
+    return found
+
+
+def complete(given: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
+    """`given`, what a JSON holds, with the science of `config` filled in. Raises UserError as load_ds_config does."""
+    science = _science(config, world_size)
+    _refuse_unknown(given, SYSTEM_KEYS | REFUSED_KEYS | science.keys())
+    _check_zero(given.get("zero_optimization"))
+    _refuse_conflicts(given, science)
     ours = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return {**{key: given[key] for key in given if key not in REFUSED_KEYS}, **science, **ours}
 
@@ -124,15 +129,11 @@ def _read(path: Path) -> dict[str, Any]:
         given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except OSError as error:
         shipped = ", ".join(sorted(p.name for p in (Path(__file__).parent / "deepspeed").glob("*.json")))
-        raise UserError(
-            f"--ds_config {path} cannot be read ({error.strerror}); configs/deepspeed/ has {shipped}"
-        ) from None
-    except UserError as error:
-        raise UserError(f"--ds_config {path}: {error}") from None
+        raise UserError(f"cannot be read ({error.strerror}); configs/deepspeed/ has {shipped}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--ds_config {path} is not valid JSON: {one_line(error)}") from None
+        raise UserError(f"not valid JSON: {one_line(error)}") from None
     if not isinstance(given, dict):
-        raise UserError(f"--ds_config {path} holds {type(given).__name__}, not keys and values")
+        raise UserError(f"it holds {type(given).__name__}, not keys and values")
     return given
 
 

@@ -56,7 +56,7 @@ AS_MODELLED = {
 @dataclass(frozen=True)
 class Collective:
     """All messages of one kind and purpose in a step, on one rank. `num_messages` go one after the other, each with
-    its own latency; it is modelled and, unlike the bytes, not held against a run. `waits`: nothing computes beside."""
+    its own latency. `waits`: nothing computes beside."""
 
     kind: str  # "all_gather", "reduce_scatter" or "all_reduce"
     purpose: str
@@ -134,11 +134,13 @@ def _objectives(config: Config, world_size: int) -> Iterator[Collective]:
         yield Collective("all_gather", "captions' features", features)
         yield Collective("reduce_scatter", "captions' features, backward", features)
         if weights.clip.kind == "softmax":
-            yield Collective("all_reduce", "captions' softmax sums", 2 * config.batch.clip * FP32_BYTES)
+            yield Collective("all_reduce", "captions' softmax sums", 2 * config.batch.clip * FP32_BYTES, num_messages=2)
     if ssl.weight:
         sinkhorn = SINKHORN_PASSES * model.prototypes.num
-        targets = sinkhorn if ssl.targets == "sinkhorn" else model.prototypes.bottleneck + 1
-        yield Collective("all_reduce", f"teacher targets, {ssl.targets}", 2 * targets * FP32_BYTES)
+        targets, passes = (
+            (sinkhorn, SINKHORN_PASSES) if ssl.targets == "sinkhorn" else (model.prototypes.bottleneck + 1, 1)
+        )
+        yield Collective("all_reduce", f"teacher targets, {ssl.targets}", 2 * targets * FP32_BYTES, 2 * passes)
         if ssl.koleo:
             rows = 2 * config.batch.ssl * head_width(model) * FP32_BYTES
             yield Collective("all_gather", "KoLeo's neighbours", rows)
@@ -150,13 +152,14 @@ def _stage_1_and_2(
 ) -> Iterator[Collective]:
     groups = [sum(p.numel() for p in group["params"]) for group in optimizer_groups(config, model)]
     unit = ALIGN * world_size
-    padded = sum(-(-size // unit) * unit for size in groups)
+    padded = [-(-size // unit) * unit for size in groups]
     buckets = -(-sum(groups) // _elements(ds_config, "reduce_bucket_size"))
     gradients = sum(groups) * _gradient_bytes(config, ds_config)
     yield Collective("all_reduce", "gradients", gradients, buckets, waits=not _overlaps(ds_config))
-    yield Collective("all_reduce", "gradient norm", len(groups) * FP32_BYTES)
-    pieces = -(-padded // _elements(ds_config, "allgather_bucket_size"))
-    yield Collective("all_gather", "parameters, after the step", padded * DTYPE_BYTES[config.optim.precision], pieces)
+    yield Collective("all_reduce", "gradient norm", len(groups) * FP32_BYTES, len(groups))
+    pieces = sum(-(-size // _elements(ds_config, "allgather_bucket_size")) for size in padded)
+    parameters = sum(padded) * DTYPE_BYTES[config.optim.precision]
+    yield Collective("all_gather", "parameters, after the step", parameters, pieces)
 
 
 def _stage_3(
@@ -174,7 +177,8 @@ def _stage_3(
     buckets = -(-trained // _elements(ds_config, "reduce_bucket_size"))
     gradients = trained * _gradient_bytes(config, ds_config)
     yield Collective("reduce_scatter", "gradients", gradients, buckets, waits=not _overlaps(ds_config))
-    yield Collective("all_reduce", "gradient norm", 2 * FP32_BYTES * len(optimizer_groups(config, model)))  # in float64
+    groups = len(optimizer_groups(config, model))
+    yield Collective("all_reduce", "gradient norm", 2 * FP32_BYTES * groups, groups)  # in float64
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def test_what_the_yaml_decides_alone_is_refused_or_auto(key: str, tmp_path: Path
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage=0: this engine runs on"),
         ({"zero_optimization": {"stage": "three"}}, 'zero_optimization.stage="three"'),
         ({"zero_optimization": 3}, "zero_optimization.stage=3"),
-        ("{", "is not valid JSON: Expecting property name"),
+        ("{", "not valid JSON: Expecting property name"),
         ('{"steps_per_print": 1, "steps_per_print": 2}', "key steps_per_print is given twice"),
         ("[1]", "holds list, not keys and values"),
     ],
