@@ -13,14 +13,14 @@ each stage against the tensors of a real engine. For N trained and F frozen para
     EMA teacher            4 F                             4 F / W           float32 averages
     gradients              -                               N b / W
     reduce bucket          -                               reduce_bucket_size b, whatever the model's size
+    perceptual network     59 MB                           59 MB             with objectives.rec.perceptual
 
 and while a step runs
     gathered parameters    -                               the most that is whole at once, by profiling/gathers.py
     micro-batch gradients  N b                             N b               with system.clip.micro_batches > 1
 
-Activations (profiling/activations.py counts them) and the transient gradient buffers of ZeRO-1 and 2 are not in it: the
-sum is a floor for what a step needs.
-What is gathered is exact in elements counted, and has not been held against a device's measured peak.
+A lone rank gathers nothing: its shard is the parameter. What a step holds beside all this, activations above all, and
+when, is added by profiling/step_peak.py: its sum is the peak, this one's is a floor.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from configs.ds import offloads_optimizer, zero_stage
 from model.pretrainer import Pretrainer
 from profiling.communication import ALIGN, BUCKET, DTYPE_BYTES, FP32_BYTES, meta_model, optimizer_groups, steady_gathers
 from profiling.gathers import Settings
+from profiling.layer_flops import perceptual_parameters
 
 OPTIMIZER_BYTES = 3 * FP32_BYTES  # weights and two moments
 MANY_PARTS = 2  # micro-batches from which gradients wait whole for their one reduction
@@ -82,6 +83,8 @@ def predict(config: Config, ds_config: dict[str, Any], world_size: int) -> Footp
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         size = trained * DTYPE_BYTES[config.optim.precision]
         found.append(Component("micro-batch gradients", size, is_static=False))
+    if config.objectives.rec.weight and config.objectives.rec.perceptual:
+        found.append(Component("perceptual network", perceptual_parameters() * FP32_BYTES))
     return Footprint(tuple(each for each in found if each.bytes))
 
 
@@ -94,6 +97,8 @@ def _stage_3(config: Config, ds_config: dict[str, Any], model: Pretrainer, world
     small = [name for name, p in model.named_parameters() if p.numel() <= threshold]
     whole = sum(shards[name] for name in small if not name.startswith("teacher.")) * world_size
     most_live = max(0, steady_gathers(config, ds_config, model).most_live - whole)
+    if world_size == 1:  # a lone rank's shard is the parameter: gathering copies nothing
+        whole = most_live = 0
     bucket = int(zero.get("reduce_bucket_size", BUCKET))
     return [
         Component("parameters", (trained + whole) * each),

@@ -73,6 +73,16 @@ def forward_flops_of_tokenizer(config: Config, image_size: int, with_attention_p
     return total
 
 
+def perceptual_parameters() -> int:
+    """Numbers in VGG-16's convolutions and LPIPS's heads, all float32: 14.7 million."""
+    count, channels_in = sum(VGG_CHANNELS), 3
+    for convolutions, channels in zip(GROUPS, VGG_CHANNELS, strict=True):
+        for _ in range(convolutions):
+            count += (9 * channels_in + 1) * channels
+            channels_in = channels
+    return count
+
+
 def perceptual_forward(size: int) -> tuple[float, float]:
     """VGG-16's convolutions on one image of `size` px, and LPIPS's heads on one pair."""
     vgg, heads, channels_in = 0.0, 0.0, 3

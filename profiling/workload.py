@@ -16,6 +16,8 @@ import torch
 
 from configs import Config, load_config
 from data.batch import Batch
+from data.masking import hidden_patches
+from model.pretrainer import Rows
 
 PRESET = Path(__file__).resolve().parents[1] / "configs" / "vtp_s.yaml"
 OVERRIDES = (
@@ -51,6 +53,27 @@ def random_batch(config: Config, seed: int = 0) -> Batch:
         masked_idx=masks.flatten().nonzero().squeeze(1),
         step=0,
         keys=tuple(f"random/{row}" for row in range(batch.clip)),
+    )
+
+
+def imagined_batch(config: Config, rows: Rows) -> Batch:
+    """A batch of `rows` as the loader would give it, captions excepted on the meta device: shapes without memory."""
+    views, context = config.views, config.model.text.context
+    patches = (views.global_size // config.model.patch_size) ** 2
+
+    def pixels(count: int, size: int) -> torch.Tensor:
+        return torch.empty(count, 3, size, size, dtype=torch.uint8, device="meta")
+
+    generator = torch.Generator().manual_seed(0)
+    return Batch(
+        images=pixels(rows.clip, views.image_size),
+        captions=random_captions(rows.clip, context, config.model.text.vocab, generator),
+        global_crops=pixels(2 * rows.ssl, views.global_size),
+        local_crops=pixels(views.num_locals * rows.ssl, views.local_size),
+        masks=torch.empty(2 * rows.ssl, patches, dtype=torch.bool, device="meta"),
+        masked_idx=torch.empty(hidden_patches(config, rows.ssl), dtype=torch.int64, device="meta"),
+        step=0,
+        keys=(),
     )
 
 

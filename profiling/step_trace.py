@@ -1,0 +1,295 @@
+"""One training step on tensors without memory: which bytes come and go, in their order.
+
+    events = step_events(config, world_size=8, attention="sdpa")
+    peak(events)              # bytes that forward, objectives and backward need beyond parameters and batch
+
+The real model, objectives, activation checkpointing and micro-batches run under torch's FakeTensorMode, so there is no
+formula to fall behind them. Of a tower of equal blocks three are run, and what the middle one does, forward and
+backward, is repeated as often as the tower is deep: exact, and vtp_7b takes as long as vtp_s.
+
+A parameter's gradient leaves when ZeRO takes it: at once, in a leaf of ZeRO-3 when the leaf is done, with micro-batches
+at the end. Blocks are not compiled here; a compiled one keeps less. Kernels are the CPU's, because torch cannot pretend
+to a CUDA device unless it was built for one: fused attention keeps the same on both (output and log-sum-exp), and the
+chunks of the prototype losses are taken as large as on `device`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from configs import Config
+from data.batch import Batch
+from engine.assemble import LEAVES
+from engine.grad_cache import GradientCache
+from engine.recompute import recompute_blocks
+from engine.step import model_inputs
+from engine.zero import DTYPES
+from kernels import prototypes
+from model.describe import step_layout
+from model.drop_path import subset
+from model.objectives.perceptual import GROUPS, Perceptual
+from model.objectives.total import Centres, compute
+from model.outputs import ClipOutputs, Outputs
+from model.pretrainer import Pretrainer, Rows
+from profiling.layer_flops import VGG_CHANNELS
+from profiling.live_bytes import Event, LiveBytes
+from profiling.workload import imagined_batch
+
+RUN = 3  # blocks of a tower that are run: the first, one for all in the middle, the last
+TOWERS = {"trunk": "trunk.blocks", "teacher": "teacher.trunk.blocks", "text": "text.resblocks",
+          "decoder": "decoder.blocks"}  # fmt: skip
+HEADS, OBJECTIVES, BACKWARD, GRADIENTS = "heads", "objectives", "backward", "micro-batch gradients"
+TEMPERATURE = 0.05  # of the teacher; no shape depends on it
+
+
+@dataclass(frozen=True)
+class Pretend:
+    """A Comm (model/objectives/comm.py) of `world_size` ranks of which only the first is there: right in its shapes."""
+
+    world_size: int
+    rank: int = 0
+
+    def gather_with_grad(self, x: Tensor) -> Tensor:
+        """What other ranks would send has no gradient here; memory is the same."""
+        gathered: Tensor = x if self.world_size == 1 else _Gather.apply(x, self)
+        return gathered
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+    def all_max(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+
+class _Gather(torch.autograd.Function):
+    """engine.world's gather, with nothing to wait for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Pretend) -> Tensor:
+        ctx.rows = len(x)
+        return x.new_empty((comm.world_size * len(x), *x.shape[1:]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_empty((ctx.rows, *grad.shape[1:])), None
+
+
+@lru_cache(maxsize=8)
+def step_events(
+    config: Config,
+    world_size: int,
+    attention: str,
+    device: str = "cpu",
+    by_leaf: bool = True,
+    batch: Batch | None = None,
+    run: int = RUN,
+) -> tuple[Event, ...]:
+    """Events of one rank's step, in order; up to the optimizer. Remembered for the last few configs.
+
+    `attention` is "sdpa", for every fused backend, or "matmul", which keeps its scores. `batch`, a rank's own whose
+    numbers do not matter, is made up if not given. `by_leaf`: gradients leave as under ZeRO-3. `run` blocks of a tower
+    are run, all of them if it has no more.
+    """
+    rows, depths = Rows.per_rank(config, world_size), _depths(config)
+    batch = imagined_batch(config, rows) if batch is None else batch
+    is_collecting = gc.isenabled()
+    gc.disable()  # what is in a cycle stays, as in a run (engine/garbage.py)
+    try:
+        with _chunks_of(device):
+            step = _Step(_shallow(config, run), rows, attention, Pretend(world_size), by_leaf)
+            events = step.take(batch)
+    finally:
+        if is_collecting:
+            gc.enable()
+    return tuple(_unrolled(events, {tower: max(1, depth - run + 1) for tower, depth in depths.items()}))
+
+
+class _Step:
+    """engine.step.train_step without an engine."""
+
+    def __init__(self, config: Config, rows: Rows, attention: str, comm: Pretend, by_leaf: bool) -> None:
+        self.config, self.comm, self.live, self.mode = config, comm, LiveBytes(), FakeTensorMode()
+        objectives, ssl = config.objectives, config.objectives.ssl
+        with _dtype(config), self.mode:
+            self.model = Pretrainer(config, rows, attention)
+            self.perceptual = _perceptual() if objectives.rec.weight and objectives.rec.perceptual else None
+            is_centred = ssl.weight > 0 and ssl.targets == "centering"
+            self.centres = Centres.zeros(config.model.prototypes.num) if is_centred else None
+            self.kept_idx = _kept_idx(config, rows)
+        recompute_blocks(self.model, config.system.activation_checkpointing, tuple(LEAVES))
+        self.watch = _Watch(self.model, self.live, by_leaf, keeps=rows.micro_batches > 1)
+        networks = [self.model] if self.perceptual is None else [self.model, self.perceptual]
+        self.live.known(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
+
+    def take(self, batch: Batch) -> list[Event]:
+        """Everything but the optimizer; the outputs are still there at the end, as they are in a run."""
+        inputs = {name: _fake(value, self.mode) for name, value in vars(batch).items() if name != "captions"}
+        cache = GradientCache(Batch(**inputs, captions=batch.captions), self.model.rows, self._clip_alone)
+        outputs = self._forward(cache.shared, kept_idx=self.kept_idx)
+        with self.mode, self.live.on(OBJECTIVES):
+            outputs = cache.complete(outputs)
+            losses = compute(outputs, self.config.objectives, TEMPERATURE, self.comm, self.centres, self.perceptual)
+        self._backward(losses.total)
+        cache.replay(self._backward)
+        self.watch.release()
+        return list(self.live.events)
+
+    def _clip_alone(self, part: Batch) -> ClipOutputs:
+        clip = self._forward(part, clip_only=True).clip
+        assert clip is not None, "micro-batches are parts of the clip batch"
+        return clip
+
+    def _forward(self, part: Batch, **options: Any) -> Outputs:
+        inputs = {name: _fake(value, self.mode) for name, value in model_inputs(part, torch.device("cpu")).items()}
+        with self.mode, self.live.on(HEADS):
+            outputs: Outputs = self.model(**inputs, **options)
+        return outputs
+
+    def _backward(self, total: Tensor) -> None:
+        with self.mode, self.live.on(BACKWARD):
+            total.backward()
+
+
+class _Watch:
+    """Hooks that say who is running and where blocks begin, and take gradients away as ZeRO does, or keep them."""
+
+    def __init__(self, model: Pretrainer, live: LiveBytes, by_leaf: bool, keeps: bool) -> None:
+        self._live, self._waiting = live, list[Tensor]()
+        self._kept: set[Tensor] = set()
+        for name in TOWERS:
+            tower = getattr(model, name)
+            if tower is not None:
+                tower.register_forward_pre_hook(partial(self._is_running, name))
+                tower.register_forward_hook(partial(self._is_running, HEADS))
+                blocks = model.get_submodule(TOWERS[name])
+                assert isinstance(blocks, nn.ModuleList)
+                for number, block in enumerate(blocks):
+                    block.register_forward_pre_hook(partial(self._enter, name, number))
+                    block.register_forward_hook(partial(self._leave, name, number))
+        leaves = [module for module in model.modules() if isinstance(module, tuple(LEAVES))]
+        in_leaf = {parameter for leaf in leaves for parameter in leaf.parameters()} if by_leaf else set()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                take = self._keep if keeps else partial(self._take, parameter in in_leaf)
+                parameter.register_post_accumulate_grad_hook(take)
+
+    def release(self) -> None:
+        """The leaf is done: its gradients go into the bucket."""
+        for parameter in self._waiting:
+            parameter.grad = None
+        self._waiting.clear()
+
+    def _is_running(self, name: str, *_: Any) -> None:
+        self._live.label = name
+
+    def _enter(self, tower: str, number: int, *_: Any) -> None:
+        self._live.mark("forward", tower, number)
+
+    def _leave(self, tower: str, number: int, _module: Any, _inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(self._return, tower, number))
+
+    def _return(self, tower: str, number: int, _gradient: Tensor) -> None:
+        self._live.mark("backward", tower, number)
+        self.release()
+
+    def _take(self, waits: bool, parameter: Tensor) -> None:
+        self._live.events.append(Event(self._live.label, gradient=parameter.numel()))
+        if waits:
+            self._waiting.append(parameter)
+        else:
+            parameter.grad = None
+
+    def _keep(self, parameter: Tensor) -> None:
+        """The first gradient of a parameter stays, and takes up what others add."""
+        if parameter not in self._kept:
+            self._kept.add(parameter)
+            size = parameter.numel() * parameter.element_size()
+            self._live.events += [Event(self._live.label, -size), Event(GRADIENTS, size)]
+
+
+def _unrolled(events: list[Event], repeats: dict[str, int]) -> Iterator[Event]:
+    """With the events of every middle block as often as there are middle blocks."""
+    place = 0
+    while place < len(events):
+        end = place + 1
+        kind, tower, number = events[place].mark or ("", "", 0)
+        if number == 1 and repeats[tower] > 1:
+            last = (kind, tower, 2 if kind == "forward" else 0)
+            end = next(at for at in range(place, len(events)) if events[at].mark == last)
+            yield from events[place:end] * (repeats[tower] - 1)
+        yield from events[place:end]
+        place = end
+
+
+def _depths(config: Config) -> dict[str, int]:
+    model = config.model
+    return {"trunk": model.trunk.depth, "teacher": model.trunk.depth, "text": model.text.depth,
+            "decoder": model.decoder.depth}  # fmt: skip
+
+
+def _shallow(config: Config, run: int) -> Config:
+    towers = {name: getattr(config.model, name) for name in ("trunk", "text", "decoder")}
+    fewer = {name: tower.model_copy(update={"depth": min(tower.depth, run)}) for name, tower in towers.items()}
+    return config.model_copy(update={"model": config.model.model_copy(update=fewer)})
+
+
+@contextmanager
+def _dtype(config: Config) -> Iterator[None]:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[config.optim.precision])
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+@contextmanager
+def _chunks_of(device: str) -> Iterator[None]:
+    """The prototype losses take chunks as large as on `device`."""
+    sizes = (prototypes.CHUNK_BYTES, prototypes.KEEP_BYTES)
+    before = [size["cpu"] for size in sizes]
+    try:
+        for size in sizes:
+            size["cpu"] = size[device]
+        yield
+    finally:
+        for size, own in zip(sizes, before, strict=True):
+            size["cpu"] = own
+
+
+def _perceptual() -> Perceptual:
+    """The network of the published metric."""
+    channels = [width for width, count in zip(VGG_CHANNELS, GROUPS, strict=True) for _ in range(count)]
+    weights: dict[str, Tensor] = {}
+    for i, (taken, given) in enumerate(zip([3, *channels], channels, strict=False)):
+        weights |= {f"convs.{i}.weight": torch.empty(given, taken, 3, 3), f"convs.{i}.bias": torch.empty(given)}
+    heads = {f"heads.{j}.weight": torch.empty(1, width, 1, 1) for j, width in enumerate(VGG_CHANNELS)}
+    return Perceptual({key: value.float() for key, value in (weights | heads).items()})
+
+
+def _kept_idx(config: Config, rows: Rows) -> Tensor | None:
+    trunk = config.model.trunk
+    if not trunk.drop_path:
+        return None
+    kept = subset(step_layout(config, rows).segments, trunk.drop_path).segments
+    return torch.zeros(trunk.depth, 2, sum(count for count, _ in kept), dtype=torch.int64)
+
+
+def _fake(value: Any, mode: FakeTensorMode) -> Any:
+    """Every tensor, alone or in a named tuple, without its memory and on the CPU."""
+    if isinstance(value, FakeTensor):
+        return value
+    if isinstance(value, Tensor):
+        with mode:
+            return torch.empty(value.shape, dtype=value.dtype)
+    return type(value)(*(_fake(part, mode) for part in value)) if hasattr(value, "_fields") else value
