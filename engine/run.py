@@ -1,7 +1,7 @@
 """A run from its first step, or from a checkpoint, to its weights.
 
     runs/NAME/  config.yaml  ds_config.json  choices.json  log.txt  log.jsonl  tensorboard/  checkpoints/  pictures/
-                bad_samples.jsonl  weights.safetensors  profile/ (with profile.steps)
+                bad_samples.jsonl  weights.safetensors  profile/ (with profile.steps)  out_of_memory/ (when it did)
 
 The loop reads as the data's way: batch, step, meter; and every report_every steps the one moment in which the host
 looks at the device: guard, report, collect garbage, stop, checkpoint.
@@ -25,6 +25,7 @@ from engine.garbage import collected_by_hand
 from engine.guard import STOPPED, Guard
 from engine.instruments import Instruments, watching
 from engine.meter import Meter
+from engine.out_of_memory import Memory
 from engine.pictures import latent_colours, reconstructions, write_png
 from engine.report import Reporter, open_reporter
 from engine.step import StepRecord, train_step
@@ -40,7 +41,9 @@ def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -
     """Trains to optim.steps, or to a stop signal; gives the exit code. A collective."""
     run_dir = archive.run_directory(config)
     with closing(make_loader(config, comm, run_dir / "bad_samples.jsonl")) as loader:
-        parts = assemble(config, ds_config, comm)
+        memory = Memory(config, ds_config, run_dir, comm.rank, comm.world_size, world.device())
+        with memory.explained("assembling"):
+            parts = assemble(config, ds_config, comm)
         first_step, centres = _restore(parts, run_dir, resume)
         if world.is_first():
             _describe(run_dir, config, ds_config, parts.choices)
@@ -51,7 +54,8 @@ def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -
             for name, choice in parts.choices.items():
                 reporter.say(f"{name}: {choice}")
             with watching(config, parts, run_dir, first_step, reporter.say) as instruments:
-                return Run(config, parts, loader, guard, reporter, instruments, run_dir).go(first_step, centres)
+                run = Run(config, parts, loader, guard, reporter, instruments, memory, run_dir)
+                return run.go(first_step, centres)
 
 
 def make_loader(config: Config, comm: Comm, bad_log: Path) -> Loader:
@@ -78,6 +82,7 @@ class Run:
     guard: Guard
     reporter: Reporter
     instruments: Instruments
+    memory: Memory
     directory: Path
 
     def go(self, first_step: int, centres: Centres | None) -> int:
@@ -90,7 +95,8 @@ class Run:
             window.before(step)
             with phases("data"):
                 batch = next(batches)
-            record = train_step(self.parts, batch, centres, self.config)
+            with self.memory.explained(f"in step {step}"):
+                record = train_step(self.parts, batch, centres, self.config)
             window.after(step)
             centres, done = record.centres, step + 1
             meter.add(record)

@@ -38,6 +38,18 @@ def process_peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def held() -> dict[str, int]:
+    """What this process holds at the moment, in bytes by name: on CUDA as its allocator counts, else resident."""
+    if torch.cuda.is_available():
+        return {
+            "allocated": torch.cuda.memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+            "most allocated": torch.cuda.max_memory_allocated(),
+            "of the device": torch.cuda.mem_get_info()[1],
+        }
+    return {"most resident": process_peak_bytes()}
+
+
 def _cuda_peak(call: Callable[[], object]) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

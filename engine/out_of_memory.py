@@ -1,0 +1,114 @@
+"""When memory runs out: what was held, what had been predicted, and which setting lowers it by how much.
+
+    memory = Memory(config, ds_config, run_dir, comm.rank, comm.world_size, device)
+    with memory.explained(f"step {step}"):
+        train_step(...)
+
+A run that asks for more than there is ends with one error instead of a traceback into a kernel: every change that would
+lower the peak and leave the results alone, the largest saving first, predicted (profiling/savings.py). Beside the run
+
+    runs/NAME/out_of_memory/rank3.json       what was held, predicted, advised
+    runs/NAME/out_of_memory/rank3.pickle     on CUDA, the allocator's segments, for https://pytorch.org/memory_viz
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs import Config, UserError
+from configs.load import one_line
+from engine.zero import DTYPES
+from kernels.attention import resolve
+from kernels.dense_attention import DENSE
+from profiling.footprint import Footprint
+from profiling.memory import held
+from profiling.savings import Saving, largest_parts, savings
+from profiling.step_peak import predict_peak
+
+# torch's allocator on the host, the kernel, CUDA and NCCL outside torch's allocator, cuBLAS.
+WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether this error, or what it was raised from, is a lack of memory."""
+    if error is None:
+        return False
+    says_so = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in WORDS)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or says_so or ran_out(error.__cause__)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A rank's account of its memory, drawn up when there is not enough."""
+
+    config: Config
+    ds_config: dict[str, Any]
+    run_dir: Path
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @contextmanager
+    def explained(self, moment: str) -> Iterator[None]:
+        """Inside, a lack of memory becomes a UserError with advice. `moment` says what was being done."""
+        try:
+            yield
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            raise UserError(self._account(moment, error)) from error
+
+    def _account(self, moment: str, error: Exception) -> str:
+        found = held()
+        said = f"memory ran out on rank {self.rank} of {self.world_size}, {moment}: {one_line(error)}"
+        try:
+            predicted, advice = self._predict()
+        except Exception as failure:  # a prediction that fails must not hide what happened
+            self._write(moment, error, found, None, [])
+            return f"{said}. Nothing could be predicted ({one_line(failure)}); {self._place} has what was held"
+        self._write(moment, error, found, predicted, advice)
+        lines = [said, f"predicted peak {predicted.device_bytes / 2**30:.1f} GiB (blocks not compiled): "
+                       f"{largest_parts(predicted)}; held: {_in_words(found)}"]  # fmt: skip
+        if advice:
+            lines += ["what lowers it and leaves the results alone, predicted:", *(f"  {each}" for each in advice)]
+        else:
+            lines.append("no system setting lowers it: a smaller batch or model is another run")
+        return "\n".join([*lines, f"details: {self._place}"])
+
+    def _predict(self) -> tuple[Footprint, list[Saving]]:
+        backend = resolve(self.config.system.attention, self.device, DTYPES[self.config.optim.precision]).name
+        attention = backend if backend in DENSE else "sdpa"
+        case = (self.config, self.ds_config, self.world_size, attention, self.device.type)
+        return predict_peak(*case), savings(*case)
+
+    def _write(
+        self, moment: str, error: Exception, found: dict[str, int], predicted: Footprint | None, advice: list[Saving]
+    ) -> None:
+        self._place.parent.mkdir(parents=True, exist_ok=True)
+        components = [] if predicted is None else [asdict(part) for part in predicted.components]
+        account = {
+            "moment": moment,
+            "error": str(error),
+            "held": found,
+            "predicted": components,
+            "predicted_peak_bytes": None if predicted is None else predicted.device_bytes,
+            "advice": [asdict(each) for each in advice],
+        }
+        self._place.write_text(json.dumps(account, indent=2) + "\n")
+        if self.device.type == "cuda":
+            torch.cuda.memory._dump_snapshot(str(self._place.with_suffix(".pickle")))
+
+    @property
+    def _place(self) -> Path:
+        return self.run_dir / "out_of_memory" / f"rank{self.rank}.json"
+
+
+def _in_words(found: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in found.items())
