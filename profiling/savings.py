@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from configs import Config, UserError
 from configs.ds import offloads_optimizer, zero_stage
-from profiling.footprint import REDUCE_BUCKET, Footprint
+from profiling.communication import BUCKET
+from profiling.footprint import Footprint
 from profiling.step_peak import predict_peak
 
 LEAST = 0.01  # of the peak: less is no advice
@@ -88,7 +89,7 @@ def _variants(config: Config, ds_config: dict[str, Any], world_size: int) -> Ite
         price = "the optimizer steps on the host"
         offload = changed(offload_optimizer={"device": "cpu", "pin_memory": True})
         yield _Variant("zero_optimization.offload_optimizer (--ds_config)", price, config, offload, world_size)
-    if int(zero.get("reduce_bucket_size", REDUCE_BUCKET)) > SMALL_BUCKET:
+    if int(zero.get("reduce_bucket_size", BUCKET)) > SMALL_BUCKET:
         name = f"zero_optimization.reduce_bucket_size={SMALL_BUCKET} (--ds_config)"
         yield _Variant(name, "more, smaller reductions", config, changed(reduce_bucket_size=SMALL_BUCKET), world_size)
     if config.data.streams % (2 * world_size) == 0:

@@ -30,8 +30,8 @@ from typing import Any
 from configs import Config
 from configs.ds import zero_stage
 from data.batch import Batch
-from profiling.communication import ALIGN, COMM_DTYPE_BYTES, DTYPE_BYTES, FP32_BYTES, meta_model, optimizer_groups
-from profiling.footprint import REDUCE_BUCKET, Component, Footprint, predict
+from profiling.communication import ALIGN, BUCKET, COMM_DTYPE_BYTES, DTYPE_BYTES, FP32_BYTES, meta_model, optimizer_groups
+from profiling.footprint import Component, Footprint, predict
 from profiling.live_bytes import Event
 from profiling.step_trace import GRADIENTS, HEADS, OBJECTIVES, TOWERS, step_events
 
@@ -97,7 +97,7 @@ class _Zero:
             stage=stage,
             each=each,
             sent=each if given is None else COMM_DTYPE_BYTES[given],
-            bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
+            bucket=int(zero.get("reduce_bucket_size", BUCKET)),
             buffers=buffers,
             own=own,
             group=group,
