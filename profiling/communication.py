@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import nn
 
 from configs import Config, UserError
 from configs.ds import zero_stage
+from configs.schema import System
 from engine.assemble import LEAVES
 from engine.optim import parameter_groups
 from model.pretrainer import Pretrainer, Rows, head_width
@@ -111,9 +113,15 @@ def table(config: Config, ds_config: dict[str, Any], world_size: int) -> str:
 
 
 def meta_model(config: Config, world_size: int) -> Pretrainer:
-    """The model of one rank without memory."""
+    """The model of one rank without memory; the same one for configs that build the same, so leave it as it is."""
+    science = config.model_copy(update={"system": System()})
+    return _built(science, Rows.per_rank(config, world_size))
+
+
+@lru_cache(maxsize=4)
+def _built(config: Config, rows: Rows) -> Pretrainer:
     with torch.device("meta"):
-        return Pretrainer(config, Rows.per_rank(config, world_size))
+        return Pretrainer(config, rows)
 
 
 def _refuse_other_traffic(ds_config: dict[str, Any]) -> None:

@@ -30,7 +30,15 @@ from typing import Any
 from configs import Config
 from configs.ds import zero_stage
 from data.batch import Batch
-from profiling.communication import ALIGN, BUCKET, COMM_DTYPE_BYTES, DTYPE_BYTES, FP32_BYTES, meta_model, optimizer_groups
+from profiling.communication import (
+    ALIGN,
+    BUCKET,
+    COMM_DTYPE_BYTES,
+    DTYPE_BYTES,
+    FP32_BYTES,
+    meta_model,
+    optimizer_groups,
+)
 from profiling.footprint import Component, Footprint, predict
 from profiling.live_bytes import Event
 from profiling.step_trace import GRADIENTS, HEADS, OBJECTIVES, TOWERS, step_events

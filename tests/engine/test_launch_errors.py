@@ -68,7 +68,7 @@ CASES = {
     "typo in ds_config": Case(
         (*GOOD, "--ds_config", "typo.json"), ("unknown key zero_optimization.overlapcomm, did you mean",)
     ),
-    "missing ds_config": Case((*GOOD, "--ds_config", "none.json"), ("none.json cannot be read", "zero3.json")),
+    "missing ds_config": Case((*GOOD, "--ds_config", "none.json"), ("none.json: cannot be read", "zero3.json")),
     "world size": Case(GOOD, ("4 ranks do not divide data.streams=2", "run on 1, 2 ranks"), environment=RANK_0_OF_4),
     "world size under the launcher": Case(
         ("data.streams=3", "data.train=shards"),

@@ -1,0 +1,268 @@
+"""Every way to lay a run over a cluster, each with its memory, time and cost: what the planner chooses from.
+
+    cluster = Cluster(gpus=256, rates=rates_of("h100"), links=parse_links("nvlink,ib400", "h100"))
+    plans = search(config, cluster, samples=1.1e9)
+    plans[0].variant, plans[0].samples_per_second         # the fastest that fits; those that do not fit come last
+
+All variants are system: none changes what is learnt. ZeRO 1, 2 and 3 as configs/deepspeed has them, ZeRO-3 also without
+small parameters that stay whole (each of them is a message of its own after every step); micro-batches of the gradient
+cache; activation checkpointing; FP8 in the blocks where the GPU has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+import configs
+from configs import Config, UserError
+from configs.architecture import Text, Vit
+from configs.ds import check_world, complete
+from model.pretrainer import Rows
+from profiling.communication import Collective, predict
+from profiling.elementwise import kept_bytes
+from profiling.flops import StepFlops
+from profiling.footprint import Footprint
+from profiling.rates import Links, Rates
+from profiling.step_flops import step_flops
+from profiling.step_peak import predict_peak
+from profiling.step_time import StepTime, step_time
+from profiling.work import Build, fp8_pays, step_work
+
+DEEPSPEED = Path(configs.__file__).parent / "deepspeed"
+CAPTIONS_FILLED = 0.3  # share of the slots that packed captions take [assumed: captions of the web]
+Stage = tuple[int, int | None]  # of ZeRO, and the persistence threshold
+STAGES: tuple[Stage, ...] = ((1, None), (2, None), (3, None), (3, 0))
+PARTS = (1, 2, 4, 8, 16, 32, 64)
+MODES = ("off", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`gpus` equal devices. `build` is what the engine makes of blocks there."""
+
+    gpus: int
+    rates: Rates
+    links: Links | None
+    build: Build
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A layout: keys of --ds_config, then of --config. `persistence`: stage3_param_persistence_threshold; None as the
+    JSON has it."""
+
+    stage: int
+    persistence: int | None
+    micro_batches: int
+    checkpointing: str
+    linear: str
+
+    @property
+    def overrides(self) -> list[str]:
+        """For the command line of a run."""
+        return [
+            f"system.clip.micro_batches={self.micro_batches}",
+            f"system.activation_checkpointing={self.checkpointing}",
+            f"system.linear={self.linear}",
+        ]
+
+    @property
+    def name(self) -> str:
+        return f"ZeRO-{self.stage}" + ("" if self.persistence is None else " all sharded")
+
+    def ds_json(self) -> dict[str, Any]:
+        """What --ds_config reads: the shipped file of the stage, changed."""
+        found: dict[str, Any] = json.loads((DEEPSPEED / f"zero{self.stage}.json").read_text())
+        if self.persistence is not None:
+            found["zero_optimization"]["stage3_param_persistence_threshold"] = self.persistence
+        return found
+
+    def ds_config(self, config: Config, world_size: int) -> dict[str, Any]:
+        """What DeepSpeed gets: the JSON with the config's science in it."""
+        return complete(self.ds_json(), config, world_size)
+
+    def apply(self, config: Config) -> Config:
+        """The config with these settings. Raises UserError where its rules refuse them."""
+        given = config.model_dump()
+        given["system"]["clip"]["micro_batches"] = self.micro_batches
+        given["system"]["activation_checkpointing"] = self.checkpointing
+        given["system"]["linear"] = self.linear
+        try:
+            return Config.model_validate(given)
+        except ValidationError as error:
+            raise UserError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A variant on a cluster: per rank and step, and for the whole run of `samples`."""
+
+    variant: Variant
+    cluster: Cluster
+    rows: Rows
+    footprint: Footprint
+    time: StepTime
+    flops: StepFlops
+    wire_bytes: float
+    latency: float  # seconds of the communication that no bandwidth would save
+    samples: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes of one rank at the worst moment of a step."""
+        return self.footprint.device_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= self.cluster.rates.memory_bytes
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.rows.clip * self.cluster.gpus / self.time.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Of the bf16 peak, or of the FP8 peak with FP8 in the blocks, as runs report it."""
+        peaks = self.cluster.rates.peaks
+        peak = peaks["bf16" if self.variant.linear == "bf16" else "fp8"] if peaks else 0
+        return self.flops.model_flops / self.time.seconds / peak if peak else float("nan")
+
+    @property
+    def days(self) -> float:
+        return self.samples / self.samples_per_second / 86_400
+
+    @property
+    def gpu_hours(self) -> float:
+        return 24 * self.days * self.cluster.gpus
+
+    @property
+    def kilowatt_hours(self) -> float:
+        """Of the GPUs alone; without hosts, network and cooling. NaN where their power is not known."""
+        watts = self.cluster.rates.watts
+        return self.gpu_hours * watts / 1000 if watts else float("nan")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for other programs."""
+        return {
+            "variant": vars(self.variant),
+            "fits": self.fits,
+            "memory_bytes": {each.name: each.bytes for each in self.footprint.components},
+            "device_bytes": self.memory,
+            "seconds": vars(self.time),
+            "samples_per_second": self.samples_per_second,
+            "mfu": self.mfu,
+            "wire_bytes": self.wire_bytes,
+            "days": self.days,
+            "gpu_hours": self.gpu_hours,
+            "kilowatt_hours": self.kilowatt_hours,
+        }
+
+
+def search(config: Config, cluster: Cluster, samples: float, is_exhaustive: bool = False) -> list[Plan]:
+    """Plans, those that fit by speed, then those that do not by memory.
+
+    Micro-batches and activation checkpointing buy memory with time: unless `is_exhaustive`, more of them is tried only
+    where it could help. Raises UserError where the GPUs do not divide the config's batches and streams.
+    """
+    check_world(config, cluster.gpus)
+    planner = _Planner(config, cluster, samples)
+    plans = [plan for stage in STAGES for plan in planner.climb(stage, is_exhaustive)]
+    return sorted(plans, key=lambda plan: (not plan.fits, plan.time.seconds if plan.fits else plan.memory))
+
+
+def as_compiled(footprint: Footprint, config: Config) -> Footprint:
+    """The footprint, which knows eager blocks, with what compiled ones keep without checkpointing; with it the two keep
+    alike."""
+    parts: dict[str, Vit | Text] = {
+        "activations: trunk": config.model.trunk,
+        "activations: decoder": config.model.decoder,
+        "activations: text": config.model.text,
+    }
+    shares = {
+        name: kept_bytes(part, config.optim.precision, True) / kept_bytes(part, config.optim.precision, False)
+        for name, part in parts.items()
+    }
+    scaled = (replace(each, bytes=round(each.bytes * shares.get(each.name, 1))) for each in footprint.components)
+    return Footprint(tuple(scaled))
+
+
+@dataclass(frozen=True)
+class _Planner:
+    config: Config
+    cluster: Cluster
+    samples: float
+
+    def climb(self, stage: Stage, is_exhaustive: bool) -> Iterator[Plan]:
+        """Variants of a stage by the memory they take, down to the first that fits without checkpointing, but no
+        further than twice beyond the micro-batches with which any fits; none where states alone do not fit."""
+        parts_that_fit = 0
+        for parts in (parts for parts in PARTS if self._admits(parts)):
+            for mode in MODES:
+                plans = list(self.plans(stage, parts, mode))
+                yield from plans
+                if is_exhaustive:
+                    continue
+                if plans[0].footprint.static_bytes > self.cluster.rates.memory_bytes:
+                    return
+                if plans[0].fits:
+                    parts_that_fit = parts_that_fit or parts
+                    if mode == MODES[0]:
+                        return
+                    break
+            if parts_that_fit and parts >= 2 * parts_that_fit and not is_exhaustive:
+                return
+
+    def _admits(self, parts: int) -> bool:
+        try:
+            Rows.per_rank(Variant(1, None, parts, "off", "bf16").apply(self.config), self.cluster.gpus)
+        except UserError:
+            if parts == 1:
+                raise
+            return False
+        return True
+
+    def plans(self, stage: Stage, parts: int, mode: str) -> Iterator[Plan]:
+        """A layout with every kind of product that blocks can have."""
+        variant = Variant(*stage, parts, mode, "bf16")
+        config = variant.apply(self.config)
+        ds_config = variant.ds_config(config, self.cluster.gpus)
+        footprint = predict_peak(config, ds_config, self.cluster.gpus, self._attention, self.cluster.build.device)
+        if self.cluster.build.is_compiled and mode == "off":
+            footprint = as_compiled(footprint, config)
+        collectives = predict(config, ds_config, self.cluster.gpus)
+        for linear in self._linears(config):
+            yield self._plan(replace(variant, linear=linear), footprint, collectives)
+
+    def _plan(self, variant: Variant, footprint: Footprint, collectives: list[Collective]) -> Plan:
+        config, cluster = variant.apply(self.config), self.cluster
+        rows = Rows.per_rank(config, cluster.gpus)
+        captions = CAPTIONS_FILLED * rows.clip * config.model.text.context
+        work = step_work(config, rows, cluster.build, captions, shards=cluster.gpus)
+        return Plan(
+            variant,
+            cluster,
+            rows,
+            footprint,
+            step_time(work, cluster.rates, collectives, cluster.links, cluster.gpus),
+            step_flops(config, rows, captions, backend=cluster.build.attention, device=cluster.build.device),
+            sum(each.wire_bytes(cluster.gpus) for each in collectives),
+            sum(cluster.links.seconds(0, each.num_messages, cluster.gpus) for each in collectives if cluster.links),
+            self.samples,
+        )
+
+    def _linears(self, config: Config) -> list[str]:
+        """FP8 where the device and the run's precision have it, and where a product is large enough to become so."""
+        has_fp8 = "fp8" in self.cluster.rates.peaks and config.optim.precision == "bf16"
+        pays = has_fp8 and fp8_pays(config, Rows.per_rank(config, self.cluster.gpus))
+        return ["bf16", "fp8_torchao"] if pays else ["bf16"]
+
+    @property
+    def _attention(self) -> str:
+        """As profiling.step_peak names it: fused kernels keep no scores."""
+        return "matmul" if self.cluster.build.attention == "matmul" else "sdpa"

@@ -1,0 +1,129 @@
+"""python -m profiling.plan, from a config to a ranking and a DeepSpeed JSON that a run takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import load_config
+from configs.ds import load_ds_config
+from profiling import plan, plan_search, rates, scaling
+from profiling.plan_search import Cluster, Variant, as_compiled, search
+from profiling.rates import Gpu, parse_links, rates_of
+from profiling.step_peak import predict_peak
+from profiling.work import Build
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L0
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The demo's sizes, as a file."""
+    path = tmp_path_factory.mktemp("plan") / "demo.yaml"
+    path.write_text(Path("configs/demo.yaml").read_text())
+    return str(path)
+
+
+def test_the_best_plan_is_a_command_that_a_run_takes(
+    preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, table = tmp_path / "ds.json", tmp_path / "plans.json"
+    arguments = ["--config", preset, "--gpu", "h100", "--gpus", "2", "--ds_config-out", str(out), "--json", str(table)]
+    assert plan.main([*arguments, "optim.precision=bf16"]) == 0
+    said = capsys.readouterr().out
+    assert "ZeRO-1" in said
+    assert "Assumed, not measured" in said
+    command = said.strip().splitlines()[-1].split()
+    assert command[:2] == ["deepspeed", "--hostfile"]
+    overrides = [word for word in command if "=" in word]
+    config = load_config(preset, overrides)
+    assert load_ds_config(command[command.index("--ds_config") + 1], config, 2)["train_batch_size"] == 64
+    plans = json.loads(table.read_text())
+    speeds = [each["samples_per_second"] for each in plans if each["fits"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert {each["variant"]["stage"] for each in plans} == {1, 2, 3}
+
+
+def test_a_small_gpu_pushes_the_search_to_checkpointing_and_parts_and_then_refuses(
+    preset: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan_search, "STAGES", ((3, None),))
+    monkeypatch.setattr(plan_search, "PARTS", (1, 2))
+    config = tiny_config("optim.precision=bf16", "batch.clip=48")
+    cluster = Cluster(1, rates_of("h100"), parse_links("nvlink,ib400", "h100"), Build("flash3", is_compiled=True))
+    roomy = search(config, cluster, samples=1e6)
+    assert {each.variant.checkpointing for each in roomy} == {"off"}, "nothing else was needed"
+    monkeypatch.setitem(rates.GPUS, "h100", tight(min(each.memory for each in roomy)))
+    tightened = Cluster(1, rates_of("h100"), cluster.links, cluster.build)
+    plans = search(config, tightened, samples=1e6)
+    assert any(each.fits for each in plans)
+    assert any(each.variant.checkpointing == "selective" for each in plans)
+    assert any(each.variant.micro_batches > 1 for each in plans)
+    fits = [each.fits for each in plans]
+    assert fits == sorted(fits, reverse=True), "those that fit come first"
+    monkeypatch.setattr(plan_search, "STAGES", ((1, None),))
+    monkeypatch.setitem(rates.GPUS, "h100", tight(1))
+    assert plan.main(["--config", preset, "--gpus", "2"]) == 1
+    printed = capsys.readouterr()
+    assert "Refused: " in printed.out
+    assert "nothing fits" in printed.err
+
+
+def tight(num_bytes: int) -> Gpu:
+    """An H100 on which what needs a byte less than `num_bytes` fits."""
+    return Gpu("NVIDIA H100 80GB HBM3", (num_bytes - 1) / (1 - rates.RESERVED) / 1e9, 3.35, 450e9, 700)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu", "k80", "--gpus", "2"), "--gpu k80: no data sheet"),
+        (("--gpus", "2", "--link", "string"), "--link string"),
+        (("--gpus", "3"), "3 ranks do not divide data.streams=2"),
+        (("--gpus", "2", "optim.stepz=3"), "stepz"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    preset: str, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(["--config", preset, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_dry_run_builds_the_largest_preset_on_1024_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", "configs/vtp_7b.yaml", "--gpus", "1024", "objectives.rec.lpips_weights=none"]
+    assert plan.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "16," in said, "parameters of student and teacher"
+    assert "ZeRO-3" in said
+
+
+def test_compiled_blocks_keep_less_than_eager_ones_of_the_same_components() -> None:
+    config = tiny_config("optim.precision=bf16")
+    ds_config = Variant(3, None, 1, "off", "bf16").ds_config(config, 1)
+    eager = predict_peak(config, ds_config, 1)
+    compiled = as_compiled(eager, config)
+    assert [each.name for each in compiled.components] == [each.name for each in eager.components]
+    trunk = {each.name: each.bytes for each in eager.components}["activations: trunk"]
+    assert compiled.device_bytes < eager.device_bytes
+    assert eager.device_bytes - compiled.device_bytes < trunk
+
+
+def test_this_machine_is_measured(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--config", preset, "--gpu", "this", "--gpus", "2"]) == 0
+    assert "Rates were measured on this machine" in capsys.readouterr().out
+
+
+def test_strong_scaling_ends_where_a_gpu_would_have_no_row() -> None:
+    assert scaling.config_at("vtp_l", 2048, is_weak=False) is not None
+    assert scaling.config_at("vtp_l", 4096, is_weak=False) is None
+    weak = scaling.config_at("vtp_l", 256, is_weak=True)
+    assert weak is not None
+    assert weak.batch.clip == 32_768
+    assert plan_search.CAPTIONS_FILLED < 1
