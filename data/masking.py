@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs import Config
-from configs.schema import Masks
+from configs.data import Masks
 from data.hashing import hash_words, permutation, uniform
 
 Flags = NDArray[np.bool_]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from configs.schema import Views
+from configs.data import Views
 from configs.section import Range
 from data.hashing import hash_text, hash_words, uniform
 

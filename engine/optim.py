@@ -21,8 +21,8 @@ from torch import nn
 
 from configs import Config, UserError
 from configs.ds import offloads_optimizer
+from configs.learning import Optim
 from configs.load import one_line
-from configs.schema import Optim
 from engine import zero
 
 APEX_SOURCE = "https://github.com/NVIDIA/apex"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from configs.schema import Objectives
+from configs.learning import Objectives
 from data.batch import Batch
 from engine.step import model_inputs
 from kernels.contrastive import softmax_reference

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from configs.schema import Clip, Objectives, Rec, Ssl
+from configs.learning import Clip, Objectives, Rec, Ssl
 from kernels.prototypes import target_entropy
 from model.objectives.comm import Comm
 from model.objectives.contrastive import sigmoid_loss, softmax_loss

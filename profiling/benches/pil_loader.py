@@ -28,7 +28,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from configs.schema import Views
+from configs.data import Views
 from configs.section import AreaRange
 
 Sample = tuple[list[Tensor], str]

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import Config
-from configs.schema import Objectives
+from configs.learning import Objectives
 from data.batch import Batch
 from engine import optim
 from engine.assemble import compile_blocks

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from configs import architecture, schema
+from configs import architecture, data, learning, schema, system
 from configs.section import Section
 
-_HOMES = (schema, architecture)
+_HOMES = (schema, architecture, data, learning, system)
 SECTIONS = {
     name: kind
     for home in _HOMES

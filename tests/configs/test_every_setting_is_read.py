@@ -25,7 +25,7 @@ def test_only_what_holds_a_section_counts_as_reading(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "step.py").write_text(
         "from configs import Config\n"
-        "from configs.schema import Optim\n"
+        "from configs.learning import Optim\n"
         "class Step:\n"
         "    def __init__(self, config: Config) -> None:\n"
         "        self.optim, self.eps = config.optim, 1\n"

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from configs import UserError
-from configs.schema import Views
+from configs.data import Views
 from data import views
 from data.decode import Decoder, Picture
 from tests.data.tar_shards import encoded, picture

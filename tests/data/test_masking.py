@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import Masks
+from configs.data import Masks
 from data.masking import Masker, draw_blocks, fill_exactly, hidden_patches
 from tests.tiny import tiny_config
 

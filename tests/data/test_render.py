@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import Views
+from configs.data import Views
 from data import views
 from data.decode import Decoder
 from data.render import Renderer, gaussian

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from configs.schema import Views
+from configs.data import Views
 from data import views
 
 pytestmark = pytest.mark.L0

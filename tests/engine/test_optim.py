@@ -15,7 +15,7 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from configs import UserError
 from configs.ds import load_ds_config
-from configs.schema import Optim
+from configs.learning import Optim
 from engine import optim, zero
 from model.objectives.comm import Comm
 from tests.engine import ranks

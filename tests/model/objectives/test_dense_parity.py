@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import Clip, Objectives, Rec, Ssl
+from configs.learning import Clip, Objectives, Rec, Ssl
 from kernels import prototypes
 from model.objectives import dense
 from model.objectives.comm import Comm, Solo

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import Clip, Objectives, Rec, Ssl
+from configs.learning import Clip, Objectives, Rec, Ssl
 from model.objectives.comm import Comm, Solo
 from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import Clip, Objectives, Rec, Ssl
+from configs.learning import Clip, Objectives, Rec, Ssl
 from model.objectives.comm import Solo
 from model.objectives.contrastive import softmax_loss
 from model.objectives.perceptual import EXPECTED, GROUPS, Perceptual

@@ -1,0 +1,76 @@
+"""What a step is given: where samples come from, how many, in which crops, under which masks.
+
+    Views(local_size=64).num_locals        # 8, as without it
+
+*Science*: each of these changes results. Rules and tags as in configs/schema.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from configs.section import Amount, AreaRange, Count, Paths, PixelRange, Positive, Section, Share, ShareRange
+
+
+class Data(Section):
+    """Where samples come from and in which order they arrive (data/order.py)."""
+
+    train: Paths  # shard paths or URLs; globs and brace ranges allowed
+    held_out: Paths = ()  # read by evaluation only
+    tokenizer: str  # a tokenizer.json file, or a Hugging Face hub name (CLIP's for the real presets)
+    caption: str = "txt"  # member extension holding the caption; "json:KEY" reads a field of the .json member
+    streams: Positive  # C canonical streams; every world size must divide it
+    block_shards: Positive = 4  # samples are shuffled inside blocks of this many shards of one stream
+    max_bad_share: Share = 0.02  # above this share of bad samples the run stops
+    max_pixels: Positive = 50_000_000  # larger images are bad samples: they would stall a whole step
+
+
+class Batch(Section):
+    """The asymmetric split, in images over all ranks. Recipe ratio 1 : 1/4 : 1/8 [P]."""
+
+    clip: Positive
+    ssl: Count
+    rec: Count
+    layout: Literal["nested", "disjoint"] = "nested"  # ssl and rec both lead, or rec follows ssl
+
+    @model_validator(mode="after")
+    def _fits(self) -> Batch:
+        used = max(self.ssl, self.rec) if self.layout == "nested" else self.ssl + self.rec
+        if used > self.clip:
+            raise ValueError(
+                f"ssl={self.ssl} and rec={self.rec} ({self.layout}) need {used} rows but clip={self.clip}: "
+                "ssl and rec images are rows of the clip batch; lower batch.ssl or batch.rec, or raise "
+                "batch.clip"
+            )
+        return self
+
+
+class Views(Section):
+    """Crops and colours. Sizes in pixels, scales as shares of the image area. [D] of DINOv2."""
+
+    image_size: Positive = 256  # clip and rec [P]
+    image_scale: AreaRange = (0.9, 1.0)
+    global_size: Positive = 256
+    global_scale: AreaRange = (0.32, 1.0)
+    local_size: Positive = 96
+    local_scale: AreaRange = (0.05, 0.32)
+    num_locals: Count = 8
+    flip: Share = 0.5  # ssl crops only: captions speak of left and right
+    jitter: Share = 0.8  # probability of the colour jitter
+    brightness: Amount = 0.4
+    contrast: Amount = 0.4
+    saturation: Amount = 0.2
+    hue: float = Field(0.1, ge=0, le=0.5)  # in turns of the colour circle
+    grey: Share = 0.2
+    blur: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)  # probability on global view 0, on 1, on local ones
+    blur_sigma: PixelRange = (0.1, 2.0)  # in pixels at the crop's own size
+    solarise: Share = 0.2  # global view 1 only
+
+
+class Masks(Section):
+    """Which patches of the global crops the student does not see. iBOT block-wise masking [D]."""
+
+    share_of_crops: Share = 0.5
+    ratio: ShareRange = (0.1, 0.5)

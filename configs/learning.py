@@ -1,0 +1,76 @@
+"""What is learnt from a step: the objectives and their weights, the optimizer, the teacher.
+
+    Objectives(rec=Rec(perceptual=0)).rec.weight        # 0.1: L1 alone, at the paper's weight
+
+*Science*: each of these changes results. Rules and tags as in configs/schema.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from configs.section import Positive, Section, Share
+
+
+class Clip(Section):
+    weight: float = Field(1.0, ge=0)
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+
+
+class Ssl(Section):
+    weight: float = Field(1.0, ge=0)
+    koleo: float = Field(0.1, ge=0)  # [I]
+    student_temp: float = Field(0.1, gt=0)
+    targets: Literal["sinkhorn", "centering"] = "sinkhorn"
+    centre_momentum: Share = 0.9  # with targets=centering
+
+
+class Rec(Section):
+    weight: float = Field(0.1, ge=0)  # [P]
+    l1: float = Field(1.0, ge=0)
+    perceptual: float = Field(1.0, ge=0)  # L1 : LPIPS = 1 : 1 [P]; needs lpips_weights
+    lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
+
+    @model_validator(mode="after")
+    def _perceptual_is_explicit(self) -> Rec:
+        if self.weight and self.perceptual and self.lpips_weights is None:
+            raise ValueError(
+                f"perceptual={self.perceptual:g} but lpips_weights is not set: the perceptual term is never "
+                "dropped silently; give objectives.rec.lpips_weights=FILE, or switch it off with "
+                "objectives.rec.perceptual=0"
+            )
+        return self
+
+
+class Objectives(Section):
+    """total = clip.weight * clip + ssl.weight * ssl + rec.weight * rec, the paper's joint objective."""
+
+    clip: Clip = Clip()
+    ssl: Ssl = Ssl()
+    rec: Rec  # no default: the perceptual term wants a decision
+
+
+class Optim(Section):
+    """AdamW with linear warm-up and cosine decay [D of OpenCLIP]."""
+
+    kind: Literal["adamw", "lamb"] = "adamw"  # LAMB: a trust ratio per matrix, and per rank's share of it
+    steps: Positive
+    lr: float = Field(5e-4, gt=0)  # peak, at lr_batch images a step; scaled by sqrt(batch.clip / lr_batch)
+    lr_batch: Positive = 16_384
+    final_lr: Share = 0.0  # as a share of the peak
+    warmup: Share = 0.03  # as a share of steps
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.1, ge=0)  # none on vectors
+    clip_norm: float = Field(1.0, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+
+class Teacher(Section):
+    momentum: Share = 0.994
+    final_momentum: Share = 1.0  # reached by a cosine; equal to momentum for a fixed one
+    temp: float = Field(0.04, gt=0)
+    final_temp: float = Field(0.07, gt=0)
+    temp_warmup: Share = 0.3  # share of steps from temp to final_temp

@@ -1,0 +1,67 @@
+"""How a run is carried out, and what is recorded of it: the half that must not change results.
+
+    System(compile="off").report_every         # 10
+
+A checkpoint may be resumed under another `system` and `profile`: the fingerprint leaves them out.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from configs.section import Count, Positive, Section, StepSpan
+
+
+class Loader(Section):
+    threads: Positive = 2  # decoding threads a rank
+    prefetch: Positive = 2  # batches decoded ahead of the step
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    cache_dir: str | None = None  # where remote shards are kept; required for remote URLs
+
+
+class ContrastiveBatch(Section):
+    """How the clip batch goes through the model (engine/grad_cache.py); the gradient is that of the whole batch."""
+
+    # Parts, one after the other: memory for activations falls to one part, and all parts but one run forward twice.
+    micro_batches: Positive = 1
+
+
+class System(Section):
+    run_dir: str | None = None  # runs/NAME when not given
+    report_every: Positive = 10  # steps between two host syncs
+    images_every: Count = 0  # steps between two picture reports; 0: only at the end
+    checkpoint_every: Count = 0  # steps; 0: only at the end
+    phases: bool = True  # reports say where a step's time goes (engine/timing.py)
+    compile: Literal["auto", "on", "off"] = "auto"
+    attention: Literal["auto", "flash3", "varlen", "flash2", "xformers", "sdpa", "matmul"] = "auto"
+    activation_checkpointing: Literal["off", "selective", "full"] = "off"  # engine/recompute.py
+    optimizer: Literal["auto", "torch", "torch_fused", "deepspeed", "deepspeed_cpu", "apex"] = "auto"
+    linear: Literal["bf16", "fp8_torchao", "fp8_te"] = "bf16"  # of the blocks; FP8 rounds more, the run is the same
+    timeout_minutes: Positive = 60  # of a collective, before a rank counts as lost
+    loader: Loader = Loader()
+    clip: ContrastiveBatch = ContrastiveBatch()
+
+    @model_validator(mode="after")
+    def _te_is_not_compiled(self) -> System:
+        if self.linear == "fp8_te" and self.compile == "on":
+            raise ValueError(
+                "linear=fp8_te but compile=on: Transformer Engine's modules cannot be traced into a block's graph; set "
+                "system.compile=off, or system.linear=fp8_torchao"
+            )
+        return self
+
+
+class Profile(Section):
+    """A window of steps under torch's profiler (profiling/window.py)."""
+
+    steps: StepSpan | None = None  # FIRST:END, counted from 0 over the whole run: 10:13 are the steps 10, 11 and 12
+    ranks: tuple[Count, ...] = (0,)  # which ranks record
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(first, end) of a window that is given."""
+        assert self.steps is not None
+        first, end = self.steps.split(":")
+        return int(first), int(end)
