@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from configs import Config, UserError
+from configs.ds import zero_stage
 from engine import linears, optim, world, zero
 from engine.drop_path import DropPath, drop_path
 from engine.host_memory import keep_freed_blocks
@@ -90,7 +91,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
             "linear": products,
             "compile": f"{'on' if is_compiled else 'off'} ({why})",
             "optimizer": f"{config.optim.kind} by {optimizer.name} ({optimizer.reason})",
-            "zero": f"stage {zero.zero_stage(ds_config)} (--ds_config)",
+            "zero": f"stage {zero_stage(ds_config)} (--ds_config)",
             "activation checkpointing": f"{config.system.activation_checkpointing} (system.activation_checkpointing)",
             "precision": f"{config.optim.precision} (optim.precision)",
             "host memory": keep_freed_blocks(device),

@@ -1,0 +1,90 @@
+"""From a model to a DeepSpeed engine: parameters born partitioned, gathered for a moment, handed over.
+
+    with construction(ds_config, "bf16", device):        # ZeRO-3: a rank holds 1/world_size of each from the start
+        model = Pretrainer(config, rows)
+    engine = start(model, optimizer, ds_config)
+
+Measured with deepspeed 0.19.8: `zero.Init` must not replace `F.linear`, which it does by default, for the life of the
+process.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import logger, set_z3_leaf_modules
+from torch import nn
+
+from configs.ds import zero_stage
+from engine.zero.optimizer import skip_on_device
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@contextmanager
+def construction(ds_config: dict[str, Any], precision: str, device: torch.device) -> Iterator[None]:
+    """Parameters made inside have the run's dtype and device; with ZeRO-3 they are partitioned as they are made.
+
+    torch.distributed must be up.
+    """
+    _prepare()
+    deepspeed.init_distributed(dist_init_required=False)  # takes over the group engine.world formed
+    default = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, default)
+        torch.set_default_dtype(DTYPES[precision])
+        stack.enter_context(device)
+        if zero_stage(ds_config) == 3:
+            # No tensor_overrides: a buffer keeps the dtype it asks for. No mem_efficient_linear: F.linear stays.
+            stack.enter_context(
+                deepspeed.zero.Init(config_dict_or_path=ds_config, mem_efficient_linear=False, tensor_overrides=[])
+            )
+        yield
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
+    """Inside, the parameters are whole. With `write`, what rank 0 leaves in them is scattered to all at the end."""
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None):
+        yield
+
+
+def mark_leaves(model: nn.Module, kinds: list[type[nn.Module]]) -> None:
+    """ZeRO-3 gathers a module of these kinds as a whole, before its forward: inside it there are no hooks, so one
+    compiled graph can cover it. Raises if the model has no such module."""
+    set_z3_leaf_modules(model, kinds)
+
+
+def start(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine around the model that was built inside `construction`."""
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+        skip_on_device(engine.optimizer, optimizer)
+    return engine
+
+
+def one_reduction(engine: Any, num_backwards: int) -> AbstractContextManager[None]:
+    """Inside, `num_backwards` calls of engine.backward leave their gradients where they are; they are summed and
+    reduced over ranks once, at the end. A single backward is left alone: then ZeRO reduces while it computes.
+
+    The price is a whole gradient in the model's dtype on every rank until the end, whatever the stage.
+    """
+    return nullcontext() if num_backwards == 1 else engine.coalesce_grad_reduction()
+
+
+def _prepare() -> None:
+    """Keeps DeepSpeed's start-up talk off the terminal, with two warnings that are known here and harmless, and spares
+    its CPU build of a shared-memory collective, which serves inference only: a minute of C++ at the first start, and
+    a lock file that hangs every later one if that start is killed.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # 0.19 on torch 2.13
+    logger.setLevel(logging.WARNING)
+    # The Pretrainer returns a dataclass, which hooks cannot look into; it owns no parameter that a hook would gather.
+    logger.addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())

@@ -1,0 +1,135 @@
+"""A rank's own share of every parameter: ranges of the flattened tensors, readable and writable.
+
+    [f] = [f for f in fragments(engine) if f.name == "trunk.norm.weight"]
+    f.start, f.numel                             # rank 1 of 2 of a 384-vector: (192, 192)
+    f.read("exp_avg")                            # (192,) float32
+    f.write("exp_avg", values)
+    publish(engine)                              # once all are written
+
+Measured with deepspeed 0.19.8: a persistent parameter keeps its gathered copy, so writing its shard alone changes
+nothing; hence `release` and `publish`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from engine import world
+from engine.pieces import MASTER
+from engine.zero.optimizer import link_moments
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The parameter's shape, whether it is partitioned at the moment or not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's range [start, start + numel) of one flattened trainable parameter."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    numel: int
+
+    def read(self, key: str) -> Tensor:
+        """(numel,) float32: the master weight (key "fp32") or a moment. Copy or view: `write` changes it."""
+        if is_partitioned(self.parameter):
+            whole = (
+                safe_get_local_fp32_param(self.parameter)
+                if key == MASTER
+                else safe_get_local_optimizer_state(self.parameter, key)
+            )
+            return whole.detach()[: self.numel]  # the last rank's shard is padded
+        mapping = self.parameter._hp_mapping  # type: ignore[attr-defined]
+        return mapping.get_hp_fragment(None if key == MASTER else key).detach()
+
+    def write(self, key: str, value: Tensor) -> None:
+        """Sets it to `value` (numel,). When all are written, `publish` brings the model's own copies along."""
+        if not is_partitioned(self.parameter):
+            self.read(key).copy_(value)
+            return
+        padded = _padded(value, shard(self.parameter))
+        if key == MASTER:
+            safe_set_local_fp32_param(self.parameter, padded)
+            shard(self.parameter).copy_(padded)
+        else:
+            safe_set_local_optimizer_state(self.parameter, padded, key)
+
+
+def fragments(engine: Any) -> list[Fragment]:
+    """This rank's fragments of all trainable parameters, in the model's order. A rank may own none of a parameter."""
+    link_moments(engine.optimizer)
+    found = []
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        start, numel = local_range(parameter)
+        if numel:
+            found.append(Fragment(name, parameter, start, numel))
+    return found
+
+
+def local_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """(start, numel) of what this rank owns of the flattened parameter; padding is not counted.
+
+    ZeRO-3 cuts every parameter evenly; ZeRO-1 and 2 cut the concatenation of all of them, and leave a frozen parameter
+    whole on every rank.
+    """
+    if is_partitioned(parameter):
+        size = shard(parameter).numel()
+        start = min(size * world.rank(), parameter.ds_numel)  # type: ignore[attr-defined]
+        return start, min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
+    if not parameter.requires_grad:
+        return 0, parameter.numel()
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 holds this parameter."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def shard(parameter: nn.Parameter) -> Tensor:
+    """The live flat shard of a ZeRO-3 parameter in the model's dtype, padded; else the whole flat parameter."""
+    return parameter.ds_tensor.data if is_partitioned(parameter) else parameter.data.view(-1)  # type: ignore[attr-defined]
+
+
+def release(parameters: Iterable[nn.Parameter]) -> None:
+    """Drops the gathered copies of persistent parameters whose shards were written; the next forward gathers anew."""
+    for parameter in parameters:
+        if is_partitioned(parameter) and parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+            parameter.partition()  # type: ignore[attr-defined]
+
+
+def publish(engine: Any) -> None:
+    """After fragments were written: every gathered or replicated copy of a weight is made to agree with its master.
+
+    ZeRO-1 and 2 keep the whole model on every rank, so the ranges other ranks wrote have to come over.
+    """
+    parameters = [p for p in engine.module.parameters() if p.requires_grad]
+    release(parameters)
+    for parameter in parameters:
+        if not is_partitioned(parameter):
+            parameter.data.copy_(safe_get_full_fp32_param(parameter))
+
+
+def _padded(value: Tensor, like: Tensor) -> Tensor:
+    padded = torch.zeros(like.numel(), dtype=value.dtype, device=like.device)
+    padded[: value.numel()].copy_(value)
+    return padded
