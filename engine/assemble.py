@@ -35,7 +35,8 @@ from model.initialise import initialise_parameter
 from model.objectives.comm import Comm
 from model.objectives.perceptual import Perceptual
 from model.objectives.total import Centres
-from model.pretrainer import Pretrainer, Rows, teacher_pairs
+from model.pretrainer import Pretrainer, teacher_pairs
+from model.rows import Rows
 from model.text import TextBlock
 from profiling.phases import Phases, clock_of
 

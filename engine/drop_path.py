@@ -20,7 +20,7 @@ from data.hashing import hash_text, hash_words
 from kernels.dense_attention import Segments
 from model.describe import step_layout
 from model.drop_path import subset
-from model.pretrainer import Rows
+from model.rows import Rows
 
 BRANCHES = 2  # attention, MLP
 _USE = hash_text("drop_path")  # what a hash is for: no other draw of the run has this word

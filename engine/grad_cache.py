@@ -26,7 +26,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from model.outputs import ClipOutputs, Outputs
-from model.pretrainer import Rows
+from model.rows import Rows
 
 Run = Callable[[Batch], ClipOutputs]
 

@@ -33,7 +33,7 @@ from model.describe import describe
 from model.imagenet import denormalise
 from model.objectives.comm import Comm
 from model.objectives.total import Centres
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.memory import process_peak_bytes
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from configs import Config
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.flops import StepFlops
 from profiling.peaks import Peak, measured_peak, peak
 from profiling.step_flops import step_flops

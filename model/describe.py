@@ -18,7 +18,8 @@ import torch
 from configs import Config
 from configs.architecture import Text, Vit
 from model.pack import Layout, pack
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 
 
 def count_parameters(config: Config, rows: Rows) -> dict[str, int]:

@@ -12,12 +12,10 @@ the module that owns it, because there, and only there, ZeRO-3 has gathered it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from configs import Config, UserError
+from configs import Config
 from configs.architecture import Model
 from model.captions import PackedCaptions
 from model.decoder import PixelDecoder
@@ -26,51 +24,9 @@ from model.imagenet import normalise
 from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs
 from model.pack import Layout
 from model.reads import Reads, reads_of, tokens
+from model.rows import Rows
 from model.text import TextTower
 from model.trunk import Trunk
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One rank's images per step: `clip` rows; ssl has the leading `ssl`, rec `rec` from `rec_start` on.
-
-    The clip rows pass in `micro_batches` equal parts; one of them, number `shared`, brings ssl and rec along.
-    """
-
-    clip: int
-    ssl: int
-    rec: int
-    rec_start: int
-    micro_batches: int = 1
-
-    @classmethod
-    def per_rank(cls, config: Config, world_size: int) -> Rows:
-        """The share of one of `world_size` ranks. Raises UserError where they do not divide the batch."""
-        for key in ("clip", "ssl", "rec"):
-            rows = getattr(config.batch, key)
-            if rows % world_size:
-                raise UserError(
-                    f"batch.{key}={rows} is not a multiple of the {world_size} ranks: all ranks take as many "
-                    f"rows; change batch.{key} or the number of ranks"
-                )
-        clip, ssl, rec = (getattr(config.batch, key) // world_size for key in ("clip", "ssl", "rec"))
-        parts = config.system.clip.micro_batches
-        if clip % parts:
-            raise UserError(
-                f"system.clip.micro_batches={parts} does not divide a rank's {clip} rows (batch.clip="
-                f"{config.batch.clip} on {world_size} ranks): parts are equal; change it or the number of ranks"
-            )
-        return cls(clip, ssl, rec, ssl if config.batch.layout == "disjoint" else 0, parts)
-
-    @property
-    def part(self) -> int:
-        """Clip rows of one micro-batch."""
-        return self.clip // self.micro_batches
-
-    @property
-    def shared(self) -> int:
-        """The micro-batch that holds the rec rows."""
-        return self.rec_start // self.part if self.rec else 0
 
 
 class Teacher(nn.Module):
@@ -146,7 +102,7 @@ class Pretrainer(nn.Module):
                 taught = self.teacher(crops["ssl_global"], masked_idx)
         layout = self.trunk.layout(crops)
         hidden = {"ssl_global": masks} if taught is not None else {}
-        x_TD = self.trunk(crops, hidden, kept_idx, self._reads(layout, masked_idx))
+        x_TD = self.trunk(crops, hidden, kept_idx=kept_idx, reads=self._reads(layout, masked_idx))
         z_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
         return Outputs(
             clip=self._clip(layout, z_TD, captions),

@@ -69,6 +69,7 @@ class Trunk(nn.Module):
         self,
         crops: dict[str, Tensor],
         masks: dict[str, Tensor],
+        *,
         kept_idx: Tensor | None = None,
         reads: Reads | None = None,
     ) -> Tensor:

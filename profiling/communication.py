@@ -34,7 +34,8 @@ from configs.ds import zero_stage
 from configs.schema import System
 from engine.assemble import LEAVES
 from engine.optim import parameter_groups
-from model.pretrainer import Pretrainer, Rows, head_width
+from model.pretrainer import Pretrainer, head_width
+from model.rows import Rows
 from profiling.gathers import Gathers, Settings, Visit
 
 FP32_BYTES = 4

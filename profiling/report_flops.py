@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from configs import UserError
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.flops import PASSES
 from profiling.report_blocks import Block, Cell, Sentence, Table
 from profiling.report_data import Run

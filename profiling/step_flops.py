@@ -28,7 +28,8 @@ from model.describe import step_layout
 from model.drop_path import subset
 from model.objectives.targets import ITERATIONS
 from model.pack import ALIGN, Group, Layout, pack
-from model.pretrainer import Rows, head_width
+from model.pretrainer import head_width
+from model.rows import Rows
 from profiling.flops import Component, StepFlops, linear
 from profiling.layer_flops import (
     Block,

@@ -39,7 +39,8 @@ from model.drop_path import subset
 from model.objectives.perceptual import GROUPS, Perceptual
 from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs, Outputs
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from profiling.layer_flops import VGG_CHANNELS
 from profiling.live_bytes import Event, LiveBytes
 from profiling.workload import imagined_batch

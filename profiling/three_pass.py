@@ -28,23 +28,17 @@ from model.objectives.koleo import koleo_loss
 from model.objectives.pixels import l1_loss
 from model.outputs import Outputs, RecOutputs, SslOutputs
 from model.pack import Layout
-from model.pretrainer import Pretrainer, Rows
-from model.reads import Reads
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from model.trunk import Trunk
 
 
 class SeparateTrunk(Trunk):
     """A trunk that takes one kind of crop a pass, and lays the results where a packed pass would have put them."""
 
-    def forward(
-        self,
-        crops: dict[str, Tensor],
-        masks: dict[str, Tensor],
-        kept_idx: Tensor | None = None,
-        reads: Reads | None = None,
-    ) -> Tensor:
+    def forward(self, crops: dict[str, Tensor], masks: dict[str, Tensor], **chosen: Any) -> Tensor:
         """Every token of every crop, whatever is read of it."""
-        assert kept_idx is None, "the reference has no stochastic depth"
+        assert chosen.get("kept_idx") is None, "the reference has no stochastic depth"
         parts = [
             self._alone(name, pixels, {name: masks[name]} if name in masks else {}) for name, pixels in crops.items()
         ]

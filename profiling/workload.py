@@ -17,7 +17,7 @@ import torch
 from configs import Config, load_config
 from data.batch import Batch
 from data.masking import hidden_patches
-from model.pretrainer import Rows
+from model.rows import Rows
 
 PRESET = Path(__file__).resolve().parents[1] / "configs" / "vtp_s.yaml"
 OVERRIDES = (

@@ -27,7 +27,8 @@ from model.initialise import initialise
 from model.objectives.comm import Solo
 from model.objectives.total import compute
 from model.outputs import Outputs
-from model.pretrainer import Pretrainer, Rows, teacher_pairs
+from model.pretrainer import Pretrainer, teacher_pairs
+from model.rows import Rows
 from profiling.machine import device, matmul_peak
 from profiling.measurement import Measurement, measure
 from profiling.three_pass import ThreePass, padded_inputs, written_out_loss

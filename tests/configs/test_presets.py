@@ -9,7 +9,7 @@ import pytest
 
 from configs import Config, load_config
 from model.describe import count_parameters, step_layout
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.step_flops import step_flops
 
 pytestmark = pytest.mark.L0

@@ -73,7 +73,8 @@ def train_plainly(config: Config, steps: int) -> Trained:
     from model.initialise import initialise
     from model.objectives.comm import Solo
     from model.objectives.total import compute
-    from model.pretrainer import Pretrainer, Rows, teacher_pairs
+    from model.pretrainer import Pretrainer, teacher_pairs
+    from model.rows import Rows
 
     model = Pretrainer(config, Rows.per_rank(config, 1), "matmul")
     initialise(model, config)

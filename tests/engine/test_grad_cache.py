@@ -18,7 +18,8 @@ from model.initialise import initialise
 from model.objectives.comm import Comm, Solo
 from model.objectives.total import compute
 from model.outputs import ClipOutputs
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import random_batch, tiny_config

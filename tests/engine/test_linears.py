@@ -18,7 +18,8 @@ from kernels.fp8 import E4M3, E5M2
 from model.block import Block
 from model.initialise import initialise
 from model.objectives.comm import Comm
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from model.text import TextBlock
 from tests.engine import ranks
 from tests.float8_count import float8_products

@@ -16,7 +16,8 @@ from engine.report import open_reporter, plain_line
 from engine.step import StepRecord
 from model.objectives.comm import Comm, Solo
 from model.outputs import Outputs
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
 

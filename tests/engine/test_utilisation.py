@@ -10,7 +10,7 @@ from engine.step import StepRecord
 from engine.utilisation import Utilisation, utilisation
 from model.objectives.comm import Solo
 from model.outputs import Outputs
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.peaks import Peak
 from profiling.step_flops import step_flops
 from tests.tiny import tiny_config

@@ -18,7 +18,8 @@ from kernels.fp8 import MXFP8_MULTIPLE, Affine, Linears
 from model.block import Block
 from model.initialise import initialise
 from model.outputs import Outputs
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from model.text import TextBlock
 from tests.kernels.te_stand_in import Library, bind, installed
 from tests.tiny import random_batch, tiny_config

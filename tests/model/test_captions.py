@@ -10,7 +10,8 @@ from torch import Tensor
 
 from model.captions import one_a_row, pack_captions
 from model.initialise import initialise
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from model.text import TextTower
 from tests.tiny import tiny_config
 

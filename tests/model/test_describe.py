@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from model.describe import count_parameters, describe, step_layout
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from tests.tiny import random_batch, tiny_config
 
 pytestmark = pytest.mark.L0

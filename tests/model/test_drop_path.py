@@ -17,8 +17,9 @@ from model.block import Block
 from model.drop_path import subset
 from model.initialise import initialise
 from model.pack import Group, Layout
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
 from model.rope import Rope
+from model.rows import Rows
 from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from configs import Config
 from model.initialise import initialise, initialise_parameter
-from model.pretrainer import Pretrainer, Rows, teacher_pairs
+from model.pretrainer import Pretrainer, teacher_pairs
+from model.rows import Rows
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0

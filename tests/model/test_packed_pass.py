@@ -9,7 +9,8 @@ from torch import Tensor
 from configs import Config
 from model.block import Block
 from model.initialise import initialise
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from model.text import TextBlock
 from model.trunk import Trunk
 from tests.tiny import model_inputs, random_batch, tiny_config

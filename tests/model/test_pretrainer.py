@@ -10,7 +10,8 @@ from configs import Config, UserError
 from model.imagenet import normalise
 from model.initialise import initialise
 from model.outputs import Outputs
-from model.pretrainer import Pretrainer, Rows, teacher_pairs
+from model.pretrainer import Pretrainer, teacher_pairs
+from model.rows import Rows
 from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,9 @@ from torch import Tensor
 from configs import Config
 from model.initialise import initialise
 from model.outputs import Outputs
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
 from model.reads import Reads
+from model.rows import Rows
 from model.trunk import Trunk
 from tests.tiny import model_inputs, random_batch, tiny_config
 
@@ -29,30 +32,17 @@ KINDS = {
 class Full(Trunk):
     """Finishes every token."""
 
-    def forward(
-        self,
-        crops: dict[str, Tensor],
-        masks: dict[str, Tensor],
-        kept_idx: Tensor | None = None,
-        reads: Reads | None = None,
-    ) -> Tensor:
-        return super().forward(crops, masks, kept_idx)
+    def forward(self, crops: dict[str, Tensor], masks: dict[str, Tensor], **_: Any) -> Tensor:
+        return super().forward(crops, masks)
 
 
 class Poisoned(Trunk):
     """Finishes what is read, and puts 1000 into the rest: not nan, which a gradient of 0 would keep."""
 
-    def forward(
-        self,
-        crops: dict[str, Tensor],
-        masks: dict[str, Tensor],
-        kept_idx: Tensor | None = None,
-        reads: Reads | None = None,
-    ) -> Tensor:
-        assert reads is not None
+    def forward(self, *inputs: Any, reads: Reads, **others: Any) -> Tensor:
         idx_N = reads.idx_N[: reads.used]
         assert len(idx_N.unique()) == reads.used, "a token named twice would be added twice"
-        x_TD = super().forward(crops, masks, kept_idx, reads)
+        x_TD = super().forward(*inputs, reads=reads, **others)
         return torch.full_like(x_TD, 1000).index_copy(0, idx_N, x_TD[idx_N])
 
 

@@ -10,7 +10,8 @@ import torch
 from configs import Config, UserError, to_yaml
 from model.initialise import initialise
 from model.interchange import main
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights, write_weights
 from tests.tiny import model_inputs, random_batch, tiny_config

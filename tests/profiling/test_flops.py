@@ -25,7 +25,8 @@ from model.objectives.comm import Solo
 from model.objectives.perceptual import EXPECTED, GROUPS, Perceptual
 from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from model.text import TextBlock
 from model.tokenizer import VisualTokenizer
 from profiling.flops import StepFlops

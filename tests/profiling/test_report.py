@@ -15,7 +15,7 @@ import torch
 from configs import UserError, to_yaml
 from engine.pictures import write_png
 from engine.report import Log
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.report import main, write_report
 from profiling.report_blocks import Line, Plot, Stack, as_json, shown
 from profiling.report_data import read_run

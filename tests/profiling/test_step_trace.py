@@ -14,7 +14,8 @@ from model.initialise import initialise
 from model.objectives.comm import Solo
 from model.objectives.perceptual import GROUPS, Perceptual
 from model.objectives.total import Centres, compute
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from profiling.layer_flops import VGG_CHANNELS, perceptual_parameters
 from profiling.live_bytes import Event, LiveBytes, peak
 from profiling.step_trace import step_events
