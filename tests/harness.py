@@ -5,9 +5,9 @@
 
     run_ranks(double, 2, 3)            # [tensor(6), tensor(6)]
 
-Ranks are forked from a helper process that has torch imported already, so a second call costs a fraction of a
-second; still, batch many checks into one call. Each rank computes with one thread. The first rank to fail
-ends the others and its traceback is the test's failure; ranks that hang are killed and their stacks shown.
+Ranks are forked from a helper process that has imported what they need (tests/preload.py), so a call costs a fraction
+of a second. Each rank computes with one thread. The first rank to fail ends the others and its traceback is the test's
+failure; ranks that hang are killed and their stacks shown.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run_ranks(
     launcher leaves them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "engine.assemble"])
+    context.set_forkserver_preload(["tests.preload"])
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), _free_port()
         # Pickled by plain pickle: multiprocessing would share tensor memory with processes that end first.
