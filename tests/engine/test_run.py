@@ -25,7 +25,8 @@ from profiling.report import write_report
 pytestmark = pytest.mark.L1
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 6
+STEPS = 40
+TRAINING = (f"optim.steps={STEPS}", "optim.warmup=0.0")
 REPORTED = ("loss/total", "loss/clip", "loss/ssl", "loss/dino_local", "loss/dino_global", "loss/mim", "loss/koleo")
 REPORTED += ("loss/rec", "loss/l1", "optim/grad_norm", "optim/learning_rate", "speed/samples_per_second")
 REPORTED += ("phase/data_ms", "phase/trunk_ms", "phase/report_ms", "straggler/rank", "straggler/excess_share")
@@ -77,21 +78,22 @@ def reports(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(shards: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    done = subprocess.run(
-        command(shards, run_dir, f"optim.steps={STEPS}", "profile.steps=3:5"),
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that was let finish, with a window under the profiler."""
+    here = tmp_path_factory.mktemp("whole")
+    asked = command(shards, here / "run", *TRAINING, "profile.steps=3:5")
+    done = subprocess.run(asked, cwd=here, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
+    return here / "run"
 
-    assert [report["step"] for report in reports(run_dir)] == [2, 4, 6]
+
+def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(whole: Path) -> None:
+    run_dir, reported = whole, list(range(2, STEPS + 1, 2))
+    assert [report["step"] for report in reports(run_dir)] == reported
     assert set(REPORTED) <= reports(run_dir)[-1].keys()
     lines = (run_dir / "log.txt").read_text().splitlines()
-    assert sum(line.startswith("step ") for line in lines) == 3
+    assert sum(line.startswith("step ") for line in lines) == len(reported)
     assert any(line.startswith("attention: sdpa (auto") for line in lines)
     measured = [line for line in lines if line.startswith("energy: ")]
     assert len(measured) == 1
@@ -109,11 +111,11 @@ def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(shards: Pat
     board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert set(REPORTED) <= set(board.Tags()["scalars"])
     assert {"reconstructions", "latents"} <= set(board.Tags()["images"])
-    assert [event.step for event in board.Scalars("loss/clip")] == [2, 4, 6]
+    assert [event.step for event in board.Scalars("loss/clip")] == reported
 
-    with Image.open(run_dir / "pictures" / "reconstructions-00000006.png") as picture:
+    with Image.open(run_dir / "pictures" / f"reconstructions-{STEPS:08d}.png") as picture:
         assert picture.size == (3 * 32, 2 * 32)  # three rec rows a rank; originals above reconstructions
-    assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000006"
+    assert (run_dir / "checkpoints" / "latest").read_text() == f"step-{STEPS:08d}"
 
     tokenizer = VisualTokenizer.from_run(run_dir)
     images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
@@ -128,15 +130,12 @@ def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(shards: Pat
     assert all(word in page for word in ("finished", "loss/clip", "data:image/png"))
 
 
-def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(shards: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(shards: Path, whole: Path, tmp_path: Path) -> None:
     """SIGTERM to every rank between two reports: checkpoint, exit 143; --resume ends where the whole run ends."""
-    steps = ["optim.steps=40", "optim.warmup=0.0"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    subprocess.run(command(shards, whole, *steps), env=environment(), check=True, capture_output=True, cwd=tmp_path)
-
+    stopped = tmp_path / "stopped"
     with (tmp_path / "launcher.log").open("w") as log:
         launcher = subprocess.Popen(
-            command(shards, stopped, *steps), env=environment(), stdout=log, stderr=log, cwd=tmp_path
+            command(shards, stopped, *TRAINING), env=environment(), stdout=log, stderr=log, cwd=tmp_path
         )
         try:
             while not (stopped / "log.jsonl").exists() or len(reports(stopped)) < 2:
@@ -149,11 +148,11 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(shards: Path, tmp_p
             launcher.kill()
             launcher.wait()
     reached = reports(stopped)[-1]["step"]
-    assert reached < 40
+    assert reached < STEPS
     assert (stopped / "checkpoints" / "latest").read_text() == f"step-{reached:08d}"
     assert "go on with --resume" in (stopped / "log.txt").read_text()
 
-    # 40 steps of 12 rows are two epochs. The index left one sample out; one rank, or two, met the other in them.
+    # So many steps of 12 rows are two epochs. The index left one sample out; one rank, or two, met the other in them.
     health = {name: value for name, value in reports(whole)[-1].items() if name.startswith("data/bad/")}
     assert len(health) == 2
     assert health.pop("data/bad/missing caption") == 1
@@ -161,9 +160,9 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(shards: Path, tmp_p
     logged = [json.loads(line) for line in (whole / "bad_samples.jsonl").read_text().splitlines()]
     assert len({record["key"] for record in logged}) == len(logged) == 2
 
-    resumed = command(shards, stopped, *steps, "--resume")
+    resumed = command(shards, stopped, *TRAINING, "--resume")
     subprocess.run(resumed, env=environment(), check=True, capture_output=True, cwd=tmp_path)
-    assert [report["step"] for report in reports(stopped)] == list(range(2, 41, 2))
+    assert [report["step"] for report in reports(stopped)] == list(range(2, STEPS + 1, 2))
     expected, _ = read_weights(whole / "weights.safetensors")
     found, _ = read_weights(stopped / "weights.safetensors")
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
