@@ -121,6 +121,7 @@ class CaptionEncoder:
 
     @property
     def end_of_text_id(self) -> int:
+        """The id that closes every caption."""
         return int(self._frame[-1])
 
     def encode(self, captions: list[str]) -> torch.Tensor:

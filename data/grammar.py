@@ -161,6 +161,7 @@ def _synonym(words: tuple[str, ...], rng: random.Random) -> str:
 
 
 def with_article(phrase: str) -> str:
+    """The indefinite article in front: orange disc -> an orange disc."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 

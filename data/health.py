@@ -34,6 +34,8 @@ class TooManyBadSamples(UserError):
 
 @dataclass(frozen=True)
 class BadSample:
+    """One sample that was not served, and why."""
+
     key: str  # "shard/sample"
     reason: str
     position: int | None  # global position at which it was met; None: left out by the index

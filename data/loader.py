@@ -218,6 +218,8 @@ class Loader:
 
 @dataclass(frozen=True)
 class HeldOutBatch:
+    """The next n samples of the held-out corpus; the last batch may have fewer."""
+
     images: torch.Tensor  # (n, 3, image_size, image_size) uint8, centre crop
     captions: torch.Tensor  # (n, C) int64
     texts: tuple[str, ...]

@@ -61,6 +61,7 @@ def write_manifest(directory: Path, arguments: dict[str, Any], samples: dict[str
 
 
 def write_json(path: Path, content: object) -> None:
+    """Indented UTF-8; a file name that is no text gets question marks for its odd bytes."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", errors="replace")  # file names may be no text
 

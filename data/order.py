@@ -32,6 +32,8 @@ _TABLE_ENTRIES = 1 << 16  # so many (epoch, shard) pairs are dealt at once when 
 
 @dataclass(frozen=True)
 class Place:
+    """A sample: shard and number within the shard, both from 0, in the epoch in which its stream meets it."""
+
     epoch: int
     shard_idx: int
     sample_idx: int

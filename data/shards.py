@@ -44,6 +44,8 @@ class BadCaption(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
+    """What a shard holds of one sample, not decoded."""
+
     key: str  # "shard/sample", unique in the corpus
     image: bytes  # the encoded picture
     caption: str  # empty when the corpus is read without captions
@@ -61,9 +63,11 @@ class ShardIndex:
         return len(self.lines)
 
     def members(self, sample_idx: int) -> tuple[Member, ...]:
+        """Where the sample's bytes lie in the tar."""
         return sidecar.parse(self.lines[sample_idx])
 
     def key(self, sample_idx: int) -> str:
+        """The name of a sample, as Sample.key has it."""
         return f"{self.name}/{sidecar.key_of(self.members(sample_idx)[0].name)}"
 
 

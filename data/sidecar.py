@@ -39,6 +39,8 @@ _TAIL_BYTES = 1 << 14
 
 @dataclass(frozen=True)
 class Member:
+    """One file of a sample: `size` bytes of the tar from byte `offset` on; `ext` is what follows the key in `name`."""
+
     ext: str
     offset: int
     size: int
@@ -69,6 +71,7 @@ def key_of(name: str) -> str:
 
 
 def image_of(sample: Iterable[Member]) -> Member:
+    """The sample's picture; of several the one whose extension comes first in IMAGE_EXTS. ValueError without one."""
     return min((m for m in sample if m.ext in IMAGE_EXTS), key=lambda m: IMAGE_EXTS.index(m.ext))
 
 

@@ -55,6 +55,7 @@ def braces(pattern: str) -> list[str]:
 
 
 def is_remote(name: str) -> bool:
+    """Whether it is a URL."""
     return "://" in name
 
 

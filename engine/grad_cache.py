@@ -51,6 +51,7 @@ class Part:
 
     @classmethod
     def keep(cls, batch: Batch, run: Run) -> Part:
+        """Runs the clip rows of `batch` forward without a graph and keeps the features."""
         names = ("global_crops", "local_crops", "masks", "masked_idx")
         batch = replace(batch, **{name: getattr(batch, name)[:0] for name in names})
         with torch.no_grad():

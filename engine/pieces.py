@@ -30,6 +30,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # and those of AdamW
 
 @dataclass(frozen=True)
 class Piece:
+    """One range of one vector of a parameter; see the module for the keys."""
+
     key: str
     name: str
     start: int

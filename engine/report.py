@@ -33,13 +33,23 @@ HEADLINE = {
 
 
 class Sink(Protocol):
-    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+    """Somewhere a report goes."""
 
-    def picture(self, step: int, name: str, picture: Tensor) -> None: ...
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One report: figures by name, after `step` steps."""
+        ...
 
-    def say(self, text: str) -> None: ...
+    def picture(self, step: int, name: str, picture: Tensor) -> None:
+        """(3, height, width), as it was after `step` steps. A sink without pictures passes over it."""
+        ...
 
-    def close(self) -> None: ...
+    def say(self, text: str) -> None:
+        """A line for a person, between reports."""
+        ...
+
+    def close(self) -> None:
+        """Everything is written when this returns."""
+        ...
 
 
 class TensorBoard:

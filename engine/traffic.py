@@ -29,6 +29,7 @@ class Traffic:
     calls: Counter[str] = field(default_factory=Counter)
 
     def note(self, kind: str, num_bytes: int) -> None:
+        """Counts one call; for zero.observed and world.observed."""
         self.bytes[kind] += num_bytes
         self.calls[kind] += 1
 

@@ -27,6 +27,7 @@ class Online:
 
     @classmethod
     def start(cls, count: int, like: Tensor) -> Online:
+        """Before the first tile, on the device and in the dtype of `like`."""
         return cls(
             best=like.new_full((count,), -torch.inf),
             total=like.new_zeros(count),

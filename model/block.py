@@ -35,6 +35,7 @@ class RmsNorm(nn.Module):
         self.eps = 1e-5
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same shape and dtype."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -48,6 +49,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same shape and dtype."""
         y = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
         return y.to(x.dtype)
 
@@ -61,6 +63,7 @@ class LayerScale(nn.Module):
         self.initial = initial
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
         return x_TD * self.gamma
 
 
@@ -77,6 +80,7 @@ class Attention(nn.Module):
         self.k_norm = RmsNorm(head_width) if vit.qk_norm else nn.Identity()
 
     def forward(self, x_TD: Tensor, rope_2TE: Tensor, segments: Segments) -> Tensor:
+        """(T, D) normed tokens -> (T, D), each from the tokens of its own segment; `rope_2TE` holds their positions."""
         q_THE, k_THE, v_THE = self.qkv(x_TD).unflatten(1, (3, self.heads, -1)).unbind(1)
         q_THE, k_THE = turn(self.q_norm(q_THE), rope_2TE), turn(self.k_norm(k_THE), rope_2TE)
         return self.proj(attend(q_THE, k_THE, v_THE, segments, backend=self.backend).flatten(1))
@@ -92,6 +96,7 @@ class SwiGlu(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D), each token by itself."""
         gate_TF, value_TF = self.w12(x_TD).chunk(2, dim=-1)
         return self.w3(F.silu(gate_TF) * value_TF)
 

@@ -35,6 +35,7 @@ class TextAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_TD: Tensor, segments: Segments, spans: Spans) -> Tensor:
+        """(T, D) normed tokens -> (T, D), each from its own caption up to itself."""
         qkv_T3HE = self.in_product(x_TD, self.in_proj_weight, self.in_proj_bias).unflatten(1, (3, self.heads, -1))
         q_THE, k_THE, v_THE = qkv_T3HE.unbind(1)
         out_THE = attend(q_THE, k_THE, v_THE, segments, causal=True, backend=self.backend, spans=spans)
@@ -50,6 +51,7 @@ class TextMlp(nn.Module):
         self.c_proj = nn.Linear(int(width * ratio), width)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D), each token by itself."""
         return self.c_proj(F.gelu(self.c_fc(x_TD)))
 
 

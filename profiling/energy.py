@@ -48,9 +48,13 @@ class Source(Protocol):
 
     said: str
 
-    def sample(self) -> Sample: ...
+    def sample(self) -> Sample:
+        """What its counters say now."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Gives the driver back."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class EnergyMeter:
 
     @property
     def is_measuring(self) -> bool:
+        """Whether a source was found on entering."""
         return self._source is not None
 
     def __enter__(self) -> EnergyMeter:

@@ -108,6 +108,7 @@ class StepFlops:
         return shares
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON; FLOPs of one step of one rank."""
         return {
             "components": [asdict(component) for component in self.components],
             "savings": self.savings,

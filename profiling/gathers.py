@@ -59,6 +59,7 @@ class Settings:
 
     @classmethod
     def of(cls, ds_config: Mapping[str, Any]) -> Settings:
+        """From a DeepSpeed dictionary that has a `zero_optimization`."""
         zero = ds_config["zero_optimization"]
         return cls(
             prefetch=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),

@@ -29,6 +29,7 @@ class Block:
 
     @property
     def forward(self) -> float:
+        """FLOPs of one pass."""
         return self.first + self.scores + self.last
 
     def again(self, checkpointing: str, backend: str, last_is_kept: bool) -> float:

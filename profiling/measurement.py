@@ -41,11 +41,13 @@ class Measurement:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the machine it was taken on."""
         rows = [vars(row) for row in self.rows]
         about = {"name": self.name, "workload": self.workload, "reference": self.reference}
         return about | {"machine": describe(), "rows": rows, "notes": list(self.notes)}
 
     def as_table(self) -> Table:
+        """For a terminal; ± is the spread over rounds."""
         table = Table(title=f"{self.name}: {self.workload}", title_justify="left")
         for column in ("variant", "median ms", "±", f"x {self.reference}", "peak MiB", "MFU"):
             table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=column == "variant")

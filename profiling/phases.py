@@ -42,15 +42,21 @@ PHASES = (
 class Clock(Protocol):
     """Marks in time, and the milliseconds between two of them."""
 
-    def mark(self) -> Any: ...
+    def mark(self) -> Any:
+        """This moment."""
+        ...
 
     def is_past(self, mark: Any) -> bool:
         """Whether `ms` can be had without waiting."""
         ...
 
-    def wait(self, mark: Any) -> None: ...
+    def wait(self, mark: Any) -> None:
+        """Returns when the moment is past."""
+        ...
 
-    def ms(self, begin: Any, end: Any) -> float: ...
+    def ms(self, begin: Any, end: Any) -> float:
+        """Milliseconds from one mark to a later one; both are past."""
+        ...
 
     def release(self, mark: Any) -> None:
         """The mark is not needed any more."""
@@ -115,6 +121,7 @@ class Reading:
 
     @property
     def total_ms(self) -> float:
+        """What the steps took together."""
         return sum(self.ms.values())
 
 

@@ -24,10 +24,14 @@ class Comm(Protocol):
     """Collectives: every rank calls the same ones in the same order, with tensors of one shape."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """This rank, from 0."""
+        ...
 
     @property
-    def world_size(self) -> int: ...
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        ...
 
     def gather_with_grad(self, x: Tensor) -> Tensor:
         """(B, ...) -> (world_size * B, ...), rank by rank; B must be the same on every rank."""

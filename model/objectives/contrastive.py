@@ -18,6 +18,8 @@ from model.objectives.comm import Comm
 
 
 class Contrast(NamedTuple):
+    """Scalars of one rank; the mean over ranks is that of the batch."""
+
     loss: Tensor
     accuracy: Tensor  # share of this rank's images whose own caption scores highest among all captions; no gradient
 

@@ -37,6 +37,7 @@ class Centres:
 
     @classmethod
     def zeros(cls, num_prototypes: int, device: torch.device | str = "cpu") -> Centres:
+        """Before the first step: nothing is subtracted."""
         return cls(torch.zeros(num_prototypes, device=device), torch.zeros(num_prototypes, device=device))
 
 
@@ -60,6 +61,7 @@ class Objective:
 
     @cached_property
     def value(self) -> Tensor:
+        """Scalar: what the total weighs with `weight`."""
         return torch.stack([term.weight * term.value for term in self.terms]).sum()
 
 
@@ -72,6 +74,7 @@ class Losses:
 
     @cached_property
     def total(self) -> Tensor:
+        """Scalar: what is differentiated."""
         return torch.stack([objective.weight * objective.value for objective in self.objectives]).sum()
 
     def named(self) -> dict[str, Tensor]:
