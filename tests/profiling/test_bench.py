@@ -47,6 +47,7 @@ def run_small() -> dict[str, Measurement]:
     torch.compile = partial(torch.compile, backend="aot_eager")
     for module in (step, text, compile):
         vars(module)["small_step"] = tiny_config
+    step.matmul_peak = lambda dtype: 1e12  # measuring it takes longer than the benches here
     compile.CROPS = {"clip": (2, 32), "ssl_local": (2, 16)}
     return {module.__name__: found for module in (step, text, compile) for found in module.run(rounds=1)}
 
@@ -141,4 +142,4 @@ def test_mfu_is_flops_over_time_over_peak() -> None:
 def test_the_machine_is_named_and_its_peak_measured() -> None:
     assert describe()["threads"] == torch.get_num_threads()
     assert "family" in str(describe()["device"]) or torch.cuda.is_available()
-    assert matmul_peak(torch.float32) > 1e9
+    assert matmul_peak(torch.float32, sizes=(128, 256)) > 1e9
