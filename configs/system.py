@@ -59,6 +59,15 @@ class Profile(Section):
     steps: StepSpan | None = None  # FIRST:END, counted from 0 over the whole run: 10:13 are the steps 10, 11 and 12
     ranks: tuple[Count, ...] = (0,)  # which ranks record
 
+    @model_validator(mode="after")
+    def _ranks_have_steps_to_record(self) -> Profile:
+        if self.steps is None and self.ranks != Profile.model_fields["ranks"].default:
+            raise ValueError(
+                f"ranks={list(self.ranks)} but steps is not set: without a window of steps no rank records; give "
+                "profile.steps=FIRST:END, or leave profile.ranks out"
+            )
+        return self
+
     @property
     def span(self) -> tuple[int, int]:
         """(first, end) of a window that is given."""

@@ -83,3 +83,9 @@ def test_a_window_beyond_the_run_is_refused() -> None:
     assert tiny_config("profile.steps=4:6").profile.span == (4, 6)
     with pytest.raises(UserError, match=r"profile.steps=4:7 but optim.steps=6"):
         tiny_config("profile.steps=4:7")
+
+
+def test_ranks_without_a_window_are_refused() -> None:
+    with pytest.raises(UserError, match=r"ranks=\[0, 3\] but steps is not set: .*give profile.steps=FIRST:END"):
+        tiny_config("profile.ranks=[0,3]")
+    assert tiny_config("profile.ranks=[0]").profile.steps is None  # as config.yaml of a run without a window has it
