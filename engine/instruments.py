@@ -4,19 +4,23 @@ with watching(config, parts, run_dir, first_step, say=reporter.say) as instrumen
     instruments.window.before(step)         # profiler window; and .after(step)
     with instruments.phases("data"): ...
     instruments.read(done, num_steps=10)    # {"phase/trunk_ms": ..., "straggler/rank": ..., "comm/all_gather_mb": ...,
-                                            #  "energy/joules": ...} since the last read
+                                            #  "memory/peak_max_gib": ..., "energy/joules": ...} since the last read
+
+What a report must know of the machine goes to RUN/machine.json.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs import Config
-from engine.assemble import Assembly
+from engine.assemble import Assembly, resolve_compile
 from engine.energy import Energy, metered
+from engine.rank_memory import report as memory_of_ranks
 from engine.timing import report as phase_times
 from engine.traffic import Traffic, counting
 from engine.utilisation import Utilisation, utilisation
@@ -39,7 +43,7 @@ class Instruments:
     def read(self, done: int, num_steps: int) -> dict[str, float]:
         """What the last `num_steps` steps took and moved, at `done` finished ones. A collective."""
         moved = self.traffic.take(num_steps)
-        return phase_times(self.phases, self.comm) | moved | self.energy.read(done)
+        return phase_times(self.phases, self.comm) | moved | memory_of_ranks(self.comm) | self.energy.read(done)
 
 
 @contextmanager
@@ -50,6 +54,9 @@ def watching(
     student = parts.engine.module
     use = utilisation(config, student.rows, student.trunk.blocks[0].attn.backend, parts.device)
     say(f"compute: {use}")
+    if parts.comm.rank == 0:
+        machine = use.machine(parts.comm.world_size, resolve_compile(config, parts.device)[0])
+        (run_dir / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
     with (
         Window(config, parts.phases, run_dir, parts.comm.rank) as window,
         metered(parts.device, config.batch.clip, first_step, say) as energy,

@@ -2,6 +2,7 @@
 
 describe()                         {"device": "AMD EPYC (family 25, model 17)", "threads": 2, "torch": "2.13.0+cpu"}
 matmul_peak(torch.bfloat16)        9.1e11 FLOP/s: the best of a few square products, here and now
+triad_peak()                       1.1e10 bytes/s to and from memory: the best of a few passes
 
 MFU in the benches is against this measured peak, not against a data sheet: a shared CPU has none.
 """
@@ -15,6 +16,8 @@ from pathlib import Path
 import torch
 
 from profiling.clock import alternate
+
+TRIAD_MIB = 32  # of each of three arrays: together beyond a rank's share of any cache but the very largest
 
 
 def device() -> torch.device:
@@ -43,6 +46,16 @@ def _speed(size: int, dtype: torch.dtype) -> float:
     left, right = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
     times = alternate({"product": lambda: left @ right}, rounds=7)["product"]
     return 2 * size**3 / min(times.seconds)
+
+
+def triad_peak() -> float:
+    """Bytes a second of a = b + s c: two arrays read, one written; in some tenth of a second.
+
+    As in STREAM, that a line is read before it is written over does not count.
+    """
+    a, b, c = (torch.ones(TRIAD_MIB * 2**18, device=device()) for _ in range(3))  # zeros would be one shared page
+    times = alternate({"triad": lambda: torch.add(b, c, alpha=3.0, out=a)}, rounds=5, warmups=1)["triad"]
+    return 3 * TRIAD_MIB * 2**20 / min(times.seconds)
 
 
 def processor() -> str:

@@ -13,9 +13,12 @@ import resource
 import sys
 from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+STATM = Path("/proc/self/statm")
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -48,6 +51,29 @@ def held() -> dict[str, int]:
             "of the device": torch.cuda.mem_get_info()[1],
         }
     return {"most resident": process_peak_bytes()}
+
+
+def held_bytes() -> dict[str, int]:
+    """What this process has held at most so far ("peak"), and holds now; no device is waited for.
+
+    On CUDA tensors' memory as the allocator counts it, and "reserved", the most that it had taken from the device to
+    serve them; else resident memory, libraries and all, and "now" only where the system has /proc.
+    """
+    if torch.cuda.is_available():
+        return {
+            "peak": torch.cuda.max_memory_allocated(),
+            "now": torch.cuda.memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+        }
+    return {"peak": process_peak_bytes(), **_resident()}
+
+
+def _resident() -> dict[str, int]:
+    try:
+        pages = int(STATM.read_text().split()[1])
+    except OSError:
+        return {}
+    return {"now": pages * resource.getpagesize()}
 
 
 def _cuda_peak(call: Callable[[], object]) -> int:

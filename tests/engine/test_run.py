@@ -31,6 +31,7 @@ REPORTED = ("loss/total", "loss/clip", "loss/ssl", "loss/dino_local", "loss/dino
 REPORTED += ("loss/rec", "loss/l1", "optim/grad_norm", "optim/learning_rate", "speed/samples_per_second")
 REPORTED += ("phase/data_ms", "phase/trunk_ms", "phase/report_ms", "straggler/rank", "straggler/excess_share")
 REPORTED += ("speed/tflops_per_rank", "speed/mfu", "speed/hfu")
+REPORTED += ("memory/peak_min_gib", "memory/peak_mean_gib", "memory/peak_max_gib", "memory/peak_rank")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(whole: Path
     assert {"attention", "zero"} <= choices.keys()
     assert {f"{name}: {choice}" for name, choice in choices.items()} <= set(lines)
     page = write_report(run_dir).read_text()
-    assert all(word in page for word in ("finished", "loss/clip", "data:image/png"))
+    assert all(word in page for word in ("finished", "loss/clip", "data:image/png", "bound by", "sum on the device"))
 
 
 def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(shards: Path, whole: Path, tmp_path: Path) -> None:

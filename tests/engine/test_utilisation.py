@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ ROWS = Rows.per_rank(CONFIG, 2)
 
 
 def use(peak: Peak | None) -> Utilisation:
-    return Utilisation(CONFIG, ROWS, "sdpa", torch.device("cpu"), peak, "NVIDIA Unheard Of")
+    return Utilisation(CONFIG, ROWS, "sdpa", torch.device("cpu"), peak, None, "NVIDIA Unheard Of")
 
 
 def test_the_share_is_flops_over_seconds_over_peak() -> None:
@@ -53,5 +55,12 @@ def test_a_report_has_the_share_of_its_own_steps() -> None:
 def test_a_cpu_is_held_against_its_own_products() -> None:
     found = utilisation(CONFIG, ROWS, "sdpa", torch.device("cpu"))
     assert found.peak is not None
-    assert str(found).endswith(f"MFU against {found.peak}")
+    assert found.bandwidth is not None
+    assert str(found).endswith(f"MFU against {found.peak}; memory {found.bandwidth}")
     assert "measured" in str(found)
+
+
+def test_what_a_report_must_know_of_the_machine_is_plain_json() -> None:
+    known = use(Peak(1e12, "a test")).machine(world_size=2, is_compiled=False)
+    assert json.loads(json.dumps(known)) == known
+    assert (known["flops_per_second"], known["flops_source"], known["bytes_per_second"]) == (1e12, "a test", None)

@@ -5,34 +5,40 @@ from __future__ import annotations
 import pytest
 import torch
 
-from profiling.peaks import measured_peak, peak
+from profiling.peaks import bandwidth, measured_bandwidth, measured_peak, peak
 
 pytestmark = pytest.mark.L0
 
-# What torch.cuda.get_device_name says -> TFLOP/s in bf16 and FP8.
+# What torch.cuda.get_device_name says -> TFLOP/s in bf16 and FP8, TB/s.
 NAMES = {
-    "NVIDIA A100-SXM4-80GB": (312, None),
-    "NVIDIA A100 80GB PCIe": (312, None),
-    "NVIDIA A800-SXM4-80GB": (312, None),
-    "NVIDIA H100 80GB HBM3": (989.4, 1978.9),
-    "NVIDIA H100 PCIe": (756.5, 1513),
-    "NVIDIA H100 NVL": (835.5, 1670.5),
-    "NVIDIA H800": (989.4, 1978.9),
-    "NVIDIA H200": (989.4, 1978.9),
-    "NVIDIA H200 NVL": (835.5, 1670.5),
-    "NVIDIA GH200 480GB": (989.4, 1978.9),
-    "NVIDIA B200": (2250, 4500),
-    "NVIDIA L4": (121, 242.5),
-    "NVIDIA L40": (181.05, 362),
-    "NVIDIA L40S": (362.05, 733),
-    "NVIDIA GeForce RTX 4090": (165.2, 330.3),
-    "NVIDIA RTX A6000": (154.8, None),
+    "NVIDIA A100-SXM4-80GB": (312, None, 2.039),
+    "NVIDIA A100-SXM4-40GB": (312, None, 1.555),
+    "NVIDIA A100-PCIE-40GB": (312, None, 1.555),
+    "NVIDIA A100 80GB PCIe": (312, None, 1.935),
+    "NVIDIA A800-SXM4-80GB": (312, None, 2.039),
+    "NVIDIA H100 80GB HBM3": (989.4, 1978.9, 3.35),
+    "NVIDIA H100 PCIe": (756.5, 1513, 2),
+    "NVIDIA H100 NVL": (835.5, 1670.5, 3.9),
+    "NVIDIA H800": (989.4, 1978.9, 3.35),
+    "NVIDIA H200": (989.4, 1978.9, 4.8),
+    "NVIDIA H200 NVL": (835.5, 1670.5, 4.8),
+    "NVIDIA GH200 480GB": (989.4, 1978.9, 4),
+    "NVIDIA B200": (2250, 4500, 8),
+    "NVIDIA L4": (121, 242.5, 0.3),
+    "NVIDIA L40": (181.05, 362, 0.864),
+    "NVIDIA L40S": (362.05, 733, 0.864),
+    "NVIDIA GeForce RTX 4090": (165.2, 330.3, 1.008),
+    "NVIDIA RTX A6000": (154.8, None, 0.768),
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gpu_has_the_peak_of_its_data_sheet(name: str) -> None:
-    for precision, expected in zip(("bf16", "fp8"), NAMES[name], strict=True):
+    memory = bandwidth(name)
+    assert memory is not None
+    assert memory.bytes_per_second == NAMES[name][2] * 1e12
+    assert memory.source.startswith("NVIDIA ")
+    for precision, expected in zip(("bf16", "fp8"), NAMES[name][:2], strict=True):
         found = peak(name, precision)
         assert (found and found.flops_per_second) == (expected and expected * 1e12)
         assert found is None or found.source.startswith("NVIDIA ")
@@ -48,12 +54,14 @@ def test_a_gpu_has_the_peak_of_its_data_sheet(name: str) -> None:
         "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
         "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
         "NVIDIA H20",
+        "NVIDIA A100-SXM-64GB",
         "Tesla V100-SXM2-16GB",
         "AMD Instinct MI300X",
     ],
 )
 def test_a_gpu_that_is_no_other_has_no_peak(name: str) -> None:
     assert peak(name, "bf16") is None
+    assert bandwidth(name) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the device in use, and says CPU")
@@ -62,3 +70,7 @@ def test_a_cpu_is_measured_and_says_how() -> None:
     assert found.flops_per_second > 1e9
     assert f"on {torch.get_num_threads()} thread" in found.source
     assert f"{found.flops_per_second / 1e12:,.4g} TFLOP/s (measured: 1024" in str(found)
+    memory = measured_bandwidth()
+    assert memory.bytes_per_second > 1e8
+    assert f"on {torch.get_num_threads()} thread" in memory.source
+    assert f"{memory.bytes_per_second / 1e9:,.4g} GB/s (measured: triad" in str(memory)
