@@ -9,8 +9,9 @@ all-reduce. On the *wire* a rank sends, around a ring of W, (W-1)/W of the messa
 and twice that for an all-reduce. Both are per optimizer step and rank, of a steady step (ZeRO-3 learns its order in the
 first). engine/traffic.py counts messages of a run under the same convention, reported as comm/*_mb.
 
-What happens only at reports (means over ranks, stop flags, data health: a few hundred bytes) is no part of a step, and
-the EMA teacher moves nothing: each rank's shards follow its own. The model of ZeRO is deepspeed 0.19.8's:
+What happens only at reports is no part of a step: means over ranks, phases, memory and stop flags all-reduce some 200
+bytes and 24 (CUDA 32) a rank of the world, once a report; bad samples and joules travel pickled. The EMA teacher moves
+nothing: each rank's shards follow its own. The model of ZeRO is deepspeed 0.19.8's:
 
     ZeRO-1, 2   gradients are all-reduced, whole, in buckets (use_multi_rank_bucket_allreduce is on: on the wire twice
                 a reduce-scatter, in both stages); after the step each rank's part of the weights is gathered

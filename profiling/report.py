@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,10 +17,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from configs import UserError
-from profiling.report_blocks import Line, Plot, Section, Stack, as_json, shown
+from profiling.report_blocks import Line, Plot, Roofline, Section, Stack, as_json, shown
 from profiling.report_data import read_run
 from profiling.report_figures import labels
-from profiling.report_plots import line_plot, part_colour, stacked_bars
+from profiling.report_plots import line_plot, part_colour, roofline_plot, stacked_bars
 from profiling.report_sections import sections
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -57,6 +58,7 @@ def render(title: str, content: list[Section]) -> str:
         "shown": shown,
         "line_plot": _line_plot,
         "stacked_bars": _stacked_bars,
+        "roofline_plot": _roofline_plot,
         "inlined": inlined,
         "breakable": breakable,
     }
@@ -99,6 +101,10 @@ def _stacked_bars(stack: Stack) -> Markup:
     return Markup(stacked_bars(stack))
 
 
+def _roofline_plot(roofline: Roofline) -> Markup:
+    return Markup(roofline_plot(roofline))
+
+
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
     parser = argparse.ArgumentParser(
@@ -108,6 +114,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--compare", type=Path, metavar="RUN2", help="a second run, put beside the first")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
     parsed = parser.parse_args(arguments)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says here that it has found no GPU; nothing runs
     try:
         page = write_report(parsed.run, parsed.compare, parsed.out)
     except UserError as error:

@@ -66,6 +66,17 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Roofline:
+    """What a machine can do at most at every number of FLOPs a byte, and where the parts of a step are below it."""
+
+    title: str
+    flops_per_second: float
+    bytes_per_second: float
+    points: dict[str, tuple[float, float]]  # part -> FLOPs a byte, FLOP/s
+    kind: str = "roofline"
+
+
+@dataclass(frozen=True)
 class Pictures:
     """PNG files, inlined into the page; report.json names them."""
 
@@ -85,7 +96,7 @@ class Listing:
     kind: str = "listing"
 
 
-Block = Sentence | Table | Plots | Stack | Pictures | Listing
+Block = Sentence | Table | Plots | Stack | Roofline | Pictures | Listing
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Run:
     config_text: str | None
     ds_config_text: str | None
     choices: dict[str, str] | None  # what every "auto" became, and why
+    machine: dict[str, Any] | None  # what one rank computes on, and its peaks
     said: list[str]  # the lines of log.txt that are no reports
     evaluation: dict[str, Any] | None
     bad_samples: list[dict[str, Any]] | None
@@ -84,6 +85,30 @@ class Run:
         return float(found[-1][1]) if found else None
 
     @property
+    def ds_config(self) -> dict[str, Any] | None:
+        """ds_config.json read; None where it is no JSON object."""
+        try:
+            record = json.loads(self.ds_config_text or "")
+        except (ValueError, RecursionError):
+            return None
+        return record if isinstance(record, dict) else None
+
+    @property
+    def world_size(self) -> int | None:
+        """Ranks of the run, by machine.json or by the batch sizes in ds_config.json; None where neither says."""
+        named = (self.machine or {}).get("world_size")
+        if isinstance(named, int) and named >= 1:
+            return named
+        ds_config = self.ds_config or {}
+        try:
+            per_rank = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"]
+            ranks = ds_config["train_batch_size"] / per_rank
+            whole = int(ranks)
+        except (ValueError, KeyError, TypeError, ArithmeticError):
+            return None
+        return whole if whole >= 1 and ranks == whole else None
+
+    @property
     def stops(self) -> list[int]:
         """The steps at which the run saved and left because it was asked to."""
         return [int(match[1]) for line in self.said if (match := _STOPPED.match(line))]
@@ -106,6 +131,7 @@ def read_run(directory: Path) -> Run:
         config_text=config_text,
         ds_config_text=_text(directory / "ds_config.json"),
         choices=_words(directory / "choices.json", notes),
+        machine=_json_object(directory / "machine.json", notes),
         said=[line for line in (_text(directory / "log.txt") or "").splitlines() if not _STEP_LINE.match(line)],
         evaluation=_json_object(directory / "evaluation.json", notes),
         bad_samples=None if (text := _text(bad_log)) is None else _json_lines(text, bad_log.name, notes),

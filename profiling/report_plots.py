@@ -16,9 +16,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from profiling.report_blocks import Plot, Stack
+from profiling.report_blocks import Plot, Roofline, Stack
 
 COLOURS = (
     "#2f7ebc", "#d9762b", "#3d9a5f", "#a565b8", "#c2485a", "#8a7a2e", "#4aa3a8", "#8c6d5a", "#7a86c2", "#9aa0a6",
@@ -35,6 +35,7 @@ _SUPERFLUOUS = tuple(
         r" font-family: [^;]*;",
     )
 )
+_MARKERS = "os^DvP*X"  # colours alone do not tell parts apart to everybody
 _FEW = 12  # points that get a dot each
 _STYLE = {
     "svg.fonttype": "none",
@@ -91,6 +92,30 @@ def stacked_bars(stack: Stack) -> str:
         axes.set_yticks([])
         axes.invert_yaxis()
         axes.set_xlabel(stack.unit)
+        return _svg(figure)
+
+
+def roofline_plot(roofline: Roofline) -> str:
+    """The roof over FLOPs a byte, both axes in decades; a point a part, in the order and the colours of the legend."""
+    ridge = roofline.flops_per_second / roofline.bytes_per_second
+    found = [each for each, _ in roofline.points.values()]
+    low, high = min([ridge / 8, *found]) / 1.5, max([ridge * 8, *found]) * 1.5
+    with matplotlib.rc_context(_style(roofline.title)):
+        figure, axes = _canvas(height=3.6, width=6.4)
+        roof = [min(roofline.flops_per_second, each * roofline.bytes_per_second) / 1e9 for each in (low, ridge, high)]
+        axes.plot((low, ridge, high), roof, color=_INK, linewidth=1.4)
+        for idx, (intensity, speed) in enumerate(roofline.points.values()):
+            axes.plot(
+                intensity, speed / 1e9, marker=_MARKERS[idx % len(_MARKERS)], color=part_colour(idx), markersize=7
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+        axes.grid(axis="both")
+        axes.set_xlabel("FLOP a byte")
+        axes.set_ylabel("GFLOP/s")
         return _svg(figure)
 
 

@@ -17,6 +17,8 @@ from profiling.report_blocks import Block, Cell, Listing, Pictures, Section, Sen
 from profiling.report_data import Run
 from profiling.report_figures import figures, labels, plots, remarks
 from profiling.report_flops import flops_table
+from profiling.report_predictions import memory_tables, traffic_table
+from profiling.report_roofline import rooflines
 from profiling.report_summary import summary
 
 FIRST_BAD_SAMPLES = 20
@@ -67,16 +69,11 @@ def sections(runs: list[Run]) -> list[Section]:
     """The whole report on one run, or on two."""
     keys = [key for key in dict.fromkeys(key for run in runs for key in run.keys) if key != _AN_ESTIMATE]
     found = {group.name: _of_group(group, runs, keys_of(group, keys)) for group in GROUPS}
-    found["roofline"] = Section("roofline", "Roofline", [Sentence(NO_ROOFLINE)])
+    found["roofline"] = Section("roofline", "Roofline", rooflines(runs))
     found["pictures"] = Section("pictures", "Reconstructions and latents", _pictures(runs))
     found["choices"] = Section("choices", "Chosen backends", _choices(runs))
     found["configuration"] = Section("configuration", "Configuration", _configuration(runs))
     return [Section("summary", "Summary", summary(runs)), *(found[name] for name in ORDER)]
-
-
-NO_ROOFLINE = (
-    "Left out: a roofline needs the measured matmul peak and memory bandwidth of the machine, and the log has neither."
-)
 
 
 def keys_of(group: Group, keys: list[str]) -> list[str]:
@@ -86,9 +83,13 @@ def keys_of(group: Group, keys: list[str]) -> list[str]:
 
 
 def _of_group(group: Group, runs: list[Run], keys: list[str]) -> Section:
-    special = {"phases": _phases, "flops": _flops, "memory": _peaks, "data": _bad_samples}.get(
-        group.name, _nothing_special
-    )
+    special = {
+        "phases": _phases,
+        "flops": _flops,
+        "memory": _memory,
+        "communication": _communication,
+        "data": _bad_samples,
+    }.get(group.name, _nothing_special)
     blocks: list[Block] = [*special(runs, keys)]
     if keys:
         blocks += [*plots(runs, keys, group.is_from_zero), figures(runs, keys), *remarks(runs, keys)]
@@ -114,13 +115,12 @@ def _flops(runs: list[Run], keys: list[str]) -> list[Block]:
     return [block for run, label in zip(runs, labels(runs), strict=True) for block in flops_table(run, label)]
 
 
-def _peaks(runs: list[Run], keys: list[str]) -> list[Block]:
-    return [
-        Sentence(f"Peak memory of the first rank of {label}: {run.peak_gib:.2f} GiB, as the run said at its end.")
-        if run.peak_gib is not None
-        else Sentence(f"{label} has not said its peak memory: a run does when it reaches its last step.")
-        for run, label in zip(runs, labels(runs), strict=True)
-    ]
+def _memory(runs: list[Run], keys: list[str]) -> list[Block]:
+    return [block for run, label in zip(runs, labels(runs), strict=True) for block in memory_tables(run, label)]
+
+
+def _communication(runs: list[Run], keys: list[str]) -> list[Block]:
+    return [block for run, label in zip(runs, labels(runs), strict=True) for block in traffic_table(run, label)]
 
 
 def _bad_samples(runs: list[Run], keys: list[str]) -> list[Block]:

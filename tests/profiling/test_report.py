@@ -179,7 +179,8 @@ def test_every_section_is_there_and_the_page_shows_what_the_json_has(run: Path) 
     assert len(page.tables) == len(tables)
     for drawn, table in zip(page.tables, tables, strict=True):
         assert drawn == [table["header"], *([shown(cell) for cell in row] for row in table["rows"])]
-    assert page.tags.count("svg") == len(plots(facts)) + len(blocks(facts, "stack"))
+    drawings = len(plots(facts)) + len(blocks(facts, "stack")) + len(blocks(facts, "roofline"))
+    assert page.tags.count("svg") == drawings
     for section in SECTIONS:
         assert all(block["text"] in page.text[section] for block in blocks(facts, "sentence", section))
     for listing in blocks(facts, "listing"):
@@ -246,9 +247,9 @@ def test_what_a_run_is_without_is_said(tmp_path: Path) -> None:
     (bare / "log.jsonl").write_text('{"step": 3, "strange": 1}\n')
     facts = facts_of(bare)
     for section, word in {
-        "losses": "loss/*", "throughput": "speed/*", "phases": "phase/*", "flops": "speed/mfu", "roofline": "Left out",
-        "memory": "memory/*", "communication": "comm/*", "energy": "energy/*", "health": "health/*",
-        "data": "bad_samples.jsonl", "pictures": "no pictures", "choices": "choices.json",
+        "losses": "loss/*", "throughput": "speed/*", "phases": "phase/*", "flops": "speed/mfu",
+        "roofline": "no roofline", "memory": "memory/*", "communication": "comm/*", "energy": "energy/*",
+        "health": "health/*", "data": "bad_samples.jsonl", "pictures": "no pictures", "choices": "choices.json",
         "configuration": "no config.yaml", "summary": "python -m evaluation.run", "other": "Not plotted",
     }.items():  # fmt: skip
         assert word in sentences(facts, section), section

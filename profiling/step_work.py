@@ -1,0 +1,208 @@
+"""What each phase of a step computes and moves: the work that a report puts beside the phase's milliseconds.
+
+    work = step_work(config, Rows.per_rank(config, 2), world_size=2, attention="sdpa", caption_slots=14_336)
+    work["trunk"]                          # Work(flops=1.2e10, product_bytes=2.2e8, bytes=8.2e8)
+    update_work(config, ds_config, 2)      # {"optimizer": Work(...), "ema": Work(...)}
+
+Counted, not modelled: one step of the real model, its objectives and their backward runs on tensors without memory
+(torch's FakeTensorMode), and every operator is counted by the phase it runs in, the phases being those that a run times
+(engine/timing.py). One rank's, collectives and the copies of ZeRO left out. Losses are counted as they run on a CPU,
+FP8 products as those of the run's precision. The optimizer and the EMA are counted by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from configs import Config
+from configs.ds import offloads_optimizer, zero_stage
+from data.batch import Batch
+from data.masking import hidden_patches
+from engine.assemble import LEAVES
+from engine.drop_path import drop_path
+from engine.grad_cache import GradientCache
+from engine.recompute import recompute_blocks
+from engine.timing import CHILDREN
+from engine.zero import DTYPES
+from model.captions import pack_captions, row_width
+from model.objectives.perceptual import EXPECTED, GROUPS, Perceptual
+from model.objectives.total import Centres, compute
+from model.outputs import ClipOutputs
+from model.pretrainer import Pretrainer, Rows
+from profiling.communication import DTYPE_BYTES, FP32_BYTES, meta_model
+from profiling.layer_flops import VGG_CHANNELS
+from profiling.roofline import Counted, Work
+
+ADAMW_FLOPS = 15  # a weight: decay, two averages, their corrections, root, quotient, sum
+EMA_FLOPS = 3
+
+
+class Echo:
+    """A Comm in which all ranks hold what this one holds: shapes are those of the run."""
+
+    rank = 0
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def gather_with_grad(self, x: Tensor) -> Tensor:
+        return torch.cat([x] * self.world_size)
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+    all_max = all_sum
+
+
+@cache
+def step_work(
+    config: Config, rows: Rows, world_size: int, attention: str, caption_slots: float | None = None
+) -> dict[str, Work]:
+    """The work of a step's phases; "backward" is that of all parts, with what they compute again.
+
+    `attention` is a backend of the CPU, "matmul" or "sdpa" (which stands for every fused one); `caption_slots` those
+    that packed captions take on a rank, without it as many as their contexts have.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[config.optim.precision])
+    try:
+        captions = pack_captions(_captions(config, rows, caption_slots))
+        kept = drop_path(config, 0, world_size)
+        kept_idx = None if kept is None else kept.draw(0)
+        with FakeTensorMode() as mode, torch.device("cpu"):
+            return _Step(config, rows, world_size, attention, _fake(captions, mode), _fake(kept_idx, mode)).count()
+    finally:
+        torch.set_default_dtype(default)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """On tensors without memory, as engine/step.py takes it."""
+
+    config: Config
+    rows: Rows
+    world_size: int
+    attention: str
+    captions: Any
+    kept_idx: Tensor | None
+
+    def count(self) -> dict[str, Work]:
+        model = Pretrainer(self.config, self.rows, self.attention)
+        recompute_blocks(model, self.config.system.activation_checkpointing, tuple(LEAVES))
+        perceptual, centres, batch = self._perceptual(), self._centres(), self._batch()
+        counted = Counted()
+        _tell_phases(model, counted)
+        with counted:
+            cache = GradientCache(batch, self.rows, lambda part: self._clip(model, part))
+            outputs = cache.complete(model(**self._inputs(cache.shared), kept_idx=self.kept_idx))
+            with counted("objectives"):
+                comm = Echo(self.world_size)
+                total = compute(outputs, self.config.objectives, 0.07, comm, centres, perceptual).total
+            with counted("backward"):
+                total.backward()
+            cache.replay(lambda loss: self._replayed(counted, loss))
+        return dict(counted.work)
+
+    def _replayed(self, counted: Counted, loss: Tensor) -> None:
+        with counted("backward"):
+            loss.backward()
+
+    def _clip(self, model: nn.Module, part: Batch) -> ClipOutputs:
+        clip: ClipOutputs = model(**self._inputs(part), clip_only=True).clip
+        return clip
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        names = ("images", "global_crops", "local_crops", "masks", "masked_idx")
+        return {"captions": self.captions, **{name: getattr(batch, name) for name in names}}
+
+    def _batch(self) -> Batch:
+        views, rows, patch = self.config.views, self.rows, self.config.model.patch_size
+
+        def pixels(count: int, size: int) -> Tensor:
+            return torch.empty(count, 3, size, size, dtype=torch.uint8)
+
+        return Batch(
+            images=pixels(rows.clip, views.image_size),
+            captions=torch.empty(rows.clip, self.config.model.text.context, dtype=torch.int64),
+            global_crops=pixels(2 * rows.ssl, views.global_size),
+            local_crops=pixels(views.num_locals * rows.ssl, views.local_size),
+            masks=torch.empty(2 * rows.ssl, (views.global_size // patch) ** 2, dtype=torch.bool),
+            masked_idx=torch.empty(hidden_patches(self.config, rows.ssl), dtype=torch.int64),
+            step=0,
+            keys=("",) * rows.clip,
+        )
+
+    def _centres(self) -> Centres | None:
+        ssl = self.config.objectives.ssl
+        needs_them = ssl.weight and ssl.targets == "centering"
+        return Centres.zeros(self.config.model.prototypes.num) if needs_them else None
+
+    def _perceptual(self) -> Perceptual | None:
+        rec = self.config.objectives.rec
+        return Perceptual(perceptual_shapes()) if rec.weight and rec.perceptual else None
+
+
+def perceptual_shapes() -> dict[str, Tensor]:
+    """LPIPS on VGG-16, without its weights' values: float32."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    channels_in, conv = 3, 0
+    for tap, (count, channels) in enumerate(zip(GROUPS, VGG_CHANNELS, strict=True)):
+        for _ in range(count):
+            shapes[f"convs.{conv}.weight"], shapes[f"convs.{conv}.bias"] = (channels, channels_in, 3, 3), (channels,)
+            channels_in, conv = channels, conv + 1
+        shapes[f"heads.{tap}.weight"] = (1, channels, 1, 1)
+    return {key: torch.empty(shapes[key], dtype=torch.float32) for key in EXPECTED}
+
+
+def _tell_phases(model: nn.Module, counted: Counted) -> None:
+    for name, phase in CHILDREN.items():
+        child = getattr(model, name)
+        if child is not None:
+            child.register_forward_pre_hook(lambda *_, phase=phase: counted.begin(phase))
+            child.register_forward_hook(counted.end)
+
+
+def _captions(config: Config, rows: Rows, slots: float | None) -> Tensor:
+    """Of one micro-batch, of such lengths that they fill as many rows as a run's captions that take `slots`."""
+    context, count = config.model.text.context, rows.part
+    width = row_width(context)
+    wanted = count if slots is None else min(count, max(1, round(slots / rows.micro_batches / width)))
+    each, more = divmod(count, wanted) if wanted else (0, 0)
+    lengths = [width // (each + 1)] * ((each + 1) * more) + [width // max(each, 1)] * (each * (wanted - more))
+    captions = torch.zeros(count, context, dtype=torch.int64)
+    for caption, length in enumerate(lengths):
+        captions[caption, min(length, context) - 1] = config.model.text.vocab - 1
+    return captions
+
+
+def _fake(value: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    return type(value)(*(_fake(part, mode) for part in value)) if isinstance(value, tuple) else value
+
+
+def update_work(config: Config, ds_config: dict[str, Any], world_size: int) -> dict[str, Work]:
+    """ "optimizer" and "ema" on this rank's shards, each number read and written once a step.
+
+    AdamW reads weight, gradient and two moments and writes all but the gradient, in float32, and the weight once more
+    in the run's precision; it is left out where the host takes that step. The EMA reads student and average, writes the
+    average and the teacher's weight. Products they have none: counted are 15 and 3 operations a weight.
+    """
+    each, model = DTYPE_BYTES[config.optim.precision], meta_model(config, world_size)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / world_size
+    all_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen = all_frozen / world_size if zero_stage(ds_config) == 3 else all_frozen
+    found = {}
+    if not offloads_optimizer(ds_config):
+        moved = trained * (7 * FP32_BYTES + each)
+        found["optimizer"] = Work(ADAMW_FLOPS * trained, moved, moved)
+    if frozen:
+        moved = frozen * (3 * FP32_BYTES + each)
+        found["ema"] = Work(EMA_FLOPS * frozen, moved, moved)
+    return found
