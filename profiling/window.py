@@ -13,7 +13,8 @@ The last is a copy of the first, where TensorBoard's PyTorch plugin looks for it
 torch-tb-profiler`). TensorBoard alone shows no traces, and the plugin is no longer developed (0.4.3 is its last
 release); Perfetto is what torch's authors point to.
 
-The phases of a step (profiling/phases.py) are named ranges in the trace. Recording slows the steps of the window,
+Steps are named ranges in the trace, in the words by which the plugin knows them (ProfilerStep#10), and so are the
+phases of a step (profiling/phases.py). Recording slows the steps of the window,
 and the first ones after it a little; the reports that hold them say so in their speed.
 """
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from configs import Config
 from profiling.phases import Phases
@@ -40,6 +41,7 @@ class Window:
         self._first, self._end = config.profile.span if is_recorded else (0, 0)
         self._phases, self._run_dir, self._rank = phases, run_dir, rank
         self._record: profile | None = None
+        self._range: record_function | None = None  # of the step that runs
         self._opened, self._done = 0, 0
 
     def __enter__(self) -> Window:
@@ -55,12 +57,21 @@ class Window:
         """Opens the window when its first step is next, or one inside it where the run was resumed."""
         if self._record is None and self._first <= step < self._end:
             self._open(step)
+        if self._record is not None:
+            self._range = record_function(f"ProfilerStep#{step}")
+            self._range.__enter__()
 
     def after(self, step: int) -> None:
         """Closes the window when its last step is done."""
         self._done = step + 1
+        self._end_range()
         if self._record is not None and self._done == self._end:
             self._close()
+
+    def _end_range(self) -> None:
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
 
     def _open(self, step: int) -> None:
         on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
@@ -72,6 +83,7 @@ class Window:
 
     def _close(self) -> None:
         assert self._record is not None
+        self._end_range()
         self._phases.is_traced = False
         self._record.stop()
         name = f"rank{self._rank}-steps{self._opened}-{self._done}"

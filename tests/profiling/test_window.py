@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from profiling.window import Window
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
+CLOCK_TICK_US = 0.002  # times are written in thousandths
 
 
 def steps(window: Window, phases: Phases, first: int, end: int) -> None:
@@ -53,12 +56,57 @@ def test_the_window_is_written_with_its_steps_and_phases(
     steps(window, phases, first, end)
     found, names = recorded(tmp_path / "profile" / f"rank1-{name}.json.gz")
     assert found == inside
-    assert "trunk" in names
+    assert {f"ProfilerStep#{step}" for step in inside} | {"trunk"} <= names
+    assert not {f"ProfilerStep#{step}" for step in set(range(6)) - inside} & names
     [board] = (tmp_path / "tensorboard" / "profile").iterdir()
     assert board.name == f"rank1-{name}.pt.trace.json.gz"
     assert recorded(board) == (found, names)
     assert "aten::mm" in (tmp_path / "profile" / f"rank1-{name}.txt").read_text()
     assert not phases.is_traced
+
+
+def test_a_window_is_what_viewers_of_chromes_format_read(tmp_path: Path) -> None:
+    """The rules Perfetto's documentation gives for JSON: ranges of a thread nest, flows have both ends, times are
+    numbers; and what TensorBoard's plugin looks for: steps by name, in order, that hold the operators."""
+    phases = Phases(None)
+    with Window(tiny_config("profile.steps=1:4"), phases, tmp_path, rank=0) as window:
+        for step in range(5):
+            window.before(step)
+            with phases("trunk"):
+                product = torch.ones(4, 4, requires_grad=True) @ torch.ones(4, 4)
+            with phases("backward"):
+                product.sum().backward()
+            window.after(step)
+    events = json.loads(gzip.decompress((tmp_path / "profile" / "rank0-steps1-4.json.gz").read_bytes()))["traceEvents"]
+    assert {event["ph"] for event in events} <= set("XMisf")
+    ranges = [event for event in events if event["ph"] == "X"]
+    assert all(event["dur"] >= 0 and {"ts", "pid", "tid", "name"} <= event.keys() for event in ranges)
+    assert_ranges_nest(ranges)
+
+    flows = Counter((event["id"], event["ph"]) for event in events if event["ph"] in "sf")
+    assert flows
+    assert all(flows[number, "s"] == flows[number, "f"] == 1 for number, _ in flows)
+
+    taken = sorted((event for event in ranges if "ProfilerStep" in event["name"]), key=lambda event: event["ts"])
+    assert [event["name"] for event in taken] == ["ProfilerStep#1", "ProfilerStep#2", "ProfilerStep#3"]
+    products = [event["ts"] for event in ranges if event["name"] == "aten::mm"]
+    for step in taken:
+        inside = [ts for ts in products if step["ts"] <= ts <= step["ts"] + step["dur"]]
+        assert len(inside) == len(products) / 3 > 0
+
+
+def assert_ranges_nest(ranges: list[dict[str, Any]]) -> None:
+    threads = defaultdict(list)
+    for event in ranges:
+        threads[event["pid"], event["tid"]].append(event)
+    for events in threads.values():
+        open_until: list[float] = []
+        for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+            end = event["ts"] + event["dur"]
+            while open_until and open_until[-1] <= event["ts"]:
+                open_until.pop()
+            assert not open_until or end <= open_until[-1] + CLOCK_TICK_US, event
+            open_until.append(end)
 
 
 @pytest.mark.parametrize(
