@@ -20,7 +20,7 @@ from configs import UserError
 from profiling.report_blocks import Line, Plot, Roofline, Section, Stack, as_json, shown
 from profiling.report_data import read_run
 from profiling.report_figures import labels
-from profiling.report_plots import line_plot, part_colour, roofline_plot, stacked_bars
+from profiling.report_plots import line_plot, part_colour, part_sign, roofline_plot, stacked_bars
 from profiling.report_sections import sections
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -62,7 +62,7 @@ def render(title: str, content: list[Section]) -> str:
         "inlined": inlined,
         "breakable": breakable,
     }
-    environment.globals |= {"part_colour": part_colour, "told": told}
+    environment.globals |= {"part_colour": part_colour, "part_sign": part_sign, "told": told}
     return environment.get_template("report.html.j2").render(title=title, sections=content)
 
 

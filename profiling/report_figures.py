@@ -44,7 +44,7 @@ def plots(runs: list[Run], keys: list[str], is_from_zero: bool) -> list[Block]:
     drawn = [
         Plot(key, [thinned(Line(name, run.steps, run.series(key))) for run, name in _named(runs)], is_from_zero)
         for key in keys
-        if _varies(runs, key)
+        if _varies(runs, key) and not key.endswith(("/rank", "_rank"))  # which rank it was is a name, no quantity
     ]
     return [Plots(drawn)] if drawn else []
 

@@ -35,7 +35,7 @@ _SUPERFLUOUS = tuple(
         r" font-family: [^;]*;",
     )
 )
-_MARKERS = "os^DvP*X"  # colours alone do not tell parts apart to everybody
+_MARKERS = {"●": "o", "■": "s", "▲": "^", "◆": "D", "▼": "v", "✚": "P", "★": "*", "✖": "X"}  # legend -> plot
 _FEW = 12  # points that get a dot each
 _STYLE = {
     "svg.fonttype": "none",
@@ -73,7 +73,7 @@ def line_plot(plot: Plot) -> str:
                 markersize=3,
             )
         if plot.is_from_zero and axes.get_ylim()[0] > 0:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, axes.get_ylim()[1] * 1.04)  # its margin is of the spread, which may be small
         axes.grid(axis="y")
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
@@ -105,16 +105,14 @@ def roofline_plot(roofline: Roofline) -> str:
         roof = [min(roofline.flops_per_second, each * roofline.bytes_per_second) / 1e9 for each in (low, ridge, high)]
         axes.plot((low, ridge, high), roof, color=_INK, linewidth=1.4)
         for idx, (intensity, speed) in enumerate(roofline.points.values()):
-            axes.plot(
-                intensity, speed / 1e9, marker=_MARKERS[idx % len(_MARKERS)], color=part_colour(idx), markersize=7
-            )
+            axes.plot(intensity, speed / 1e9, marker=_MARKERS[part_sign(idx)], color=part_colour(idx), markersize=7)
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
         axes.grid(axis="both")
-        axes.set_xlabel("FLOP a byte")
+        axes.set_xlabel("FLOPs a byte")
         axes.set_ylabel("GFLOP/s")
         return _svg(figure)
 
@@ -122,6 +120,11 @@ def roofline_plot(roofline: Roofline) -> str:
 def part_colour(part_idx: int) -> str:
     """The colour of a stack's part."""
     return COLOURS[part_idx % len(COLOURS)]
+
+
+def part_sign(part_idx: int) -> str:
+    """The legend's sign for a roofline's point: colours alone do not tell points apart to everybody."""
+    return list(_MARKERS)[part_idx % len(_MARKERS)]
 
 
 def _style(title: str) -> dict[str, object]:

@@ -23,10 +23,8 @@ COUNTED = (
     "Collectives, the loader and ZeRO's own copies move bytes too, and are not counted. More than the whole roof means "
     "that caches served what is counted as moved, or that the peaks were measured in a slower moment."
 )
-HEADER = [
-    *("phase", "GFLOP", "MB moved", "MB of products", "FLOP/byte", "ms"),
-    *("GFLOP/s", "roof, GFLOP/s", "of the roof", "bound by"),
-]
+WORK = ["phase", "GFLOP", "MB moved", "FLOP/byte", "MB of products", "FLOP/byte of products"]
+SPEED = ["phase", "FLOP/byte", "ms", "GFLOP/s", "roof, GFLOP/s", "of the roof", "bound by"]
 _DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
@@ -52,10 +50,14 @@ class Point:
     def bound(self) -> str:
         return "memory" if self.intensity < self.roof.ridge else "compute"
 
-    def cells(self) -> list[Cell]:
-        work, roof = self.work, self.roof.at(self.intensity) / 1e9
-        moved: list[Cell] = [work.flops / 1e9, work.bytes / 1e6, work.product_bytes / 1e6, self.intensity]
-        return [self.phase, *moved, self.ms, self.flops_per_second / 1e9, roof, self.share, self.bound]
+    def counted(self) -> list[Cell]:
+        work = self.work
+        eager: list[Cell] = [work.flops / 1e9, work.bytes / 1e6, work.intensity(is_fused=False)]
+        return [self.phase, *eager, work.product_bytes / 1e6, work.intensity(is_fused=True)]
+
+    def reached(self) -> list[Cell]:
+        speed, roof = self.flops_per_second / 1e9, self.roof.at(self.intensity) / 1e9
+        return [self.phase, self.intensity, self.ms, speed, roof, self.share, self.bound]
 
 
 def rooflines(runs: list[Run]) -> list[Block]:
@@ -121,13 +123,14 @@ def _drawn(run: Run, label: str, points: list[Point]) -> list[Block]:
     plotted = {point.phase: (point.intensity, point.flops_per_second) for point in points}
     return [
         Sentence(
-            f"One rank of {label} computes at most {roof.flops_per_second / 1e12:,.4g} TFLOP/s "
-            f"({machine.get('flops_source')}) and moves at most {roof.bytes_per_second / 1e9:,.4g} GB/s "
+            f"One rank of {label} computes at most {_in_thousands(roof.flops_per_second)}FLOP/s "
+            f"({machine.get('flops_source')}) and moves at most {_in_thousands(roof.bytes_per_second)}B/s "
             f"({machine.get('bytes_source')}): below {roof.ridge:.3g} FLOPs a byte memory is the limit."
         ),
         Sentence(_read(points, is_fused=bool(machine.get("is_compiled")))),
         Roofline(f"Phases of {label} under its roof", roof.flops_per_second, roof.bytes_per_second, plotted),
-        Table(f"One step of one rank of {label}", HEADER, [point.cells() for point in points]),
+        Table(f"What {label} reached", SPEED, [point.reached() for point in points]),
+        Table(f"Work in one step of one rank of {label}", WORK, [point.counted() for point in points]),
     ]
 
 
@@ -139,5 +142,12 @@ def _read(points: list[Point], is_fused: bool) -> str:
         f"({point.intensity:.3g} FLOPs a byte)"
         for point in heaviest
     )
-    how = "with everything between two products fused, as compiled blocks nearly do" if is_fused else "unfused"
+    how = (
+        "with all between two products fused, as compiled blocks nearly have it" if is_fused else "as eager steps move"
+    )
     return f"The phases that take longest: {said}. FLOPs a byte are counted {how}."
+
+
+def _in_thousands(rate: float) -> str:
+    """1.4e10 -> "14 G", for the unit that follows."""
+    return f"{rate / 1e12:.4g} T" if rate >= 1e12 else f"{rate / 1e9:.4g} G"

@@ -51,10 +51,12 @@ def rows_of(facts: dict[str, Any], section: str, caption: str) -> dict[str, list
 
 def test_the_roofline_puts_a_phases_work_over_its_time_under_the_roof(tmp_path: Path) -> None:
     facts = facts_of(whole_run(tmp_path / "run"))
-    rows = rows_of(facts, "roofline", "One step of one rank of run")
+    rows = rows_of(facts, "roofline", "What run reached")
     assert list(rows) == ["trunk", "objectives", "backward"]  # what is timed and computes
     work = step_work(CONFIG, Rows.per_rank(CONFIG, 2), 2, "sdpa")["trunk"]
     trunk = rows["trunk"]
+    counts = rows_of(facts, "roofline", "Work in one step of one rank of run")["trunk"]
+    assert (counts["MB moved"], counts["MB of products"]) == (work.bytes / 1e6, work.product_bytes / 1e6)
     assert trunk["GFLOP/s"] == pytest.approx(work.flops / 0.002 / 1e9)
     roof = min(1e11, 1e10 * work.flops / work.bytes)
     assert trunk["of the roof"] == pytest.approx(work.flops / 0.002 / roof)
@@ -62,13 +64,13 @@ def test_the_roofline_puts_a_phases_work_over_its_time_under_the_roof(tmp_path: 
     [drawn] = blocks(facts, "roofline")
     assert drawn["points"]["trunk"] == pytest.approx([work.flops / work.bytes, work.flops / 0.002])
     told = sentences(facts, "roofline")
-    assert "measured: here" in told
+    assert "at most 100 GFLOP/s (measured: here) and moves at most 10 GB/s (triad)" in told
     assert "below 10 FLOPs a byte memory is the limit" in told
     assert f"backward at {100 * rows['backward']['of the roof']:.0f} % of its roof" in told
 
 
 def test_compiled_phases_are_held_against_what_fused_products_move(tmp_path: Path) -> None:
-    rows = rows_of(facts_of(whole_run(tmp_path / "run", is_compiled=True)), "roofline", "One step")
+    rows = rows_of(facts_of(whole_run(tmp_path / "run", is_compiled=True)), "roofline", "What run reached")
     work = step_work(CONFIG, Rows.per_rank(CONFIG, 2), 2, "sdpa")["trunk"]
     assert rows["trunk"]["FLOP/byte"] == pytest.approx(work.flops / work.product_bytes)
 
