@@ -6,9 +6,8 @@ rooflines([run])            # a plot, a table and a sentence that reads them; or
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from configs import Config, UserError
+from configs import UserError
 from model.pretrainer import Rows
 from profiling.report_blocks import Block, Cell, Roofline, Sentence, Table
 from profiling.report_data import Run, number
@@ -50,11 +49,6 @@ class Point:
     def bound(self) -> str:
         return "memory" if self.intensity < self.roof.ridge else "compute"
 
-    def counted(self) -> list[Cell]:
-        work = self.work
-        eager: list[Cell] = [work.flops / 1e9, work.bytes / 1e6, work.intensity(is_fused=False)]
-        return [self.phase, *eager, work.product_bytes / 1e6, work.intensity(is_fused=True)]
-
     def reached(self) -> list[Cell]:
         speed, roof = self.flops_per_second / 1e9, self.roof.at(self.intensity) / 1e9
         return [self.phase, self.intensity, self.ms, speed, roof, self.share, self.bound]
@@ -73,27 +67,22 @@ def rooflines(runs: list[Run]) -> list[Block]:
 
 def _of_run(run: Run, label: str) -> tuple[list[Block], dict[str, float]]:
     try:
-        points = points_of(run)
+        roof, (phases, parts) = _roof(run), _work(run)
+        points = _points(run, roof, phases)
     except UserError as missing:
         return [Sentence(f"{label} has no roofline: {missing}")], {}
-    return _drawn(run, label, points), {point.phase: point.share for point in points}
+    shares = {point.phase: point.share for point in points}
+    return [*_drawn(run, label, points), _counts(label, phases, parts)], shares
 
 
-def points_of(run: Run) -> list[Point]:
-    """Every phase that is timed and computes something. UserError says what there is not."""
-    roof, config, ranks = _roof(run), run.config, run.world_size
-    if config is None or ranks is None or run.ds_config is None:
-        raise UserError("it needs config.yaml, ds_config.json and the number of ranks (machine.json)")
-    try:
-        work = _work(run, config, run.ds_config, ranks)
-    except _DAMAGED as error:
-        raise UserError(f"ds_config.json is none that the step can be counted by ({error})") from None
+def _points(run: Run, roof: Roof, phases: dict[str, Work]) -> list[Point]:
+    """Every phase that is timed and computes something."""
     is_fused = bool((run.machine or {}).get("is_compiled"))
-    times = {phase: run.median(f"phase/{phase}_ms") for phase in work}
+    times = {phase: run.median(f"phase/{phase}_ms") for phase in phases}
     points = [
-        Point(phase, each, each.intensity(is_fused), ms, roof)
-        for phase, each in work.items()
-        if each.flops and (ms := times[phase])
+        Point(phase, work, work.intensity(is_fused), ms, roof)
+        for phase, work in phases.items()
+        if work.flops and (ms := times[phase])
     ]
     if not points:
         raise UserError("it needs the times of its phases (phase/*), which system.phases=true takes")
@@ -108,14 +97,21 @@ def _roof(run: Run) -> Roof:
     return Roof(peak, memory)
 
 
-def _work(run: Run, config: Config, ds_config: dict[str, Any], ranks: int) -> dict[str, Work]:
-    from profiling.step_work import step_work, update_work  # imports DeepSpeed, which talks
+def _work(run: Run) -> tuple[dict[str, Work], dict[str, Work]]:
+    """Of the phases, and of the logits within them."""
+    from profiling.step_work import logits_work, step_work, update_work  # imports DeepSpeed, which talks
 
-    rows = Rows.per_rank(config, ranks)
-    saved = run.median("speed/caption_tokens_saved")
+    config, ranks, ds_config = run.config, run.world_size, run.ds_config
+    if config is None or ranks is None or ds_config is None:
+        raise UserError("it needs config.yaml, ds_config.json and the number of ranks (machine.json)")
+    rows, saved = Rows.per_rank(config, ranks), run.median("speed/caption_tokens_saved")
     slots = None if saved is None else (1 - saved) * rows.clip * config.model.text.context
     attention = "matmul" if (run.machine or {}).get("attention") == "matmul" else "sdpa"
-    return step_work(config, rows, ranks, attention, slots) | update_work(config, ds_config, ranks)
+    try:
+        phases = step_work(config, rows, ranks, attention, slots) | update_work(config, ds_config, ranks)
+    except _DAMAGED as error:
+        raise UserError(f"ds_config.json is none that the step can be counted by ({error})") from None
+    return phases, logits_work(config, rows, ranks, attention, slots)
 
 
 def _drawn(run: Run, label: str, points: list[Point]) -> list[Block]:
@@ -130,8 +126,25 @@ def _drawn(run: Run, label: str, points: list[Point]) -> list[Block]:
         Sentence(_read(points, is_fused=bool(machine.get("is_compiled")))),
         Roofline(f"Phases of {label} under its roof", roof.flops_per_second, roof.bytes_per_second, plotted),
         Table(f"What {label} reached", SPEED, [point.reached() for point in points]),
-        Table(f"Work in one step of one rank of {label}", WORK, [point.counted() for point in points]),
     ]
+
+
+def _counts(label: str, phases: dict[str, Work], parts: dict[str, Work]) -> Table:
+    """All phases that compute; below them parts, which are in objectives, and in backward again."""
+    named = phases | {f"{part}, in all phases": work for part, work in parts.items()}
+    rows: list[list[Cell]] = [
+        [
+            name,
+            work.flops / 1e9,
+            work.bytes / 1e6,
+            work.intensity(False),
+            work.product_bytes / 1e6,
+            work.intensity(True),
+        ]
+        for name, work in named.items()
+        if work.flops
+    ]
+    return Table(f"Work in one step of one rank of {label}", WORK, rows)
 
 
 def _read(points: list[Point], is_fused: bool) -> str:

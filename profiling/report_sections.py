@@ -116,11 +116,16 @@ def _flops(runs: list[Run], keys: list[str]) -> list[Block]:
 
 
 def _memory(runs: list[Run], keys: list[str]) -> list[Block]:
-    return [block for run, label in zip(runs, labels(runs), strict=True) for block in memory_tables(run, label)]
+    return _once([block for run, label in zip(runs, labels(runs), strict=True) for block in memory_tables(run, label)])
 
 
 def _communication(runs: list[Run], keys: list[str]) -> list[Block]:
-    return [block for run, label in zip(runs, labels(runs), strict=True) for block in traffic_table(run, label)]
+    return _once([block for run, label in zip(runs, labels(runs), strict=True) for block in traffic_table(run, label)])
+
+
+def _once(blocks: list[Block]) -> list[Block]:
+    """Without sentences that were said of the run before already."""
+    return [block for idx, block in enumerate(blocks) if not isinstance(block, Sentence) or block not in blocks[:idx]]
 
 
 def _bad_samples(runs: list[Run], keys: list[str]) -> list[Block]:

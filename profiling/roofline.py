@@ -17,8 +17,9 @@ Works on tensors without memory as well; what a step's phases do is profiling/st
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,12 +70,15 @@ class Roof:
 
 
 class Counted(TorchDispatchMode):
-    """Adds up every operator's work, by the innermost phase it runs in."""
+    """Adds up every operator's work, by the innermost phase it runs in; and once more, under `within`, by the file
+    whose code asked for it, for the files in `named`."""
 
-    def __init__(self) -> None:
+    def __init__(self, named: Mapping[str, str] | None = None) -> None:
+        """`named`: the end of a file's path without .py -> what to call it."""
         super().__init__()
         self.work: defaultdict[str, Work] = defaultdict(Work)
-        self._running = [BETWEEN]
+        self.within: defaultdict[str, Work] = defaultdict(Work)
+        self._running, self._named = [BETWEEN], named or {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -90,8 +94,21 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         result = operator(*arguments, **(options or {}))
-        self.work[self._running[-1]] += work_of(operator, arguments, options or {}, result)
+        work = work_of(operator, arguments, options or {}, result)
+        self.work[self._running[-1]] += work
+        if work.bytes and (name := self._asker()):
+            self.within[name] += work
         return result
+
+    def _asker(self) -> str | None:
+        frame = sys._getframe(2) if self._named else None
+        while frame is not None:
+            path = frame.f_code.co_filename.removesuffix(".py")
+            for end, name in self._named.items():
+                if path.endswith(end):
+                    return name
+            frame = frame.f_back
+        return None
 
 
 def work_of(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> Work:

@@ -2,6 +2,7 @@
 
     work = step_work(config, Rows.per_rank(config, 2), world_size=2, attention="sdpa", caption_slots=14_336)
     work["trunk"]                          # Work(flops=1.2e10, product_bytes=2.2e8, bytes=8.2e8)
+    logits_work(config, rows, 2, "sdpa")   # {"contrastive logits": Work(...), "prototype logits": Work(...)}
     update_work(config, ds_config, 2)      # {"optimizer": Work(...), "ema": Work(...)}
 
 Counted, not modelled: one step of the real model, its objectives and their backward runs on tensors without memory
@@ -39,6 +40,12 @@ from profiling.communication import DTYPE_BYTES, FP32_BYTES, meta_model
 from profiling.layer_flops import VGG_CHANNELS
 from profiling.roofline import Counted, Work
 
+# Whose products they are, by the file that asks for them, forward and backward.
+LOGITS = {
+    "kernels/contrastive": "contrastive logits",
+    "kernels/contrastive_tiles": "contrastive logits",
+    "kernels/prototypes": "prototype logits",
+}
 ADAMW_FLOPS = 15  # a weight: decay, two averages, their corrections, root, quotient, sum
 EMA_FLOPS = 3
 
@@ -60,7 +67,6 @@ class Echo:
     all_max = all_sum
 
 
-@cache
 def step_work(
     config: Config, rows: Rows, world_size: int, attention: str, caption_slots: float | None = None
 ) -> dict[str, Work]:
@@ -69,6 +75,20 @@ def step_work(
     `attention` is a backend of the CPU, "matmul" or "sdpa" (which stands for every fused one); `caption_slots` those
     that packed captions take on a rank, without it as many as their contexts have.
     """
+    return dict(_counted(config, rows, world_size, attention, caption_slots).work)
+
+
+def logits_work(
+    config: Config, rows: Rows, world_size: int, attention: str, caption_slots: float | None = None
+) -> dict[str, Work]:
+    """Of what the losses compute and keep no matrix of, all passes over it together: a part of the phases above."""
+    return dict(_counted(config, rows, world_size, attention, caption_slots).within)
+
+
+@cache
+def _counted(
+    config: Config, rows: Rows, world_size: int, attention: str, caption_slots: float | None = None
+) -> Counted:
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[config.optim.precision])
     try:
@@ -92,11 +112,11 @@ class _Step:
     captions: Any
     kept_idx: Tensor | None
 
-    def count(self) -> dict[str, Work]:
+    def count(self) -> Counted:
         model = Pretrainer(self.config, self.rows, self.attention)
         recompute_blocks(model, self.config.system.activation_checkpointing, tuple(LEAVES))
         perceptual, centres, batch = self._perceptual(), self._centres(), self._batch()
-        counted = Counted()
+        counted = Counted(LOGITS)
         _tell_phases(model, counted)
         with counted:
             cache = GradientCache(batch, self.rows, lambda part: self._clip(model, part))
@@ -107,7 +127,7 @@ class _Step:
             with counted("backward"):
                 total.backward()
             cache.replay(lambda loss: self._replayed(counted, loss))
-        return dict(counted.work)
+        return counted
 
     def _replayed(self, counted: Counted, loss: Tensor) -> None:
         with counted("backward"):

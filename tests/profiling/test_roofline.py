@@ -90,3 +90,15 @@ def test_below_the_ridge_memory_is_the_roof() -> None:
     assert Work(60, 10, 20).intensity(is_fused=True) == 6
     assert Work(60, 10, 20).intensity(is_fused=False) == 3
     assert Work(1, 0, 0).intensity(is_fused=True) == math.inf
+
+
+def test_what_a_file_asks_for_is_counted_under_its_name_as_well() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    with Counted({"profiling/test_roofline": "here"}) as counted:
+        y = x @ torch.randn(8, 2)
+        y.sum().backward()
+    assert counted.within["here"] == counted.work["other"]
+    with Counted({"profiling/no_such_file": "nowhere"}) as counted:
+        x.detach() @ torch.randn(8, 2)
+    assert counted.within == {}
+    assert counted.work["other"].flops == 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from model.objectives.total import Centres, compute
 from model.pretrainer import Pretrainer, Rows
 from profiling.roofline import Work
 from profiling.step_flops import step_flops
-from profiling.step_work import step_work, update_work
+from profiling.step_work import logits_work, step_work, update_work
 from tests.engine.ranks import DEEPSPEED
 from tests.tiny import model_inputs, random_batch, tiny_config
 
@@ -43,6 +44,13 @@ def test_flops_of_all_phases_are_those_of_the_table(variant: str) -> None:
     work = step_work(config, rows, 3, "matmul")
     expected = step_flops(config, rows, rows.clip * 16, backend="matmul")
     assert sum(each.flops for each in work.values()) == pytest.approx(expected.hardware_flops, rel=1e-12)
+
+    of_logits: Counter[str] = Counter()
+    for each in expected.components:
+        if "logits" in each.name:
+            of_logits[each.name.removesuffix(", teacher")] += each.forward + each.backward + each.recompute
+    found = {name: each.flops for name, each in logits_work(config, rows, 3, "matmul").items() if each.flops}
+    assert found == pytest.approx(dict(of_logits), rel=1e-12)
 
 
 def test_captions_take_as_many_slots_as_they_are_given() -> None:
