@@ -56,6 +56,7 @@ def _figures_of(run: Run) -> dict[str, Cell]:
         "samples/s (median)": run.median("speed/samples_per_second"),
         "ms a step (median)": run.median("speed/step_ms"),
         "peak memory of the first rank, GiB": run.peak_gib,
+        "peak memory of the rank with the most, GiB": run.last("memory/peak_max_gib"),
         **{f"loss {name} (last)": run.last(f"loss/{name}") for name in ("total", "clip", "ssl", "rec")},
     }
 

@@ -22,7 +22,7 @@ from model.block import Block
 from model.initialise import initialise
 from model.objectives import total
 from model.objectives.comm import Solo
-from model.objectives.perceptual import EXPECTED, GROUPS, Perceptual
+from model.objectives.perceptual import Perceptual
 from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs
 from model.pretrainer import Pretrainer
@@ -30,8 +30,9 @@ from model.rows import Rows
 from model.text import TextBlock
 from model.tokenizer import VisualTokenizer
 from profiling.flops import StepFlops
-from profiling.layer_flops import VGG_CHANNELS, forward_flops_of_tokenizer
+from profiling.layer_flops import forward_flops_of_tokenizer
 from profiling.step_flops import step_flops
+from profiling.step_work import perceptual_shapes
 from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
@@ -84,13 +85,8 @@ VARIANTS = {
 
 def perceptual(device: str) -> Perceptual:
     """LPIPS with VGG-16's shapes and no weights worth the name."""
-    shapes, channels_in, conv = {}, 3, 0
-    for tap, (count, channels) in enumerate(zip(GROUPS, VGG_CHANNELS, strict=True)):
-        for _ in range(count):
-            shapes[f"convs.{conv}.weight"], shapes[f"convs.{conv}.bias"] = (channels, channels_in, 3, 3), (channels,)
-            channels_in, conv = channels, conv + 1
-        shapes[f"heads.{tap}.weight"] = (1, channels, 1, 1)
-    return Perceptual({key: torch.zeros(shapes[key], device=device) for key in EXPECTED}).to(device)
+    with torch.device(device):
+        return Perceptual(perceptual_shapes())
 
 
 class Counted:

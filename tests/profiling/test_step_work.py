@@ -33,6 +33,7 @@ VARIANTS = {
     "clip alone": ("objectives.ssl.weight=0", "batch.ssl=0", "objectives.rec.weight=0", "batch.rec=0"),
     "gradient cache": ("batch.rec=3", "data.streams=3", "system.clip.micro_batches=4"),
     "full, drop path": ("system.activation_checkpointing=full", "model.trunk.drop_path=0.3"),
+    "perceptual": ("objectives.rec.perceptual=1", "objectives.rec.lpips_weights=never_opened.safetensors"),
     "selective": ("system.activation_checkpointing=selective",),
 }  # fmt: skip
 
