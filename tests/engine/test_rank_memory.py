@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine import world
 from engine.rank_memory import report, spread
 from model.objectives.comm import Comm, Solo
 from profiling.memory import held_bytes
@@ -13,17 +14,19 @@ from tests.harness import run_ranks
 HELD_BYTES = 512 * 2**20
 
 
-def with_more_on_rank_1(comm: Comm) -> dict[str, float]:
-    kept = torch.ones(HELD_BYTES if comm.rank == 1 else 1, dtype=torch.uint8)
-    values = report(comm)
+def with_more_on_rank_1(comm: Comm) -> tuple[dict[str, float], list[tuple[str, int]]]:
+    kept, sent = torch.ones(HELD_BYTES if comm.rank == 1 else 1, dtype=torch.uint8), []
+    with world.observed(lambda kind, num_bytes: sent.append((kind, num_bytes))):
+        values = report(comm)
     assert len(kept)
-    return values
+    return values, sent
 
 
 @pytest.mark.L1
 def test_the_rank_with_the_most_memory_is_named_on_every_rank() -> None:
-    first, second = run_ranks(with_more_on_rank_1, 2)
+    (first, sent), (second, _) = run_ranks(with_more_on_rank_1, 2)
     assert first == second
+    assert sent == [("all_reduce", 8 * 2 * len(held_bytes()))], "float64, a rank and figure"
     for name in ("peak", "now"):
         assert first[f"memory/{name}_rank"] == 1.0
         apart = first[f"memory/{name}_max_gib"] - first[f"memory/{name}_min_gib"]
