@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 
 from model.objectives.comm import Comm
-from profiling.memory import held_bytes
+from profiling.memory import peak_and_now
 
 
 def report(comm: Comm) -> dict[str, float]:
     """The same on every rank. A collective between hosts, of three numbers a rank."""
-    held = held_bytes()
+    held = peak_and_now()
     shared = torch.zeros(len(held), comm.world_size, dtype=torch.float64)
     shared[:, comm.rank] = torch.tensor(list(held.values()), dtype=torch.float64)
     values: dict[str, float] = {}
@@ -28,7 +28,7 @@ def report(comm: Comm) -> dict[str, float]:
 
 
 def spread(name: str, gib: list[float]) -> dict[str, float]:
-    """ "peak", [1.0, 3.0] -> peak_min_gib 1.0, peak_mean_gib 2.0, peak_max_gib 3.0, peak_rank 1.0"""
+    """Of "peak", [1.0, 3.0]: peak_min_gib 1.0, peak_mean_gib 2.0, peak_max_gib 3.0, peak_rank 1.0"""
     most = max(gib)
     sizes = {"min": min(gib), "mean": sum(gib) / len(gib), "max": most}
     return {f"memory/{name}_{key}_gib": size for key, size in sizes.items()} | {

@@ -53,7 +53,7 @@ def held() -> dict[str, int]:
     return {"most resident": process_peak_bytes()}
 
 
-def held_bytes() -> dict[str, int]:
+def peak_and_now() -> dict[str, int]:
     """What this process has held at most so far ("peak"), and holds now; no device is waited for.
 
     On CUDA tensors' memory as the allocator counts it, and "reserved", the most that it had taken from the device to

@@ -24,14 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from configs import Config
 from configs.ds import offloads_optimizer, zero_stage
 from data.batch import Batch
-from data.masking import hidden_patches
 from engine.assemble import LEAVES
 from engine.drop_path import drop_path
 from engine.grad_cache import GradientCache
 from engine.recompute import recompute_blocks
 from engine.timing import CHILDREN
 from engine.zero import DTYPES
-from model.captions import pack_captions, row_width
+from model.captions import PackedCaptions, pack_captions, row_width
 from model.objectives.perceptual import EXPECTED, GROUPS, Perceptual
 from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs
@@ -39,6 +38,8 @@ from model.pretrainer import Pretrainer, Rows
 from profiling.communication import DTYPE_BYTES, FP32_BYTES, meta_model
 from profiling.layer_flops import VGG_CHANNELS
 from profiling.roofline import Counted, Work
+from profiling.step_trace import Pretend
+from profiling.workload import imagined_batch
 
 # Whose products they are, by the file that asks for them, forward and backward.
 LOGITS = {
@@ -48,23 +49,6 @@ LOGITS = {
 }
 ADAMW_FLOPS = 15  # a weight: decay, two averages, their corrections, root, quotient, sum
 EMA_FLOPS = 3
-
-
-class Echo:
-    """A Comm in which all ranks hold what this one holds: shapes are those of the run."""
-
-    rank = 0
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-
-    def gather_with_grad(self, x: Tensor) -> Tensor:
-        return torch.cat([x] * self.world_size)
-
-    def all_sum(self, x: Tensor) -> Tensor:
-        return x.detach().clone()
-
-    all_max = all_sum
 
 
 def step_work(
@@ -95,8 +79,10 @@ def _counted(
         captions = pack_captions(_captions(config, rows, caption_slots))
         kept = drop_path(config, 0, world_size)
         kept_idx = None if kept is None else kept.draw(0)
-        with FakeTensorMode() as mode, torch.device("cpu"):
-            return _Step(config, rows, world_size, attention, _fake(captions, mode), _fake(kept_idx, mode)).count()
+        batch = imagined_batch(config, rows)
+        with FakeTensorMode():
+            faked = {name: _fake(value) for name, value in vars(batch).items()}
+            return _Step(config, world_size, attention, Batch(**faked), _fake(captions), _fake(kept_idx)).count(rows)
     finally:
         torch.set_default_dtype(default)
 
@@ -106,23 +92,23 @@ class _Step:
     """On tensors without memory, as engine/step.py takes it."""
 
     config: Config
-    rows: Rows
     world_size: int
     attention: str
-    captions: Any
+    batch: Batch
+    captions: PackedCaptions  # of each micro-batch
     kept_idx: Tensor | None
 
-    def count(self) -> Counted:
-        model = Pretrainer(self.config, self.rows, self.attention)
+    def count(self, rows: Rows) -> Counted:
+        model = Pretrainer(self.config, rows, self.attention)
         recompute_blocks(model, self.config.system.activation_checkpointing, tuple(LEAVES))
-        perceptual, centres, batch = self._perceptual(), self._centres(), self._batch()
+        perceptual, centres = self._perceptual(), self._centres()
         counted = Counted(LOGITS)
         _tell_phases(model, counted)
         with counted:
-            cache = GradientCache(batch, self.rows, lambda part: self._clip(model, part))
+            cache = GradientCache(self.batch, rows, lambda part: self._clip(model, part))
             outputs = cache.complete(model(**self._inputs(cache.shared), kept_idx=self.kept_idx))
             with counted("objectives"):
-                comm = Echo(self.world_size)
+                comm = Pretend(self.world_size)
                 total = compute(outputs, self.config.objectives, 0.07, comm, centres, perceptual).total
             with counted("backward"):
                 total.backward()
@@ -140,23 +126,6 @@ class _Step:
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         names = ("images", "global_crops", "local_crops", "masks", "masked_idx")
         return {"captions": self.captions, **{name: getattr(batch, name) for name in names}}
-
-    def _batch(self) -> Batch:
-        views, rows, patch = self.config.views, self.rows, self.config.model.patch_size
-
-        def pixels(count: int, size: int) -> Tensor:
-            return torch.empty(count, 3, size, size, dtype=torch.uint8)
-
-        return Batch(
-            images=pixels(rows.clip, views.image_size),
-            captions=torch.empty(rows.clip, self.config.model.text.context, dtype=torch.int64),
-            global_crops=pixels(2 * rows.ssl, views.global_size),
-            local_crops=pixels(views.num_locals * rows.ssl, views.local_size),
-            masks=torch.empty(2 * rows.ssl, (views.global_size // patch) ** 2, dtype=torch.bool),
-            masked_idx=torch.empty(hidden_patches(self.config, rows.ssl), dtype=torch.int64),
-            step=0,
-            keys=("",) * rows.clip,
-        )
 
     def _centres(self) -> Centres | None:
         ssl = self.config.objectives.ssl
@@ -201,14 +170,15 @@ def _captions(config: Config, rows: Rows, slots: float | None) -> Tensor:
     return captions
 
 
-def _fake(value: Any, mode: FakeTensorMode) -> Any:
+def _fake(value: Any) -> Any:
+    """Every tensor, alone or in a named tuple, without its memory and on the CPU."""
     if isinstance(value, Tensor):
-        return mode.from_tensor(value)
-    return type(value)(*(_fake(part, mode) for part in value)) if isinstance(value, tuple) else value
+        return torch.empty(value.shape, dtype=value.dtype)
+    return type(value)(*map(_fake, value)) if hasattr(value, "_fields") else value
 
 
 def update_work(config: Config, ds_config: dict[str, Any], world_size: int) -> dict[str, Work]:
-    """ "optimizer" and "ema" on this rank's shards, each number read and written once a step.
+    """Of "optimizer" and "ema" on this rank's shards, each number read and written once a step.
 
     AdamW reads weight, gradient and two moments and writes all but the gradient, in float32, and the weight once more
     in the run's precision; it is left out where the host takes that step. The EMA reads student and average, writes the
