@@ -7,6 +7,7 @@ traffic_table(run, "demo")      # collectives by profiling/communication.py, and
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs import Config, UserError
@@ -22,17 +23,20 @@ _DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 def memory_tables(run: Run, label: str) -> list[Block]:
-    """The states a rank holds by prediction, and under them what it held at most."""
-    from profiling import footprint  # imports DeepSpeed, which talks
+    """What a rank holds at a step's worst moment by prediction, and under it what ranks held at most."""
+    from profiling.step_peak import predict_peak  # imports DeepSpeed, which talks
 
+    machine = run.machine or {}
+    attention = "matmul" if machine.get("attention") == "matmul" else "sdpa"
+    device = "cpu" if machine.get("device", "cpu") == "cpu" else "cuda"
     blocks: list[Block] = []
     try:
-        states = _predicted(run, footprint.predict)
-        rows: list[list[Cell]] = [[each.name, each.bytes / 2**30, _where(each)] for each in states.components]
-        rows.append(["sum on the device", states.device_bytes / 2**30, ""])
+        predicted = _predicted(run, partial(predict_peak, attention=attention, device=device))
+        rows: list[list[Cell]] = [[each.name, each.bytes / 2**30, _where(each)] for each in predicted.components]
+        rows.append(["predicted peak on the device", predicted.device_bytes / 2**30, ""])
         rows += _measured(run)
         blocks.append(Table(f"GiB of one rank of {label}, predicted and measured", ["", "GiB", ""], rows))
-        blocks.append(Sentence(_what_is_missing(run)))
+        blocks.append(Sentence(_compared(device, run.last("memory/peak_max_gib"), predicted.device_bytes / 2**30)))
     except UserError as error:
         blocks.append(Sentence(f"{label} has no predicted memory: {error}"))
     if run.peak_gib is not None:
@@ -59,17 +63,18 @@ def _where(component: Component) -> str:
     return "" if component.is_static else "while a step runs"
 
 
-def _what_is_missing(run: Run) -> str:
-    device = (run.machine or {}).get("device")
+def _compared(device: str, measured_gib: float | None, predicted_gib: float) -> str:
     said = (
-        "Predicted are states and what ZeRO gathers; activations, and the buffers of ZeRO-1 and 2, come on top of the "
-        "sum and are in the measured peak."
+        "The prediction sums the tensors that are there at the worst moment of a step; captions are as long as the "
+        "web's, and an allocator takes more than it gives out."
     )
     if device == "cpu":
         said += (
             " On a CPU the peak is the process's resident memory: its libraries, its loader and freed blocks that it "
             "keeps are in it, and buffers whose pages were never touched are not."
         )
+    elif measured_gib is not None:
+        said += f" The rank with the most took {measured_gib / predicted_gib:.2f} times the prediction."
     return said
 
 

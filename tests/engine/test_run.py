@@ -128,7 +128,7 @@ def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(whole: Path
     assert {"attention", "zero"} <= choices.keys()
     assert {f"{name}: {choice}" for name, choice in choices.items()} <= set(lines)
     page = write_report(run_dir).read_text()
-    assert all(word in page for word in ("finished", "loss/clip", "data:image/png", "bound by", "sum on the device"))
+    assert all(word in page for word in ("finished", "loss/clip", "data:image/png", "bound by", "predicted peak"))
 
 
 def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(shards: Path, whole: Path, tmp_path: Path) -> None:

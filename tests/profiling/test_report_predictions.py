@@ -11,10 +11,10 @@ import pytest
 from configs.ds import load_ds_config
 from model.pretrainer import Rows
 from profiling.communication import by_kind, predict
-from profiling.footprint import predict as predict_memory
 from profiling.report import write_report
 from profiling.report_blocks import Roofline
 from profiling.report_plots import roofline_plot
+from profiling.step_peak import predict_peak
 from profiling.step_work import step_work
 from tests.engine.ranks import DEEPSPEED
 from tests.profiling.test_report import blocks, facts_of, figures, make_run, read, sentences
@@ -113,15 +113,23 @@ def test_what_a_roofline_lacks_is_said(tmp_path: Path, file: str, content: Any, 
         assert "no predicted bytes" in sentences(facts, "communication")
 
 
-def test_predicted_states_stand_over_the_measured_peaks(tmp_path: Path) -> None:
+def test_the_predicted_peak_stands_over_the_measured_peaks(tmp_path: Path) -> None:
     facts = facts_of(whole_run(tmp_path / "run"))
     rows = rows_of(facts, "memory", "GiB of one rank of run")
-    predicted = predict_memory(CONFIG, load_ds_config(DEEPSPEED / "zero3.json", CONFIG, 2), 2)
-    assert rows["sum on the device"]["GiB"] == predicted.device_bytes / 2**30
+    predicted = predict_peak(CONFIG, load_ds_config(DEEPSPEED / "zero3.json", CONFIG, 2), 2)
+    assert rows["predicted peak on the device"]["GiB"] == predicted.device_bytes / 2**30
+    assert rows["activations: trunk"]["GiB"] > 0
     assert [row["GiB"] for row in list(rows.values())[-3:]] == [1.0, 1.5, 2.0]
     assert rows["measured peak, most of all ranks"][""] == "rank 1"
-    assert "activations" in sentences(facts, "memory")
+    assert "worst moment of a step" in sentences(facts, "memory")
     assert "resident memory" in sentences(facts, "memory")
+
+
+def test_on_a_gpu_the_measured_peak_is_a_multiple_of_the_predicted_one(tmp_path: Path) -> None:
+    facts = facts_of(whole_run(tmp_path / "run", device="NVIDIA H200"))
+    predicted = rows_of(facts, "memory", "GiB of one rank")["predicted peak on the device"]["GiB"]
+    assert f"took {2.0 / predicted:.2f} times the prediction" in sentences(facts, "memory")
+    assert "resident memory" not in sentences(facts, "memory")
 
 
 def test_predicted_bytes_stand_beside_the_counted_ones(tmp_path: Path) -> None:
