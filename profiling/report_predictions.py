@@ -60,7 +60,7 @@ def _measured(run: Run) -> list[list[Cell]]:
 def _where(component: Component) -> str:
     if component.is_on_host:
         return "on the host"
-    return "" if component.is_static else "while a step runs"
+    return "" if component.is_static else "in a step"
 
 
 def _compared(device: str, measured_gib: float | None, predicted_gib: float) -> str:
