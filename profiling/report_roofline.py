@@ -99,7 +99,7 @@ def _roof(run: Run) -> Roof:
 
 def _work(run: Run) -> tuple[dict[str, Work], dict[str, Work]]:
     """Of the phases, and of the logits within them."""
-    from profiling.step_work import logits_work, step_work, update_work  # imports DeepSpeed, which talks
+    from profiling.phase_work import logits_work, phase_work, update_work  # imports DeepSpeed, which talks
 
     config, ranks, ds_config = run.config, run.world_size, run.ds_config
     if config is None or ranks is None or ds_config is None:
@@ -108,7 +108,7 @@ def _work(run: Run) -> tuple[dict[str, Work], dict[str, Work]]:
     slots = None if saved is None else (1 - saved) * rows.clip * config.model.text.context
     attention = "matmul" if (run.machine or {}).get("attention") == "matmul" else "sdpa"
     try:
-        phases = step_work(config, rows, ranks, attention, slots) | update_work(config, ds_config, ranks)
+        phases = phase_work(config, rows, ranks, attention, slots) | update_work(config, ds_config, ranks)
     except _DAMAGED as error:
         raise UserError(f"ds_config.json is none that the step can be counted by ({error})") from None
     return phases, logits_work(config, rows, ranks, attention, slots)

@@ -31,8 +31,8 @@ from model.text import TextBlock
 from model.tokenizer import VisualTokenizer
 from profiling.flops import StepFlops
 from profiling.layer_flops import forward_flops_of_tokenizer
+from profiling.phase_work import perceptual_shapes
 from profiling.step_flops import step_flops
-from profiling.step_work import perceptual_shapes
 from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0

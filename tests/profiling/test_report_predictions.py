@@ -11,11 +11,11 @@ import pytest
 from configs.ds import load_ds_config
 from model.pretrainer import Rows
 from profiling.communication import by_kind, predict
+from profiling.phase_work import phase_work
 from profiling.report import write_report
 from profiling.report_blocks import Roofline
 from profiling.report_plots import roofline_plot
 from profiling.step_peak import predict_peak
-from profiling.step_work import step_work
 from tests.engine.ranks import DEEPSPEED
 from tests.profiling.test_report import blocks, facts_of, figures, make_run, read, sentences
 from tests.tiny import tiny_config
@@ -53,7 +53,7 @@ def test_the_roofline_puts_a_phases_work_over_its_time_under_the_roof(tmp_path: 
     facts = facts_of(whole_run(tmp_path / "run"))
     rows = rows_of(facts, "roofline", "What run reached")
     assert list(rows) == ["trunk", "objectives", "backward"]  # what is timed and computes
-    work = step_work(CONFIG, Rows.per_rank(CONFIG, 2), 2, "sdpa")["trunk"]
+    work = phase_work(CONFIG, Rows.per_rank(CONFIG, 2), 2, "sdpa")["trunk"]
     trunk = rows["trunk"]
     counts = rows_of(facts, "roofline", "Work in one step of one rank of run")["trunk"]
     assert (counts["MB moved"], counts["MB of products"]) == (work.bytes / 1e6, work.product_bytes / 1e6)
@@ -71,7 +71,7 @@ def test_the_roofline_puts_a_phases_work_over_its_time_under_the_roof(tmp_path: 
 
 def test_compiled_phases_are_held_against_what_fused_products_move(tmp_path: Path) -> None:
     rows = rows_of(facts_of(whole_run(tmp_path / "run", is_compiled=True)), "roofline", "What run reached")
-    work = step_work(CONFIG, Rows.per_rank(CONFIG, 2), 2, "sdpa")["trunk"]
+    work = phase_work(CONFIG, Rows.per_rank(CONFIG, 2), 2, "sdpa")["trunk"]
     assert rows["trunk"]["FLOP/byte"] == pytest.approx(work.flops / work.product_bytes)
 
 

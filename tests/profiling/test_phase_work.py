@@ -16,9 +16,9 @@ from model.initialise import initialise
 from model.objectives.comm import Solo
 from model.objectives.total import Centres, compute
 from model.pretrainer import Pretrainer, Rows
+from profiling.phase_work import logits_work, phase_work, update_work
 from profiling.roofline import Work
 from profiling.step_flops import step_flops
-from profiling.step_work import logits_work, step_work, update_work
 from tests.engine.ranks import DEEPSPEED
 from tests.tiny import model_inputs, random_batch, tiny_config
 
@@ -42,7 +42,7 @@ VARIANTS = {
 def test_flops_of_all_phases_are_those_of_the_table(variant: str) -> None:
     config = tiny_config(*VARIANTS[variant], "model.text.context=16")
     rows = Rows.per_rank(config, 3)
-    work = step_work(config, rows, 3, "matmul")
+    work = phase_work(config, rows, 3, "matmul")
     expected = step_flops(config, rows, rows.clip * 16, backend="matmul")
     assert sum(each.flops for each in work.values()) == pytest.approx(expected.hardware_flops, rel=1e-12)
 
@@ -58,7 +58,7 @@ def test_captions_take_as_many_slots_as_they_are_given() -> None:
     config = tiny_config("model.text.context=64", "batch.clip=24")
     rows = Rows.per_rank(config, 1)
     for slots in (5 * 64, 7 * 64):
-        work, expected = step_work(config, rows, 1, "matmul", slots), step_flops(config, rows, slots)["text"].forward
+        work, expected = phase_work(config, rows, 1, "matmul", slots), step_flops(config, rows, slots)["text"].forward
         assert work["text"].flops == pytest.approx(expected, rel=1e-12), slots
 
 
@@ -98,14 +98,14 @@ def test_bytes_of_products_are_those_of_a_real_step(precision: str) -> None:
         real = bytes_of_a_real_step(config)
     finally:
         torch.set_default_dtype(torch.float32)
-    work = step_work(config, Rows.per_rank(config, 1), 1, "matmul", slots)
+    work = phase_work(config, Rows.per_rank(config, 1), 1, "matmul", slots)
     assert sum(each.product_bytes for each in work.values()) == real
 
 
 def test_more_layers_add_work_to_their_own_phase() -> None:
     def of(*overrides: str) -> dict[str, Work]:
         config = tiny_config(*overrides)
-        return step_work(config, Rows.per_rank(config, 1), 1, "sdpa")
+        return phase_work(config, Rows.per_rank(config, 1), 1, "sdpa")
 
     small, deep = of(), of("model.decoder.depth=2")
     assert deep["decoder"].bytes > 1.5 * small["decoder"].bytes

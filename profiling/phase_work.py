@@ -1,6 +1,6 @@
 """What each phase of a step computes and moves: the work that a report puts beside the phase's milliseconds.
 
-    work = step_work(config, Rows.per_rank(config, 2), world_size=2, attention="sdpa", caption_slots=14_336)
+    work = phase_work(config, Rows.per_rank(config, 2), world_size=2, attention="sdpa", caption_slots=14_336)
     work["trunk"]                          # Work(flops=1.2e10, product_bytes=2.2e8, bytes=8.2e8)
     logits_work(config, rows, 2, "sdpa")   # {"contrastive logits": Work(...), "prototype logits": Work(...)}
     update_work(config, ds_config, 2)      # {"optimizer": Work(...), "ema": Work(...)}
@@ -51,7 +51,7 @@ ADAMW_FLOPS = 15  # a weight: decay, two averages, their corrections, root, quot
 EMA_FLOPS = 3
 
 
-def step_work(
+def phase_work(
     config: Config, rows: Rows, world_size: int, attention: str, caption_slots: float | None = None
 ) -> dict[str, Work]:
     """The work of a step's phases; "backward" is that of all parts, with what they compute again.
