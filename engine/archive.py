@@ -14,6 +14,7 @@ from pathlib import Path
 from configs import Config, UserError, fingerprint, load_config
 from configs.load import science_changes
 from engine.pieces import MASTER, Pieces, sync
+from model.origin import Origin
 from model.weights import write_weights
 
 
@@ -86,7 +87,8 @@ def consolidate(path: Path, out: Path) -> None:
     state, pieces = read_state(path), Pieces(path)
     weights = {name: pieces.read(MASTER, name).reshape(shape) for name, shape in state.shapes.items()}
     draft = out.with_name(f".{out.name}.tmp")
-    write_weights(draft, weights, load_config(path / "config.yaml").model)
+    config = load_config(path / "config.yaml")
+    write_weights(draft, weights, config.model, Origin.of(config, state.step))
     sync(draft)
     draft.replace(out)
 

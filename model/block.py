@@ -9,7 +9,7 @@ elsewhere is 0-dimensional: ZeRO-3 cannot partition such a one.
     y_TD = block(x_TD, rope_2TE, segments=((64, 257), (128, 37)))       # (T, 384) -> (T, 384)
 
 Parameter names are those of the public VTP layout, norm1, attn.qkv, attn.proj, norm2, mlp.w3, but for mlp.w12: its w1
-above its w2, one product where the layout has two. model/interchange.py takes them apart and together.
+above its w2, one product where the layout has two. model/public_layout.py takes them apart and together.
 """
 
 from __future__ import annotations

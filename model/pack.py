@@ -87,10 +87,10 @@ class Layout:
         return next(group for group in self.groups if group.name == name)
 
 
-def pack(crops: Mapping[str, tuple[int, int, int]], patch_size: int, prefix: int) -> Layout:
+def pack(crops: Mapping[str, tuple[int, int, int]], patch_size: int, prefix: int, align: int = ALIGN) -> Layout:
     """The layout of `crops`: name -> (how many, height, width), sizes in pixels, in the order given.
 
-    Raises UserError where a side does not hold whole patches.
+    Padded to a multiple of `align` tokens. Raises UserError where a side does not hold whole patches.
     """
     groups = []
     for name, (count, height, width) in crops.items():
@@ -102,4 +102,4 @@ def pack(crops: Mapping[str, tuple[int, int, int]], patch_size: int, prefix: int
         grid = (height // patch_size, width // patch_size)
         groups.append(Group(name, count, prefix + grid[0] * grid[1], grid))
     used = sum(group.segments * group.length for group in groups)
-    return Layout(tuple(groups), pad=-used % ALIGN)
+    return Layout(tuple(groups), pad=-used % align)

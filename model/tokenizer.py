@@ -1,6 +1,6 @@
 """VisualTokenizer: what users of trained weights import.
 
-    tokenizer = VisualTokenizer.from_run("runs/demo")       # or .from_file, after `model.interchange import`
+    tokenizer = VisualTokenizer.from_run("runs/demo")       # or .from_pretrained(a directory or a hub name)
     latent = tokenizer.encode(images)       # (B, 3, 256, 256), uint8 or float in [0, 1] -> (B, 64, 16, 16)
     pixels = tokenizer.decode(latent)       # (B, 3, 256, 256) float32 in [0, 1]
     scores = tokenizer.embed_images(images) @ tokenizer.embed_captions(captions).T
@@ -22,37 +22,40 @@ from configs import UserError
 from configs.architecture import Model
 from model.captions import pack_captions
 from model.decoder import PixelDecoder
-from model.heads import ClipHeads
+from model.hub import OnHub
 from model.imagenet import denormalise, normalise
+from model.origin import Origin
 from model.pack import Layout
-from model.pretrainer import bottleneck, head_width, image_feature
-from model.text import TextTower
-from model.trunk import Trunk
-from model.weights import read_weights
+from model.parts import PARTS, Parts
+from model.pretrainer import image_feature
+from model.weights import read_origin, read_weights
 
 Part = TypeVar("Part", bound=nn.Module)
-PARTS = ("trunk", "bottleneck", "decoder", "text", "clip")  # of a Pretrainer; the rest serves training only
 
 
-class VisualTokenizer(nn.Module):
+class VisualTokenizer(Parts, OnHub):
     """The student's modules under the Pretrainer's names, those that `parts` lists; methods need theirs."""
 
-    def __init__(self, model: Model, parts: frozenset[str], has_bias: bool = False, attention: str = "sdpa") -> None:
-        super().__init__()
-        self.model = model
-        self.trunk = Trunk(model, attention)
-        self.bottleneck = bottleneck(model) if "bottleneck" in parts else None
-        self.decoder = PixelDecoder(model, attention) if "decoder" in parts else None
-        self.text = TextTower(model.text, model.clip_width, attention) if "text" in parts else None
-        self.clip = ClipHeads(head_width(model), model.clip_width, has_bias) if "clip" in parts else None
+    def __init__(
+        self,
+        model: Model,
+        parts: frozenset[str],
+        has_bias: bool = False,
+        attention: str = "sdpa",
+        origin: Origin | None = None,
+    ) -> None:
+        super().__init__(model, parts, has_bias, attention)
+        self.origin = origin
 
     @classmethod
-    def from_state(cls, model: Model, state: dict[str, Tensor], attention: str = "sdpa") -> VisualTokenizer:
+    def from_state(
+        cls, model: Model, state: dict[str, Tensor], attention: str = "sdpa", origin: Origin | None = None
+    ) -> VisualTokenizer:
         """From weights under our names; the teacher's and the prototypes' are left out."""
         kept = {name: tensor for name, tensor in state.items() if name.split(".")[0] in PARTS}
         parts = frozenset(name.split(".")[0] for name in kept)
         with torch.device("meta"):
-            tokenizer = cls(model, parts, "clip.logit_bias" in kept, attention)
+            tokenizer = cls(model, parts, "clip.logit_bias" in kept, attention, origin)
         tokenizer.load_state_dict(kept, assign=True)
         return tokenizer.requires_grad_(False).eval()
 
@@ -65,7 +68,7 @@ class VisualTokenizer(nn.Module):
     def from_file(cls, path: str | Path, attention: str = "sdpa") -> VisualTokenizer:
         """From a weights file (model/weights.py). Raises UserError where it cannot be read."""
         state, model = read_weights(path)
-        return cls.from_state(model, state, attention)
+        return cls.from_state(model, state, attention, read_origin(path))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -77,9 +80,7 @@ class VisualTokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """(B, L, h, w) -> (B, 3, h*p, w*p) float32 in [0, 1], clamped."""
-        decoder = _require(self.decoder, "decode", "decoder")
-        grid = (latent.shape[2], latent.shape[3])
-        return denormalise(decoder(latent.flatten(2).transpose(1, 2), grid))
+        return pixels_of(_require(self.decoder, "decode", "decoder"), latent)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> tuple[Tensor, Layout]:
@@ -101,6 +102,12 @@ class VisualTokenizer(nn.Module):
         """(B, C) token ids -> (B, clip_width) float32, L2-normed: captions in the joint image-text space."""
         packed = pack_captions(captions.cpu()).to(self.trunk.cls_token.device)
         return F.normalize(_require(self.text, "embed_captions", "text")(packed).float(), dim=-1)
+
+
+def pixels_of(decoder: PixelDecoder, latent: Tensor) -> Tensor:
+    """(B, L, h, w) -> (B, 3, h*p, w*p) float32 in [0, 1], clamped."""
+    grid = (latent.shape[2], latent.shape[3])
+    return denormalise(decoder(latent.flatten(2).transpose(1, 2), grid))
 
 
 def _require(part: Part | None, method: str, name: str) -> Part:

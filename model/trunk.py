@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from configs.architecture import Model
 from model.block import Block, norm
 from model.drop_path import subset
-from model.pack import Layout, pack
+from model.pack import ALIGN, Layout, pack
 from model.reads import Reads
 from model.rope import rope_of
 
@@ -46,12 +46,15 @@ class PatchEmbed(nn.Module):
 
 
 class Trunk(nn.Module):
-    """ViT over packed crops: patch embedding, CLS, registers, mask token, blocks, final norm."""
+    """ViT over packed crops: patch embedding, CLS, registers, mask token, blocks, final norm.
 
-    def __init__(self, model: Model, backend: str) -> None:
+    The sequence is padded to a multiple of `align` tokens.
+    """
+
+    def __init__(self, model: Model, backend: str, align: int = ALIGN) -> None:
         super().__init__()
         vit = model.trunk
-        self.patch_size, self.prefix = model.patch_size, 1 + model.registers
+        self.patch_size, self.prefix, self.align = model.patch_size, 1 + model.registers, align
         self.rope, self.drop_path = rope_of(model, vit), vit.drop_path
         self.patch_embed = PatchEmbed(vit.width, model.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, vit.width))
@@ -63,7 +66,7 @@ class Trunk(nn.Module):
     def layout(self, crops: Mapping[str, Tensor]) -> Layout:
         """Where `forward` puts each of `crops`: name -> (S, 3, height, width) pixels. Reads shapes only."""
         sizes = {name: (pixels.shape[0], pixels.shape[2], pixels.shape[3]) for name, pixels in crops.items()}
-        return pack(sizes, self.patch_size, self.prefix)
+        return pack(sizes, self.patch_size, self.prefix, self.align)
 
     def forward(
         self,

@@ -1,14 +1,18 @@
 """A file of trained weights: safetensors under our names, with the model's half of the config inside.
 
-    write_weights("runs/demo/weights.safetensors", state, config.model)
+    write_weights("runs/demo/weights.safetensors", state, config.model, Origin.of(config, steps=400))
     state, model = read_weights("runs/demo/weights.safetensors")
+    read_origin("runs/demo/weights.safetensors").steps      # 400
 
-A file written without that half is read with the `config.yaml` beside it, as in a run directory.
+What a file does not say of itself is read from the `config.yaml` beside it, as in a run directory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,12 +20,14 @@ from torch import Tensor
 
 from configs import UserError, load_config
 from configs.architecture import Model
+from model.origin import Origin
 
 
-def write_weights(path: str | Path, state: dict[str, Tensor], model: Model) -> None:
+def write_weights(path: str | Path, state: dict[str, Tensor], model: Model, origin: Origin | None = None) -> None:
     """`state` under our names (trunk.blocks.0.attn.qkv.weight, ...) to `path`."""
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(tensors, path, metadata={"model": model.model_dump_json()})
+    metadata = {"model": model.model_dump_json()} | ({} if origin is None else {"origin": origin.to_json()})
+    save_file(tensors, path, metadata)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Model]:
@@ -31,13 +37,37 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Model]:
     model.
     """
     path = Path(path)
+    with opened(path) as stored:
+        state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+        return state, described_model(stored, path)
+
+
+def read_origin(path: str | Path) -> Origin | None:
+    """Where the weights at `path` come from, as far as it is known. Raises like `read_weights`."""
+    path = Path(path)
+    with opened(path) as stored:
+        text = (stored.metadata() or {}).get("origin")
+    if text is not None:
+        return Origin.from_json(text)
+    config = path.parent / "config.yaml"
+    return Origin.of(load_config(config)) if config.is_file() else None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The weights file, its tensors read when asked for. Raises like `read_weights`."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: a run has weights once training wrote them; check the path")
     try:
         with safe_open(path, "pt") as stored:
-            described = (stored.metadata() or {}).get("model")
-            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+            yield stored
     except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); only that format is read") from None
-    model = Model.model_validate_json(described) if described else load_config(path.parent / "config.yaml").model
-    return state, model
+        raise UserError(
+            f"{path} is not a safetensors file, or is cut off ({error}); only that format is read"
+        ) from None
+
+
+def described_model(stored: Any, path: Path) -> Model:
+    """The model that an opened weights file fits, by its own words or the config's beside it."""
+    described = (stored.metadata() or {}).get("model")
+    return Model.model_validate_json(described) if described else load_config(path.parent / "config.yaml").model

@@ -39,7 +39,7 @@ DOORS = {
     "webdataset": ("data/corpus.py",),
     "fsspec": ("data/storage.py",),
     "tokenizers": ("data/captions.py",),
-    "huggingface_hub": ("data/captions.py",),
+    "huggingface_hub": ("data/captions.py", "model/hub.py"),
     "transformer_engine": ("kernels/fp8.py",),
     "torchao": ("kernels/fp8.py",),
     "flash_attn": ("kernels/attention.py",),

@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.architecture import Model
 from model.captions import pack_captions
 from model.imagenet import denormalise, normalise
-from model.interchange import from_public, to_public
+from model.public_layout import from_public, to_public
 from model.tokenizer import VisualTokenizer
 from tests.parity import reference, reference_metadata
 

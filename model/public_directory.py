@@ -1,0 +1,70 @@
+"""A directory in the public VTP layout: config.json and model.safetensors.
+
+write_public(directory, state, config.model, Origin(image_size=256))
+state, model, origin = read_public(directory)       # ours, or one that public code wrote
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs import UserError
+from configs.architecture import Model
+from model.origin import Origin
+from model.public_config import read_key
+from model.public_layout import from_public, to_public
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def read_public(directory: Path) -> tuple[dict[str, Tensor], Model, Origin]:
+    """Weights under our names, the model they fit and what is known of them.
+
+    Raises UserError for a missing or damaged file, and for all that `from_public` refuses.
+    """
+    described, path = read_config(directory), _existing(directory / WEIGHTS)
+    try:
+        with safe_open(path, "pt") as stored:
+            metadata = stored.metadata() or {}
+            public = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise UserError(f"{path} is cut off or no safetensors file ({error}); fetch it again") from None
+    try:
+        state, model = from_public(public, described)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    text = metadata.get("origin")
+    return state, model, Origin.from_json(text) if text else Origin(int(read_key(described, "image_size")))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """DIR/config.json. Raises UserError where it is missing or holds no keys and values."""
+    path = _existing(directory / CONFIG)
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(described, dict):
+        raise UserError(f"{path} holds {type(described).__name__}, not keys and values")
+    return described
+
+
+def write_public(directory: Path, state: dict[str, Tensor], model: Model, origin: Origin) -> None:
+    """Weights under our names -> both files. Raises UserError for a model that the layout cannot describe."""
+    public, described = to_public(state, model, origin.image_size)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in public.items()}
+    save_file(tensors, directory / WEIGHTS, {"format": "pt", "origin": origin.to_json()})
+    (directory / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the public layout is {CONFIG} and {WEIGHTS}")
+    return path

@@ -1,0 +1,152 @@
+"""Weights by hub name or directory: saved, found, fetched with the options that were given, or one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs import UserError
+from model.origin import Origin
+from model.public_directory import read_public
+from model.tokenizer import VisualTokenizer
+from tests.model.loopback_hub import COMMIT, serving
+from tests.model.test_public_parity import public
+from tests.model.tiny_weights import NO_REC, build, tokenizer_of, write_run
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L0
+ROOT = Path(__file__).resolve().parents[2]
+IMAGES = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    VisualTokenizer.from_run(write_run(folder / "run", tiny_config())).save_pretrained(folder / "public")
+    return folder / "public"
+
+
+def test_what_a_run_learnt_is_the_same_bit_for_bit_after_saving_and_loading(saved: Path) -> None:
+    run, loaded = VisualTokenizer.from_run(saved.parent / "run"), VisualTokenizer.from_pretrained(saved)
+    latent = run.encode(IMAGES)
+    assert torch.equal(loaded.encode(IMAGES), latent)
+    assert torch.equal(loaded.decode(latent), run.decode(latent))
+    assert torch.equal(loaded.embed_images(IMAGES), run.embed_images(IMAGES))
+    assert loaded.origin == run.origin
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_saving_what_was_loaded_writes_the_same_again(saved: Path, tmp_path: Path) -> None:
+    VisualTokenizer.from_pretrained(saved).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    for name in ("README.md", "config.json"):
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes(), name
+    first, again = load_file(saved / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+def test_a_directory_that_public_code_wrote_loads(tmp_path: Path) -> None:
+    """Its file has no word of ours in its metadata, and its config.json nothing but the layout's keys."""
+    state, described = public()
+    save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    tokenizer = VisualTokenizer.from_pretrained(tmp_path, attention="matmul")
+    assert tokenizer.origin == Origin(image_size=64)
+    assert tokenizer.encode(torch.rand(1, 3, 64, 64)).shape == (1, 16, 4, 4)
+    assert "| training steps | unknown |" in str(tokenizer.generate_model_card())
+
+
+def test_the_card_says_what_is_known_and_names_what_the_weights_can_do() -> None:
+    config = tiny_config("name=mine", "objectives.clip.weight=0", "batch.ssl=0", "objectives.ssl.weight=0")
+    origin = Origin(image_size=32, name="mine", steps=1200, fingerprint="0123456789abcdef")
+    tokenizer = VisualTokenizer.from_state(config.model, build(config).state_dict(), origin=origin)
+    card = tokenizer.generate_model_card()
+    assert card.data.library_name == "vtp-engine"
+    for said in ("# mine", "| training steps | 1,200 |", "0123456789abcdef", "| methods | encode, decode |"):
+        assert said in card.text
+
+
+def fetch(hub: str, cache: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in a process whose hub is at `hub`: huggingface_hub reads the address when it is imported."""
+    settings = {"HF_ENDPOINT": hub, "HF_HOME": str(cache / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    start = "from sys import argv; import torch; from model.tokenizer import VisualTokenizer as V; "
+    return subprocess.run(
+        [sys.executable, "-c", start + code, str(cache)],
+        cwd=ROOT,
+        env={**os.environ, "NO_PROXY": "127.0.0.1", **settings},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_hub_name_is_fetched_with_revision_token_and_cache_and_then_found_without_the_hub(
+    saved: Path, tmp_path: Path
+) -> None:
+    with serving(saved, "someone/tiny") as hub:
+        fetched = fetch(
+            hub.url,
+            tmp_path,
+            "V.from_pretrained('someone/tiny', revision='v1', token='hf_secret', cache_dir=argv[1]);"
+            "t = V.from_pretrained('someone/tiny', revision='v1', cache_dir=argv[1], local_files_only=True);"
+            "print(t.origin.name)",
+        )
+        assert fetched.stdout == "tiny\n", fetched.stderr
+        asked = list(hub.asked)
+        missing = fetch(hub.url, tmp_path, "V.from_pretrained('someone/else', cache_dir=argv[1])")
+    assert ("HEAD", "/someone/tiny/resolve/v1/config.json", "Bearer hf_secret") in asked
+    assert any(path.endswith(f"/resolve/{COMMIT}/model.safetensors") for _, path, _ in asked), "both of one commit"
+    assert {token for _, path, token in asked if path.startswith("/someone/")} == {"Bearer hf_secret"}
+    assert not any(path.endswith("README.md") for _, path, _ in asked), "only what is read is fetched"
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / COMMIT
+    assert read_public(snapshot)[2] == VisualTokenizer.from_pretrained(saved).origin
+    assert "UserError: someone/else is no directory and the hub did not deliver it (" in missing.stderr
+
+
+def test_pushing_hands_the_three_files_to_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: dict[str, bytes] = {}
+
+    class Url:
+        repo_id = "someone/tiny"
+
+    def upload(_api: object, *, folder_path: Path, repo_id: str, revision: str, **_: object) -> str:
+        pushed.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+        return f"https://hub/{repo_id}/{revision}"
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: Url)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    assert VisualTokenizer.from_pretrained(saved).push_to_hub("someone/tiny", branch="try") == (
+        "https://hub/someone/tiny/try"
+    )
+    assert pushed == {path.name: path.read_bytes() for path in saved.iterdir()}
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
+def test_a_directory_without_one_of_the_files_is_one_clear_error(saved: Path, tmp_path: Path, lost: str) -> None:
+    for name in {"config.json", "model.safetensors"} - {lost}:
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    with pytest.raises(UserError, match=f"{lost} does not exist: the public layout is"):
+        VisualTokenizer.from_pretrained(tmp_path)
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(UserError, match="no bottleneck"):
+        tokenizer_of(tiny_config(*NO_REC)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="image size these weights were trained at"):
+        tokenizer_of(tiny_config()).save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == "mine"
+
+
+def test_a_name_that_is_none_is_one_clear_error() -> None:
+    with pytest.raises(UserError, match="a/b/c is no directory and the hub did not deliver it"):
+        VisualTokenizer.from_pretrained("a/b/c")

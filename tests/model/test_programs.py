@@ -1,0 +1,82 @@
+"""Exported programs compute what the tokenizer computes, in a process that has torch and nothing of ours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs import UserError
+from model.interchange import main
+from model.programs import write_programs
+from model.tokenizer import VisualTokenizer
+from tests.model.tiny_weights import NO_REC, tokenizer_of, write_run
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L0
+
+# Isolated (-I): neither the working directory nor PYTHONPATH is searched, so `model` is not to be found.
+ALONE = """
+import sys, importlib.util, torch
+from safetensors.torch import load_file, save_file
+assert importlib.util.find_spec("model") is None, "the test would prove nothing"
+torch.set_num_threads(1)
+folder = sys.argv[1]
+encode, decode = (torch.export.load(f"{folder}/{name}.pt2").module() for name in ("encode", "decode"))
+found = {}
+for key, images in load_file(f"{folder}/in.safetensors").items():
+    found[f"{key}.latent"] = encode(images)
+    found[f"{key}.pixels"] = decode(found[f"{key}.latent"])
+save_file({key: tensor.contiguous() for key, tensor in found.items()}, f"{folder}/out.safetensors")
+"""
+SIZES = {"one": (1, 3, 32, 32), "batch": (5, 3, 32, 32), "wide": (2, 3, 16, 72), "large": (1, 3, 96, 64)}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("programs")
+    run = write_run(folder / "run", tiny_config("model.trunk.depth=1"))
+    assert main(["programs", str(run), "--out", str(folder)]) == 0
+    return folder
+
+
+def test_without_our_code_the_programs_give_the_tokenizers_latents_and_pixels_at_every_size(programs: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = {key: torch.rand(shape, generator=generator) for key, shape in SIZES.items()}
+    save_file(images, programs / "in.safetensors")
+    alone = subprocess.run([sys.executable, "-I", "-c", ALONE, str(programs)], capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    found, tokenizer = load_file(programs / "out.safetensors"), VisualTokenizer.from_run(programs / "run")
+    for key, pixels in images.items():
+        latent = tokenizer.encode(pixels)
+        assert torch.equal(found[f"{key}.latent"], latent), key  # the same operations in the same order
+        assert torch.equal(found[f"{key}.pixels"], tokenizer.decode(latent)), key
+
+
+def test_the_conventions_lie_beside_the_programs_and_inside_them(programs: Path) -> None:
+    said = json.loads((programs / "conventions.json").read_text())
+    inside = {"conventions.json": ""}
+    torch.export.load(programs / "decode.pt2", extra_files=inside)
+    assert json.loads(inside["conventions.json"]) == said
+    assert said["encode"]["images"] == {
+        "shape": ["batch", 3, "height", "width"], "dtype": "float32", "range": [0, 1], "colour": "RGB"
+    }  # fmt: skip
+    assert said["decode"]["latent"]["shape"] == ["batch", 8, "height / 8", "width / 8"]
+    assert said["origin"]["name"] == "tiny"
+
+
+def test_a_size_that_does_not_hold_whole_patches_is_refused(programs: Path) -> None:
+    encode = torch.export.load(programs / "encode.pt2").module()
+    with pytest.raises(AssertionError, match=" % 8"):
+        encode(torch.rand(1, 3, 32, 36))
+
+
+def test_weights_without_a_bottleneck_have_no_programs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="encode needs the bottleneck"):
+        write_programs(tokenizer_of(tiny_config(*NO_REC)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
