@@ -89,7 +89,10 @@ def to_yaml(config: Config) -> str:
 
 
 def fingerprint(config: Config) -> str:
-    """16 hex digits of everything that changes results: the config less its name, `system` and `profile`."""
+    """16 hex digits of everything that changes results: the config less its name, `system` and `profile`.
+
+    Of init it is the digest that counts, not the file's place.
+    """
     return hashlib.sha256(json.dumps(_science(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -105,7 +108,7 @@ def one_line(text: object) -> str:
 
 
 def _science(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"system", "profile", "name"})
+    return config.model_dump(mode="json", exclude={"system": True, "profile": True, "name": True, "init": {"weights"}})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The schema: every setting of a run, its default (here and nowhere else) and its rule.
 
-Two halves. *Science* (`seed`, `data`, `batch`, `views`, `masks`, `model`, `objectives`, `optim`, `teacher`)
+Two halves. *Science* (`seed`, `data`, `batch`, `views`, `masks`, `model`, `init`, `objectives`, `optim`, `teacher`)
 changes results and is fingerprinted; *system* (`system`, `profile`) must not change them. All batch sizes are global:
 what one rank gets is a division by the world size, so a preset means the same run on 2 CPU ranks and on 256 GPUs.
 
@@ -26,6 +26,19 @@ from configs.section import Count, Section
 from configs.system import Profile, System
 
 
+class Init(Section):
+    """Weights to start from (engine/initial.py); without a file all are drawn (model/initialise.py)."""
+
+    weights: str | None = None  # a weights file of ours; where it lies is not science, what it holds is
+    sha256: str | None = None  # of its tensors; filled in at the start, and one that is given must be the file's
+
+    @model_validator(mode="after")
+    def _digest_has_a_file(self) -> Init:
+        if self.sha256 and self.weights is None:
+            raise ValueError(f"sha256={self.sha256} of no file: give init.weights too, or remove init.sha256")
+        return self
+
+
 class Config(Section):
     """A whole run. `system` and `profile` are the half that must not change results."""
 
@@ -36,6 +49,7 @@ class Config(Section):
     views: Views = Views()
     masks: Masks = Masks()
     model: Model
+    init: Init = Init()
     objectives: Objectives
     optim: Optim
     teacher: Teacher = Teacher()

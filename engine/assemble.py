@@ -26,6 +26,7 @@ from configs.ds import zero_stage
 from engine import linears, optim, world, zero
 from engine.drop_path import DropPath, drop_path
 from engine.host_memory import keep_freed_blocks
+from engine.initial import initial_weights
 from engine.recompute import recompute_blocks
 from engine.teacher import Teacher
 from engine.timing import TimedComm, time_parts
@@ -59,15 +60,18 @@ class Assembly:
     choices: dict[str, str]  # what every "auto" became, and why
 
 
-def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
-    """Builds the run on this rank; a collective. `comm` is what `world.start` gave."""
+def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool = False) -> Assembly:
+    """Builds the run on this rank; a collective.
+
+    `comm` is what `world.start` gave. With `resume` the caller loads a checkpoint next.
+    """
     device, drops = world.device(), drop_path(config, comm.rank, comm.world_size)
     optimizer = optim.resolve(config, ds_config, device)
     attention = _attention(config, device)
     is_compiled, why = resolve_compile(config, device)
     with zero.construction(ds_config, config.optim.precision, device):
         model = Pretrainer(config, Rows.per_rank(config, world.world_size()), attention.name)
-    initialise(model, config)
+    origin = initialise(model, config, resume)
     products = linears.convert(model, config, device)
     recompute_blocks(model, config.system.activation_checkpointing, tuple(LEAVES))
     if is_compiled:
@@ -88,6 +92,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
         device=device,
         phases=phases,
         choices={
+            "weights": origin,
             "attention": f"{attention.name} ({attention.reason})",
             "linear": products,
             "compile": f"{'on' if is_compiled else 'off'} ({why})",
@@ -101,12 +106,16 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm) -> Assembly:
     )
 
 
-def initialise(model: Pretrainer, config: Config) -> None:
-    """First values of every parameter, one gathered at a time; the teacher's are the student's."""
-    for name, parameter in model.named_parameters():
-        with zero.gathered([parameter], write=True):
-            if world.is_first() or not zero.is_partitioned(parameter):
-                initialise_parameter(name, parameter.data, config)
+def initialise(model: Pretrainer, config: Config, resume: bool = False) -> str:
+    """First values of every parameter, one gathered at a time; the teacher's are the student's. Says whose they are."""
+    shapes = {name: tuple(zero.full_shape(parameter)) for name, parameter in model.named_parameters()}
+    with initial_weights(config, shapes, resume) as initial:
+        for name, parameter in model.named_parameters():
+            with zero.gathered([parameter], write=True):
+                is_written_here = world.is_first() or not zero.is_partitioned(parameter)
+                if is_written_here and not initial.fill(name, parameter.data):
+                    initialise_parameter(name, parameter.data, config)
+        return initial.summary
 
 
 def _attention(config: Config, device: torch.device) -> Backend:

@@ -66,8 +66,10 @@ def preflight(options: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
     expand(config.data.train, config.system.loader.cache_dir)
     _require_perceptual_weights(config)
     from engine.archive import check_start, run_directory  # imports torch: after what needs milliseconds
+    from engine.initial import pinned
 
     _require_writable(run_directory(config))
+    config = pinned(config, options.resume)
     check_start(config, options.resume, tuple(filter(None, options.allow_change.split(","))))
     return config, ds_config
 

@@ -44,7 +44,7 @@ def train(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool) -
     with closing(make_loader(config, comm, run_dir / "bad_samples.jsonl")) as loader:
         memory = Memory(config, ds_config, run_dir, comm.rank, comm.world_size, world.device())
         with memory.explained("assembling"):
-            parts = assemble(config, ds_config, comm)
+            parts = assemble(config, ds_config, comm, resume)
         first_step, centres = _restore(parts, run_dir, resume)
         if world.is_first():
             _describe(run_dir, config, ds_config, parts.choices)

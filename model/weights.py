@@ -9,6 +9,8 @@ What a file does not say of itself is read from the `config.yaml` beside it, as 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +53,22 @@ def read_origin(path: str | Path) -> Origin | None:
         return Origin.from_json(text)
     config = path.parent / "config.yaml"
     return Origin.of(load_config(config)) if config.is_file() else None
+
+
+def digest(path: Path) -> str:
+    """sha256 of the tensors at `path`, their names, types and shapes. Raises like `read_weights`.
+
+    Not of the file: in which order a writer lays out the words beside the tensors is chance.
+    """
+    with opened(path):  # is it whole?
+        pass
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 @contextmanager

@@ -83,6 +83,12 @@ CASES = {
         (*GOOD, "objectives.rec.perceptual=1", "objectives.rec.lpips_weights=none.safetensors"),
         ("objectives.rec.lpips_weights=none.safetensors is not a file", "objectives.rec.perceptual=0"),
     ),
+    "weights to start from that are missing": Case(
+        (*GOOD, "init.weights=none.safetensors"), ("init.weights=none.safetensors is not a file", "interchange import")
+    ),
+    "weights to start from that are none": Case(
+        (*GOOD, "init.weights=shards/00000.tar"), ("shards/00000.tar is not a safetensors file",)
+    ),
     "profiled rank that does not exist": Case(
         (*GOOD, "profile.steps=1:2", "profile.ranks=[0,1]"),
         ("profile.ranks=[0, 1] but the ranks of this run are 0 to 0: there is no rank 1",),

@@ -1,0 +1,149 @@
+"""Starting a run from weights that exist: init.weights=FILE, for continued training.
+
+    config = pinned(config, resume=False)                # init.sha256 becomes that of FILE's tensors: science
+    with initial_weights(config, shapes) as initial:     # shapes: name -> shape of every parameter of the run
+        initial.fill("trunk.norm.weight", tensor)        # True: filled; False: FILE has none, it is to be drawn
+        initial.summary             # "FILE: trunk, bottleneck; teacher from the student; drawn: prototypes"
+
+A part of the model (trunk, bottleneck, decoder, text, clip, prototypes) is in the file as a whole or not at all: a part
+that it lacks is drawn as without a file, and said; half a part is an error, as is another shape. The teacher starts as
+the student unless the file has one. In a bf16 run the numbers are rounded, as drawn ones are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs import Config, UserError
+from configs.architecture import Model
+from model.weights import described_model, digest, opened
+
+Shape = tuple[int, ...]
+TEACHER = "teacher."
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The open weights file, and which of its tensors each parameter takes."""
+
+    stored: Any
+    sources: Mapping[str, str]
+    summary: str
+
+    @torch.no_grad()
+    def fill(self, name: str, tensor: Tensor) -> bool:
+        """Fills the whole parameter `name`, if the file has it."""
+        if name in self.sources:
+            tensor.copy_(self.stored.get_tensor(self.sources[name]))
+        return name in self.sources
+
+
+def pinned(config: Config, resume: bool) -> Config:
+    """The config with init.sha256 filled in.
+
+    Raises UserError where the file is missing or damaged, or is not the one whose digest the config has.
+    """
+    given, found = config.init, _digest(config, resume)
+    if given.sha256 not in (None, found):
+        raise UserError(
+            f"init.weights={given.weights} has the digest {found}, but init.sha256={given.sha256}: these are other "
+            "weights; give the file that was meant, or remove init.sha256"
+        )
+    return config.model_copy(update={"init": given.model_copy(update={"sha256": found})})
+
+
+@contextmanager
+def initial_weights(config: Config, shapes: Mapping[str, Shape], resume: bool = False) -> Iterator[Initial]:
+    """What the parameters of the run start from. With `resume` from nothing: the checkpoint has them all.
+
+    Raises UserError, on every rank, for a file that does not fit `shapes`: the first tensor and both shapes.
+    """
+    if config.init.weights is None or resume:
+        yield Initial(None, {}, f"drawn (seed={config.seed})" if not resume else "the checkpoint's (--resume)")
+        return
+    path = Path(config.init.weights)
+    with opened(path) as stored:
+        held = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118 (not a mapping)
+        try:
+            sources = match(shapes, held)
+            _check_meaning(described_model(stored, path), config.model, {part(key) for key in sources.values()})
+        except UserError as error:
+            raise UserError(f"init.weights={path}: {error}") from None
+        yield Initial(stored, sources, f"{path}: {_summary(shapes, held, sources)}")
+
+
+def match(shapes: Mapping[str, Shape], held: Mapping[str, Shape]) -> dict[str, str]:
+    """Parameter -> the file's tensor it takes, of the names and shapes the run has and the file holds.
+
+    Raises UserError for half a part, for another shape, or where nothing matches.
+    """
+    parts = {part(key) for key in held}
+    sources = {}
+    for name, shape in shapes.items():
+        key = name if name in held else name.removeprefix(TEACHER)
+        if key in held:
+            if held[key] != shape:
+                raise UserError(
+                    f"{key} is {held[key]} there and {shape} in this run: model.* must describe the weights"
+                )
+            sources[name] = key
+        elif part(key) in parts:
+            raise UserError(
+                f"{key} {shape} is not there, though other tensors of {part(key)} are: another architecture"
+            )
+    wanted = {part(name) for name in shapes}
+    surplus = sorted(key for key in held.keys() - set(sources.values()) if part(key) in wanted)
+    if surplus:
+        raise UserError(f"{surplus[0]} {held[surplus[0]]} has no place in this run: model.* must describe the weights")
+    if not sources:
+        raise UserError(f"it holds {', '.join(sorted(parts))}, nothing that this run trains; name another file")
+    return sources
+
+
+def part(name: str) -> str:
+    """The part of the model a parameter belongs to; the sigmoid loss's bias is one: the softmax loss has none."""
+    return "clip.logit_bias" if name == "clip.logit_bias" else name.split(".")[0]
+
+
+def _digest(config: Config, resume: bool) -> str | None:
+    given = config.init
+    if given.weights is None or (resume and given.sha256 and not Path(given.weights).is_file()):
+        return given.sha256
+    if not Path(given.weights).is_file():
+        raise UserError(
+            f"init.weights={given.weights} is not a file: it is what `python -m model.interchange import` or a run "
+            "wrote; a resumed run does without it if init.sha256 is given, as in its config.yaml"
+        )
+    return digest(Path(given.weights))
+
+
+def _check_meaning(theirs: Model, ours: Model, parts: set[str]) -> None:
+    """Refuses what changes the function and no shape."""
+    found = {key: (getattr(theirs, key), getattr(ours, key)) for key in ("rope_base", "rope_dtype")}
+    for name in ("trunk", "decoder", "text"):
+        if name in parts:
+            found[f"{name}.heads"] = (getattr(theirs, name).heads, getattr(ours, name).heads)
+    for key, (there, here) in found.items():
+        if there != here:
+            raise UserError(f"its weights were trained with model.{key}={there}, this run has {here}: give the same")
+
+
+def _summary(shapes: Mapping[str, Shape], held: Mapping[str, Shape], sources: Mapping[str, str]) -> str:
+    """trunk, bottleneck, text, clip; teacher from the student; drawn: prototypes; not used: decoder"""
+    taken, student = set(sources.values()), [name for name in shapes if not name.startswith(TEACHER)]
+    loaded = dict.fromkeys(part(name) for name in student if name in sources)
+    drawn = dict.fromkeys(part(name) for name in student if name not in sources)
+    unused = sorted({part(key) for key in held.keys() - taken})
+    clauses = [", ".join(loaded)]
+    if len(student) < len(shapes):
+        clauses.append("teacher too" if any(key.startswith(TEACHER) for key in taken) else "teacher from the student")
+    clauses += [f"drawn: {', '.join(drawn)}"] if drawn else []
+    clauses += [f"not used: {', '.join(unused)}"] if unused else []
+    return "; ".join(clauses)
