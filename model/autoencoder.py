@@ -1,0 +1,167 @@
+"""The tokenizer with the face of diffusers' AutoencoderKL, for pipelines that know that one. Needs no diffusers.
+
+    vae = Autoencoder.from_pretrained("DIR", stats="latents_stats.pt")
+    z = vae.encode(images).latent_dist.sample()                          # images in [-1, 1]
+    z = (z - vae.config.shift_factor) * vae.config.scaling_factor        # about zero mean, unit deviation
+    images = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
+
+The latent is deterministic: `sample` is `mode`, and the distribution has no width. `scaling_factor` and `shift_factor`
+pool the channels' statistics into one number each, as diffusers has it; `latents_mean` and `latents_std` are those by
+channel. Without statistics they are 1, 0 and None: nothing is made up.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from configs import UserError
+from model.tokenizer import VisualTokenizer
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The keys of a diffusers VAE's config that pipelines read; by attribute, by key or by `get`."""
+
+    latent_channels: int
+    block_out_channels: tuple[int, ...]  # pipelines take 2 ** (its length - 1) for pixels per latent
+    sample_size: int | None
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    force_upcast: bool = False
+
+    def __getitem__(self, key: str) -> Any:
+        return asdict(self)[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dictionary: some pipelines ask for keys that only other VAEs have."""
+        return asdict(self).get(key, default)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What stands for a distribution whose samples are all the same."""
+
+    mean: Tensor
+
+    def mode(self) -> Tensor:
+        """(B, L, h, w)."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """The mode: nothing is drawn, `generator` is not read."""
+        return self.mean
+
+    @property
+    def std(self) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(self.mean)
+
+
+class Encoded(NamedTuple):
+    """Of `encode`; a tuple too, as diffusers gives with return_dict=False."""
+
+    latent_dist: Latents
+
+
+class Decoded(NamedTuple):
+    """Of `decode`: (B, 3, height, width) in [-1, 1]."""
+
+    sample: Tensor
+
+
+class Autoencoder(nn.Module):
+    """`encode`, `decode` and `config` as pipelines expect them, around a VisualTokenizer."""
+
+    def __init__(self, tokenizer: VisualTokenizer, mean: Tensor | None = None, std: Tensor | None = None) -> None:
+        """`mean` and `std` of the latents by channel: L numbers each, in any shape."""
+        super().__init__()
+        self.tokenizer, self.config = tokenizer, _config(tokenizer, mean, std)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, stats: str | Path | None = None, **options: Any) -> Autoencoder:
+        """VisualTokenizer.from_pretrained(name, **options), with a latents_stats.pt ({"mean", "std"}) if there is one.
+
+        Raises UserError for what cannot be read.
+        """
+        tokenizer = VisualTokenizer.from_pretrained(name, **options)
+        return cls(tokenizer, *(_read_stats(Path(stats)) if stats is not None else (None, None)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; latents and pixels come out in it."""
+        return self.tokenizer.trunk.cls_token.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.tokenizer.trunk.cls_token.device
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Encoded:
+        """(B, 3, height, width) in [-1, 1] -> latent_dist of (B, L, height/p, width/p)."""
+        return Encoded(Latents(self.tokenizer.encode(x.float() / 2 + 0.5)))
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Decoded:
+        """(B, L, h, w) -> sample (B, 3, h*p, w*p) in [-1, 1], clamped. `generator` is not read."""
+        return Decoded((self.tokenizer.decode(z.to(self.dtype)) * 2 - 1).to(self.dtype))
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> Decoded:
+        """Encodes and decodes."""
+        return self.decode(self.encode(sample).latent_dist.mode())
+
+
+def _config(tokenizer: VisualTokenizer, mean: Tensor | None, std: Tensor | None) -> AutoencoderConfig:
+    model, origin = tokenizer.model, tokenizer.origin
+    halvings = int(math.log2(model.patch_size))
+    if 2**halvings != model.patch_size:
+        raise UserError(
+            f"a patch of {model.patch_size} pixels: pipelines take the scale of a VAE for a power of two; use "
+            "VisualTokenizer itself"
+        )
+    shape = AutoencoderConfig(
+        latent_channels=model.latent_channels,
+        block_out_channels=(model.trunk.width,) * (halvings + 1),
+        sample_size=origin.image_size if origin is not None else None,
+    )
+    return shape if mean is None or std is None else _normalised(shape, mean.flatten(), std.flatten())
+
+
+def _normalised(shape: AutoencoderConfig, mean_L: Tensor, std_L: Tensor) -> AutoencoderConfig:
+    """With the statistics by channel, and pooled over channels: all have as many values."""
+    for name, values_L in (("mean", mean_L), ("std", std_L)):
+        if values_L.numel() != shape.latent_channels:
+            raise UserError(
+                f"the statistics hold {values_L.numel()} {name}s, the latents have {shape.latent_channels} channels: "
+                "they are of another tokenizer"
+            )
+    mean_L, std_L = mean_L.double(), std_L.double()
+    shift = mean_L.mean()
+    pooled = (std_L.square() + (mean_L - shift).square()).mean().sqrt()
+    return replace(
+        shape,
+        scaling_factor=1 / pooled.item(),
+        shift_factor=shift.item(),
+        latents_mean=tuple(mean_L.tolist()),
+        latents_std=tuple(std_L.tolist()),
+    )
+
+
+def _read_stats(path: Path) -> tuple[Tensor, Tensor]:
+    try:
+        stats = torch.load(path, map_location="cpu", weights_only=True)
+        return stats["mean"], stats["std"]
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{path} holds no latent statistics ({reason}): it is a torch file of {{mean, std}}, L numbers each"
+        ) from None
