@@ -34,7 +34,13 @@ for key, images in load_file(f"{folder}/in.safetensors").items():
     found[f"{key}.pixels"] = decode(found[f"{key}.latent"])
 save_file({key: tensor.contiguous() for key, tensor in found.items()}, f"{folder}/out.safetensors")
 """
-SIZES = {"one": (1, 3, 32, 32), "batch": (5, 3, 32, 32), "wide": (2, 3, 16, 72), "large": (1, 3, 96, 64)}
+SIZES = {
+    "aligned": (16, 3, 16, 16),
+    "one": (1, 3, 32, 32),
+    "batch": (5, 3, 32, 32),
+    "wide": (2, 3, 16, 72),
+    "large": (1, 3, 96, 64),
+}
 
 
 @pytest.fixture(scope="module")
