@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configs import UserError
 from model.programs import write_programs
-from model.public_directory import read_public
+from model.public_directory import CONFIG, read_public
 from model.tokenizer import VisualTokenizer
 from model.weights import write_weights
 
@@ -31,11 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         if given.command == "export":
-            VisualTokenizer.from_run(given.run).save_pretrained(given.out)
+            _tokenizer(given.directory).save_pretrained(given.out)
         elif given.command == "import":
             import_directory(given.directory, given.out)
         else:
-            write_programs(VisualTokenizer.from_run(given.run), given.out)
+            write_programs(_tokenizer(given.directory), given.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,16 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _tokenizer(directory: Path) -> VisualTokenizer:
+    """Of a run, or of a directory in the public layout."""
+    is_public = (directory / CONFIG).is_file()
+    return VisualTokenizer.from_pretrained(directory) if is_public else VisualTokenizer.from_run(directory)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m model.interchange", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, task in (("export", "the public layout"), ("programs", "encode.pt2 and decode.pt2")):
-        command = commands.add_parser(name, help=f"a run directory -> {task}")
-        command.add_argument("run", type=Path, help="run directory with weights.safetensors")
-        command.add_argument("--out", type=Path, required=True, metavar="DIR")
-    importing = commands.add_parser("import", help="the public layout -> a weights file of ours")
-    importing.add_argument("directory", type=Path, help="directory with config.json and model.safetensors")
-    importing.add_argument("--out", type=Path, required=True, metavar="FILE")
+    for name, task, source, out in (
+        ("export", "a run -> the public layout", "run directory with weights.safetensors", "DIR"),
+        ("import", "the public layout -> a weights file of ours", "directory with config.json", "FILE"),
+        ("programs", "either -> encode.pt2 and decode.pt2", "run directory, or one in the public layout", "DIR"),
+    ):
+        command = commands.add_parser(name, help=task)
+        command.add_argument("directory", type=Path, help=source)
+        command.add_argument("--out", type=Path, required=True, metavar=out)
     return parser
 
 

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 
 from configs import Config, fingerprint
 
+METADATA = "vtp_engine.origin"  # the key of a safetensors file's metadata
+
 
 @dataclass(frozen=True)
 class Origin:

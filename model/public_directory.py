@@ -16,7 +16,7 @@ from torch import Tensor
 
 from configs import UserError
 from configs.architecture import Model
-from model.origin import Origin
+from model.origin import METADATA, Origin
 from model.public_config import read_key
 from model.public_layout import from_public, to_public
 
@@ -39,7 +39,7 @@ def read_public(directory: Path) -> tuple[dict[str, Tensor], Model, Origin]:
         state, model = from_public(public, described)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
-    text = metadata.get("origin")
+    text = metadata.get(METADATA)
     return state, model, Origin.from_json(text) if text else Origin(int(read_key(described, "image_size")))
 
 
@@ -60,7 +60,7 @@ def write_public(directory: Path, state: dict[str, Tensor], model: Model, origin
     public, described = to_public(state, model, origin.image_size)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in public.items()}
-    save_file(tensors, directory / WEIGHTS, {"format": "pt", "origin": origin.to_json()})
+    save_file(tensors, directory / WEIGHTS, {"format": "pt", METADATA: origin.to_json()})
     (directory / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
 
 

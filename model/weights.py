@@ -16,19 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from configs import UserError, load_config
 from configs.architecture import Model
-from model.origin import Origin
+from model.origin import METADATA, Origin
 
 
 def write_weights(path: str | Path, state: dict[str, Tensor], model: Model, origin: Origin | None = None) -> None:
     """`state` under our names (trunk.blocks.0.attn.qkv.weight, ...) to `path`."""
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    metadata = {"model": model.model_dump_json()} | ({} if origin is None else {"origin": origin.to_json()})
+    metadata = {"model": model.model_dump_json()} | ({} if origin is None else {METADATA: origin.to_json()})
     save_file(tensors, path, metadata)
 
 
@@ -48,7 +49,7 @@ def read_origin(path: str | Path) -> Origin | None:
     """Where the weights at `path` come from, as far as it is known. Raises like `read_weights`."""
     path = Path(path)
     with opened(path) as stored:
-        text = (stored.metadata() or {}).get("origin")
+        text = (stored.metadata() or {}).get(METADATA)
     if text is not None:
         return Origin.from_json(text)
     config = path.parent / "config.yaml"
@@ -86,6 +87,15 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def described_model(stored: Any, path: Path) -> Model:
-    """The model that an opened weights file fits, by its own words or the config's beside it."""
+    """The model that an opened weights file fits, by its own words or the config's beside it. Raises UserError."""
     described = (stored.metadata() or {}).get("model")
-    return Model.model_validate_json(described) if described else load_config(path.parent / "config.yaml").model
+    if described is None:
+        return load_config(path.parent / "config.yaml").model
+    try:
+        return Model.model_validate_json(described)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{path} describes a model of another version ({'.'.join(map(str, first['loc']))}: {first['msg']}); import "
+            "its public directory again, or read it with the version that wrote it"
+        ) from None

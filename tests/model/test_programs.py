@@ -46,8 +46,9 @@ SIZES = {
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
-    run = write_run(folder / "run", tiny_config("model.trunk.depth=1"))
-    assert main(["programs", str(run), "--out", str(folder)]) == 0
+    run, public = write_run(folder / "run", tiny_config("model.trunk.depth=1")), folder / "public"
+    assert main(["export", str(run), "--out", str(public)]) == 0
+    assert main(["programs", str(public), "--out", str(folder)]) == 0
     return folder
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from configs import UserError
 from model.tokenizer import VisualTokenizer
@@ -66,12 +67,17 @@ def test_a_part_that_was_not_trained_is_named() -> None:
 
 
 def test_weights_without_a_description_are_read_with_the_config_beside_them(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     config = tiny_config()
     run = write_run(tmp_path / "run", config)
     save_file(build(config).state_dict(), run / "weights.safetensors")
     assert read_weights(run / "weights.safetensors")[1] == config.model
+
+
+def test_weights_that_describe_an_unknown_model_are_one_clear_error(tmp_path: Path) -> None:
+    described = tiny_config().model.model_dump_json().replace('"patch_size"', '"patch_length"', 1)
+    save_file({"trunk.norm.weight": torch.ones(32)}, tmp_path / "weights.safetensors", {"model": described})
+    with pytest.raises(UserError, match=r"another version \(patch_length: Extra inputs"):
+        read_weights(tmp_path / "weights.safetensors")
 
 
 def test_a_file_that_is_cut_off_or_no_tensors_is_one_clear_error(tmp_path: Path) -> None:
