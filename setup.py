@@ -29,6 +29,7 @@ setup(
         "pillow",
         "rich",
         "tensorboard",
+        "torchmetrics>=1.9",  # evaluation: FID and SSIM; without its extras it needs no torchvision
         "nvidia-ml-py",  # pure Python; finds out at run time whether there is a driver
         "jinja2",  # the report page, and matplotlib its plots
         "matplotlib",

@@ -13,7 +13,6 @@ identically by every run; data/health.py counts it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -204,7 +203,7 @@ class Loader:
         keys = np.array([hash_text(row.sample.key) for row in rows], np.uint64)
         epochs = np.array([row.epoch for row in rows], np.int64)
         pictures = [row.picture for row in rows]
-        height, width = _sides(pictures)
+        height, width = sides(pictures)
         if not names:
             return self._decoder.nothing(self.config.views.local_size)
         drawn = [views.draw(n, self.config.views, self.config.seed, keys, epochs, height, width) for n in names]
@@ -214,67 +213,6 @@ class Loader:
         if _caption(self.config) is None:
             return torch.empty((0, self.config.model.text.context), dtype=torch.int64)
         return self.encoder.encode([row.sample.caption for row in rows])
-
-
-@dataclass(frozen=True)
-class HeldOutBatch:
-    """The next n samples of the held-out corpus; the last batch may have fewer."""
-
-    images: torch.Tensor  # (n, 3, image_size, image_size) uint8, centre crop
-    captions: torch.Tensor  # (n, C) int64
-    texts: tuple[str, ...]
-    labels: torch.Tensor  # (n,) int64: field `label` of the .json member, -1 without one
-    keys: tuple[str, ...]
-
-
-class HeldOut:
-    """The held-out corpus in index order, each sample once, undecodable ones skipped and counted in `bad`."""
-
-    def __init__(self, config: Config, encoder: Encoder) -> None:
-        self.config, self.encoder = config, encoder
-        cache_dir = config.system.loader.cache_dir
-        self.shards = Shards(expand(config.data.held_out, cache_dir, "data.held_out"), config.data.caption, cache_dir)
-        self.bad = Counter(self.shards.bad)
-        self._decoder = Decoder(config.system.loader.device, config.system.loader.threads)
-
-    def __len__(self) -> int:
-        """Samples the index keeps; decoding may find some of them bad."""
-        return int(self.shards.sizes.sum())
-
-    def batches(self, batch_size: int) -> Iterator[HeldOutBatch]:
-        """All good samples, `batch_size` at a time; the last batch can be smaller."""
-        self.bad = Counter(self.shards.bad)
-        places = [(shard, i) for shard, size in enumerate(self.shards.sizes) for i in range(size)]
-        waiting: list[tuple[Sample, Picture, int]] = []
-        for start in range(0, len(places), batch_size):
-            waiting += self._good(places[start : start + batch_size])
-            if len(waiting) >= batch_size:
-                yield self._batch(waiting[:batch_size])
-                waiting = waiting[batch_size:]
-        if waiting:
-            yield self._batch(waiting)
-
-    def _good(self, places: Sequence[tuple[int, int]]) -> Iterator[tuple[Sample, Picture, int]]:
-        read = [read_sample(self.shards, *place, self.config.data.max_pixels) for place in places]
-        decoded = iter(self._decoder.decode([item.image for item in read if isinstance(item, Sample)]))
-        for place, item in zip(places, read, strict=True):
-            found = item if isinstance(item, str) else next(decoded)
-            if isinstance(item, Sample) and isinstance(found, Picture):
-                label = self.shards.field(*place, "label")
-                yield item, found, label if isinstance(label, int) else -1
-            else:
-                self.bad[str(found)] += 1
-
-    def _batch(self, rows: Sequence[tuple[Sample, Picture, int]]) -> HeldOutBatch:
-        samples, pictures, labels = zip(*rows, strict=True)
-        texts = tuple(sample.caption for sample in samples)
-        return HeldOutBatch(
-            images=self._decoder.render(pictures, views.centred(self.config.views.image_size, *_sides(pictures))),
-            captions=self.encoder.encode(list(texts)),
-            texts=texts,
-            labels=torch.tensor(labels, dtype=torch.int64),
-            keys=tuple(sample.key for sample in samples),
-        )
 
 
 def read_sample(shards: Shards, shard_idx: int, sample_idx: int, max_pixels: int) -> Sample | str:
@@ -291,5 +229,5 @@ def _caption(config: Config) -> str | None:
     return config.data.caption if config.objectives.clip.weight else None
 
 
-def _sides(pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
+def sides(pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([p.height for p in pictures], np.int64), np.array([p.width for p in pictures], np.int64)

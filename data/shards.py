@@ -18,6 +18,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from data.sidecar import Member
 
 Exchange = Callable[[Any], list[Any]]
 _OPEN_FILES = 128  # tar files kept open; the usual limit of a process is 1,024
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _INDEX_THREADS = 16  # opening many sidecars waits for the disk or the network
 
 
@@ -116,6 +118,18 @@ class Shards:
         """A field of the sample's .json member, or None when either is missing."""
         members = [m for m in self.index(shard_idx).members(sample_idx) if m.ext == "json"]
         return _json_field(self._bytes(shard_idx, members[0]), key) if members else None
+
+    def label(self, shard_idx: int, sample_idx: int) -> int:
+        """The class: field `label` of the .json member, else the .cls member; -1 where neither holds an integer.
+
+        Raises BadCaption for a .json member that is none.
+        """
+        label = self.field(shard_idx, sample_idx, "label")
+        if label is None:
+            members = [m for m in self.index(shard_idx).members(sample_idx) if m.ext == "cls"]
+            text = self._bytes(shard_idx, members[0]).decode(errors="replace").strip() if members else ""
+            label = int(text) if _INTEGER.fullmatch(text) else -1
+        return label if type(label) is int else -1
 
     def _caption(self, shard_idx: int, members: Sequence[Member]) -> str:
         if self.caption is None:

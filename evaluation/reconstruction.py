@@ -1,36 +1,129 @@
-"""How well latents hold the pixels: PSNR over held-out images, in decibels.
+"""How well latents hold the pixels: PSNR, SSIM, LPIPS and rFID over held-out images.
 
-quality = Psnr()
-quality.add(images, tokenizer.decode(tokenizer.encode(images)))
-quality.result()["psnr_db"]       # mean over images of 10 log10(1 / mean squared error), pixels in [0, 1]
+    task = Reconstruction(networks=[open_network("inception.pth")], perceptual=None, device=device)
+    task.add(batch)
+    task.result().figures["psnr_db"]     # mean over images of 10 log10(1 / mean squared error), pixels in [0, 1]
+
+PSNR, SSIM and LPIPS are means over images of the pair (image, reconstruction), as floats; FID compares the two sets,
+quantised to 8 bits as saved pictures are. What was not computed says so, in words, in the place of its figure.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from engine import world
+from engine.pictures import latent_colours, reconstructions, write_png
+from evaluation.agreement import in_order
+from evaluation.feature_network import FeatureNetwork
+from evaluation.fidelity import Fid, ssim
+from evaluation.outcome import Figure, Outcome
+from evaluation.products import Products
+from model.objectives.perceptual import Perceptual
 
-class Psnr:
-    """The mean over images of each image's PSNR, beside the mean colour's: what saying nothing would reach."""
+SHOWN = 8  # best and worst reconstructions
+NO_FID = "not computed: no feature network (--fid FILE)"
+NO_LPIPS = "not computed: no weights (--lpips FILE)"
 
-    def __init__(self) -> None:
-        self._images: list[Tensor] = []
-        self._mean_colour: list[Tensor] = []
 
-    def add(self, target: Tensor, recon: Tensor) -> None:
-        """target, recon: (B, 3, H, W) in [0, 1]."""
-        self._images.append(psnr(target, recon))
-        self._mean_colour.append(psnr(target, target.mean(dim=(2, 3), keepdim=True).expand_as(target)))
+class Reconstruction:
+    """Means over images, beside the PSNR of the mean colour, which is what saying nothing would reach."""
 
-    def result(self) -> dict[str, float]:
-        """The means, in decibels."""
-        images = torch.cat(self._images)
-        return {
-            "psnr_db": float(images.mean()),
-            "psnr_db_of_mean_colour": float(torch.cat(self._mean_colour).mean()),
-            "images": len(images),
+    def __init__(self, networks: Sequence[FeatureNetwork], perceptual: Perceptual | None, device: torch.device) -> None:
+        self._fids = [Fid(network, device) for network in networks]
+        self._perceptual = perceptual.to(device) if perceptual is not None else None
+        self._values: list[Tensor] = []  # (n, 3 or 4) float64: PSNR, PSNR of the mean colour, SSIM and LPIPS
+        self._positions: list[Tensor] = []
+        self._first: tuple[Tensor, Tensor, Tensor] | None = None  # image, reconstruction, latent
+        self._extremes = {"worst": Extremes(SHOWN, is_largest=False), "best": Extremes(SHOWN, is_largest=True)}
+
+    def add(self, batch: Products) -> None:
+        self.compare(batch.images, batch.recon, batch.positions)
+        if self._first is None:
+            images, recon, latent = (x[:SHOWN].cpu() for x in (batch.images, batch.recon, batch.latent))
+            self._first = (images, recon, latent)
+
+    @torch.no_grad()
+    def compare(self, target: Tensor, recon: Tensor, positions: Tensor) -> None:
+        """`add` on pictures: target, recon (B, 3, H, W) in [0, 1]."""
+        mean_colour = target.mean(dim=(2, 3), keepdim=True).expand_as(target)
+        values = [psnr(target, recon), psnr(target, mean_colour), ssim(target, recon)]
+        if self._perceptual is not None:
+            values.append(self._perceptual(2 * recon - 1, 2 * target - 1))
+        self._values.append(torch.stack(values, dim=1).double().cpu())
+        self._positions.append(positions)
+        for fid in self._fids:
+            fid.add(target, recon)
+        for extremes in self._extremes.values():
+            extremes.add(values[0], target, recon)
+
+    def result(self) -> Outcome:
+        """The means and distances over the images of all ranks."""
+        width = 3 if self._perceptual is None else 4
+        own = torch.cat([torch.empty(0, width, dtype=torch.float64), *self._values])
+        values = in_order(own, torch.cat([torch.empty(0, dtype=torch.int64), *self._positions]))
+        means = values.mean(dim=0).tolist()
+        figures: dict[str, Figure] = {
+            "psnr_db": means[0],
+            "psnr_db_of_mean_colour": means[1],
+            "ssim": means[2],
+            "lpips": means[3] if width == 4 else NO_LPIPS,
+            "images": len(values),
         }
+        figures |= {f"rfid[{fid.name}]": fid.result() for fid in self._fids}
+        figures |= {} if self._fids else {"rfid": NO_FID}
+        pictures = {
+            f"reconstructions_{name}": partial(_draw, extremes.gathered()) for name, extremes in self._extremes.items()
+        }
+        if self._first is not None:
+            pictures["held_out"] = partial(_draw_first, *self._first)
+        return Outcome(figures, pictures=pictures)
+
+
+class Extremes:
+    """The `count` pairs with the largest or smallest value, kept as 8-bit pictures."""
+
+    def __init__(self, count: int, is_largest: bool) -> None:
+        self._count, self._is_largest = count, is_largest
+        self._values = torch.empty(0)
+        self._pairs: Tensor | None = None  # (n, 2, 3, H, W) uint8: image, reconstruction
+
+    def add(self, values: Tensor, target: Tensor, recon: Tensor) -> None:
+        """values (B,); target, recon (B, 3, H, W) in [0, 1]."""
+        chosen = values.topk(min(self._count, len(values)), largest=self._is_largest).indices
+        pairs = (torch.stack([target[chosen], recon[chosen]], dim=1) * 255).round().byte().cpu()
+        self._keep(values[chosen].float().cpu(), pairs)
+
+    def gathered(self) -> Tensor:
+        """(n, 2, 3, H, W) of all ranks, the most extreme first. A collective."""
+        merged = Extremes(self._count, self._is_largest)
+        for values, pairs in world.gather_objects((self._values, self._pairs)):
+            if pairs is not None:
+                merged._keep(values, pairs)
+        assert merged._pairs is not None
+        return merged._pairs
+
+    def _keep(self, values: Tensor, pairs: Tensor) -> None:
+        values = torch.cat([self._values, values])
+        pairs = pairs if self._pairs is None else torch.cat([self._pairs, pairs])
+        self._values, kept = values.topk(min(self._count, len(values)), largest=self._is_largest)
+        self._pairs = pairs[kept]
+
+
+def _draw_first(target: Tensor, recon: Tensor, latent: Tensor, path: Path) -> None:
+    """Originals, reconstructions, latents as colours: three rows."""
+    latents = latent_colours(latent, scale=target.shape[-1] // latent.shape[-1])
+    write_png(torch.cat([reconstructions(target, recon), latents], dim=1), path)
+
+
+def _draw(pairs: Tensor, path: Path) -> None:
+    target, recon = (pairs.float() / 255).unbind(1)
+    write_png(reconstructions(target, recon), path)
 
 
 def psnr(target: Tensor, recon: Tensor) -> Tensor:

@@ -1,114 +1,132 @@
-"""python -m evaluation.run RUN --tasks zero_shot,reconstruction
+"""python -m evaluation.run RUN_OR_WEIGHTS --tasks zero_shot,linear_probe,knn,reconstruction
 
-Reads RUN/weights.safetensors and RUN/config.yaml, looks at every held-out image once, writes RUN/evaluation.json and
-pictures under RUN/pictures, prints a table. One process, on a GPU where there is one.
+Looks at every held-out picture once, whatever the tasks, and at the training pictures once for those that learn; writes
+evaluation.json, prints a table, and draws under pictures/. Under a launcher the ranks share the pictures:
+
+    torchrun --nproc-per-node 8 -m evaluation.run runs/vtp_l --tasks linear_probe,knn
+    deepspeed --module evaluation.run runs/vtp_l --tasks reconstruction --fid pt_inception-2015-12-05-6726825d.pth
+
+The figures are those of one rank, to rounding.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import track
-from torch import Tensor
+from configs import UserError
+from engine import world
+from evaluation import results
+from evaluation.agreement import with_one_answer
+from evaluation.outcome import Outcome
+from evaluation.source import open_source
+from evaluation.tasks import TASKS, Options, Setup, check_tasks
 
-from configs import Config, UserError, load_config
-from data.captions import CaptionEncoder
-from data.loader import HeldOut, HeldOutBatch
-from engine.pictures import latent_colours, reconstructions, write_png
-from evaluation.reconstruction import Psnr
-from evaluation.zero_shot import Accuracy, ClassTable, classifier
-from model.tokenizer import VisualTokenizer
-
-TASKS = ("zero_shot", "reconstruction")
+DEFAULT_TASKS = ("zero_shot", "reconstruction")  # they need nothing but a held-out corpus
+TIMEOUT_MINUTES = 240  # while the first rank learns, the others wait
 
 
-def evaluate(run: Path, tasks: Iterable[str], batch_size: int, classes: Path | None = None) -> dict[str, Any]:
-    """The results by task. Raises UserError for a run without weights, an unknown task or a missing corpus."""
-    tasks = check_tasks(tasks)
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run directory: it has no config.yaml; name one that training wrote, runs/NAME")
-    config = load_config(run / "config.yaml")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = VisualTokenizer.from_run(run).to(device)
-    encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
-    held_out = HeldOut(config, encoder)
-    accuracy = None
-    if "zero_shot" in tasks:
-        table = ClassTable.read(classes or class_table_of(config))
-        accuracy = Accuracy(classifier(tokenizer, encoder, table.prompts, device))
-    quality = Psnr() if "reconstruction" in tasks else None
-    for batch_idx, batch in enumerate(_progress(held_out, batch_size)):
-        images = batch.images.to(device).float() / 255
-        if accuracy is not None:
-            accuracy.add(tokenizer.embed_images(images), batch.labels.to(device))
-        if quality is not None:
-            recon = tokenizer.decode(tokenizer.encode(images))
-            quality.add(images, recon)
-            if batch_idx == 0:
-                _show(run / "pictures", tokenizer, images, recon)
-    results: dict[str, Any] = {}
-    if accuracy is not None:
-        results["zero_shot"] = accuracy.result()
-    if quality is not None:
-        results["reconstruction"] = quality.result()
-    return {**results, "held_out": list(config.data.held_out), "bad_samples": dict(held_out.bad)}
+def evaluate(
+    path: Path,
+    options: Options,
+    *,
+    crop: int | None = None,
+    caption_tokenizer: str | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """The results by task, as they are written to `out`/evaluation.json (by default into the run, or beside the file).
 
+    A collective. Raises UserError, on every rank, for what cannot be opened, and for corpora that do not fit the tasks.
+    """
+    options_tasks = check_tasks(options.tasks)
+    device = world.device()
 
-def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
-    """The tasks, all known."""
-    tasks = tuple(tasks)
-    for task in tasks:
-        if task not in TASKS:
-            raise UserError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}")
-    return tasks
+    def prepare() -> Setup:
+        source = open_source(path, device, crop, caption_tokenizer)
+        folder = out or source.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        return Setup(source, options, device, folder)
 
+    setup = with_one_answer(prepare)
+    tasks = with_one_answer(lambda: {name: TASKS[name](setup) for name in options_tasks})
 
-def class_table_of(config: Config) -> Path:
-    """The classes.json that lies beside the first held-out shard."""
-    if not config.data.held_out:
-        raise UserError("data.held_out is empty: evaluation reads held-out shards; name them in the config")
-    return Path(config.data.held_out[0]).parent / "classes.json"
+    def look() -> None:
+        for batch in setup.batches(setup.held_out, "evaluating"):
+            for task in tasks.values():
+                task.add(batch)
 
-
-def _progress(held_out: HeldOut, batch_size: int) -> Iterable[HeldOutBatch]:
-    total = -(-len(held_out) // batch_size)
-    return track(held_out.batches(batch_size), "evaluating", total=total, disable=not sys.stdout.isatty())
-
-
-def _show(folder: Path, tokenizer: VisualTokenizer, images: Tensor, recon: Tensor) -> None:
-    folder.mkdir(exist_ok=True)
-    latent = tokenizer.encode(images)
-    scale = images.shape[-1] // latent.shape[-1]
-    picture = torch.cat([reconstructions(images, recon), latent_colours(latent, scale)], dim=1)
-    write_png(picture, folder / "held_out.png")
+    with_one_answer(look)
+    outcomes: dict[str, Outcome] = {name: task.result() for name, task in tasks.items()}
+    bad = sum(world.gather_objects(setup.held_out.bad), Counter())
+    about = {"held_out": list(setup.data), "crop": setup.source.crop, "bad_samples": dict(bad)}
+    if world.is_first():
+        results.write(setup.folder, outcomes, about)
+    return results.as_json(outcomes, about)
 
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.run", description="What a trained tokenizer is worth.")
-    parser.add_argument("run", type=Path, help="a run directory with weights.safetensors and config.yaml")
-    parser.add_argument(
-        "--tasks", default=",".join(TASKS), help=f"comma-separated, of {', '.join(TASKS)} (default: all)"
-    )
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--classes", type=Path, help="class table (default: classes.json beside the held-out shards)")
-    parsed = parser.parse_args(arguments)
+    given = _parser().parse_args(arguments)
+    is_launched = "RANK" in os.environ
     try:
-        results = evaluate(parsed.run, parsed.tasks.split(","), parsed.batch_size, parsed.classes)
+        if is_launched:
+            world.start(TIMEOUT_MINUTES)
+        found = evaluate(
+            given.source, _options(given), crop=given.crop, caption_tokenizer=given.tokenizer, out=given.out
+        )
+        if world.is_first():
+            results.show(found)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if world.is_first():
+            print(f"error: {error}", file=sys.stderr)
         return 2
-    (parsed.run / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-    for task in TASKS:
-        for name, value in results.get(task, {}).items():
-            print(f"{task:16s} {name:24s} {value:.4g}")
+    finally:
+        if is_launched:
+            world.stop()
     return 0
+
+
+def _options(given: argparse.Namespace) -> Options:
+    for name in ("batch_size", "limit", "crop"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: give a number from 1 on")
+    return Options(
+        tasks=tuple(given.tasks.split(",")),
+        data=tuple(given.data),
+        train_data=tuple(given.train_data),
+        classes=given.classes,
+        fid=tuple(given.fid),
+        lpips=given.lpips,
+        limit=given.limit,
+        batch_size=given.batch_size,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.run", description="What a trained tokenizer is worth.")
+    add = parser.add_argument
+    add("source", type=Path, help="a run directory with weights.safetensors and config.yaml, or a weights file")
+    add(
+        "--tasks",
+        default=",".join(DEFAULT_TASKS),
+        help=f"comma-separated, of {', '.join(TASKS)} (default: %(default)s)",
+    )
+    add("--data", nargs="+", default=(), metavar="SHARDS", help="labelled held-out shards (default: data.held_out)")
+    add("--train-data", nargs="+", default=(), metavar="SHARDS", help="for probe and knn (default: data.train)")
+    add("--limit", type=int, help="look at this many samples of each, evenly spaced")
+    add("--batch-size", type=int, default=128, help="pictures a rank looks at together (%(default)s)")
+    add("--crop", type=int, help="side of the centre crop in pixels (default: the run's; 256 for a weights file)")
+    add("--classes", type=Path, help="class table (default: classes.json beside the held-out shards)")
+    add("--tokenizer", help="the captions' tokenizer.json or hub name (default: the run's)")
+    add("--fid", type=Path, nargs="+", default=(), metavar="FILE", help="feature networks for rFID")
+    add("--lpips", type=Path, help="LPIPS weights (default: the run's, if there)")
+    add("--out", type=Path, help="where results go (default: the run directory, or beside the weights file)")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher's; LOCAL_RANK says the same
+    return parser
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ DOORS = {
     "pynvml": ("profiling/energy.py",),
     "tensorboard": ("engine/report.py",),
     "torch.utils.tensorboard": ("engine/report.py",),
-    "matplotlib": ("profiling/report_plots.py",),
+    "matplotlib": ("profiling/report_plots.py", "evaluation/figures.py"),
+    "torchmetrics": ("evaluation/fidelity.py",),
     "jinja2": ("profiling/report.py",),
 }
 SAYS_NOTHING = re.compile(r"^_?(utils?|helpers?|misc|common)$")

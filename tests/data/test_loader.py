@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from configs import Config, UserError
 from data.batch import Batch
 from data.health import TooManyBadSamples
-from data.loader import HeldOut, Loader
+from data.loader import Loader
 from tests.data.tar_shards import LetterEncoder, encoded, huge_png, write_corpus, write_tar
 from tests.tiny import tiny_config
 
@@ -281,37 +280,6 @@ def test_a_corpus_without_one_readable_picture_ends_in_a_user_error(tmp_path: Pa
     reason = r"no readable sample among 1000 of its stream.*'web page'"
     with loading(config) as loader, pytest.raises(UserError, match=reason):
         loader.batch(0)
-
-
-# --- held-out data
-
-
-def test_held_out_samples_come_in_index_order_with_texts_and_labels(corpus: Path) -> None:
-    config = config_for(corpus, f"data.held_out=['{corpus}/0000{{0..1}}.tar']")
-    held_out = HeldOut(config, LetterEncoder())
-    read = list(held_out.batches(7))
-    assert [len(batch.keys) for batch in read] == [7, 7, 4]
-    assert len(held_out) == 18
-    assert [text for batch in read for text in batch.texts] == [f"sample {i}" for i in range(18)]
-    assert torch.cat([batch.labels for batch in read]).tolist() == [i % 5 for i in range(18)]
-    assert read[0].images.shape == (7, 3, 16, 16)
-    assert read[0].captions.equal(LetterEncoder().encode(list(read[0].texts)))
-    again = list(held_out.batches(5))
-    assert np.concatenate([b.images for b in read]).tobytes() == np.concatenate([b.images for b in again]).tobytes()
-
-
-def test_bad_held_out_samples_are_skipped_and_counted_and_batches_filled(bad_corpus: Path) -> None:
-    config = config_for(bad_corpus, f"data.held_out=[{bad_corpus}/00003.tar]", "data.train=[unread.tar]")
-    held_out = HeldOut(config, LetterEncoder())
-    read = list(held_out.batches(32))
-    assert [len(batch.keys) for batch in read] == [32, 32, 16]
-    assert held_out.bad == dict.fromkeys(EXPECTED, 2)
-    assert set(torch.cat([batch.labels for batch in read]).tolist()) == {-1}
-
-
-def test_no_held_out_shards_is_a_user_error(corpus: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.held_out is empty"):
-        HeldOut(config_for(corpus), LetterEncoder())
 
 
 def _images(batch: Batch) -> list[tuple[str, torch.Tensor]]:

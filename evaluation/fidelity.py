@@ -1,0 +1,63 @@
+"""SSIM and the Fréchet distance through `torchmetrics`: its one door.
+
+    ssim(target, recon)                                     # (B,), 1 for equal pictures
+    fid = Fid(open_network("inception.pth"), device)
+    fid.add(target, recon); fid.result()                    # under fid.name, which says whose features these are
+
+The Fréchet distance depends on the network whose features it compares and on the number of images: figures of two
+networks have nothing to do with each other, and few images give a larger distance than many.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from configs import UserError
+from evaluation.feature_network import FeatureNetwork
+
+WINDOW = 11  # pixels
+
+
+class Fid:
+    """Fréchet distance between Gaussians fitted to the features of two sets of images (arXiv 1706.08500), float64."""
+
+    def __init__(self, network: FeatureNetwork, device: torch.device) -> None:
+        self.name = network.name
+        self._metric = FrechetInceptionDistance(feature=network, normalize=True).to(device)
+
+    def add(self, real: Tensor, fake: Tensor) -> None:
+        """(B, 3, H, W) in [0, 1] each, seen as 8-bit pictures."""
+        self._metric.update(quantised(real), real=True)
+        self._metric.update(quantised(fake), real=False)
+
+    def result(self) -> float:
+        """Over the images of all ranks: a collective. Raises UserError below two images."""
+        try:
+            return float(self._metric.compute())
+        except RuntimeError as error:
+            if "More than one sample" not in str(error):
+                raise
+            raise UserError(
+                "FID compares the spread of features and needs two images at least; raise --limit"
+            ) from None
+
+
+def ssim(target: Tensor, recon: Tensor) -> Tensor:
+    """(B, 3, H, W) twice, in [0, 1] -> (B,): the mean over channels and over the windows that lie in the picture.
+
+    Windows are 11 x 11 Gaussians of deviation 1.5 (Wang et al. 2004; scikit-image gives the same). torchmetrics' own
+    mean counts windows over mirrored borders too. Sides of 16 pixels or more.
+    """
+    _, map_BCHW = structural_similarity_index_measure(
+        recon, target, data_range=1.0, reduction="none", return_full_image=True
+    )
+    inside = slice(WINDOW // 2, -(WINDOW // 2))
+    return map_BCHW[:, :, inside, inside].mean(dim=(1, 2, 3))
+
+
+def quantised(images: Tensor) -> Tensor:
+    """[0, 1] floats as an 8-bit file would give them back."""
+    return (images * 255).round() / 255

@@ -1,0 +1,56 @@
+"""What an evaluation leaves behind: evaluation.json, pictures, a table on the screen.
+
+    {"zero_shot": {"top1": 0.114, ...}, "linear_probe": {...}, "rows": [{"task": "linear_probe", ...}],
+     "held_out": ["demo_data/held_out-*.tar"], "crop": 64, "bad_samples": {}}
+
+One object of plain figures for each task; `rows` holds what is longer than a figure, such as a whole sweep.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from evaluation.outcome import Figure, Outcome
+
+
+def as_json(outcomes: Mapping[str, Outcome], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of evaluation.json; `about` is what belongs to no task."""
+    rows: list[dict[str, Figure]] = [
+        {"task": task, **row} for task, outcome in outcomes.items() for row in outcome.rows
+    ]
+    return {task: dict(outcome.figures) for task, outcome in outcomes.items()} | {"rows": rows} | dict(about)
+
+
+def write(folder: Path, outcomes: Mapping[str, Outcome], about: Mapping[str, Any]) -> None:
+    """Writes evaluation.json and pictures/*.png into `folder`."""
+    (folder / "evaluation.json").write_text(json.dumps(as_json(outcomes, about), indent=2) + "\n")
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    for outcome in outcomes.values():
+        for name, draw in outcome.pictures.items():
+            draw(pictures / f"{name}.png")
+
+
+def show(found: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints every task's figures, one line each."""
+    table = Table("task", "figure", "value", title="what the tokenizer is worth")
+    for task, figures in found.items():
+        if isinstance(figures, dict) and task != "bad_samples":
+            for idx, (name, value) in enumerate(figures.items()):
+                table.add_row("" if idx else task, escape(name), escape(words(value)))
+            table.add_section()
+    for reason, count in found["bad_samples"].items():
+        table.add_row("bad samples", reason, str(count))
+    (console or Console()).print(table)
+
+
+def words(value: Figure) -> str:
+    """A figure with four digits; counts and sentences as they are."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

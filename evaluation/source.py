@@ -1,0 +1,76 @@
+"""What is evaluated: the tokenizer of a run directory, or a weights file by itself.
+
+    source = open_source("runs/demo", device)                       # weights.safetensors and config.yaml
+    source = open_source("vtp_l/model.safetensors", device, crop=256, caption_tokenizer="openai/clip-vit-large-patch14")
+
+A run knows its corpus, its image size and its captions' tokenizer; a file knows its model only, so the rest is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configs import Config, UserError, load_config
+from data.captions import CaptionEncoder
+from model.tokenizer import VisualTokenizer
+
+CROP = 256  # pixels, of a weights file: the published models' resolution [P]
+
+
+@dataclass(frozen=True)
+class Source:
+    """`crop` is the side of the square pictures in pixels; `config` is that of the run, None for a file."""
+
+    tokenizer: VisualTokenizer
+    folder: Path  # where results go unless another folder is named
+    crop: int
+    config: Config | None
+    caption_tokenizer: str | None
+
+    def encoder(self) -> CaptionEncoder:
+        """Class prompts -> token ids. Raises UserError where nothing says which tokenizer it was."""
+        if self.caption_tokenizer is None:
+            raise UserError(
+                "zero_shot embeds the classes' prompts, and a weights file does not say with which tokenizer its text "
+                "tower was trained: give --tokenizer, a tokenizer.json or a hub name"
+            )
+        return CaptionEncoder(self.caption_tokenizer, self.tokenizer.model.text.context)
+
+
+def open_source(
+    path: str | Path, device: torch.device, crop: int | None = None, caption_tokenizer: str | None = None
+) -> Source:
+    """Opens a run directory or a weights file; `crop` and `caption_tokenizer` go before what a run says.
+
+    Raises UserError where there are no weights, where they are damaged, or where the model cannot see such pictures.
+    """
+    path = Path(path)
+    config = load_config(path / "config.yaml") if (path / "config.yaml").is_file() else None
+    tokenizer = _open_weights(path, config).to(device)
+    crop = crop or (config.views.image_size if config else CROP)
+    if crop % tokenizer.model.patch_size:
+        raise UserError(
+            f"--crop {crop}: sides must be multiples of the patch size {tokenizer.model.patch_size}; "
+            f"give {max(crop // tokenizer.model.patch_size, 1) * tokenizer.model.patch_size}"
+        )
+    captions = caption_tokenizer or (config.data.tokenizer if config else None)
+    return Source(tokenizer, path if path.is_dir() else path.parent, crop, config, captions)
+
+
+def _open_weights(path: Path, config: Config | None) -> VisualTokenizer:
+    """The one place that knows in which forms a tokenizer lies on a disk."""
+    if config is None and not path.is_file():
+        raise UserError(
+            f"{path} is no run directory, which has a config.yaml, and no weights file: name runs/NAME, or a file that "
+            "`model.interchange` wrote"
+        )
+    try:
+        return VisualTokenizer.from_run(path) if config is not None else VisualTokenizer.from_file(path)
+    except RuntimeError as error:  # load_state_dict's list of names and shapes that do not fit
+        raise UserError(
+            f"{path}: the weights do not fit the model that describes them ({' '.join(str(error).split())[:300]}); "
+            "export them anew"
+        ) from None

@@ -1,0 +1,148 @@
+"""The tasks by name, and what each is made of.
+
+    setup = Setup(source, Options(tasks=("zero_shot", "knn")), device)
+    tasks = {name: TASKS[name](setup) for name in options.tasks}
+
+A new task is a class with `add` and `result` (evaluation/outcome.py) and one line in TASKS.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from configs import UserError
+from configs.schema import Data, System
+from data.held_out import HeldOut
+from engine import world
+from evaluation.agreement import with_one_answer
+from evaluation.bank import Bank
+from evaluation.classes import ClassTable
+from evaluation.feature_network import open_network
+from evaluation.knn import NearestNeighbours
+from evaluation.learners import Corpora
+from evaluation.linear_probe import LinearProbe
+from evaluation.outcome import Task
+from evaluation.products import Products
+from evaluation.reconstruction import Reconstruction
+from evaluation.source import Source
+from evaluation.zero_shot import ZeroShot, classifier
+from model.objectives.perceptual import Perceptual
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line may ask for beyond the source; empty or None: what the run's config says."""
+
+    tasks: tuple[str, ...]
+    data: tuple[str, ...] = ()
+    train_data: tuple[str, ...] = ()
+    classes: Path | None = None
+    fid: tuple[Path, ...] = ()
+    lpips: Path | None = None
+    limit: int | None = None
+    batch_size: int = 128
+
+
+class Setup:
+    """What tasks are built from: tokenizer, corpora, files. Whatever is missing is a UserError when first needed."""
+
+    def __init__(self, source: Source, options: Options, device: torch.device, folder: Path) -> None:
+        self.source, self.options, self.device, self.folder = source, options, device, folder
+        self.data = options.data or (source.config.data.held_out if source.config else ())
+        if not self.data:
+            raise UserError(
+                "nothing to evaluate on: data.held_out is empty, or there is no run to have one; name labelled shards "
+                "with --data"
+            )
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        return self._pictures(self.data, "--data" if self.options.data else "data.held_out")
+
+    @cached_property
+    def table(self) -> ClassTable:
+        """Of --classes, or of the classes.json beside the first shard."""
+        return ClassTable.read(self.options.classes or Path(self.data[0]).parent / "classes.json")
+
+    @cached_property
+    def corpora(self) -> Corpora:
+        """Of the tasks that learn. The training shards are opened now: a wrong name should show before a long pass."""
+        train_data = self.options.train_data or (self.source.config.data.train if self.source.config else ())
+        if not train_data:
+            raise UserError("a probe learns before it is asked: name labelled training shards with --train-data")
+        training = self._pictures(train_data, "--train-data" if self.options.train_data else "data.train")
+        return Corpora(Bank(len(self.held_out), self.folder), lambda: self._filled(training), self.device)
+
+    def batches(self, pictures: HeldOut, title: str) -> Iterator[Products]:
+        """This rank's pictures as the tokenizer sees them, with a progress bar where somebody looks."""
+        batch_size = self.options.batch_size
+        total = -(-len(pictures) // batch_size)
+        is_silent = not (sys.stdout.isatty() and world.is_first())
+        for batch in track(pictures.batches(batch_size), title, total=total, disable=is_silent):
+            images, labels = batch.images.to(self.device).float() / 255, batch.labels.to(self.device)
+            yield Products(self.source.tokenizer, images, labels, batch.positions)
+        pictures.close()
+
+    def _filled(self, training: HeldOut) -> Bank:
+        bank = Bank(len(training), self.folder)
+
+        def fill() -> None:
+            for batch in self.batches(training, "training features"):
+                bank.add(batch)
+
+        with_one_answer(fill)
+        return bank
+
+    def _pictures(self, patterns: Sequence[str], key: str) -> HeldOut:
+        config = self.source.config
+        system = config.system if config else System()
+        max_pixels = config.data.max_pixels if config else Data.model_fields["max_pixels"].default
+        return HeldOut(
+            patterns, self.source.crop, system, max_pixels, key=key, limit=self.options.limit, rank=world.rank(),
+            world_size=world.world_size(),
+        )  # fmt: skip
+
+
+def _zero_shot(setup: Setup) -> Task:
+    weights_KE = classifier(setup.source.tokenizer, setup.source.encoder(), setup.table.prompts, setup.device)
+    return ZeroShot(weights_KE, setup.table, world.Ranks())
+
+
+def _linear_probe(setup: Setup) -> Task:
+    return LinearProbe(setup.corpora)
+
+
+def _knn(setup: Setup) -> Task:
+    return NearestNeighbours(setup.corpora)
+
+
+def _reconstruction(setup: Setup) -> Task:
+    config, lpips = setup.source.config, setup.options.lpips
+    if lpips is None and config is not None and config.objectives.rec.lpips_weights:
+        trained_with = Path(config.objectives.rec.lpips_weights)
+        lpips = trained_with if trained_with.is_file() else None
+    perceptual = Perceptual.load(lpips) if lpips is not None else None
+    return Reconstruction([open_network(path) for path in setup.options.fid], perceptual, setup.device)
+
+
+TASKS: dict[str, Callable[[Setup], Task]] = {
+    "zero_shot": _zero_shot,
+    "linear_probe": _linear_probe,
+    "knn": _knn,
+    "reconstruction": _reconstruction,
+}
+
+
+def check_tasks(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, all known, each once."""
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"--tasks: {name!r} is not one of {', '.join(TASKS)}")
+    return tuple(dict.fromkeys(names))

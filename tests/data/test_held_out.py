@@ -1,0 +1,90 @@
+"""Pictures for evaluation: all of them, once, in order, with their labels, whoever reads which."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs import UserError
+from configs.schema import System
+from data.held_out import HeldOut
+from tests.data.tar_shards import encoded, write_corpus, write_tar
+
+pytestmark = pytest.mark.L0
+
+
+def held_out(folder: Path, **options: int) -> HeldOut:
+    return HeldOut([f"{folder}/*.tar"], 16, System(), 10_000, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, num_shards=2, per_shard=9)
+    return folder
+
+
+def test_samples_come_once_in_index_order_with_their_labels(corpus: Path) -> None:
+    pictures = held_out(corpus)
+    read = list(pictures.batches(7))
+    assert [len(batch.keys) for batch in read] == [7, 7, 4]
+    assert len(pictures) == 18
+    assert [key for batch in read for key in batch.keys] == [f"{i // 9:05d}/{i:06d}" for i in range(18)]
+    assert torch.cat([batch.labels for batch in read]).tolist() == [i % 5 for i in range(18)]
+    assert read[0].images.shape == (7, 3, 16, 16)
+    again = list(pictures.batches(5))
+    assert torch.cat([b.images for b in read]).equal(torch.cat([b.images for b in again]))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_share_the_samples_of_one_list(corpus: Path, world_size: int) -> None:
+    [whole] = held_out(corpus).batches(100)
+    found: dict[int, tuple[str, int]] = {}
+    for rank in range(world_size):
+        for batch in held_out(corpus, rank=rank, world_size=world_size).batches(2):
+            rows = zip(batch.keys, batch.labels.tolist(), strict=True)
+            found |= dict(zip(batch.positions.tolist(), rows, strict=True))
+    assert [found[i] for i in range(18)] == list(zip(whole.keys, whole.labels.tolist(), strict=True))
+
+
+def test_a_limit_keeps_samples_of_every_shard(corpus: Path) -> None:
+    [batch] = held_out(corpus, limit=6).batches(100)
+    assert [int(key.split("/")[1]) for key in batch.keys] == [0, 3, 6, 9, 12, 15]
+    assert batch.positions.tolist() == list(range(6))
+    assert len(held_out(corpus, limit=1000)) == 18
+
+
+def test_labels_come_from_json_or_cls_and_anything_else_is_none(tmp_path: Path) -> None:
+    labels = {
+        "a.json": b'{"label": 7}', "b.cls": b" 12\n", "c.json": b'{"label": "dog"}', "d.json": b'{"label": true}',
+        "e.cls": b"n01440764", "f.json": b'{"other": 1}', "g.txt": b"no label", "h.json": b'{"label": -3}',
+    }  # fmt: skip
+    members: dict[str, bytes] = {}
+    for name, content in labels.items():
+        members |= {f"{name[0]}.jpg": encoded(ord(name[0])), name: content}
+    write_tar(tmp_path / "0.tar", members)
+    [batch] = held_out(tmp_path).batches(100)
+    assert batch.labels.tolist() == [7, 12, -1, -1, -1, -1, -1, -3]
+
+
+def test_bad_samples_are_skipped_and_counted_and_batches_filled(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i in range(9):
+        members |= {f"{i}.jpg": encoded(i), f"{i}.json": b'{"label": 1}'}
+    members["2.jpg"] = members["2.jpg"][:200]
+    members["4.json"] = b"{"
+    write_tar(tmp_path / "0.tar", members)
+    pictures = held_out(tmp_path)
+    assert [batch.positions.tolist() for batch in pictures.batches(4)] == [[0, 1, 3, 5], [6, 7, 8]]
+    assert pictures.bad.total() == 2
+    assert pictures.bad["corrupt json"] == 1
+
+
+def test_no_shards_or_no_samples_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.held_out is empty"):
+        HeldOut([], 16, System(), 10_000)
+    with pytest.raises(UserError, match="matches no file"):
+        held_out(tmp_path)
+    write_tar(tmp_path / "0.tar", {"0.txt": b"no picture"})
+    with pytest.raises(UserError, match="holds no readable sample"):
+        held_out(tmp_path)

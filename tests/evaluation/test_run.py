@@ -1,0 +1,190 @@
+"""The whole command on a tiny run: figures, files, ranks, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs import UserError
+from engine.world import Ranks
+from evaluation import run
+from evaluation.corpus_network import CorpusNetwork, write_corpus_network
+from evaluation.tasks import Options
+from tests.data.tar_shards import encoded, write_tar
+from tests.evaluation.tiny_runs import write_labelled_corpus, write_run
+from tests.harness import run_ranks
+
+pytestmark = pytest.mark.L0
+ALL = "zero_shot,linear_probe,knn,reconstruction"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_labelled_corpus(tmp_path_factory.mktemp("corpus") / "labelled")
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny", corpus)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("network") / "net.safetensors"
+    write_corpus_network(path, CorpusNetwork(5, 16), 0.96, "none")
+    return path
+
+
+def evaluated(out: Path, *arguments: object) -> dict[str, Any]:
+    assert run.main([*map(str, arguments), "--out", str(out)]) == 0
+    found: dict[str, Any] = json.loads((out / "evaluation.json").read_text())
+    return found
+
+
+def test_all_tasks_share_a_pass_and_leave_figures_and_pictures(
+    trained: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluated(tmp_path, trained, "--tasks", ALL, "--fid", network, "--batch-size", 4)
+    assert list(found) == [*ALL.split(","), "rows", "held_out", "crop", "bad_samples"]
+    assert found["zero_shot"]["images"] == found["knn"]["images"] == found["reconstruction"]["images"] == 11
+    assert found["linear_probe"]["train_images"] == 30
+    [rfid] = [name for name in found["reconstruction"] if name.startswith("rfid")]
+    assert rfid.startswith("rfid[corpus:")
+    assert rfid.endswith(", 64-d, 96 % acc]")
+    assert found["crop"] == 32
+    assert {row["task"] for row in found["rows"]} == {"linear_probe"}
+    assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {
+        "zero_shot_confusion", "linear_probe_lr", "reconstructions_best", "reconstructions_worst", "held_out",
+    }  # fmt: skip
+    shown = capsys.readouterr().out
+    for expected in ("zero_shot", "latent_top1", "psnr_db", "rfid[corpus:", "not computed: no weights"):
+        assert expected in shown
+    again = evaluated(tmp_path, trained, "--tasks", ALL, "--fid", network, "--batch-size", 4)
+    assert again == found
+
+
+def test_results_go_into_the_run_unless_told_otherwise(trained: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    assert run.main([str(copy)]) == 0
+    found = json.loads((copy / "evaluation.json").read_text())
+    assert {"zero_shot", "reconstruction"} < set(found)
+    assert (copy / "pictures" / "held_out.png").exists()
+
+
+def test_a_weights_file_alone_is_evaluated_with_what_is_given(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    whole = evaluated(tmp_path / "run", trained)
+    file = shutil.copy(trained / "weights.safetensors", tmp_path / "weights.safetensors")
+    given = ("--data", corpus / "held_out", "--classes", corpus / "held_out" / "classes.json", "--crop", 32)
+    found = evaluated(tmp_path / "file", file, *given, "--tokenizer", corpus / "tokenizer.json")
+    assert found["zero_shot"] == whole["zero_shot"]
+    assert found["reconstruction"] == whole["reconstruction"]
+
+
+def test_a_limit_holds_for_both_corpora(trained: Path, tmp_path: Path) -> None:
+    found = evaluated(tmp_path, trained, "--tasks", "knn", "--limit", 10)
+    assert (found["knn"]["images"], found["knn"]["train_images"]) == (10, 10)
+
+
+def _on_a_rank(_: Ranks, wrong: tuple[Path, Options, Path], right: tuple[Path, Options, Path]) -> str:
+    """The error that the first evaluation ends with; the second writes its results."""
+    message = ""
+    try:
+        run.evaluate(*wrong[:2], out=wrong[2])
+    except UserError as error:
+        message = str(error)
+    run.evaluate(*right[:2], out=right[2])
+    return message
+
+
+def _write_a_label_that_one_rank_meets(folder: Path) -> str:
+    members: dict[str, bytes] = {}
+    for i in range(4):
+        members |= {f"{i}.jpg": encoded(i), f"{i}.json": json.dumps({"label": 99 if i == 3 else 0}).encode()}
+    return str(write_tar(folder / "0.tar", members))
+
+
+@pytest.mark.L1
+def test_ranks_find_what_one_rank_finds_and_fail_together(
+    trained: Path, corpus: Path, network: Path, tmp_path: Path
+) -> None:
+    asked = [trained, "--tasks", ALL, "--fid", network, "--batch-size", 4]
+    alone = evaluated(tmp_path / "alone", *asked)
+    right = Options(tasks=tuple(ALL.split(",")), fid=(network,), batch_size=4)
+    table = corpus / "held_out" / "classes.json"
+    wrong = Options(tasks=("zero_shot",), data=(_write_a_label_that_one_rank_meets(tmp_path),), classes=table)
+    messages = run_ranks(_on_a_rank, 2, (trained, wrong, tmp_path), (trained, right, tmp_path / "together"))
+    assert (
+        messages
+        == [
+            "a sample has label 99, the class table 5 classes: labels are places in the table, from 0 on; "
+            "give the table of this corpus with --classes"
+        ]
+        * 2
+    )
+    found = json.loads((tmp_path / "together" / "evaluation.json").read_text())
+    for task in ALL.split(","):
+        assert list(found[task]) == list(alone[task])
+        for name, value in alone[task].items():
+            # Other batches, other order of sums: 1e-6 of PSNR at most; a sample seen twice or not at all gives 1e-2.
+            is_number = isinstance(value, float)
+            assert found[task][name] == (pytest.approx(value, rel=1e-5) if is_number else value), (task, name)
+    assert found["rows"] == alone["rows"]
+    best = [
+        Image.open(tmp_path / name / "pictures" / "reconstructions_best.png").convert("RGB")
+        for name in ("alone", "together")
+    ]
+    assert np.abs(np.subtract(*(np.asarray(picture, np.int64) for picture in best))).max() <= 1
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that `arguments` end with."""
+    assert run.main([*map(str, arguments)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_every_mistake_is_one_line(
+    trained: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_tar(shards / "0.tar", {"0.jpg": encoded(0), "0.txt": b"no label", "1.jpg": encoded(1)})
+    weights, out = tmp_path / "cut.safetensors", ("--out", tmp_path / "out")
+    weights.write_bytes((trained / "weights.safetensors").read_bytes()[:-100])
+    whole = trained / "weights.safetensors"
+    table = ("--classes", corpus / "held_out" / "classes.json")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    lonely = Path(shutil.copy(whole, bare / "weights.safetensors"))
+    mistakes: list[tuple[str, tuple[object, ...]]] = [
+        ("'rfid' is not one of zero_shot, linear_probe, knn, reconstruction", (trained, "--tasks", "zero_shot,rfid")),
+        ("is no run directory", (tmp_path / "nowhere",)),
+        ("is no run directory", (tmp_path,)),
+        ("is not a safetensors file", (weights, "--data", shards)),
+        ("name labelled shards with --data", (lonely,)),
+        ("--train-data", (lonely, "--tasks", "knn", "--data", shards, "--crop", 32)),
+        ("give --tokenizer", (lonely, "--data", shards, "--crop", 32, *table)),
+        ("--crop 30: sides must be multiples of the patch size 8; give 24", (trained, "--crop", 30)),
+        ("--crop 0: give a number from 1 on", (trained, "--crop", 0)),
+        ("--limit -1: give a number from 1 on", (trained, "--limit", -1)),
+        ("no held-out sample has a label", (trained, "--tasks", "zero_shot", "--data", shards, *table)),
+        ("no held-out sample has a label", (trained, "--tasks", "knn", "--data", shards)),
+        ("matches no file", (trained, "--tasks", "knn", "--train-data", tmp_path / "*.tar")),
+        ("give --classes FILE", (trained, "--data", f"{shards}/0.tar")),
+        (
+            "none.safetensors cannot be read as safetensors",
+            (trained, "--tasks", "reconstruction", "--lpips", tmp_path / "none.safetensors"),
+        ),
+        ("does not exist: FID needs a feature network", (trained, "--fid", tmp_path / "none.pth")),
+    ]
+    for expected, arguments in mistakes:
+        assert expected in refused(capsys, *arguments, *out), arguments
