@@ -4,7 +4,7 @@ Trains evaluation/corpus_network.py on DIR/train-*.tar, says how well it tells t
 and writes it with that accuracy. About a minute on two cores for the demo's 6,000 pictures of 64 px.
 
 Recipe: AdamW, one-cycle learning rate, cross-entropy, crops shifted by up to a sixteenth of the side. The same corpus
-and seed give the same network on the same machine.
+and seed give the same network on the same CPU.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
@@ -27,6 +28,7 @@ def lr_sweep(rows: Sequence[dict], chance: float, path: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         axes.axhline(chance, color="0.6", linestyle=":", label="chance")
         axes.set(xscale="log", xlabel="learning rate", ylabel="held-out top-1", ylim=(0, None))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
         axes.legend(frameon=False)
         figure.savefig(path, dpi=150)
 

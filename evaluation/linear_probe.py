@@ -31,7 +31,7 @@ from evaluation.learners import Corpora
 from evaluation.outcome import Figure, Outcome
 from evaluation.products import Products
 
-LRS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+LRS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 BATCH, EPOCHS, LEAST_STEPS = 256, 10, 1_000
 MOMENTUM = 0.9
 EPS = 1e-6  # of a deviation: a feature that never changes stays zero

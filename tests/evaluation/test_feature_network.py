@@ -89,6 +89,15 @@ def test_average_pools_do_not_count_padding(inception: tuple[Inception, Path]) -
     assert torch.allclose(out, out[:, 4:5, 4:5].expand_as(out), atol=1e-5)
 
 
+def test_the_last_block_alone_pools_by_maximum(inception: tuple[Inception, Path]) -> None:
+    x = torch.rand(1, 2048, 4, 4)
+    last = inception[0].Mixed_7c
+    with torch.no_grad():
+        pooled = last(x)[:, -192:]
+        assert torch.allclose(pooled, last.branch_pool(F.max_pool2d(x, 3, 1, 1)))
+    assert (last.is_last, inception[0].Mixed_7b.is_last) == (True, False)
+
+
 def test_damaged_and_foreign_files_are_one_error_each(inception: tuple[Inception, Path], tmp_path: Path) -> None:
     path = tmp_path / "cut.pth"
     path.write_bytes(inception[1].read_bytes()[:5000])

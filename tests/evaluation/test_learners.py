@@ -62,9 +62,9 @@ def test_heads_trained_together_are_those_trained_one_by_one(batch: int) -> None
     weights, bias = train_heads(x, labels, mean, deviation, 6, lrs, schedule, CPU)
     for idx, lr in enumerate(lrs):
         expected = one_rate_at_a_time((x - mean) / deviation, labels, 6, lr, schedule)
-        # Measured: 5e-6 at most; a momentum or a schedule off by one step changes weights by 1e-2.
-        torch.testing.assert_close(weights[:, idx].T, expected[0], rtol=0, atol=5e-5)
-        torch.testing.assert_close(bias[idx], expected[1], rtol=0, atol=5e-5)
+        # Measured: 7e-7 at most on weights up to 3.9; a schedule off by one step changes them by more than 1e-3.
+        torch.testing.assert_close(weights[:, idx].T, expected[0], rtol=0, atol=5e-6)
+        torch.testing.assert_close(bias[idx], expected[1], rtol=0, atol=5e-6)
 
 
 def test_the_best_rate_reaches_what_logistic_regression_reaches() -> None:
