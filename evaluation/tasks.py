@@ -69,7 +69,9 @@ class Setup:
     @cached_property
     def table(self) -> ClassTable:
         """Of --classes, or of the classes.json beside the first shard."""
-        return ClassTable.read(self.options.classes or Path(self.data[0]).parent / "classes.json")
+        shards = Path(self.data[0])
+        beside = (shards if shards.is_dir() else shards.parent) / "classes.json"
+        return ClassTable.read(self.options.classes or beside)
 
     @cached_property
     def corpora(self) -> Corpora:

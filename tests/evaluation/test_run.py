@@ -17,6 +17,7 @@ from engine.world import Ranks
 from evaluation import run
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
 from evaluation.tasks import Options
+from model.weights import read_weights, write_weights
 from tests.data.tar_shards import encoded, write_tar
 from tests.evaluation.tiny_runs import write_labelled_corpus, write_run
 from tests.harness import run_ranks
@@ -82,7 +83,7 @@ def test_results_go_into_the_run_unless_told_otherwise(trained: Path, tmp_path: 
 def test_a_weights_file_alone_is_evaluated_with_what_is_given(trained: Path, corpus: Path, tmp_path: Path) -> None:
     whole = evaluated(tmp_path / "run", trained)
     file = shutil.copy(trained / "weights.safetensors", tmp_path / "weights.safetensors")
-    given = ("--data", corpus / "held_out", "--classes", corpus / "held_out" / "classes.json", "--crop", 32)
+    given = ("--data", corpus / "held_out", "--crop", 32)
     found = evaluated(tmp_path / "file", file, *given, "--tokenizer", corpus / "tokenizer.json")
     assert found["zero_shot"] == whole["zero_shot"]
     assert found["reconstruction"] == whole["reconstruction"]
@@ -165,11 +166,15 @@ def test_every_mistake_is_one_line(
     bare = tmp_path / "bare"
     bare.mkdir()
     lonely = Path(shutil.copy(whole, bare / "weights.safetensors"))
+    state, model = read_weights(whole)
+    misfit = tmp_path / "misfit.safetensors"
+    write_weights(misfit, state, model.model_copy(update={"latent_channels": 16}))
     mistakes: list[tuple[str, tuple[object, ...]]] = [
         ("'rfid' is not one of zero_shot, linear_probe, knn, reconstruction", (trained, "--tasks", "zero_shot,rfid")),
         ("is no run directory", (tmp_path / "nowhere",)),
         ("is no run directory", (tmp_path,)),
         ("is not a safetensors file", (weights, "--data", shards)),
+        ("do not fit the model that describes them", (misfit, "--data", shards)),
         ("name labelled shards with --data", (lonely,)),
         ("--train-data", (lonely, "--tasks", "knn", "--data", shards, "--crop", 32)),
         ("give --tokenizer", (lonely, "--data", shards, "--crop", 32, *table)),
