@@ -62,12 +62,15 @@ def open_source(
 
 def _open_weights(path: Path, config: Config | None) -> VisualTokenizer:
     """The one place that knows in which forms a tokenizer lies on a disk."""
-    if config is None and not path.is_file():
+    is_published = (path / "config.json").is_file()
+    if config is None and not is_published and not path.is_file():
         raise UserError(
             f"{path} is no run directory, which has a config.yaml, and no weights file: name runs/NAME, or a file that "
             "`model.interchange` wrote"
         )
     try:
+        if config is None and is_published:
+            return VisualTokenizer.from_pretrained(path)
         return VisualTokenizer.from_run(path) if config is not None else VisualTokenizer.from_file(path)
     except RuntimeError as error:  # load_state_dict's list of names and shapes that do not fit
         raise UserError(
