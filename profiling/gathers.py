@@ -76,6 +76,7 @@ class Gathers:
         self._sizes, self._settings = sizes, settings
         self.persistent = {name for name, size in sizes.items() if size <= settings.persistence}
         self._available: set[str] = set()
+        self._size = 0  # elements of all that are available
         self._ahead: set[str] = set()  # prefetched and not yet used
         self._trace: list[Visit] = []
         self._mode = "invalid"  # then "record", then "complete"
@@ -94,13 +95,13 @@ class Gathers:
 
     def end_step(self) -> None:
         """After the optimizer: small parameters are gathered anew, all of them, each by itself."""
-        self._available -= self.persistent
+        self._remove(self.persistent)
         for name in sorted(self.persistent):
             self._gather_together({name: "after the step"})
 
     def drop(self, names: set[str]) -> None:
         """Frees copies whose shards were written."""
-        self._available -= names
+        self._remove(names)
 
     def take(self) -> tuple[Counter[tuple[str, str]], Counter[str]]:
         """How often (purpose, parameter) was gathered since the last call, and in how many messages by purpose."""
@@ -185,18 +186,27 @@ class Gathers:
     def _gather_together(self, wanted: Mapping[str, str]) -> None:
         """Parameter -> purpose, in one message, which counts for the first of its purposes."""
         missing = {name: purpose for name, purpose in wanted.items() if name not in self._available}
-        for name, purpose in missing.items():
-            self._gathered[purpose, name] += 1
-            self._num_live += self._sizes[name]
-        if missing:
-            self._messages[next(iter(missing.values()))] += 1
-            self._available |= set(missing)
-            self.most_live = max(self.most_live, sum(self._sizes[name] for name in self._available))
+        if not missing:
+            return
+        size = sum(self._sizes[name] for name in missing)
+        self._available |= set(missing)
+        self._gathered.update((purpose, name) for name, purpose in missing.items())
+        self._messages[next(iter(missing.values()))] += 1
+        self._num_live += size
+        self._size += size
+        self.most_live = max(self.most_live, self._size)
+
 
     def _free(self, names: set[str] | frozenset[str]) -> None:
-        freed = names & self._available
-        self._available -= freed
-        self._num_live -= sum(self._sizes[name] for name in freed)
+        self._num_live -= self._remove(names)
+
+    def _remove(self, names: set[str] | frozenset[str]) -> int:
+        """Elements of those of `names` that were there."""
+        there = names & self._available
+        self._available -= there
+        freed = sum(self._sizes[name] for name in there)
+        self._size -= freed
+        return freed
 
     def _drop_ahead(self) -> None:
         self._free(self._ahead)

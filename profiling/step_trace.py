@@ -126,6 +126,7 @@ class _Step:
             is_centred = ssl.weight > 0 and ssl.targets == "centering"
             self.centres = Centres.zeros(config.model.prototypes.num) if is_centred else None
             self.kept_idx = _kept_idx(config, rows)
+        self.stood_for: dict[bool, tuple[torch.Size, torch.Size]] = {}
         recompute_blocks(self.model, config.system.activation_checkpointing, tuple(LEAVES))
         self.watch = _Watch(self.model, self.live, by_leaf, keeps=rows.micro_batches > 1)
         networks = [self.model] if self.perceptual is None else [self.model, self.perceptual]
@@ -145,8 +146,14 @@ class _Step:
         return list(self.live.events)
 
     def _clip_alone(self, part: Batch) -> ClipOutputs:
+        """Parts are equal: the first without gradient, and the first with it, stand for all of their kind."""
+        kind = torch.is_grad_enabled()
+        if kind in self.stood_for:
+            with self.mode, self.live.on(HEADS):
+                return _stand_in(*self.stood_for[kind])
         clip = self._forward(part, clip_only=True).clip
         assert clip is not None, "micro-batches are parts of the clip batch"
+        self.stood_for[kind] = (clip.image_BE.shape, clip.text_BE.shape)
         return clip
 
     def _forward(self, part: Batch, **options: Any) -> Outputs:
@@ -284,6 +291,12 @@ def _kept_idx(config: Config, rows: Rows) -> Tensor | None:
         return None
     kept = subset(step_layout(config, rows).segments, trunk.drop_path).segments
     return torch.zeros(trunk.depth, 2, sum(count for count, _ in kept), dtype=torch.int64)
+
+
+def _stand_in(image_shape: torch.Size, text_shape: torch.Size) -> ClipOutputs:
+    """Features that no model made; a gradient of theirs goes nowhere."""
+    image_BE, text_BE = (torch.empty(shape, requires_grad=True) for shape in (image_shape, text_shape))
+    return ClipOutputs(image_BE, text_BE, torch.empty(1), None)
 
 
 def _fake(value: Any, mode: FakeTensorMode) -> Any:
