@@ -12,13 +12,24 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
-from profiling.measurement import Measurement
+BENCHES = ("step", "attention", "text", "compile", "depth", "prototypes", "contrastive", "loader", "fp8", "step_memory")
 
-BENCHES = ("step", "attention", "text", "compile", "depth", "prototypes", "contrastive", "loader", "fp8")
+
+class Shown(Protocol):
+    """What a bench gives: a Measurement, or a table of its own."""
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    def as_table(self) -> Table: ...
+
+    def as_dict(self) -> dict[str, Any]: ...
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +44,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--rounds {options.rounds}: a median needs at least one round")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    run: Callable[[int], list[Measurement]] = import_module(f"profiling.benches.{options.name}").run
+    run: Callable[[int], list[Shown]] = import_module(f"profiling.benches.{options.name}").run
     measurements = run(options.rounds)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for measurement in measurements:

@@ -9,6 +9,7 @@ weights).
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
 STATM = Path("/proc/self/statm")
@@ -39,6 +42,26 @@ def process_peak_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def resident_bytes() -> int:
+    """What this process holds at the moment: on CUDA by the allocator, else resident, 0 where nobody says it."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.is_file() else 0
+
+
+def tensor_bytes() -> dict[int, int]:
+    """Address -> bytes of the storage of every tensor alive, the hidden shards of partitioned parameters included."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, Parameter):
+            for tensor in (thing, getattr(thing, "ds_tensor", None)):
+                if tensor is not None and tensor.device.type != "meta":
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return found
 
 
 def held() -> dict[str, int]:

@@ -15,7 +15,7 @@ How ZeRO treats a gradient: one bucket of reduce_bucket_size elements (ZeRO-3; i
 them (ZeRO-1 and 2 with overlap_comm; they come with the first gradient of a step) take it in, and a full one is copied
 once more to be reduced. ZeRO-1 and 2 then keep the rank's own part of them apart.
 
-tests/profiling/test_step_peak.py and `python -m profiling.bench memory` hold this against what real engines take.
+tests/profiling/test_step_peak.py and `python -m profiling.bench step_memory` hold this against what real engines take.
 Measured are tensors; a GPU's allocator reserves more than it gives out, and libraries have workspaces of their own.
 """
 

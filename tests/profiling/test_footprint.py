@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from configs import Config
 from configs.ds import load_ds_config
 from engine.assemble import assemble
 from model.objectives.comm import Comm
 from profiling.footprint import predict
+from profiling.memory import tensor_bytes
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
@@ -32,24 +30,12 @@ def ds_of(config: Config, stage: str, world_size: int, **zero: Any) -> dict[str,
     return {**ds_config, "zero_optimization": sized}
 
 
-def storages() -> dict[int, int]:
-    """Address -> bytes of every tensor alive, parameters' hidden shards included."""
-    gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        if type(thing) in (Tensor, torch.nn.Parameter):
-            for tensor in (thing, getattr(thing, "ds_tensor", None)):
-                if tensor is not None and tensor.device.type != "meta":
-                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return found
-
-
 def held(comm: Comm, config: Config, ds_config: dict[str, Any]) -> int:
     """Bytes of tensors that an engine holds after two steps."""
-    before = storages()
+    before = tensor_bytes()
     parts = assemble(config, ds_config, comm)
     ranks.run_steps(parts, config, comm, 0, 2)
-    return sum(size for address, size in storages().items() if address not in before)
+    return sum(size for address, size in tensor_bytes().items() if address not in before)
 
 
 @pytest.mark.L1

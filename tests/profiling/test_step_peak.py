@@ -13,11 +13,10 @@ from configs.ds import load_ds_config
 from engine.assemble import assemble
 from engine.step import train_step
 from model.objectives.comm import Comm
-from profiling.memory import peak_bytes
+from profiling.memory import peak_bytes, tensor_bytes
 from profiling.step_peak import predict_peak
 from tests.engine import ranks
 from tests.harness import run_ranks
-from tests.profiling.test_footprint import storages
 from tests.tiny import random_batch, tiny_config
 
 DEEP = ("batch.clip=24", "batch.ssl=12", "model.trunk.width=64", "model.prototypes.num=512", "system.compile=off",
@@ -46,10 +45,10 @@ def measured(comm: Comm, names: list[str]) -> dict[str, int]:
 
 
 def _peak(comm: Comm, config: Config, ds_config: dict[str, Any]) -> int:
-    before = storages()
+    before = tensor_bytes()
     parts = assemble(config, ds_config, comm)
     ranks.run_steps(parts, config, comm, 0, STEP)
-    held = sum(size for address, size in storages().items() if address not in before)
+    held = sum(size for address, size in tensor_bytes().items() if address not in before)
     batch = random_batch(config, STEP, comm.rank, comm.world_size)
     gc.disable()
     added = peak_bytes(lambda: train_step(parts, batch, parts.centres, config))
