@@ -196,7 +196,6 @@ class Gathers:
         self._size += size
         self.most_live = max(self.most_live, self._size)
 
-
     def _free(self, names: set[str] | frozenset[str]) -> None:
         self._num_live -= self._remove(names)
 
