@@ -18,7 +18,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-BENCHES = ("step", "attention", "text", "compile", "depth", "prototypes", "contrastive", "loader", "fp8", "step_memory")
+BENCHES = (
+    "step",
+    "attention",
+    "text",
+    "compile",
+    "depth",
+    "prototypes",
+    "contrastive",
+    "loader",
+    "fp8",
+    "step_memory",
+    "plan",
+)
 
 
 class Shown(Protocol):

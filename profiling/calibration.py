@@ -19,8 +19,8 @@ from configs import Config
 from kernels.attention import attend
 from model.block import norm, swiglu_hidden
 from model.describe import step_layout
-from model.pretrainer import Rows
 from model.rope import turn
+from model.rows import Rows
 from profiling.clock import alternate
 from profiling.elementwise import DTYPES, Counting
 from profiling.flops import attention, linear

@@ -34,7 +34,8 @@ from model.captions import PackedCaptions, pack_captions, row_width
 from model.objectives.perceptual import EXPECTED, GROUPS, Perceptual
 from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from profiling.communication import DTYPE_BYTES, FP32_BYTES, meta_model
 from profiling.layer_flops import VGG_CHANNELS
 from profiling.roofline import Counted, Work

@@ -27,7 +27,7 @@ from engine.assemble import resolve_compile
 from engine.zero import DTYPES
 from kernels.attention import resolve
 from model.describe import count_parameters
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling import rates
 from profiling.calibration import measured_rates
 from profiling.machine import device

@@ -23,7 +23,7 @@ import configs
 from configs import Config, UserError
 from configs.architecture import Text, Vit
 from configs.ds import check_world, complete
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.communication import Collective, predict
 from profiling.elementwise import kept_bytes
 from profiling.flops import StepFlops

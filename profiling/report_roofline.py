@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from configs import UserError
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.report_blocks import Block, Cell, Roofline, Sentence, Table
 from profiling.report_data import Run, number
 from profiling.report_figures import labels, side_by_side

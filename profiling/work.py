@@ -19,7 +19,7 @@ from configs.schema import System
 from kernels.fp8 import Linears
 from model.block import swiglu_hidden
 from model.describe import count_parameters, step_layout
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.elementwise import BlockTraffic, block_traffic
 from profiling.flops import Component
 from profiling.layer_flops import text_block, vit_block

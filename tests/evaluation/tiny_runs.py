@@ -10,7 +10,8 @@ import torch
 from configs import Config, to_yaml
 from data.captions import train_bpe
 from model.initialise import initialise
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from model.tokenizer import VisualTokenizer
 from model.weights import write_weights
 from tests.data.tar_shards import write_corpus

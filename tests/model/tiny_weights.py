@@ -6,7 +6,8 @@ from pathlib import Path
 
 from configs import Config, to_yaml
 from model.initialise import initialise
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from model.tokenizer import VisualTokenizer
 from model.weights import write_weights
 

@@ -15,7 +15,8 @@ from configs.ds import load_ds_config
 from model.initialise import initialise
 from model.objectives.comm import Solo
 from model.objectives.total import Centres, compute
-from model.pretrainer import Pretrainer, Rows
+from model.pretrainer import Pretrainer
+from model.rows import Rows
 from profiling.phase_work import logits_work, phase_work, update_work
 from profiling.roofline import Work
 from profiling.step_flops import step_flops

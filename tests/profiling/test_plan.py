@@ -10,6 +10,7 @@ import pytest
 from configs import load_config
 from configs.ds import load_ds_config
 from profiling import plan, plan_search, rates, scaling
+from profiling.benches import plan as bench
 from profiling.plan_search import Cluster, Variant, as_compiled, search
 from profiling.rates import Gpu, parse_links, rates_of
 from profiling.step_peak import predict_peak
@@ -127,3 +128,16 @@ def test_strong_scaling_ends_where_a_gpu_would_have_no_row() -> None:
     assert weak is not None
     assert weak.batch.clip == 32_768
     assert plan_search.CAPTIONS_FILLED < 1
+
+
+def test_the_bench_puts_a_prediction_over_a_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench.Case("tiny", tiny_config("data.streams=1"))
+    monkeypatch.setattr(bench, "cases", lambda: [case])
+    monkeypatch.setattr(bench, "published", lambda: ["as published"])
+    [found] = bench.run(rounds=1)
+    assert found.rows[0].median_ms > 0
+    assert found.notes[0].startswith("tiny: predicted over measured ")
+    assert found.notes[1] == "as published"
+    monkeypatch.setattr(bench.Case, "predicted", lambda self, captions: 2e-3 * found.rows[0].median_ms)
+    _, note = bench.compare(case, rounds=1)
+    assert 0.2 < float(note.split()[4]) < 20, "twice the step, as long as the machine stays what it was"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs.ds import load_ds_config
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.communication import by_kind, predict
 from profiling.phase_work import phase_work
 from profiling.report import write_report

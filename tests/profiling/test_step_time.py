@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from configs import Config, UserError, load_config
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.communication import Collective
 from profiling.rates import LAUNCH, OF_BF16, Links, Rates, parse_links, rates_of
 from profiling.step_flops import step_flops
