@@ -16,7 +16,8 @@ them (ZeRO-1 and 2 with overlap_comm; they come with the first gradient of a ste
 once more to be reduced. ZeRO-1 and 2 then keep the rank's own part of them apart.
 
 tests/profiling/test_step_peak.py and `python -m profiling.bench step_memory` hold this against what real engines take.
-Measured are tensors; a GPU's allocator reserves more than it gives out, and libraries have workspaces of their own.
+Measured are tensors; a GPU's allocator reserves more than it gives out, and libraries have workspaces of their own. Not
+modelled: the buffer into which ZeRO-3 gathers several parameters at once, up to stage3_prefetch_bucket_size.
 """
 
 from __future__ import annotations

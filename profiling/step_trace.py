@@ -8,9 +8,9 @@ formula to fall behind them. Of a tower of equal blocks three are run, and what 
 backward, is repeated as often as the tower is deep: exact, and vtp_7b takes as long as vtp_s.
 
 A parameter's gradient leaves when ZeRO takes it: at once, in a leaf of ZeRO-3 when the leaf is done, with micro-batches
-at the end. Blocks are not compiled here; a compiled one keeps less. Kernels are the CPU's, because torch cannot pretend
-to a CUDA device unless it was built for one: fused attention keeps the same on both (output and log-sum-exp), and the
-chunks of the prototype losses are taken as large as on `device`.
+at the end. Blocks are not compiled here, and a compiled one keeps less; FP8 products are taken for bf16. Kernels are
+the CPU's, because torch cannot pretend to a CUDA device unless it was built for one: fused attention keeps the same on
+both (output and log-sum-exp), and the chunks of the prototype losses are taken as large as on `device`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import Config
 from data.batch import Batch
@@ -34,15 +33,12 @@ from engine.recompute import recompute_blocks
 from engine.step import model_inputs
 from engine.zero import DTYPES
 from kernels import prototypes
-from model.describe import step_layout
-from model.drop_path import subset
-from model.objectives.perceptual import GROUPS, Perceptual
 from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs, Outputs
 from model.pretrainer import Pretrainer
 from model.rows import Rows
-from profiling.layer_flops import VGG_CHANNELS
 from profiling.live_bytes import Event, LiveBytes
+from profiling.pretend import Pretend, clip_outputs, fake, kept_idx, perceptual_network
 from profiling.workload import imagined_batch
 
 RUN = 3  # blocks of a tower that are run: the first, one for all in the middle, the last
@@ -50,38 +46,6 @@ TOWERS = {"trunk": "trunk.blocks", "teacher": "teacher.trunk.blocks", "text": "t
           "decoder": "decoder.blocks"}  # fmt: skip
 HEADS, OBJECTIVES, BACKWARD, GRADIENTS = "heads", "objectives", "backward", "micro-batch gradients"
 TEMPERATURE = 0.05  # of the teacher; no shape depends on it
-
-
-@dataclass(frozen=True)
-class Pretend:
-    """A Comm (model/objectives/comm.py) of `world_size` ranks of which only the first is there: right in its shapes."""
-
-    world_size: int
-    rank: int = 0
-
-    def gather_with_grad(self, x: Tensor) -> Tensor:
-        """What other ranks would send has no gradient here; memory is the same."""
-        gathered: Tensor = x if self.world_size == 1 else _Gather.apply(x, self)
-        return gathered
-
-    def all_sum(self, x: Tensor) -> Tensor:
-        return x.detach().clone()
-
-    def all_max(self, x: Tensor) -> Tensor:
-        return x.detach().clone()
-
-
-class _Gather(torch.autograd.Function):
-    """engine.world's gather, with nothing to wait for."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Pretend) -> Tensor:
-        ctx.rows = len(x)
-        return x.new_empty((comm.world_size * len(x), *x.shape[1:]))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_empty((ctx.rows, *grad.shape[1:])), None
 
 
 @lru_cache(maxsize=8)
@@ -122,10 +86,10 @@ class _Step:
         objectives, ssl = config.objectives, config.objectives.ssl
         with _dtype(config), self.mode:
             self.model = Pretrainer(config, rows, attention)
-            self.perceptual = _perceptual() if objectives.rec.weight and objectives.rec.perceptual else None
+            self.perceptual = perceptual_network() if objectives.rec.weight and objectives.rec.perceptual else None
             is_centred = ssl.weight > 0 and ssl.targets == "centering"
             self.centres = Centres.zeros(config.model.prototypes.num) if is_centred else None
-            self.kept_idx = _kept_idx(config, rows)
+            self.kept_idx = kept_idx(config, rows)
         self.stood_for: dict[bool, tuple[torch.Size, torch.Size]] = {}
         recompute_blocks(self.model, config.system.activation_checkpointing, tuple(LEAVES))
         self.watch = _Watch(self.model, self.live, by_leaf, keeps=rows.micro_batches > 1)
@@ -134,7 +98,7 @@ class _Step:
 
     def take(self, batch: Batch) -> list[Event]:
         """Everything but the optimizer; the outputs are still there at the end, as they are in a run."""
-        inputs = {name: _fake(value, self.mode) for name, value in vars(batch).items() if name != "captions"}
+        inputs = {name: fake(value, self.mode) for name, value in vars(batch).items() if name != "captions"}
         cache = GradientCache(Batch(**inputs, captions=batch.captions), self.model.rows, self._clip_alone)
         outputs = self._forward(cache.shared, kept_idx=self.kept_idx)
         with self.mode, self.live.on(OBJECTIVES):
@@ -150,14 +114,14 @@ class _Step:
         kind = torch.is_grad_enabled()
         if kind in self.stood_for:
             with self.mode, self.live.on(HEADS):
-                return _stand_in(*self.stood_for[kind])
+                return clip_outputs(*self.stood_for[kind])
         clip = self._forward(part, clip_only=True).clip
         assert clip is not None, "micro-batches are parts of the clip batch"
         self.stood_for[kind] = (clip.image_BE.shape, clip.text_BE.shape)
         return clip
 
     def _forward(self, part: Batch, **options: Any) -> Outputs:
-        inputs = {name: _fake(value, self.mode) for name, value in model_inputs(part, torch.device("cpu")).items()}
+        inputs = {name: fake(value, self.mode) for name, value in model_inputs(part, torch.device("cpu")).items()}
         with self.mode, self.live.on(HEADS):
             outputs: Outputs = self.model(**inputs, **options)
         return outputs
@@ -273,37 +237,3 @@ def _chunks_of(device: str) -> Iterator[None]:
     finally:
         for size, own in zip(sizes, before, strict=True):
             size["cpu"] = own
-
-
-def _perceptual() -> Perceptual:
-    """The network of the published metric."""
-    channels = [width for width, count in zip(VGG_CHANNELS, GROUPS, strict=True) for _ in range(count)]
-    weights: dict[str, Tensor] = {}
-    for i, (taken, given) in enumerate(zip([3, *channels], channels, strict=False)):
-        weights |= {f"convs.{i}.weight": torch.empty(given, taken, 3, 3), f"convs.{i}.bias": torch.empty(given)}
-    heads = {f"heads.{j}.weight": torch.empty(1, width, 1, 1) for j, width in enumerate(VGG_CHANNELS)}
-    return Perceptual({key: value.float() for key, value in (weights | heads).items()})
-
-
-def _kept_idx(config: Config, rows: Rows) -> Tensor | None:
-    trunk = config.model.trunk
-    if not trunk.drop_path:
-        return None
-    kept = subset(step_layout(config, rows).segments, trunk.drop_path).segments
-    return torch.zeros(trunk.depth, 2, sum(count for count, _ in kept), dtype=torch.int64)
-
-
-def _stand_in(image_shape: torch.Size, text_shape: torch.Size) -> ClipOutputs:
-    """Features that no model made; a gradient of theirs goes nowhere."""
-    image_BE, text_BE = (torch.empty(shape, requires_grad=True) for shape in (image_shape, text_shape))
-    return ClipOutputs(image_BE, text_BE, torch.empty(1), None)
-
-
-def _fake(value: Any, mode: FakeTensorMode) -> Any:
-    """Every tensor, alone or in a named tuple, without its memory and on the CPU."""
-    if isinstance(value, FakeTensor):
-        return value
-    if isinstance(value, Tensor):
-        with mode:
-            return torch.empty(value.shape, dtype=value.dtype)
-    return type(value)(*(_fake(part, mode) for part in value)) if hasattr(value, "_fields") else value

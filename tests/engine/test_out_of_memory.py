@@ -25,7 +25,7 @@ from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
 
-CONFIG = tiny_config(*(f"model.{tower}.depth=4" for tower in ("trunk", "text", "decoder")), "system.attention=sdpa")
+CONFIG = tiny_config("system.attention=sdpa")
 ABSURD = 2**50  # floats
 
 
