@@ -31,15 +31,14 @@ from engine.recompute import recompute_blocks
 from engine.timing import CHILDREN
 from engine.zero import DTYPES
 from model.captions import PackedCaptions, pack_captions, row_width
-from model.objectives.perceptual import EXPECTED, GROUPS, Perceptual
+from model.objectives.perceptual import Perceptual
 from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs
 from model.pretrainer import Pretrainer
 from model.rows import Rows
 from profiling.communication import DTYPE_BYTES, FP32_BYTES, meta_model
-from profiling.layer_flops import VGG_CHANNELS
+from profiling.pretend import Pretend, perceptual_network
 from profiling.roofline import Counted, Work
-from profiling.step_trace import Pretend
 from profiling.workload import imagined_batch
 
 # Whose products they are, by the file that asks for them, forward and backward.
@@ -135,19 +134,7 @@ class _Step:
 
     def _perceptual(self) -> Perceptual | None:
         rec = self.config.objectives.rec
-        return Perceptual(perceptual_shapes()) if rec.weight and rec.perceptual else None
-
-
-def perceptual_shapes() -> dict[str, Tensor]:
-    """LPIPS on VGG-16, without its weights' values: float32."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    channels_in, conv = 3, 0
-    for tap, (count, channels) in enumerate(zip(GROUPS, VGG_CHANNELS, strict=True)):
-        for _ in range(count):
-            shapes[f"convs.{conv}.weight"], shapes[f"convs.{conv}.bias"] = (channels, channels_in, 3, 3), (channels,)
-            channels_in, conv = channels, conv + 1
-        shapes[f"heads.{tap}.weight"] = (1, channels, 1, 1)
-    return {key: torch.empty(shapes[key], dtype=torch.float32) for key in EXPECTED}
+        return perceptual_network() if rec.weight and rec.perceptual else None
 
 
 def _tell_phases(model: nn.Module, counted: Counted) -> None:

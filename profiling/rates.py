@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from configs import UserError
-from profiling.peaks import peak
+from profiling.peaks import bandwidth, peak
 
 # What software reaches of a data sheet [assumed]. Products and memory are those of kernels/fp8.py's rule: 700 and 1,200
 # TFLOP/s and 2.5 TB/s of an H100, as torchao's published figures have them.
@@ -69,23 +69,22 @@ class Rates:
 
 @dataclass(frozen=True)
 class Gpu:
-    """`cuda_name` finds its peaks in profiling/peaks.py. Data sheets of the same products."""
+    """`cuda_name` finds its peaks in profiling/peaks.py; data sheets of the same products."""
 
     cuda_name: str
     gigabytes: float
-    terabytes_per_second: float
     nvlink: float  # bytes/s, one way
     watts: float
 
 
 GPUS = {
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 80, 3.35, 450e9, 700),
-    "h800": Gpu("NVIDIA H800", 80, 3.35, 200e9, 700),
-    "h200": Gpu("NVIDIA H200", 141, 4.8, 450e9, 700),
-    "b200": Gpu("NVIDIA B200", 180, 8.0, 900e9, 1000),
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", 80, 2.039, 300e9, 400),
-    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", 40, 1.555, 300e9, 400),
-    "l40s": Gpu("NVIDIA L40S", 48, 0.864, 32e9, 350),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 80, 450e9, 700),
+    "h800": Gpu("NVIDIA H800", 80, 200e9, 700),
+    "h200": Gpu("NVIDIA H200", 141, 450e9, 700),
+    "b200": Gpu("NVIDIA B200", 180, 900e9, 1000),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 80, 300e9, 400),
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", 40, 300e9, 400),
+    "l40s": Gpu("NVIDIA L40S", 48, 32e9, 350),
 }
 PCIE5 = 64e9  # bytes/s one way, 16 lanes
 DEFAULT_LINKS = "nvlink,ib400"
@@ -94,8 +93,9 @@ DEFAULT_LINKS = "nvlink,ib400"
 def rates_of(gpu: str) -> Rates:
     """Of a GPU of the table. Raises UserError for another name."""
     sheet = _gpu(gpu)
-    bf16, fp8 = peak(sheet.cuda_name, "bf16"), peak(sheet.cuda_name, "fp8")
+    bf16, fp8, memory = peak(sheet.cuda_name, "bf16"), peak(sheet.cuda_name, "fp8"), bandwidth(sheet.cuda_name)
     assert bf16 is not None, "the table names devices with a peak"
+    assert memory is not None
     peaks = {"bf16": bf16.flops_per_second} | ({"fp8": fp8.flops_per_second} if fp8 else {})
     reached = {"bf16": OF_BF16 * peaks["bf16"], "tf32": OF_BF16 * TF32_OF_BF16 * peaks["bf16"]}
     reached["fp32"] = OF_BF16 * FP32_OF_BF16 * peaks["bf16"]
@@ -105,7 +105,7 @@ def rates_of(gpu: str) -> Rates:
         name=gpu,
         products=reached,
         attention=OF_ATTENTION * peaks["bf16"],
-        memory=OF_MEMORY * sheet.terabytes_per_second * 1e12,
+        memory=OF_MEMORY * memory.bytes_per_second,
         operation=LAUNCH,
         block_hooks=BLOCK_HOOKS,
         is_asynchronous=True,

@@ -31,7 +31,7 @@ from model.text import TextBlock
 from model.tokenizer import VisualTokenizer
 from profiling.flops import StepFlops
 from profiling.layer_flops import forward_flops_of_tokenizer
-from profiling.phase_work import perceptual_shapes
+from profiling.pretend import perceptual_network
 from profiling.step_flops import step_flops
 from tests.tiny import model_inputs, random_batch, tiny_config
 
@@ -86,7 +86,7 @@ VARIANTS = {
 def perceptual(device: str) -> Perceptual:
     """LPIPS with VGG-16's shapes and no weights worth the name."""
     with torch.device(device):
-        return Perceptual(perceptual_shapes())
+        return perceptual_network()
 
 
 class Counted:

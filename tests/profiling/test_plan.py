@@ -75,7 +75,7 @@ def test_a_small_gpu_pushes_the_search_to_checkpointing_and_parts_and_then_refus
 
 def tight(num_bytes: int) -> Gpu:
     """An H100 on which what needs a byte less than `num_bytes` fits."""
-    return Gpu("NVIDIA H100 80GB HBM3", (num_bytes - 1) / (1 - rates.RESERVED) / 1e9, 3.35, 450e9, 700)
+    return Gpu("NVIDIA H100 80GB HBM3", (num_bytes - 1) / (1 - rates.RESERVED) / 1e9, 450e9, 700)
 
 
 @pytest.mark.parametrize(
