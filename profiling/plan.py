@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -125,7 +126,9 @@ def _assumptions(cluster: Cluster) -> str:
 
 def command_line(arguments: argparse.Namespace, plan: Plan) -> str:
     """The run that this plan is."""
-    ds_config = arguments.ds_config_out or f"configs/deepspeed/zero{plan.variant.stage}.json"
+    is_shipped = plan.variant.persistence is None
+    shipped = f"configs/deepspeed/zero{plan.variant.stage}.json"
+    ds_config = arguments.ds_config_out or (shipped if is_shipped else "FILE")
     parts = [f"--config {arguments.config}", f"--ds_config {ds_config}", *arguments.overrides, *plan.variant.overrides]
     return "deepspeed --hostfile hosts engine/launch.py " + " ".join(parts)
 
@@ -143,6 +146,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--all", action="store_true", help="try everything, also what only costs; show all that fits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for a run")
     parsed = parser.parse_args(arguments)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says here that it has found no GPU; nothing runs
     try:
         config = load_config(parsed.config, parsed.overrides)
         samples = parsed.samples or config.optim.steps * config.batch.clip
@@ -167,6 +171,8 @@ def _write(config: Config, plans: list[Plan], parsed: argparse.Namespace) -> int
         return 1
     if parsed.ds_config_out:
         parsed.ds_config_out.write_text(json.dumps(best.variant.ds_json(), indent=2) + "\n")
+    elif best.variant.persistence is not None:
+        console.print("Its DeepSpeed JSON is none of the shipped ones: write it with --ds_config-out FILE.")
     console.print(command_line(parsed, best), markup=False, soft_wrap=True)
     return 0
 
