@@ -12,6 +12,7 @@ cache; activation checkpointing; FP8 in the blocks where the GPU has it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ Stage = tuple[int, int | None]  # of ZeRO, and the persistence threshold
 STAGES: tuple[Stage, ...] = ((1, None), (2, None), (3, None), (3, 0))
 PARTS = (1, 2, 4, 8, 16, 32, 64)
 MODES = ("off", "selective", "full")
+HELPS = 0.95  # of the memory with half the micro-batches, at most: less is no help
 
 
 @dataclass(frozen=True)
@@ -199,24 +201,26 @@ class _Planner:
     samples: float
 
     def climb(self, stage: Stage, is_exhaustive: bool) -> Iterator[Plan]:
-        """Variants of a stage by the memory they take, down to the first that fits without checkpointing, but no
-        further than twice beyond the micro-batches with which any fits; none where states alone do not fit."""
-        parts_that_fit = 0
+        """Variants of a stage, each with less memory and more time than the one before: down to the first that fits
+        without checkpointing, or until more micro-batches no longer help; one alone where the states do not fit."""
+        least = math.inf
         for parts in (parts for parts in PARTS if self._admits(parts)):
             for mode in MODES:
                 plans = list(self.plans(stage, parts, mode))
                 yield from plans
                 if is_exhaustive:
                     continue
-                if plans[0].footprint.static_bytes > self.cluster.rates.memory_bytes:
-                    return
-                if plans[0].fits:
-                    parts_that_fit = parts_that_fit or parts
-                    if mode == MODES[0]:
+                plan = plans[0]
+                if mode == MODES[0]:
+                    if plan.fits or plan.memory > HELPS * least or plan.footprint.static_bytes > self._memory:
                         return
+                    least = plan.memory
+                if plan.fits:
                     break
-            if parts_that_fit and parts >= 2 * parts_that_fit and not is_exhaustive:
-                return
+
+    @property
+    def _memory(self) -> float:
+        return self.cluster.rates.memory_bytes
 
     def _admits(self, parts: int) -> bool:
         try:

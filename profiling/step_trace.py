@@ -48,7 +48,7 @@ HEADS, OBJECTIVES, BACKWARD, GRADIENTS = "heads", "objectives", "backward", "mic
 TEMPERATURE = 0.05  # of the teacher; no shape depends on it
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def step_events(
     config: Config,
     world_size: int,
