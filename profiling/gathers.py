@@ -70,8 +70,8 @@ class Settings:
 
 
 class Gathers:
-    """One rank's gathered parameters over any number of passes. `most_live` is the most elements held at once, with the
-    buffers in which they travel."""
+    """One rank's gathered parameters over any number of passes. `most_live` is the most elements held at once, without
+    the buffers in which several travel: counted whole, they are too much (docs/decisions.md)."""
 
     def __init__(self, sizes: Mapping[str, int], settings: Settings) -> None:
         self._sizes, self._settings = sizes, settings
@@ -195,9 +195,7 @@ class Gathers:
         self._messages[next(iter(missing.values()))] += 1
         self._num_live += size
         self._size += size
-        # Several travel in one flat buffer, which is there beside their copies until all have theirs.
-        buffer = size if len(missing) > 1 else 0
-        self.most_live = max(self.most_live, self._size + buffer)
+        self.most_live = max(self.most_live, self._size)
 
     def _free(self, names: set[str] | frozenset[str]) -> None:
         self._num_live -= self._remove(names)
