@@ -15,129 +15,19 @@ shows every prediction that could be checked beside what was measured or publish
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from configs import Config, UserError, load_config
-from engine.assemble import resolve_compile
-from engine.zero import DTYPES
-from kernels.attention import resolve
-from model.describe import count_parameters
-from model.rows import Rows
-from profiling import rates
-from profiling.calibration import measured_rates
-from profiling.machine import device
-from profiling.plan_search import CAPTIONS_FILLED, Cluster, Plan, search
-from profiling.rates import DEFAULT_LINKS, parse_links, rates_of
-from profiling.step_time import HIDDEN_BY
-from profiling.work import Build
-
-THIS = "this"
-SHOWN = 8
-GIB = 2**30
-
-
-def cluster_of(gpu: str, gpus: int, link: str, config: Config) -> Cluster:
-    """Of a GPU by name, or of this machine. Raises UserError for names that are not known."""
-    if gpu != THIS:
-        attention = "flash3" if gpu.startswith("h") else "varlen"
-        build = Build(attention, is_compiled=config.system.compile != "off")
-        return Cluster(gpus, rates_of(gpu), parse_links(link, gpu), build)
-    here = device()
-    attention = resolve(config.system.attention, here, DTYPES[config.optim.precision]).name
-    measured = measured_rates(config, Rows.per_rank(config, gpus), attention, here)
-    return Cluster(gpus, measured, None, Build(attention, resolve_compile(config, here)[0], here.type))
-
-
-def show(config: Config, plans: list[Plan], shown: int) -> Table:
-    """The plans that fit, by speed, and the smallest that does not."""
-    cluster = plans[0].cluster
-    rows, capacity = plans[0].rows, cluster.rates.memory_bytes / GIB
-    title = (
-        f"{config.name} on {cluster.gpus} x {cluster.rates.name}: clip {rows.clip}, ssl {rows.ssl}, rec {rows.rec} "
-        f"rows a rank; {plans[0].samples:.3g} samples; {capacity:.1f} GiB usable on each"
-    )
-    table = Table(title=title, title_justify="left")
-    for column in ("ZeRO", "parts", "checkpointing", "blocks", "GiB", "compute", "exposed", "step ms", "sent GB"):
-        table.add_column(column, justify="left" if column in ("ZeRO", "checkpointing", "blocks") else "right")
-    for column in ("samples/s", "a GPU", "MFU", "days", "GPU-hours", "MWh"):
-        table.add_column(column, justify="right")
-    fitting = [plan for plan in plans if plan.fits]
-    for plan in fitting[:shown]:
-        table.add_row(*_cells(plan))
-    return table
-
-
-def _cells(plan: Plan) -> list[str]:
-    time, variant = plan.time, plan.variant
-    return [
-        variant.name, str(variant.micro_batches), variant.checkpointing, variant.linear,
-        f"{plan.memory / GIB:.1f}", f"{1000 * time.compute:.0f}", f"{1000 * time.exposed:.0f}",
-        f"{1000 * time.seconds:.0f}", f"{plan.wire_bytes / 1e9:.1f}", f"{plan.samples_per_second:,.0f}",
-        f"{plan.samples_per_second / plan.cluster.gpus:.1f}", f"{plan.mfu:.2f}", f"{plan.days:.2f}",
-        f"{plan.gpu_hours:,.0f}", f"{plan.kilowatt_hours / 1000:.1f}",
-    ]  # fmt: skip
-
-
-def sentences(config: Config, plans: list[Plan]) -> list[str]:
-    """What the table leaves unsaid: parameters, what was refused, what limits the best, what is assumed."""
-    counts = count_parameters(config, plans[0].rows)
-    trained = sum(count for name, count in counts.items() if name != "teacher")
-    found = [f"Built on the meta device: {sum(counts.values()):,} parameters, {trained:,} of them trained."]
-    refused = [plan for plan in plans if not plan.fits]
-    if refused:
-        least, usable = refused[0], plans[0].cluster.rates.memory_bytes / GIB
-        found.append(
-            f"Refused: {len(refused)} of {len(plans)} variants need more than {usable:.1f} GiB a rank; the smallest of "
-            f"them, {_named(least)}, {least.memory / GIB:.1f} GiB."
-        )
-    if plans[0].fits:
-        best = plans[0]
-        found.append(f"The best is limited by {best.time.limit}. Its memory at the worst moment of a step:")
-        found.append(best.footprint.table())
-    found.append(_assumptions(plans[0].cluster))
-    return found
-
-
-def _named(plan: Plan) -> str:
-    variant = plan.variant
-    return f"{variant.name}, {variant.micro_batches} parts, checkpointing {variant.checkpointing}, {variant.linear}"
-
-
-def _assumptions(cluster: Cluster) -> str:
-    if cluster.links is None:
-        return (
-            "Rates were measured on this machine, one rank alone; traffic between ranks and waiting for data take no "
-            "time in this plan."
-        )
-    return (
-        f"Assumed, not measured: products reach {rates.OF_BF16} of the bf16 peak ({rates.OF_FP8} of FP8's), attention "
-        f"{rates.OF_ATTENTION}, memory {rates.OF_MEMORY}, links {rates.OF_LINK} of their data sheets; collectives hide "
-        f"behind {HIDDEN_BY} of the compute; captions fill {CAPTIONS_FILLED} of their slots; GPUs draw "
-        f"{rates.POWER_SHARE} of their limit. Not in it: waiting for data, decoding on the GPU, stragglers, reports, "
-        "checkpoints, restarts; of energy hosts, network and cooling."
-    )
-
-
-def command_line(arguments: argparse.Namespace, plan: Plan) -> str:
-    """The run that this plan is."""
-    is_shipped = plan.variant.persistence is None
-    shipped = f"configs/deepspeed/zero{plan.variant.stage}.json"
-    ds_config = arguments.ds_config_out or (shipped if is_shipped else "FILE")
-    parts = [f"--config {arguments.config}", f"--ds_config {ds_config}", *arguments.overrides, *plan.variant.overrides]
-    return "deepspeed --hostfile hosts engine/launch.py " + " ".join(parts)
+from configs import UserError
+from profiling.rates import DEFAULT_LINKS, GPUS, THIS
 
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code: 0, 1 where nothing fits, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m profiling.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True)
-    parser.add_argument("--gpu", default="h100", help=f"{', '.join(rates.GPUS)}; or {THIS}, this machine, measured")
+    parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)}; or {THIS}, this machine, measured")
     parser.add_argument("--gpus", type=int, required=True, help="how many, over all nodes")
     parser.add_argument("--samples", type=float, help="of the whole run (default: optim.steps x batch.clip)")
     parser.add_argument("--link", default=DEFAULT_LINKS, help=f"inside and between nodes (default {DEFAULT_LINKS})")
@@ -146,35 +36,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--all", action="store_true", help="try everything, also what only costs; show all that fits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for a run")
     parsed = parser.parse_args(arguments)
+    if parsed.gpus < 1 or (parsed.samples is not None and parsed.samples <= 0):
+        parser.error(f"--gpus {parsed.gpus}, --samples {parsed.samples}: both count something; give at least 1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says here that it has found no GPU; nothing runs
+    from profiling.plan_page import run
+
     try:
-        config = load_config(parsed.config, parsed.overrides)
-        samples = parsed.samples or config.optim.steps * config.batch.clip
-        plans = search(config, cluster_of(parsed.gpu, parsed.gpus, parsed.link, config), samples, parsed.all)
+        return run(parsed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return _write(config, plans, parsed)
-
-
-def _write(config: Config, plans: list[Plan], parsed: argparse.Namespace) -> int:
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    best = plans[0]
-    if best.fits:
-        console.print(show(config, plans, len(plans) if parsed.all else SHOWN))
-    for sentence in sentences(config, plans):
-        console.print(sentence, markup=False, soft_wrap=True)
-    if parsed.json:
-        parsed.json.write_text(json.dumps([plan.as_dict() for plan in plans], indent=2) + "\n")
-    if not best.fits:
-        print("error: nothing fits; take more GPUs, larger ones, or smaller batches", file=sys.stderr)
-        return 1
-    if parsed.ds_config_out:
-        parsed.ds_config_out.write_text(json.dumps(best.variant.ds_json(), indent=2) + "\n")
-    elif best.variant.persistence is not None:
-        console.print("Its DeepSpeed JSON is none of the shipped ones: write it with --ds_config-out FILE.")
-    console.print(command_line(parsed, best), markup=False, soft_wrap=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ GPUS = {
 }
 PCIE5 = 64e9  # bytes/s one way, 16 lanes
 DEFAULT_LINKS = "nvlink,ib400"
+THIS = "this"  # machine, in place of a GPU's name
 
 
 def rates_of(gpu: str) -> Rates:

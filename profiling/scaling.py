@@ -16,12 +16,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import configs
 from configs import Config, UserError, load_config
-from profiling.plan import cluster_of
-from profiling.plan_search import Plan, search
 from profiling.rates import DEFAULT_LINKS, GPUS
+
+if TYPE_CHECKING:
+    from profiling.plan_search import Plan
 
 # Preset, and the GPUs of its header: their rows a GPU are what weak scaling keeps.
 PRESETS = {"vtp_l": 128, "vtp_1b": 512, "vtp_7b": 1024}
@@ -64,6 +66,9 @@ def limits(config: Config, plan: Plan) -> Iterator[str]:
 
 def table(preset: str, gpu: str, link: str, is_weak: bool) -> Iterator[str]:
     """Markdown, a line at a time."""
+    from profiling.plan_page import cluster_of
+    from profiling.plan_search import search
+
     yield "| GPUs | batch | layout | GiB | step ms | exposed | samples/s | a GPU | efficiency | MFU | breaks first |"
     yield "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---|"
     base = None

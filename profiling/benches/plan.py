@@ -28,7 +28,7 @@ from profiling.calibration import measured_rates
 from profiling.clock import Times, alternate
 from profiling.machine import device
 from profiling.measurement import Measurement, Row
-from profiling.plan import cluster_of
+from profiling.plan_page import cluster_of
 from profiling.plan_search import Plan, search
 from profiling.step_time import step_time
 from profiling.work import Build, step_work

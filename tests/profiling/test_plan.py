@@ -97,6 +97,13 @@ def test_a_mistake_is_one_line(
     assert len(error.splitlines()) == 1
 
 
+def test_no_gpus_are_no_plan(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        plan.main(["--config", preset, "--gpus", "0"])
+    assert exit_.value.code == 2
+    assert "--gpus 0" in capsys.readouterr().err
+
+
 def test_a_dry_run_builds_the_largest_preset_on_1024_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", "configs/vtp_7b.yaml", "--gpus", "1024", "objectives.rec.lpips_weights=none"]
     assert plan.main(arguments) == 0
