@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import Amount, AreaRange, Count, Paths, PixelRange, Positive, Section, Share, ShareRange
+from configs.section import Amount, AreaRange, Count, Paths, PixelRange, Positive, Section, Share, ShareRange, UserError
 
 
 class Data(Section):
@@ -25,6 +25,15 @@ class Data(Section):
     block_shards: Positive = 4  # samples are shuffled inside blocks of this many shards of one stream
     max_bad_share: Share = 0.02  # above this share of bad samples the run stops
     max_pixels: Positive = 50_000_000  # larger images are bad samples: they would stall a whole step
+
+    def check_world(self, world_size: int) -> None:
+        """Every rank serves whole streams, so that the global batches are the same at every world size."""
+        if self.streams % world_size:
+            sizes = ", ".join(str(size) for size in range(1, self.streams + 1) if self.streams % size == 0)
+            raise UserError(
+                f"{world_size} ranks do not divide data.streams={self.streams}: each rank serves whole streams; run "
+                f"on {sizes} ranks, or change data.streams (it is science: the sample order changes with it)"
+            )
 
 
 class Batch(Section):

@@ -4,7 +4,7 @@ Keys that are science (batch, optimizer, clipping, schedule, precision) belong t
 are absent, "auto", or equal to the YAML's value; anything else is refused with both values named.
 
     given = load_ds_config("configs/deepspeed/zero3.json", config, world_size=2)
-    given["train_batch_size"]          # config.batch.clip
+    given["train_batch_size"]          # config.samples_per_step
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.load import one_line
-from configs.schema import Config
+from configs.run import Run
 from configs.section import UserError
 
 # What DeepSpeed may be told here. Its own parser ignores an unknown top-level key: a typo would do nothing.
@@ -40,7 +40,7 @@ REFUSED_KEYS = frozenset({"optimizer", "scheduler", "amp", "fp16", "torch_autoca
 STAGES = (1, 2, 3)  # checkpoints and the teacher speak of a rank's shards, which stage 0 does not have
 
 
-def load_ds_config(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
+def load_ds_config(path: str | Path, config: Run, world_size: int) -> dict[str, Any]:
     """The dictionary `deepspeed.initialize` gets: the JSON at `path` with the science of `config` filled in.
 
     Raises UserError for an unreadable file, an unknown key, a science key in conflict with the YAML, or a
@@ -50,11 +50,11 @@ def load_ds_config(path: str | Path, config: Config, world_size: int) -> dict[st
         found = complete(_read(Path(path)), config, world_size)
     except UserError as error:
         raise UserError(f"--ds_config {path}: {error}") from None
-    check_world(config, world_size)
+    config.check_world(world_size)
     return found
 
 
-def complete(given: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
+def complete(given: dict[str, Any], config: Run, world_size: int) -> dict[str, Any]:
     """`given`, what a JSON holds, with the science of `config` filled in. Raises UserError as load_ds_config does."""
     science = _science(config, world_size)
     _refuse_unknown(given, SYSTEM_KEYS | REFUSED_KEYS | science.keys())
@@ -75,21 +75,10 @@ def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
-def check_world(config: Config, world_size: int) -> None:
-    """Every rank serves whole streams, so that the global batches are the same at every world size."""
-    streams = config.data.streams
-    if streams % world_size:
-        sizes = ", ".join(str(size) for size in range(1, streams + 1) if streams % size == 0)
-        raise UserError(
-            f"{world_size} ranks do not divide data.streams={streams}: each rank serves whole streams; run "
-            f"on {sizes} ranks, or change data.streams (it is science: the sample order changes with it)"
-        )
-
-
-def _science(config: Config, world_size: int) -> dict[str, Any]:
+def _science(config: Run, world_size: int) -> dict[str, Any]:
     return {
-        "train_batch_size": config.batch.clip,
-        "train_micro_batch_size_per_gpu": config.batch.clip // world_size,
+        "train_batch_size": config.samples_per_step,
+        "train_micro_batch_size_per_gpu": config.samples_per_step // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip_norm,
         "bf16": {"enabled": config.optim.precision == "bf16"},

@@ -57,7 +57,7 @@ class Optim(Section):
 
     kind: Literal["adamw", "lamb"] = "adamw"  # LAMB: a trust ratio per matrix, and per rank's share of it
     steps: Positive
-    lr: float = Field(5e-4, gt=0)  # peak, at lr_batch images a step; scaled by sqrt(batch.clip / lr_batch)
+    lr: float = Field(5e-4, gt=0)  # peak, at lr_batch images a step; scaled by sqrt(samples a step / lr_batch)
     lr_batch: Positive = 16_384
     final_lr: Share = 0.0  # as a share of the peak
     warmup: Share = 0.03  # as a share of steps

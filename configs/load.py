@@ -1,6 +1,7 @@
 """YAML preset + dotted overrides -> a validated Config, or one clear error.
 
-    load_config("configs/demo.yaml", ["optim.steps=10", "batch.clip=32"])
+    load_config("configs/demo.yaml", ["optim.steps=10", "batch.clip=32"])      # a pre-training run
+    load_run("runs/demo/config.yaml")                                          # of the kind it says it is
 
 YAML 1.1 has traps: `on` is true, `1e-3` is a word, 010 is eight, 1:30 is ninety, a key given twice is its
 last value. Here a word is a word, a number is a number, and a key has one value.
@@ -14,13 +15,17 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from configs.run import Run
 from configs.schema import Config
 from configs.section import UserError
+
+R = TypeVar("R", bound=Run)
+KINDS: dict[str, type[Run]] = {"pretraining": Config}
 
 # Pydantic's own words for these are about Python.
 _RULES = {
@@ -64,42 +69,59 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads the preset at `path`, applies `key.sub=value` overrides in order, validates.
+    """Reads the pre-training preset at `path`, applies `key.sub=value` overrides in order, validates.
 
-    Raises UserError (found, rule, remedy) for an unreadable file, a bad override, an unknown key or a wrong
-    value.
+    Raises UserError (found, rule, remedy) for an unreadable file, a bad override, an unknown key, a wrong value, or
+    another kind of run.
     """
+    run = load_run(path, overrides)
+    if not isinstance(run, Config):
+        raise UserError(f"{path} is of kind {run.kind}: here a pre-training run is meant; name one")
+    return run
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """As load_config, of the kind that the file's `kind` says; without one it is a pre-training run."""
     tree = _read(Path(path))
     for override in overrides:
         _apply(tree, override)
-    return validate(tree, str(path))
+    kind = tree.get("kind", "pretraining")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"{path}: kind={kind!r} is not one of {', '.join(KINDS)}; choose one")
+    return validate(tree, str(path), KINDS[kind])
 
 
-def validate(tree: dict[str, Any], source: str) -> Config:
-    """A Config from plain dictionaries, with every pydantic complaint turned into one UserError."""
+def validate(tree: dict[str, Any], source: str, kind: type[R] = Config) -> R:  # type: ignore[assignment]
+    """A run's config from plain dictionaries, with every pydantic complaint turned into one UserError."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise UserError(f"{source}: " + "; ".join(_explain(item, kind) for item in error.errors())) from None
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved config, defaults written out; `load_config` reads it back to an equal Config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+def to_yaml(config: Run) -> str:
+    """The resolved config, defaults written out; `load_run` reads it back to an equal one."""
+    tree = config.model_dump(mode="json")
+    tree |= {key: tree.pop(key) for key in ("optim", "system", "profile")}  # what a kind adds is read first
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
-def fingerprint(config: Config) -> str:
+def fingerprint(config: Run) -> str:
     """16 hex digits of everything that changes results: the config less its name, `system` and `profile`.
 
-    Of init it is the digest that counts, not the file's place.
+    Of a file that is pinned by its digest the digest counts, not the place (Run.places).
     """
     return hashlib.sha256(json.dumps(_science(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def science_changes(old: Config, changed: Config) -> list[str]:
+def science_changes(old: Run, changed: Run) -> list[str]:
     """The dotted science keys in which two configs differ, as `key: old -> changed`."""
+    if old.kind != changed.kind:
+        return [f"kind: {old.kind} -> {changed.kind}"]
     flat_old, flat_changed = _flatten(_science(old)), _flatten(_science(changed))
-    return [f"{key}: {value} -> {flat_changed[key]}" for key, value in flat_old.items() if value != flat_changed[key]]
+    keys = dict.fromkeys((*flat_old, *flat_changed))  # a section that may be None has keys on one side only
+    pairs = {key: (flat_old.get(key), flat_changed.get(key)) for key in keys}
+    return [f"{key}: {before} -> {after}" for key, (before, after) in pairs.items() if before != after]
 
 
 def one_line(text: object) -> str:
@@ -107,8 +129,8 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def _science(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"system": True, "profile": True, "name": True, "init": {"weights"}})
+def _science(config: Run) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"system": True, "profile": True, "name": True, **config.places})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -161,11 +183,11 @@ def _kind(value: object) -> str:
     return {type(None): "nothing", list: "a list", dict: "keys"}.get(type(value), repr(value))
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, kind: type[Run]) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggest(path)}"
+        return f"unknown key {key}{_suggest(path, kind)}"
     if item["type"] == "missing":
         return f"{key} is missing and has no default"
     if item["type"] == "value_error":
@@ -174,9 +196,9 @@ def _explain(item: Any) -> str:
     return f"{key}={item['input']!r}: {rule}"
 
 
-def _suggest(path: list[str]) -> str:
+def _suggest(path: list[str], kind: type[Run]) -> str:
     """', did you mean X?': the nearest key of the same section, else of the whole schema."""
-    known = _keys(Config)
+    known = _keys(kind)
     key = ".".join(path)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     near = near or [k for k in known if k.split(".")[-1] == path[-1]][:1]

@@ -1,4 +1,4 @@
-"""The schema: every setting of a run, its default (here and nowhere else) and its rule.
+"""The schema of pre-training: every setting, its default (here and nowhere else) and its rule.
 
 Two halves. *Science* (`seed`, `data`, `batch`, `views`, `masks`, `model`, `init`, `objectives`, `optim`, `teacher`)
 changes results and is fingerprinted; *system* (`system`, `profile`) must not change them. All batch sizes are global:
@@ -15,15 +15,15 @@ Tags beside defaults, as in docs/recipe.md: [P] paper, [C] official inference co
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from configs.architecture import Model
 from configs.data import Batch, Data, Masks, Views
-from configs.learning import Objectives, Optim, Teacher
-from configs.section import Count, Section
-from configs.system import Profile, System
+from configs.learning import Objectives, Teacher
+from configs.run import Run
+from configs.section import Section
 
 
 class Init(Section):
@@ -39,11 +39,12 @@ class Init(Section):
         return self
 
 
-class Config(Section):
-    """A whole run. `system` and `profile` are the half that must not change results."""
+class Config(Run):
+    """Pre-training a tokenizer; configs/run.py has what it shares with other kinds of runs."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    seed: Count = 0
+    places: ClassVar[dict[str, Any]] = {"init": {"weights"}}
+
+    kind: Literal["pretraining"] = "pretraining"
     data: Data
     batch: Batch
     views: Views = Views()
@@ -51,19 +52,16 @@ class Config(Section):
     model: Model
     init: Init = Init()
     objectives: Objectives
-    optim: Optim
     teacher: Teacher = Teacher()
-    system: System = System()
-    profile: Profile = Profile()
 
-    @model_validator(mode="after")
-    def _profiled_steps_are_taken(self) -> Config:
-        if self.profile.steps is not None and self.profile.span[1] > self.optim.steps:
-            raise ValueError(
-                f"profile.steps={self.profile.steps} but optim.steps={self.optim.steps}: the run ends before the "
-                "window does; lower profile.steps"
-            )
-        return self
+    @property
+    def samples_per_step(self) -> int:
+        """The image-text pairs; the rows of ssl and rec are among them."""
+        return self.batch.clip
+
+    def check_world(self, world_size: int) -> None:
+        """Raises UserError where so many ranks cannot share the corpus."""
+        self.data.check_world(world_size)
 
     @model_validator(mode="after")
     def _crops_hold_whole_patches(self) -> Config:

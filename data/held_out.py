@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from configs import UserError
-from configs.schema import System
+from configs.system import System
 from data import views
 from data.decode import Decoder, Picture
 from data.loader import read_sample, sides

@@ -11,7 +11,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import Config, UserError, fingerprint, load_config
+from torch import Tensor
+
+from configs import Config, Run, UserError, fingerprint, load_run
 from configs.load import science_changes
 from engine.pieces import MASTER, Pieces, sync
 from model.origin import Origin
@@ -22,8 +24,8 @@ from model.weights import write_weights
 class State:
     """What a checkpoint knows besides its pieces."""
 
-    step: int  # steps finished; the data cursor is step * batch.clip
-    optimizer_steps: int  # steps taken; fewer where non-finite gradients were skipped
+    step: int  # steps finished; the data cursor is step * samples_per_step
+    optimizer_steps: dict[str, int]  # by engine: steps taken; fewer where non-finite gradients were skipped
     world_size: int
     fingerprint: str
     shapes: dict[str, list[int]]
@@ -40,12 +42,12 @@ def find(root: Path) -> Path:
     return path
 
 
-def run_directory(config: Config) -> Path:
+def run_directory(config: Run) -> Path:
     """Where the run writes: system.run_dir, or runs/NAME below the working directory."""
     return Path(config.system.run_dir or f"runs/{config.name}")
 
 
-def check_start(config: Config, resume: bool, allowed_changes: tuple[str, ...]) -> None:
+def check_start(config: Run, resume: bool, allowed_changes: tuple[str, ...]) -> None:
     """Refuses to write over a run, or to resume another one, before anything heavy is loaded."""
     checkpoints = run_directory(config) / "checkpoints"
     if resume:
@@ -57,11 +59,11 @@ def check_start(config: Config, resume: bool, allowed_changes: tuple[str, ...]) 
         )
 
 
-def check_science(path: Path, config: Config, allowed: tuple[str, ...] = ()) -> None:
+def check_science(path: Path, config: Run, allowed: tuple[str, ...] = ()) -> None:
     """Refuses a resume whose science differs from the checkpoint's, unless every changed key is in `allowed`."""
     if read_state(path).fingerprint == fingerprint(config):
         return
-    changes = science_changes(load_config(path / "config.yaml"), config)
+    changes = science_changes(load_run(path / "config.yaml"), config)
     refused = [change for change in changes if change.partition(":")[0] not in allowed]
     if refused:
         keys = ",".join(change.partition(":")[0] for change in refused)
@@ -82,13 +84,18 @@ def read_state(path: Path) -> State:
         ) from None
 
 
-def consolidate(path: Path, out: Path) -> None:
-    """The student's fp32 weights of a checkpoint as one weights file (model/weights.py). Needs no DeepSpeed."""
+def whole_weights(path: Path, key: str = MASTER) -> dict[str, Tensor]:
+    """The fp32 weights of a checkpoint's main engine by name, or another vector of theirs. Needs no DeepSpeed."""
     state, pieces = read_state(path), Pieces(path)
-    weights = {name: pieces.read(MASTER, name).reshape(shape) for name, shape in state.shapes.items()}
+    return {name: pieces.read(key, name).reshape(shape) for name, shape in state.shapes.items()}
+
+
+def consolidate(path: Path, out: Path) -> None:
+    """What a checkpoint's run is for, as one weights file: of pre-training the student (model/weights.py)."""
+    config = load_run(path / "config.yaml")
+    assert isinstance(config, Config), "there is no other kind"
     draft = out.with_name(f".{out.name}.tmp")
-    config = load_config(path / "config.yaml")
-    write_weights(draft, weights, config.model, Origin.of(config, state.step))
+    write_weights(draft, whole_weights(path), config.model, Origin.of(config, read_state(path).step))
     sync(draft)
     draft.replace(out)
 

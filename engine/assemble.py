@@ -11,25 +11,30 @@ order                       the error you get otherwise
 8. optimizer, then ZeRO     ZeRO flattens the groups it is given
 9. the EMA teacher          reads fp32 shards, which exist only now
 10. phases are timed        before ZeRO's hooks, a child's time would have the gather of its parameters in it
+
+`start` is 1 to 8 for any model; `assemble` is all of it for pre-training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from configs import Config, UserError
+from configs import Config, Run, UserError
 from configs.ds import zero_stage
+from configs.learning import Optim
 from engine import linears, optim, world, zero
 from engine.drop_path import DropPath, drop_path
 from engine.host_memory import keep_freed_blocks
 from engine.initial import initial_weights
 from engine.recompute import recompute_blocks
 from engine.teacher import Teacher
-from engine.timing import TimedComm, time_parts
+from engine.timing import TimedComm, time_calls, time_children
+from engine.training import MAIN, Kept
 from kernels.attention import Backend, resolve
 from model.block import Block
 from model.initialise import initialise_parameter
@@ -42,12 +47,23 @@ from model.text import TextBlock
 from profiling.phases import Phases, clock_of
 
 MOST_GRAPHS = 32  # of one block kind; captions meet a few shapes a run (model/captions.py), torch's own limit is 8
-LEAVES: list[type[nn.Module]] = [Block, TextBlock]
+LEAVES: tuple[type[nn.Module], ...] = (Block, TextBlock)
+# Which phase the forward of a child of the Pretrainer is.
+CHILDREN = {"teacher": "teacher", "trunk": "trunk", "text": "text", "decoder": "decoder"}
+CHILDREN |= dict.fromkeys(("bottleneck", "clip", "prototypes"), "heads")
+
+
+@dataclass(frozen=True)
+class Started:
+    """A model under DeepSpeed."""
+
+    engine: Any
+    choices: dict[str, str]  # what every "auto" became, and why
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """Everything a step needs on this rank."""
+    """Everything a step of pre-training needs on this rank."""
 
     engine: Any  # DeepSpeed's
     teacher: Teacher | None
@@ -59,6 +75,11 @@ class Assembly:
     phases: Phases
     choices: dict[str, str]  # what every "auto" became, and why
 
+    def kept(self, centres: Centres | None) -> Kept:
+        """What a checkpoint holds, with the centres of now."""
+        followers = () if self.teacher is None else (self.teacher,)
+        return Kept({MAIN: self.engine}, followers, {} if centres is None else vars(centres))
+
 
 def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool = False) -> Assembly:
     """Builds the run on this rank; a collective.
@@ -66,22 +87,21 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
     `comm` is what `world.start` gave. With `resume` the caller loads a checkpoint next.
     """
     device, drops = world.device(), drop_path(config, comm.rank, comm.world_size)
-    optimizer = optim.resolve(config, ds_config, device)
-    attention = _attention(config, device)
-    is_compiled, why = resolve_compile(config, device)
-    with zero.construction(ds_config, config.optim.precision, device):
-        model = Pretrainer(config, Rows.per_rank(config, world.world_size()), attention.name)
-    origin = initialise(model, config, resume)
-    products = linears.convert(model, config, device)
-    recompute_blocks(model, config.system.activation_checkpointing, tuple(LEAVES))
-    if is_compiled:
-        compile_blocks(model)
-    zero.mark_leaves(model, [kind for kind in LEAVES if any(isinstance(m, kind) for m in model.modules())])
-    engine = zero.start(model, optim.build(model, config.optim, optimizer.name), ds_config)
-    teacher = Teacher(teacher_pairs(model)) if model.teacher is not None else None
-    phases = Phases(clock_of(device) if config.system.phases else None)
-    if config.system.phases or config.profile.steps is not None:
-        time_parts(phases, engine, teacher)
+    rows = Rows.per_rank(config, comm.world_size)
+    started = start(
+        config,
+        ds_config,
+        device,
+        make=lambda attention: Pretrainer(config, rows, attention),
+        fill=lambda model: initialise(model, config, resume),
+        leaves=LEAVES,
+        convert=lambda model: linears.convert(model, config, device),
+    )
+    engine = started.engine
+    teacher = Teacher(teacher_pairs(engine.module)) if engine.module.teacher is not None else None
+    followers = {} if teacher is None else {"ema": (teacher, "follow")}
+    phases = timed(config, device, engine, CHILDREN, followers)
+    dropped = {"drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)"}
     return Assembly(
         engine=engine,
         teacher=teacher,
@@ -91,41 +111,103 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
         drop_path=drops,
         device=device,
         phases=phases,
-        choices={
+        choices=started.choices | dropped,
+    )
+
+
+def start(
+    config: Run,
+    ds_config: dict[str, Any],
+    device: torch.device,
+    *,
+    make: Callable[[str], nn.Module],
+    fill: Callable[[Any], str],
+    leaves: tuple[type[nn.Module], ...],
+    convert: Callable[[Any], str] | None = None,
+    learning: Optim | None = None,
+) -> Started:
+    """Steps 1 to 8 of the module's table; a collective.
+
+    `make` gives the model for the name of a resolved attention backend; `fill` its first values, with words on whose
+    they are; `leaves` are its kinds of blocks; `convert` puts FP8 into them, with words on what it did; `learning` is
+    this engine's optimizer where config.optim is another's.
+    """
+    settings = config.optim if learning is None else learning
+    optimizer = optim.resolve(config, ds_config, device)
+    attention = _attention(config, device)
+    is_compiled, why = resolve_compile(config, device)
+    with zero.construction(ds_config, config.optim.precision, device):
+        model = make(attention.name)
+    origin = fill(model)
+    products = convert(model) if convert is not None else f"{config.optim.precision} (optim.precision)"
+    recompute_blocks(model, config.system.activation_checkpointing, leaves)
+    if is_compiled:
+        compile_blocks(model, leaves)
+    zero.mark_leaves(model, [kind for kind in leaves if any(isinstance(m, kind) for m in model.modules())])
+    engine = zero.start(model, optim.build(model, settings, optimizer.name), ds_config)
+    return Started(
+        engine,
+        {
             "weights": origin,
             "attention": f"{attention.name} ({attention.reason})",
             "linear": products,
             "compile": f"{'on' if is_compiled else 'off'} ({why})",
-            "optimizer": f"{config.optim.kind} by {optimizer.name} ({optimizer.reason})",
+            "optimizer": f"{settings.kind} by {optimizer.name} ({optimizer.reason})",
             "zero": f"stage {zero_stage(ds_config)} (--ds_config)",
             "activation checkpointing": f"{config.system.activation_checkpointing} (system.activation_checkpointing)",
             "precision": f"{config.optim.precision} (optim.precision)",
             "host memory": keep_freed_blocks(device),
-            "drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)",
         },
     )
 
 
+def timed(
+    config: Run,
+    device: torch.device,
+    engine: Any,
+    children: Mapping[str, str],
+    calls: Mapping[str, tuple[object, str]],
+) -> Phases:
+    """The run's phases: the forward of the model's `children` (name -> phase), what the engine does, and `calls`
+    (phase -> owner and method). Nothing is timed with system.phases off, unless a profiler window wants the names."""
+    phases = Phases(clock_of(device) if config.system.phases else None)
+    if config.system.phases or config.profile.steps is not None:
+        time_children(phases, engine.module, children)
+        time_calls(phases, engine)
+        for phase, (owner, method) in calls.items():
+            phases.wrap(phase, owner, method)
+    return phases
+
+
 def initialise(model: Pretrainer, config: Config, resume: bool = False) -> str:
-    """First values of every parameter, one gathered at a time; the teacher's are the student's. Says whose they are."""
+    """First values of every parameter, the teacher's being the student's. Says whose they are."""
     shapes = {name: tuple(zero.full_shape(parameter)) for name, parameter in model.named_parameters()}
     with initial_weights(config, shapes, resume) as initial:
-        for name, parameter in model.named_parameters():
-            with zero.gathered([parameter], write=True):
-                is_written_here = world.is_first() or not zero.is_partitioned(parameter)
-                if is_written_here and not initial.fill(name, parameter.data):
-                    initialise_parameter(name, parameter.data, config)
+
+        def fill(name: str, tensor: torch.Tensor) -> None:
+            if not initial.fill(name, tensor):
+                initialise_parameter(name, tensor, config)
+
+        fill_parameters(model.named_parameters(), fill)
         return initial.summary
 
 
-def _attention(config: Config, device: torch.device) -> Backend:
+def fill_parameters(parameters: Iterable[tuple[str, nn.Parameter]], fill: Callable[[str, torch.Tensor], None]) -> None:
+    """First values by name, one parameter gathered at a time. A collective."""
+    for name, parameter in parameters:
+        with zero.gathered([parameter], write=True):
+            if world.is_first() or not zero.is_partitioned(parameter):
+                fill(name, parameter.data)
+
+
+def _attention(config: Run, device: torch.device) -> Backend:
     try:
         return resolve(config.system.attention, device, zero.DTYPES[config.optim.precision])
     except ValueError as error:
         raise UserError(f"system.attention={config.system.attention}: {error}") from None
 
 
-def resolve_compile(config: Config, device: torch.device) -> tuple[bool, str]:
+def resolve_compile(config: Run, device: torch.device) -> tuple[bool, str]:
     """Whether blocks are compiled, and why."""
     if config.system.compile != "auto":
         return config.system.compile == "on", "named in the config"
@@ -136,11 +218,11 @@ def resolve_compile(config: Config, device: torch.device) -> tuple[bool, str]:
     return False, "auto: on CPU compiling costs more than a short run gains"
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, kinds: tuple[type[nn.Module], ...] = LEAVES) -> None:
     """One full graph per block kind and layout; the integers of a layout are constants of the graph."""
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for module in model.modules():
-        if isinstance(module, tuple(LEAVES)):
+        if isinstance(module, kinds):
             module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
 
 

@@ -3,10 +3,10 @@
     checkpoints/step-00000300/   rank-00000.safetensors ... state.json config.yaml
     checkpoints/latest           "step-00000300"
 
-Everything that evolves by itself is in the pieces: fp32 weights, AdamW moments, fp32 teacher averages, the centre of
-the centring targets. Everything else is a function of the step (data cursor, view numbers, masks, schedules; the model
-draws no random numbers), so `state.json` needs little more than that one integer. Loading at another world size or ZeRO
-stage is the same code: each rank reads the ranges it now owns.
+Everything that evolves by itself is in the pieces (Kept): fp32 weights and AdamW moments of every engine, fp32 running
+averages, small tensors that all ranks share. Everything else is a function of the step (data cursor, view numbers,
+masks, schedules; models draw no random numbers), so `state.json` needs little more than that one integer. Loading at
+another world size or ZeRO stage is the same code: each rank reads the ranges it now owns.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs import Config, fingerprint, to_yaml
+from torch import Tensor
+
+from configs import Run, fingerprint, to_yaml
 from engine import world, zero
 from engine.archive import State, read_state
-from engine.pieces import CENTRE, MASTER, MOMENTS, TEACHER, Piece, Pieces, sync, write_pieces
-from engine.teacher import Teacher
-from model.objectives.total import Centres
+from engine.pieces import MASTER, MOMENTS, WHOLE, Piece, Pieces, sync, write_pieces
+from engine.training import MAIN, Kept
 
 
-def save(root: Path, step: int, engine: Any, teacher: Teacher | None, centres: Centres | None, config: Config) -> Path:
+def save(root: Path, step: int, kept: Kept, config: Run) -> Path:
     """Writes `root/step-XXXXXXXX` on all ranks together: temporary directory, fsync, rename, then `latest`."""
     final = root / f"step-{step:08d}"
     draft = root / f".{final.name}.tmp"
@@ -33,52 +34,59 @@ def save(root: Path, step: int, engine: Any, teacher: Teacher | None, centres: C
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     world.barrier()
-    pieces = _pieces(engine, teacher, centres if world.is_first() else None)
-    write_pieces(draft / f"rank-{world.rank():05d}.safetensors", pieces)
+    write_pieces(draft / f"rank-{world.rank():05d}.safetensors", _pieces(kept))
     world.barrier()
     if world.is_first():
-        _finish(draft, final, _state(step, engine, config), config)
+        _finish(draft, final, _state(step, kept, config), config)
     world.barrier()
     return final
 
 
-def load(path: Path, engine: Any, teacher: Teacher | None) -> tuple[State, Centres | None]:
-    """Restores this rank's share of weights, moments and teacher; gives the state and the centres."""
+def load(path: Path, kept: Kept) -> tuple[State, dict[str, Tensor]]:
+    """Restores this rank's share of engines and followers; gives the state and what Kept.whole was."""
     state, pieces = read_state(path), Pieces(path)
-    zero.make_moments(engine, state.optimizer_steps)
+    for name, engine in kept.engines.items():
+        _restore(name, engine, state.optimizer_steps.get(name, 0), pieces)
+    for follower in kept.followers:
+        follower.restore(pieces)
+    return state, {name: pieces.read(WHOLE, name) for name in pieces.names(WHOLE)}
+
+
+def _restore(name: str, engine: Any, steps: int, pieces: Pieces) -> None:
+    zero.make_moments(engine, steps)
     for fragment in zero.fragments(engine):
-        keys = (MASTER, *MOMENTS) if state.optimizer_steps else (MASTER,)
-        for key in keys:
-            fragment.write(key, pieces.read(key, fragment.name, fragment.start, fragment.numel))
+        for key in (MASTER, *MOMENTS) if steps else (MASTER,):
+            fragment.write(key, pieces.read(key, _label(name, fragment.name), fragment.start, fragment.numel))
     zero.publish(engine)
-    if teacher is not None:
-        teacher.restore({p.name: pieces.read(TEACHER, p.name, p.start, p.average.numel()) for p in teacher.pairs})
-    centres = {name: pieces.read(CENTRE, name).to(engine.device) for name in pieces.names(CENTRE)}
-    return state, Centres(**centres) if centres else None
 
 
-def _pieces(engine: Any, teacher: Teacher | None, centres: Centres | None) -> list[Piece]:
-    keys = (MASTER, *MOMENTS) if zero.steps_taken(engine) else (MASTER,)
-    pieces = [
-        Piece(key, fragment.name, fragment.start, fragment.read(key))
-        for fragment in zero.fragments(engine)
-        for key in keys
-    ]
-    pieces += [
-        Piece(TEACHER, pair.name, pair.start, pair.average)
-        for pair in (teacher.pairs if teacher else ())
-        if zero.is_partitioned(pair.teacher) or world.is_first()  # ZeRO-1, 2: whole on every rank, written once
-    ]
-    return pieces + [Piece(CENTRE, name, 0, centre) for name, centre in (vars(centres) if centres else {}).items()]
+def _pieces(kept: Kept) -> list[Piece]:
+    pieces = []
+    for name, engine in kept.engines.items():
+        keys = (MASTER, *MOMENTS) if zero.steps_taken(engine) else (MASTER,)
+        pieces += [
+            Piece(key, _label(name, fragment.name), fragment.start, fragment.read(key))
+            for fragment in zero.fragments(engine)
+            for key in keys
+        ]
+    for follower in kept.followers:
+        pieces += follower.pieces()
+    return pieces + [Piece(WHOLE, name, 0, tensor.flatten()) for name, tensor in kept.whole.items() if world.is_first()]
 
 
-def _state(step: int, engine: Any, config: Config) -> State:
-    trainable = (item for item in engine.module.named_parameters() if item[1].requires_grad)
+def _label(engine: str, parameter: str) -> str:
+    """The main engine's parameters have their own names, those of another engine its name before theirs."""
+    return parameter if engine == MAIN else f"{engine}/{parameter}"
+
+
+def _state(step: int, kept: Kept, config: Run) -> State:
+    trainable = (item for item in kept.engines[MAIN].module.named_parameters() if item[1].requires_grad)
     shapes = {name: list(zero.full_shape(parameter)) for name, parameter in trainable}
-    return State(step, zero.steps_taken(engine), world.world_size(), fingerprint(config), shapes)
+    steps = {name: zero.steps_taken(engine) for name, engine in kept.engines.items()}
+    return State(step, steps, world.world_size(), fingerprint(config), shapes)
 
 
-def _finish(draft: Path, final: Path, state: State, config: Config) -> None:
+def _finish(draft: Path, final: Path, state: State, config: Run) -> None:
     (draft / "config.yaml").write_text(to_yaml(config))
     (draft / "state.json").write_text(json.dumps(asdict(state)))
     for name in ("config.yaml", "state.json"):

@@ -1,6 +1,6 @@
 """What watches a run from beside, put together: none of it changes a step, or waits for the device between reports.
 
-with watching(config, parts, run_dir, first_step, say=reporter.say) as instruments:
+with watching(training, run_dir, first_step, say=reporter.say) as instruments:
     instruments.window.before(step)         # profiler window; and .after(step)
     with instruments.phases("data"): ...
     instruments.read(done, num_steps=10)    # {"phase/trunk_ms": ..., "straggler/rank": ..., "comm/all_gather_mb": ...,
@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import Config
-from engine.assemble import Assembly, resolve_compile
+from engine.assemble import resolve_compile
 from engine.energy import Energy, metered
 from engine.rank_memory import report as memory_of_ranks
 from engine.timing import report as phase_times
 from engine.traffic import Traffic, counting
+from engine.training import Training
 from engine.utilisation import Utilisation, utilisation
 from model.objectives.comm import Comm
 from profiling.phases import Phases
@@ -47,20 +47,18 @@ class Instruments:
 
 
 @contextmanager
-def watching(
-    config: Config, parts: Assembly, run_dir: Path, first_step: int, say: Callable[[str], None]
-) -> Iterator[Instruments]:
+def watching(training: Training, run_dir: Path, first_step: int, say: Callable[[str], None]) -> Iterator[Instruments]:
     """Starts the instruments, says what is measured and against what, and ends them. A collective."""
-    student = parts.engine.module
-    use = utilisation(config, student.rows, student.trunk.blocks[0].attn.backend, parts.device)
+    config, comm, phases = training.config, training.comm, training.phases
+    use = utilisation(training)
     say(f"compute: {use}")
-    if parts.comm.rank == 0:
-        machine = use.machine(parts.comm.world_size, resolve_compile(config, parts.device)[0])
+    if comm.rank == 0:
+        machine = use.machine(comm.world_size, resolve_compile(config, training.device)[0])
         (run_dir / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
     with (
-        Window(config, parts.phases, run_dir, parts.comm.rank) as window,
-        metered(parts.device, config.batch.clip, first_step, say) as energy,
+        Window(config, phases, run_dir, comm.rank) as window,
+        metered(training.device, config.samples_per_step, first_step, say) as energy,
         counting() as traffic,
     ):
-        parts.phases.read()  # what came before belongs to no step
-        yield Instruments(parts.comm, parts.phases, window, use, energy, traffic)
+        phases.read()  # what came before belongs to no step
+        yield Instruments(comm, phases, window, use, energy, traffic)

@@ -19,7 +19,7 @@ import signal  # noqa: E402
 import time  # noqa: E402
 from typing import Any, NoReturn  # noqa: E402
 
-from configs import Config, UserError, load_config  # noqa: E402
+from configs import Config, Run, UserError, load_run  # noqa: E402
 from configs.ds import load_ds_config  # noqa: E402
 
 FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
@@ -36,7 +36,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line. `--local_rank` is what the DeepSpeed launcher adds."""
     parser = _Parser(
         prog="deepspeed engine/launch.py",
-        description="Pre-train a visual tokenizer (VTP): clip + ssl + rec in one step.",
+        description="Pre-train a visual tokenizer (VTP): clip + ssl + rec in one step; or what its config says.",
     )
     parser.add_argument("--config", required=True, help="a preset, for example configs/demo.yaml")
     parser.add_argument(
@@ -56,20 +56,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def preflight(options: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
+def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any]]:
     """The resolved config and DeepSpeed dictionary, everything checked that needs no model and no pixels."""
-    config, world_size = load_config(options.config, options.overrides), int(os.environ.get("WORLD_SIZE", 1))
+    config, world_size = load_run(options.config, options.overrides), int(os.environ.get("WORLD_SIZE", 1))
     ds_config = load_ds_config(options.ds_config, config, world_size)
     _require_profiled_ranks(config, world_size)
-    from data.storage import expand
-
-    expand(config.data.train, config.system.loader.cache_dir)
-    _require_perceptual_weights(config)
+    if isinstance(config, Config):
+        config = _check_pretraining(config, options.resume)
     from engine.archive import check_start, run_directory  # imports torch: after what needs milliseconds
-    from engine.initial import pinned
 
     _require_writable(run_directory(config))
-    config = pinned(config, options.resume)
     check_start(config, options.resume, tuple(filter(None, options.allow_change.split(","))))
     return config, ds_config
 
@@ -84,7 +80,7 @@ def main(arguments: list[str]) -> int:
         return _refuse(error, int(os.environ.get("RANK", 0)))
 
 
-def _train(config: Config, ds_config: dict[str, Any], resume: bool) -> int:
+def _train(config: Run, ds_config: dict[str, Any], resume: bool) -> int:
     from engine import run, world
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, also where no launcher has set it
@@ -93,6 +89,17 @@ def _train(config: Config, ds_config: dict[str, Any], resume: bool) -> int:
         return run.train(config, ds_config, comm, resume)
     finally:
         world.stop()
+
+
+def _check_pretraining(config: Config, resume: bool) -> Config:
+    """The config with init's digest filled in; its files are there."""
+    from data.storage import expand
+
+    expand(config.data.train, config.system.loader.cache_dir)
+    _require_perceptual_weights(config)
+    from engine.initial import pinned
+
+    return pinned(config, resume)
 
 
 def _require_perceptual_weights(config: Config) -> None:
@@ -106,7 +113,7 @@ def _require_perceptual_weights(config: Config) -> None:
         )
 
 
-def _require_profiled_ranks(config: Config, world_size: int) -> None:
+def _require_profiled_ranks(config: Run, world_size: int) -> None:
     missing = [rank for rank in config.profile.ranks if rank >= world_size]
     if missing:
         raise UserError(

@@ -12,7 +12,7 @@ import time
 import torch
 from torch import Tensor
 
-from engine.step import StepRecord
+from engine.training import Record
 from engine.utilisation import Utilisation
 from model.objectives.comm import Comm
 
@@ -29,7 +29,8 @@ class Meter:
         self._total_steps, self._samples_per_step = total_steps, samples_per_step
         self._sums: dict[str, Tensor] = {}
         self._schedule: dict[str, float] = {}
-        self._count, self._saved = 0, 0.0
+        self._counted: dict[str, float] = {}
+        self._count = 0
         self._since = time.perf_counter()
 
     @property
@@ -37,7 +38,7 @@ class Meter:
         """Steps since the last read."""
         return self._count
 
-    def add(self, record: StepRecord) -> None:
+    def add(self, record: Record) -> None:
         """Adds a step's losses to the running sums; no sync."""
         terms = record.losses | {"grad_norm": torch.as_tensor(record.grad_norm)}
         for name, value in terms.items():
@@ -45,7 +46,8 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._schedule = record.schedule
         self._count += 1
-        self._saved += record.caption_tokens_saved
+        for name, number in record.counted.items():
+            self._counted[name] = self._counted.get(name, 0.0) + number
 
     def read(self, step: int, waited_seconds: float) -> dict[str, float]:
         """The report at `step` finished steps, and a new start. A collective; waits for the device once.
@@ -68,10 +70,11 @@ class Meter:
             "speed/samples_per_second": self._samples_per_step / per_step,
             "speed/step_ms": 1000 * per_step,
             "speed/data_wait_share": min(1.0, longest_wait / seconds),
-            "speed/caption_tokens_saved": self._saved / self._count,
             "speed/seconds_left": (self._total_steps - step) * per_step,
         }
+        counted = {name: number / self._count for name, number in self._counted.items()}
+        values |= counted
         if self._utilisation:
-            values |= self._utilisation.values(per_step, self._saved / self._count)
-        self._sums, self._count, self._saved, self._since = {}, 0, 0.0, time.perf_counter()
+            values |= self._utilisation.values(per_step, counted)
+        self._sums, self._counted, self._count, self._since = {}, {}, 0, time.perf_counter()
         return values

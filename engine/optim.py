@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs import Config, UserError
+from configs import Run, UserError
 from configs.ds import offloads_optimizer
 from configs.learning import Optim
 from configs.load import one_line
@@ -36,7 +36,7 @@ class Choice:
     reason: str
 
 
-def resolve(config: Config, ds_config: dict[str, Any], device: torch.device) -> Choice:
+def resolve(config: Run, ds_config: dict[str, Any], device: torch.device) -> Choice:
     """What system.optimizer means for this run. Raises UserError where it cannot be had."""
     name, is_lamb = config.system.optimizer, config.optim.kind == "lamb"
     states = torch.device("cpu") if offloads_optimizer(ds_config) else device  # where the step is computed

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from configs import Config, UserError
+from configs import Config, Run, UserError
 from configs.load import one_line
 from engine.zero import DTYPES
 from kernels.attention import resolve
@@ -48,7 +48,7 @@ def ran_out(error: BaseException | None) -> bool:
 class Memory:
     """A rank's account of its memory, drawn up when there is not enough."""
 
-    config: Config
+    config: Run
     ds_config: dict[str, Any]
     run_dir: Path
     rank: int
@@ -83,6 +83,8 @@ class Memory:
         return "\n".join([*lines, f"details: {self._place}"])
 
     def _predict(self) -> tuple[Footprint, list[Saving]]:
+        if not isinstance(self.config, Config):
+            raise UserError(f"memory is predicted for pre-training, this run is of kind {self.config.kind}")
         backend = resolve(self.config.system.attention, self.device, DTYPES[self.config.optim.precision]).name
         attention = backend if backend in DENSE else "sdpa"
         case = (self.config, self.ds_config, self.world_size, attention, self.device.type)

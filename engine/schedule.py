@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 
-from configs import Config
+from configs import Config, Run
 
 
-def learning_rate(step: int, config: Config) -> float:
+def learning_rate(step: int, config: Run) -> float:
     """Linear warm-up, then cosine to final_lr. The peak scales with the square root of the batch [D of OpenCLIP]."""
     optim = config.optim
-    peak = optim.lr * math.sqrt(config.batch.clip / optim.lr_batch)
+    peak = optim.lr * math.sqrt(config.samples_per_step / optim.lr_batch)
     warmup = max(1, round(optim.warmup * optim.steps))
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -36,7 +36,7 @@ class StepRecord:
     losses: dict[str, Tensor]  # every named term, detached scalars on the device: this rank's mean
     schedule: dict[str, float]  # learning rate, teacher momentum and temperature of this step
     grad_norm: float | Tensor  # of the averaged gradient before clipping; the same on every rank
-    caption_tokens_saved: float  # share of token slots that packing left out; with micro-batches, of the shared one
+    counted: dict[str, float]  # caption_tokens_saved: share of token slots that packing left out; of the shared part
     outputs: Outputs
     centres: Centres | None  # for the next step
 
@@ -66,7 +66,7 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
         losses=losses.named(),
         schedule={"learning_rate": rate, "teacher_momentum": momentum, "teacher_temperature": temperature},
         grad_norm=parts.engine.get_global_grad_norm(),
-        caption_tokens_saved=inputs["captions"].saved(cache.shared.captions),
+        counted={"speed/caption_tokens_saved": inputs["captions"].saved(cache.shared.captions)},
         outputs=outputs,
         centres=losses.centres,
     )

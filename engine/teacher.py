@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine import zero
-from engine.pieces import MASTER
+from engine import world, zero
+from engine.pieces import MASTER, TEACHER, Piece, Pieces
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,16 @@ class Teacher:
                 average.lerp_(student.float(), 1.0 - momentum)
         self._publish()
 
+    def pieces(self) -> list[Piece]:
+        """This rank's averages, to be written; under ZeRO-1 and 2, whole on every rank, the first rank's."""
+        own = [pair for pair in self.pairs if zero.is_partitioned(pair.teacher) or world.is_first()]
+        return [Piece(TEACHER, pair.name, pair.start, pair.average) for pair in own]
+
     @torch.no_grad()
-    def restore(self, averages: dict[str, Tensor]) -> None:
-        """Sets this rank's averages by name, as a checkpoint gives them."""
+    def restore(self, pieces: Pieces) -> None:
+        """Sets this rank's averages, as a checkpoint has them."""
         for pair in self.pairs:
-            pair.average.copy_(averages[pair.name])
+            pair.average.copy_(pieces.read(TEACHER, pair.name, pair.start, pair.average.numel()))
         self._publish()
 
     def _student(self, pair: Pair) -> Tensor:

@@ -1,6 +1,7 @@
 """Which parts of a step are which phase, and what a report says of them.
 
-    time_parts(phases, engine, teacher)             # once assembled: hooks on the model's children, wrapped calls
+    time_children(phases, engine.module, {"trunk": "trunk"})       # once assembled: hooks on the model's children
+    time_calls(phases, engine)                                     # and wrapped calls
     report(phases, comm)                            # {"phase/trunk_ms": 81.2, ..., "straggler/rank": 1.0, ...}
 
 | phase | what is timed |
@@ -24,18 +25,16 @@ wait for the slow one, so the rank with the most own time is the one that holds 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine import zero
-from engine.teacher import Teacher
 from model.objectives.comm import Comm
 from profiling.phases import PHASES, Phases
 
-CHILDREN = {"teacher": "teacher", "trunk": "trunk", "text": "text", "decoder": "decoder"}
-CHILDREN |= dict.fromkeys(("bottleneck", "clip", "prototypes"), "heads")
 NOT_OWN = ("all_gather", "reduce_scatter", "all_reduce", "report")
 
 
@@ -66,19 +65,23 @@ class TimedComm:
             return self._comm.all_max(x)
 
 
-def time_parts(phases: Phases, engine: Any, teacher: Teacher | None) -> None:
-    """Makes phases of the model's children and of what engine and teacher do. After `zero.start`: its hooks, which
-    gather a child's parameters, stay outside ours, and blocks, which are compiled, get none."""
-    for name, phase in CHILDREN.items():
-        child = getattr(engine.module, name)
+def time_children(phases: Phases, model: nn.Module, children: Mapping[str, str]) -> None:
+    """Makes phases of the forwards of the model's children: name -> phase.
+
+    After `zero.start`: its hooks, which gather a child's parameters, stay outside ours; compiled blocks get none.
+    """
+    for name, phase in children.items():
+        child = getattr(model, name)
         if child is not None:
             _time_forward(phases, phase, child)
+
+
+def time_calls(phases: Phases, engine: Any) -> None:
+    """Makes phases of what an engine does: backward, step, and the collectives in them."""
     phases.wrap("backward", engine, "backward")
     phases.wrap("optimizer", engine, "step")
     for phase, owner, method in zero.collectives(engine):
         phases.wrap(phase, owner, method)
-    if teacher is not None:
-        phases.wrap("ema", teacher, "follow")
 
 
 def report(phases: Phases, comm: Comm) -> dict[str, float]:

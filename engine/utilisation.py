@@ -4,9 +4,9 @@
     speed/mfu               the same as a share of the peak
     speed/hfu               with what checkpointing, gradient cache and losses compute again
 
-    use = utilisation(config, rows, backend="sdpa", device=torch.device("cuda", 0))
-    str(use)                                         # 4,012.34 GFLOP a step and rank ...; MFU against ...
-    use.values(seconds=0.5, captions_saved=0.7)      # {"speed/tflops_per_rank": 7.9, "speed/mfu": 0.008, ...}
+    use = utilisation(training)
+    str(use)                                 # 4,012.34 GFLOP a step and rank ...; MFU against ...
+    use.values(seconds=0.5, counted={...})   # {"speed/tflops_per_rank": 7.9, "speed/mfu": 0.008, ...}
 
 The peak is that of the precision of the blocks' products: FP8's with FP8 in the blocks, although other products stay
 in bf16. On a CPU it is measured, before the first step and by all ranks at once, as they will share the machine; so is
@@ -15,38 +15,32 @@ the bandwidth of its memory, which no figure of the log needs, but the report's 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from configs import Config
-from model.rows import Rows
+from configs import Run
+from engine.training import Training
 from profiling.flops import StepFlops
 from profiling.peaks import Bandwidth, Peak, bandwidth, measured_bandwidth, measured_peak, peak
-from profiling.step_flops import step_flops
 
 
 @dataclass(frozen=True)
 class Utilisation:
     """Of one rank. `peak` is None on a device that nobody has stated one for."""
 
-    config: Config
-    rows: Rows
+    precision: str  # of the blocks' products
     backend: str  # of attention, resolved
-    device: torch.device
+    flops: Callable[[Mapping[str, float]], StepFlops]  # Training.flops
     peak: Peak | None
     bandwidth: Bandwidth | None
     device_name: str
 
-    def flops(self, captions_saved: float) -> StepFlops:
-        """Of a step whose captions left out this share of their slots (PackedCaptions.saved)."""
-        tokens = (1 - captions_saved) * self.rows.clip * self.config.model.text.context
-        return step_flops(self.config, self.rows, tokens, backend=self.backend, device=self.device.type)
-
-    def values(self, seconds: float, captions_saved: float) -> dict[str, float]:
-        """For a report on steps of so many seconds."""
-        step = self.flops(captions_saved)
+    def values(self, seconds: float, counted: Mapping[str, float]) -> dict[str, float]:
+        """For a report on steps of so many seconds, of which the host counted so much."""
+        step = self.flops(counted)
         found = {"speed/tflops_per_rank": step.model_flops / seconds / 1e12}
         if self.peak:
             possible = seconds * self.peak.flops_per_second
@@ -68,22 +62,24 @@ class Utilisation:
         }
 
     def __str__(self) -> str:
-        flops = step_flops(self.config, self.rows, backend=self.backend, device=self.device.type).model_flops
-        step = f"{flops / 1e9:,.2f} GFLOP a step and rank before captions are packed"
+        step = f"{self.flops({}).model_flops / 1e9:,.2f} GFLOP a step and rank (captions before packing)"
         if self.peak is None:
-            return f"{step}; no MFU: no data sheet's {_precision(self.config)} peak is known for {self.device_name}"
+            return f"{step}; no MFU: no data sheet's {self.precision} peak is known for {self.device_name}"
         memory = f"; memory {self.bandwidth}" if self.bandwidth else ""
         return f"{step}; MFU against {self.peak}{memory}"
 
 
-def utilisation(config: Config, rows: Rows, backend: str, device: torch.device) -> Utilisation:
-    """For a run on `device`; a CPU's peak and bandwidth are measured now, on the threads that torch has now."""
+def utilisation(training: Training) -> Utilisation:
+    """Of an assembled training; a CPU's peak and bandwidth are measured now, on the threads that torch has now."""
+    config, device = training.config, training.device
+    precision = _precision(config)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return Utilisation(config, rows, backend, device, peak(name, _precision(config)), bandwidth(name), name)
-    best, memory = measured_peak(config.optim.precision), measured_bandwidth()
-    return Utilisation(config, rows, backend, device, best, memory, device.type)
+        best, memory = peak(name, precision), bandwidth(name)
+    else:
+        name, best, memory = device.type, measured_peak(config.optim.precision), measured_bandwidth()
+    return Utilisation(precision, training.backend, training.flops, best, memory, name)
 
 
-def _precision(config: Config) -> str:
+def _precision(config: Run) -> str:
     return config.optim.precision if config.system.linear == "bf16" else "fp8"

@@ -20,7 +20,8 @@ from rich.progress import track
 from torch import Tensor
 
 from configs import UserError
-from configs.schema import Data, System
+from configs.data import Data
+from configs.system import System
 from data.held_out import HeldOut
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
 

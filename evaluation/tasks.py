@@ -18,7 +18,8 @@ import torch
 from rich.progress import track
 
 from configs import UserError
-from configs.schema import Data, System
+from configs.data import Data
+from configs.system import System
 from data.held_out import HeldOut
 from engine import world
 from evaluation.agreement import with_one_answer

@@ -32,7 +32,7 @@ from torch import nn
 
 from configs import Config, UserError
 from configs.ds import zero_stage
-from configs.schema import System
+from configs.system import System
 from engine.assemble import LEAVES
 from engine.optim import parameter_groups
 from model.pretrainer import Pretrainer, head_width

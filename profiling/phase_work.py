@@ -24,11 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from configs import Config
 from configs.ds import offloads_optimizer, zero_stage
 from data.batch import Batch
-from engine.assemble import LEAVES
+from engine.assemble import CHILDREN, LEAVES
 from engine.drop_path import drop_path
 from engine.grad_cache import GradientCache
 from engine.recompute import recompute_blocks
-from engine.timing import CHILDREN
 from engine.zero import DTYPES
 from model.captions import PackedCaptions, pack_captions, row_width
 from model.objectives.perceptual import Perceptual

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 import configs
 from configs import Config, UserError
 from configs.architecture import Text, Vit
-from configs.ds import check_world, complete
+from configs.ds import complete
 from model.rows import Rows
 from profiling.communication import Collective, predict
 from profiling.elementwise import kept_bytes
@@ -172,7 +172,7 @@ def search(config: Config, cluster: Cluster, samples: float, is_exhaustive: bool
     Micro-batches and activation checkpointing buy memory with time: unless `is_exhaustive`, more of them is tried only
     where it could help. Raises UserError where the GPUs do not divide the config's batches and streams.
     """
-    check_world(config, cluster.gpus)
+    config.check_world(cluster.gpus)
     planner = _Planner(config, cluster, samples)
     plans = [plan for stage in STAGES for plan in planner.climb(stage, is_exhaustive)]
     return sorted(plans, key=lambda plan: (not plan.fits, plan.time.seconds if plan.fits else plan.memory))

@@ -27,7 +27,7 @@ from types import TracebackType
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from configs import Config
+from configs import Run
 from profiling.phases import Phases
 
 ROWS = 40  # of the operator table
@@ -36,7 +36,7 @@ ROWS = 40  # of the operator table
 class Window:
     """The window of one rank; a context, so that one that is open when the run ends is written too."""
 
-    def __init__(self, config: Config, phases: Phases, run_dir: Path, rank: int) -> None:
+    def __init__(self, config: Run, phases: Phases, run_dir: Path, rank: int) -> None:
         is_recorded = config.profile.steps is not None and rank in config.profile.ranks
         self._first, self._end = config.profile.span if is_recorded else (0, 0)
         self._phases, self._run_dir, self._rank = phases, run_dir, rank

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from configs import Config
 from configs.architecture import Text, Vit
-from configs.schema import System
+from configs.system import System
 from kernels.fp8 import Linears
 from model.block import swiglu_hidden
 from model.describe import count_parameters, step_layout

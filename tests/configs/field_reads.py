@@ -9,19 +9,19 @@ their annotations, names by what they are assigned, attributes of our own classe
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args, get_origin
 
-from configs import architecture, data, learning, schema, system
+from configs import architecture, data, learning, run, schema, system
 from configs.section import Section
 
-_HOMES = (schema, architecture, data, learning, system)
+_HOMES = (run, schema, architecture, data, learning, system)
 SECTIONS = {
     name: kind
     for home in _HOMES
     for name, kind in vars(home).items()
-    if isinstance(kind, type) and issubclass(kind, Section)
+    if isinstance(kind, type) and issubclass(kind, Section) and kind.__name__ == name  # not under a second name
 }
 Kind: TypeAlias = str  # "configs.schema.Views", or "data.loader.Loader" for a class of ours
 Names: TypeAlias = dict[str, Kind]
@@ -30,8 +30,14 @@ _SCHEMA = "configs.schema"  # every section goes by this module, wherever it is 
 
 
 def all_fields() -> set[tuple[str, str]]:
-    """(section, field) of the whole schema."""
-    return {(name, field) for name, kind in SECTIONS.items() for field in kind.model_fields}
+    """(section, field) of the whole schema, each under the section that declares it; less the fields that have one
+    value: they tell sections apart, and the schema itself reads them."""
+    return {
+        (name, field)
+        for name, kind in SECTIONS.items()
+        for field, info in kind.model_fields.items()
+        if field in vars(kind)["__annotations__"] and not _has_one_value(info.annotation)
+    }
 
 
 def read_fields(root: Path, places: tuple[str, ...]) -> set[tuple[str, str]]:
@@ -62,6 +68,10 @@ def _schema_members() -> dict[Kind, Names]:
     return members
 
 
+def _has_one_value(annotation: object) -> bool:
+    return get_origin(annotation) is Literal and len(get_args(annotation)) == 1
+
+
 class _Reader(ast.NodeVisitor):
     """One pass over one module; learns `members` of classes and adds to `found`."""
 
@@ -77,6 +87,8 @@ class _Reader(ast.NodeVisitor):
         for line in node.body:
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
                 self._bind(fields, line.target.id, self._annotated(line.annotation))
+            elif isinstance(line, ast.FunctionDef) and line.decorator_list:  # a property
+                self._bind(fields, line.name, self._annotated(line.returns))
         self._inside(node, {"self": own})
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -121,7 +133,7 @@ class _Reader(ast.NodeVisitor):
     def _mark(self, kind: Kind | None, field: str) -> None:
         module, _, section = (kind or "").rpartition(".")
         if module == _SCHEMA and field in SECTIONS[section].model_fields:
-            self.found.add((section, field))
+            self.found |= {(kind.__name__, field) for kind in SECTIONS[section].__mro__ if field in _declared(kind)}
 
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
@@ -150,6 +162,11 @@ class _Reader(ast.NodeVisitor):
         if isinstance(node, ast.BinOp):
             return self._annotated(node.left) or self._annotated(node.right)
         return self.classes.get(node.id) if isinstance(node, ast.Name) else None
+
+
+def _declared(kind: type) -> Container[str]:
+    annotations: Container[str] = vars(kind).get("__annotations__", ())
+    return annotations
 
 
 def _class_names(module: str, tree: ast.Module) -> Iterator[tuple[str, Kind]]:

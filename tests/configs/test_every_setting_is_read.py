@@ -36,5 +36,5 @@ def test_only_what_holds_a_section_counts_as_reading(tmp_path: Path) -> None:
         "    for key in ('rec', 'ssl'):\n"
         "        print(getattr(step.optim, 'steps'), key)\n"
     )
-    expected = {("Config", "optim"), ("Optim", "lr"), ("Optim", "steps")}
+    expected = {("Run", "optim"), ("Optim", "lr"), ("Optim", "steps")}
     assert read_fields(tmp_path, ("engine",)) == expected

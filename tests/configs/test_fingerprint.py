@@ -21,6 +21,8 @@ S = typing.TypeVar("S", bound=Section)
 def variants(section: S, prefix: str = "") -> Iterator[tuple[str, S]]:
     """(dotted key, the same section with that one setting changed), for every setting of the schema."""
     for name, field in type(section).model_fields.items():
+        if name == "kind":
+            continue  # another kind has another schema
         value = getattr(section, name)
         if isinstance(value, Section):
             for key, changed in variants(value, f"{prefix}{name}."):
@@ -71,8 +73,8 @@ def test_name_and_system_change_nothing() -> None:
 
 def test_a_change_tells_both_values() -> None:
     assert science_changes(CONFIG, tiny_config("optim.lr=2e-3", "batch.rec=12")) == [
-        "batch.rec: 6 -> 12",
         "optim.lr: 0.001 -> 0.002",
+        "batch.rec: 6 -> 12",
     ]
 
 

@@ -145,7 +145,7 @@ def write_checkpoint(run_dir: Path) -> None:
     step.mkdir(parents=True)
     (run_dir / "checkpoints" / "latest").write_text(step.name)
     (step / "config.yaml").write_text(to_yaml(config))
-    state = State(step=3, optimizer_steps=3, world_size=1, fingerprint=fingerprint(config), shapes={})
+    state = State(step=3, optimizer_steps={"model": 3}, world_size=1, fingerprint=fingerprint(config), shapes={})
     (step / "state.json").write_text(json.dumps(asdict(state)))
 
 

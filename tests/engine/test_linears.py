@@ -18,6 +18,7 @@ from kernels.fp8 import E4M3, E5M2
 from model.block import Block
 from model.initialise import initialise
 from model.objectives.comm import Comm
+from model.objectives.total import Centres
 from model.pretrainer import Pretrainer
 from model.rows import Rows
 from model.text import TextBlock
@@ -101,7 +102,7 @@ def train_both_ways(comm: Comm, root: str) -> dict[str, Any]:
         parts = ranks.build(config, comm, "zero3")
         with float8_products() as products:
             first, centres = ranks.run_steps(parts, config, comm, 0, 10)
-        checkpoint.save(Path(root) / kind, 10, parts.engine, parts.teacher, centres, config)
+        checkpoint.save(Path(root) / kind, 10, parts.kept(centres), config)
         half = ranks.outcome(parts, first)
         rest, _ = ranks.run_steps(parts, config, comm, 10, 20, centres)
         found[kind] = {"losses": first + rest, "half": half, "products": products, "choice": parts.choices["linear"]}
@@ -109,9 +110,9 @@ def train_both_ways(comm: Comm, root: str) -> dict[str, Any]:
         config = kinds[kind]
         parts = ranks.build(config, comm, "zero3")
         archive.check_science(archive.find(Path(root) / other), config)
-        state, centres = checkpoint.load(archive.find(Path(root) / other), parts.engine, parts.teacher)
+        state, whole = checkpoint.load(archive.find(Path(root) / other), parts.kept(parts.centres))
         loaded = ranks.outcome(parts, [])
-        rest, _ = ranks.run_steps(parts, config, comm, state.step, 20, centres)
+        rest, _ = ranks.run_steps(parts, config, comm, state.step, 20, Centres(**whole) if whole else None)
         found[kind] |= {"loaded": loaded, "resumed": rest}
     return found
 

@@ -103,15 +103,15 @@ def test_savings_are_what_the_changed_run_is_predicted_to_need() -> None:
 
 
 @pytest.mark.usefixtures("advised")
-def test_a_step_of_a_run_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_a_run_is_explained(tmp_path: Path) -> None:
     def no_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(run, "train_step", no_memory)
     window = SimpleNamespace(before=lambda step: None)
     instruments = SimpleNamespace(use=None, window=window, phases=lambda name: nullcontext())
-    loader: Any = SimpleNamespace(iterate=lambda first: iter([None]))
-    nobody: Any = SimpleNamespace(comm=Solo())
-    looped = run.Run(CONFIG, nobody, loader, nobody, nobody, instruments, memory(tmp_path), tmp_path)  # type: ignore
+    nobody: Any = SimpleNamespace()
+    batches = lambda first: iter([None])  # noqa: E731
+    training: Any = SimpleNamespace(config=CONFIG, comm=Solo(), step=no_memory, batches=batches)
+    looped = run.Loop(training, nobody, nobody, instruments, memory(tmp_path), tmp_path)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="in step 4: CUDA out of memory"):
-        looped.go(4, None)
+        looped.go(4)

@@ -29,7 +29,7 @@ def record(total: float, accuracy: float = 0.5, saved: float = 0.5) -> StepRecor
         losses={"total": torch.tensor(total), "clip_accuracy": torch.tensor(accuracy)},
         schedule={"learning_rate": 0.1},
         grad_norm=torch.tensor(2.0, dtype=torch.float64),
-        caption_tokens_saved=saved,
+        counted={"speed/caption_tokens_saved": saved},
         outputs=Outputs(None, None, None),
         centres=None,
     )

@@ -8,6 +8,7 @@ import torch
 from configs import Config
 from engine import archive, checkpoint
 from model.objectives.comm import Comm
+from model.objectives.total import Centres
 from model.weights import read_weights
 from tests.engine import ranks
 from tests.harness import run_ranks
@@ -22,7 +23,7 @@ def train_and_save(comm: Comm, config: Config, stage: str, plan: dict[str, int])
     for root, last in plan.items():
         parts = ranks.build(config, comm, stage)
         losses, centres = ranks.run_steps(parts, config, comm, 0, last)
-        checkpoint.save(Path(root), last, parts.engine, parts.teacher, centres, config)
+        checkpoint.save(Path(root), last, parts.kept(centres), config)
         results.append(ranks.outcome(parts, losses))
     return results
 
@@ -32,7 +33,8 @@ def resume(comm: Comm, config: Config, stage: str, root: Path, last: int, times:
     results = []
     for _ in range(times):
         parts = ranks.build(config, comm, stage)
-        state, centres = checkpoint.load(archive.find(root), parts.engine, parts.teacher)
+        state, whole = checkpoint.load(archive.find(root), parts.kept(parts.centres))
+        centres = Centres(**whole) if whole else None
         losses, _ = ranks.run_steps(parts, config, comm, state.step, last, centres)
         results.append(ranks.outcome(parts, losses))
     return results

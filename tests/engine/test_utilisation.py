@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from engine.utilisation import Utilisation, utilisation
 from model.objectives.comm import Solo
 from model.outputs import Outputs
 from model.rows import Rows
+from profiling.flops import StepFlops
 from profiling.peaks import Peak
 from profiling.step_flops import step_flops
 from tests.tiny import tiny_config
@@ -22,13 +26,19 @@ CONFIG = tiny_config()
 ROWS = Rows.per_rank(CONFIG, 2)
 
 
+def flops(counted: Mapping[str, float]) -> StepFlops:
+    """Half of what is counted is saved."""
+    tokens = (1 - counted.get("saved", 0.0)) * ROWS.clip * CONFIG.model.text.context
+    return step_flops(CONFIG, ROWS, tokens)
+
+
 def use(peak: Peak | None) -> Utilisation:
-    return Utilisation(CONFIG, ROWS, "sdpa", torch.device("cpu"), peak, None, "NVIDIA Unheard Of")
+    return Utilisation("fp32", "sdpa", flops, peak, None, "NVIDIA Unheard Of")
 
 
 def test_the_share_is_flops_over_seconds_over_peak() -> None:
     flops = step_flops(CONFIG, ROWS, caption_tokens=0.5 * ROWS.clip * CONFIG.model.text.context)
-    values = use(Peak(1e12, "a test")).values(seconds=0.25, captions_saved=0.5)
+    values = use(Peak(1e12, "a test")).values(seconds=0.25, counted={"saved": 0.5})
     assert values["speed/tflops_per_rank"] == pytest.approx(4 * flops.model_flops / 1e12)
     assert values["speed/mfu"] == pytest.approx(4 * flops.model_flops / 1e12)
     assert values["speed/hfu"] == pytest.approx(4 * flops.hardware_flops / 1e12)
@@ -36,24 +46,24 @@ def test_the_share_is_flops_over_seconds_over_peak() -> None:
 
 
 def test_an_unknown_gpu_has_no_share_and_the_run_says_so() -> None:
-    assert set(use(None).values(1.0, 0.0)) == {"speed/tflops_per_rank"}
+    assert set(use(None).values(1.0, {})) == {"speed/tflops_per_rank"}
     assert "no MFU: no data sheet's fp32 peak is known for NVIDIA Unheard Of" in str(use(None))
 
 
 def test_a_report_has_the_share_of_its_own_steps() -> None:
     meter = Meter(Solo(), total_steps=4, samples_per_step=8, utilisation=use(Peak(1e12, "a test")))
     for saved in (0.2, 0.6):
-        meter.add(
-            StepRecord({"total": torch.tensor(1.0)}, {}, torch.tensor(1.0), saved, Outputs(None, None, None), None)
-        )
+        counted, nothing = {"saved": saved}, Outputs(None, None, None)
+        meter.add(StepRecord({"total": torch.tensor(1.0)}, {}, torch.tensor(1.0), counted, nothing, None))
     values = meter.read(2, waited_seconds=0.0)
-    needed = use(None).flops(captions_saved=0.4).model_flops
+    needed = use(None).flops({"saved": 0.4}).model_flops
     assert values["speed/mfu"] == pytest.approx(needed / (values["speed/step_ms"] / 1000) / 1e12)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the measured peak is then the GPU's")
 def test_a_cpu_is_held_against_its_own_products() -> None:
-    found = utilisation(CONFIG, ROWS, "sdpa", torch.device("cpu"))
+    training: Any = SimpleNamespace(config=CONFIG, device=torch.device("cpu"), backend="sdpa", flops=flops)
+    found = utilisation(training)
     assert found.peak is not None
     assert found.bandwidth is not None
     assert str(found).endswith(f"MFU against {found.peak}; memory {found.bandwidth}")

@@ -1,0 +1,20 @@
+"""Which training a config asks for.
+
+training = assemble(load_run("configs/demo.yaml"), ds_config, comm, run_dir, is_resumed=False)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from configs import Config, Run
+from engine.pretraining import pretraining
+from engine.training import Training
+from model.objectives.comm import Comm
+
+
+def assemble(config: Run, ds_config: dict[str, Any], comm: Comm, run_dir: Path, is_resumed: bool) -> Training:
+    """The training on this rank; a collective. With `is_resumed` the caller loads a checkpoint next."""
+    assert isinstance(config, Config), "there is no other kind"
+    return pretraining(config, ds_config, comm, run_dir, is_resumed)

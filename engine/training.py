@@ -1,0 +1,133 @@
+"""What a kind of run brings to the engine's one loop (engine/run.py), which knows nothing else of it.
+
+    training = engine.kinds.assemble(config, ds_config, comm, run_dir, resume)
+    for batch in training.batches(first_step=0):
+        record = training.step(batch)
+
+Pre-training a tokenizer is engine/pretraining.py. Batches, losses and pictures differ from kind to kind; reports,
+checkpoints, instruments, stopping and resuming are the same code for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from configs import Run
+from engine.pieces import Piece, Pieces
+from model.objectives.comm import Comm
+from profiling.flops import StepFlops
+from profiling.phases import Phases
+
+MAIN = "model"  # the engine whose weights the run is for
+
+
+class Record(Protocol):
+    """What one step leaves behind on this rank, for the meter and the guard."""
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Every named term, detached scalars on the device: this rank's mean. "total" is guarded."""
+        ...
+
+    @property
+    def schedule(self) -> dict[str, float]:
+        """Learning rate and the like of this step."""
+        ...
+
+    @property
+    def grad_norm(self) -> float | Tensor:
+        """Of the averaged gradient before clipping; the same on every rank."""
+        ...
+
+    @property
+    def counted(self) -> dict[str, float]:
+        """What the host knows without asking the device, by the report's names; reported as means."""
+        ...
+
+
+class Follower(Protocol):
+    """A running average of parameters: what of a run evolves beside its engines."""
+
+    def pieces(self) -> list[Piece]:
+        """This rank's share, to be written."""
+        ...
+
+    def restore(self, pieces: Pieces) -> None:
+        """This rank's share, from a checkpoint."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """All that evolves by itself, and hence all that a checkpoint holds; the rest is a function of the step."""
+
+    engines: Mapping[str, Any]  # DeepSpeed's, by name; MAIN is one of them
+    followers: Sequence[Follower] = ()
+    whole: Mapping[str, Tensor] = field(default_factory=dict)  # small, and the same on every rank
+
+
+class Training(Protocol):
+    """One kind of run, assembled on this rank. Methods are called on all ranks alike: each may be a collective."""
+
+    @property
+    def config(self) -> Run: ...
+    @property
+    def comm(self) -> Comm: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def phases(self) -> Phases: ...
+    @property
+    def choices(self) -> dict[str, str]:
+        """What every "auto" became, and why."""
+        ...
+
+    @property
+    def backend(self) -> str:
+        """Of attention, resolved."""
+        ...
+
+    def describe(self) -> str:
+        """What is trained, for a person."""
+        ...
+
+    def batches(self, first_step: int) -> Iterator[Any]:
+        """This rank's batches from `first_step` on, without end."""
+        ...
+
+    def step(self, batch: Any) -> Record:
+        """One optimizer step."""
+        ...
+
+    def flops(self, counted: Mapping[str, float]) -> StepFlops:
+        """Of one step of this rank, whose records had such means of `counted`; none: before any step."""
+        ...
+
+    def wait_seconds(self) -> float:
+        """What this rank waited for batches since this was last asked."""
+        ...
+
+    def health(self) -> dict[str, float]:
+        """What a report says beside losses and speed."""
+        ...
+
+    def pictures(self) -> dict[str, Tensor]:
+        """(3, height, width) in [0, 1] by name, of the last step; read on the first rank."""
+        ...
+
+    def kept(self) -> Kept:
+        """What a checkpoint saves and restores."""
+        ...
+
+    def restored(self, whole: Mapping[str, Tensor]) -> None:
+        """Engines and followers have been restored; `whole` is what Kept.whole was."""
+        ...
+
+    def close(self) -> None:
+        """Ends threads."""
+        ...
