@@ -79,10 +79,13 @@ class Attention(nn.Module):
         self.q_norm = RmsNorm(head_width) if vit.qk_norm else nn.Identity()
         self.k_norm = RmsNorm(head_width) if vit.qk_norm else nn.Identity()
 
-    def forward(self, x_TD: Tensor, rope_2TE: Tensor, segments: Segments) -> Tensor:
-        """(T, D) normed tokens -> (T, D), each from the tokens of its own segment; `rope_2TE` holds their positions."""
+    def forward(self, x_TD: Tensor, rope_2TE: Tensor | None, segments: Segments) -> Tensor:
+        """(T, D) normed tokens -> (T, D), each from the tokens of its own segment; `rope_2TE` holds their positions,
+        None where the tokens themselves do."""
         q_THE, k_THE, v_THE = self.qkv(x_TD).unflatten(1, (3, self.heads, -1)).unbind(1)
-        q_THE, k_THE = turn(self.q_norm(q_THE), rope_2TE), turn(self.k_norm(k_THE), rope_2TE)
+        q_THE, k_THE = self.q_norm(q_THE), self.k_norm(k_THE)
+        if rope_2TE is not None:
+            q_THE, k_THE = turn(q_THE, rope_2TE), turn(k_THE, rope_2TE)
         return self.proj(attend(q_THE, k_THE, v_THE, segments, backend=self.backend).flatten(1))
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Container, Iterator
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Literal, TypeAlias, get_args, get_origin
 
-from configs import architecture, data, learning, run, schema, system
+import configs
 from configs.section import Section
 
-_HOMES = (run, schema, architecture, data, learning, system)
+_HOMES = tuple(import_module(f"configs.{module.name}") for module in iter_modules(configs.__path__))
 SECTIONS = {
     name: kind
     for home in _HOMES

@@ -1,0 +1,84 @@
+"""The sections of a generator: a model of a tokenizer's latents, given a class.
+
+    Diffusion(width=768, depth=12, heads=12)                                   # LightningDiT-B/1
+    Diffusion(width=768, depth=12, heads=12, **SIT)                            # SiT-B/1
+    Diffusion(width=768, depth=12, heads=12, **DIT)                            # DiT-B/1
+
+*Science*: each of these changes results. Rules and tags as in configs/schema.py; here [P] is the paper of the kind
+named beside it: LightningDiT (arXiv 2501.01423), SiT (arXiv 2401.08740), DiT (arXiv 2212.09748).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from configs.section import Positive, Section, Share
+
+
+class Times(Section):
+    """Which times of the path are trained on; time 0 is noise, time 1 a latent."""
+
+    kind: Literal["logit_normal", "uniform"] = "logit_normal"  # LightningDiT [P]; DiT, SiT: uniform [P]
+    mean: float = 0.0  # of logit(time) [P]; VTP: -0.5 for the latents of S and B, -0.75 for L's
+    std: float = Field(1.0, gt=0)  # [P]; VTP: 1.25 and 1.0
+
+    @model_validator(mode="after")
+    def _uniform_has_no_shape(self) -> Times:
+        if self.kind == "uniform" and (self.mean, self.std) != (0, 1):
+            raise ValueError(
+                f"kind=uniform with mean={self.mean:g}, std={self.std:g}: only logit-normal times have them; remove "
+                "both, or set kind=logit_normal"
+            )
+        return self
+
+
+class Diffusion(Section):
+    """A transformer over latents that learns to undo noise; the defaults are LightningDiT's."""
+
+    model: Literal["diffusion"] = "diffusion"
+    width: Positive
+    depth: Positive
+    heads: Positive
+    patch: Positive = 1  # latents on a side of a token; 1 for 16-fold tokenizers [P]
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # hidden width * ratio * 2/3, or width * ratio; DiT, SiT: gelu [P]
+    mlp_ratio: float = Field(4.0, gt=0)  # [P]
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # DiT, SiT: layernorm, with nothing learnt [P]
+    qk_norm: bool = False  # off in the published B and XL; steadies half precision at long runs [P]
+    positions: Literal["rope", "sincos"] = "rope"  # DiT, SiT: fixed sines and cosines, added once [P]
+    objective: Literal["velocity", "noise"] = "velocity"  # straight path, its velocity; DiT: DDPM's noise [P]
+    direction: float = Field(1.0, ge=0)  # weight of 1 - cos(velocity, predicted) [P]; SiT: 0 [P]
+    times: Times = Times()
+    class_dropout: Share = 0.1  # classes hidden in training, for guidance without a classifier [P]
+
+    @model_validator(mode="after")
+    def _head_width(self) -> Diffusion:
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise ValueError(
+                f"width={self.width} over heads={self.heads}: the head width must be a multiple of 4 (positions turn "
+                "pairs on two axes); change width or heads"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_has_no_velocity(self) -> Diffusion:
+        if self.objective == "noise" and (self.direction or self.times.kind != "uniform"):
+            raise ValueError(
+                f"objective=noise with direction={self.direction:g}, times.kind={self.times.kind}: DDPM draws its "
+                "steps uniformly and predicts no velocity that had a direction; set direction=0 and "
+                "times.kind=uniform, or objective=velocity"
+            )
+        return self
+
+
+SIT: dict[str, Any] = {
+    "mlp": "gelu",
+    "norm": "layernorm",
+    "positions": "sincos",
+    "direction": 0.0,
+    "times": {"kind": "uniform"},
+}
+DIT: dict[str, Any] = {**SIT, "objective": "noise"}
+
+Generator: TypeAlias = Diffusion

@@ -1,0 +1,58 @@
+"""The random numbers of a step, made outside of the model: a pure function of (seed, step, position).
+
+A row's numbers depend on its global position and on nothing else in the batch. So a step is the same step on 1 rank and
+on 256, and after a resume; and two runs of equal seed meet equal noise, whatever their objective.
+
+    draws = draw(Needs(normals=64 * 16 * 16, uniforms=2), seed=0, step=7, positions=np.array([3, 5]))
+    draws.normal_BN      # (2, 16384) float32; row 0 is that of position 3 in any batch
+    draws.uniform_BU     # (2, 2) float32 in the open interval (0, 1)
+
+Philox is counter-based: the counter says which (step, position) this is, so no two of them share numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_NORMALS, _UNIFORMS = 0, 1  # streams: how many normals a row needs does not move its uniforms
+
+
+@dataclass(frozen=True)
+class Needs:
+    """How many numbers one row of a batch takes."""
+
+    normals: int
+    uniforms: int
+
+
+@dataclass(frozen=True)
+class Draws:
+    """(B, normals) of the standard normal distribution and (B, uniforms) of the open interval (0, 1); float32."""
+
+    normal_BN: Tensor
+    uniform_BU: Tensor
+
+    def to(self, device: torch.device | str) -> Draws:
+        """The same numbers on `device`."""
+        return Draws(*(t.to(device, non_blocking=True) for t in (self.normal_BN, self.uniform_BU)))
+
+
+def draw(needs: Needs, seed: int, step: int, positions: NDArray[np.int64]) -> Draws:
+    """The numbers of the rows at these global `positions` (B,) of step `step`; on the host."""
+    normal_BN = np.empty((len(positions), needs.normals), np.float32)
+    uniform_BU = np.empty((len(positions), needs.uniforms), np.float32)
+    for row, position in enumerate(positions.tolist()):
+        _stream(seed, step, position, _NORMALS).standard_normal(dtype=np.float32, out=normal_BN[row])
+        bits_U = _stream(seed, step, position, _UNIFORMS).integers(1 << 23, size=needs.uniforms)
+        uniform_BU[row] = (bits_U + 0.5) * 2.0**-23  # exact in float32, and neither 0 nor 1
+    return Draws(torch.from_numpy(normal_BN), torch.from_numpy(uniform_BU))
+
+
+def _stream(seed: int, step: int, position: int, purpose: int) -> np.random.Generator:
+    """The lowest word of the counter counts the numbers; the others say whose they are."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, position, step, purpose]))

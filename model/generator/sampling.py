@@ -1,0 +1,74 @@
+"""How latents are drawn from a trained generator, and which of the ways fit which generator.
+
+Sampling()                                                     # Euler, 250 steps, no guidance
+Sampling("euler", steps=250, timestep_shift=0.075)             # VTP's figures
+Sampling("dopri5", guidance=4.0, guidance_interval=(0.1, 1.0))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from configs import UserError
+
+Method = Literal["euler", "heun", "dopri5", "ddim", "ancestral"]
+STEPS = {"euler": 250, "heun": 125, "ddim": 250, "ancestral": 250}  # where none are asked for [P]
+DETERMINISTIC = ("euler", "heun", "dopri5", "ddim")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """`guidance` scales the step from the classless to the class's prediction; 1 is none.
+
+    Times run from 0, noise, to 1, a latent, whatever the generator's objective. Raises UserError for a setting that is
+    out of range or without effect.
+    """
+
+    method: Method = "euler"
+    steps: int | None = None  # None: STEPS; dopri5 chooses its own, held to rtol and atol
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which there is guidance
+    timestep_shift: float = 1.0  # t' = s t / (1 + (s - 1) t): below 1 more of the steps are near the noise
+    temperature: float = 1.0  # of the noise that "ancestral" adds
+    rtol: float = 1e-3
+    atol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance_interval
+        for is_right, found, rule in (
+            (self.method in get_args(Method), f"sampler={self.method}", f"it is one of {', '.join(get_args(Method))}"),
+            (self.steps is None or self.steps >= 1, f"steps={self.steps}", "there is at least one"),
+            (self.guidance >= 0, f"guidance={self.guidance:g}", "1 is none, larger is more"),
+            (0 <= low <= high <= 1, f"guidance interval={low:g}, {high:g}", "times low, high lie in 0 to 1"),
+            (self.timestep_shift > 0, f"timestep shift={self.timestep_shift:g}", "it is above 0"),
+            (self.temperature > 0, f"temperature={self.temperature:g}", "it is above 0"),
+            (self.rtol > 0 and self.atol > 0, f"rtol={self.rtol:g}, atol={self.atol:g}", "both are above 0"),
+        ):
+            if not is_right:
+                raise UserError(f"{found}: {rule}; change it")
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        if self.method == "dopri5" and self.steps is not None:
+            raise UserError(f"steps={self.steps} with sampler=dopri5: it chooses its steps by rtol; leave steps out")
+        if self.timestep_shift != 1 and self.method not in ("euler", "heun"):
+            raise UserError(
+                f"timestep shift={self.timestep_shift:g} with sampler={self.method}: only euler and heun have a grid "
+                "of times to shift; set it to 1"
+            )
+        if self.temperature != 1 and self.method in DETERMINISTIC:
+            raise UserError(
+                f"temperature={self.temperature:g} with sampler={self.method}: it adds no noise that a temperature "
+                "could scale; set it to 1"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a method that has a fixed number of them."""
+        return STEPS[self.method] if self.steps is None else self.steps
+
+    def guides(self, time: float) -> bool:
+        """Whether there is guidance at `time`."""
+        low, high = self.guidance_interval
+        return self.guidance != 1 and low <= time <= high
