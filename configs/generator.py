@@ -1,8 +1,13 @@
 """The sections of a generator: a model of a tokenizer's latents, given a class.
 
-    Diffusion(width=768, depth=12, heads=12)                                   # LightningDiT-B/1
-    Diffusion(width=768, depth=12, heads=12, **SIT)                            # SiT-B/1
-    Diffusion(width=768, depth=12, heads=12, **DIT)                            # DiT-B/1
+    LightningDiT-B/1    {model: diffusion, width: 768, depth: 12, heads: 12}
+    SiT-B/1             the same with {mlp: gelu, norm: layernorm, positions: sincos, direction: 0, times: {kind: uniform}}
+    DiT-B/1             SiT's with {objective: noise}
+
+    size     width/depth/heads
+    B        768/12/12 [P]
+    XL       1152/28/16 [P]
+    demo     192/6/3 [D]
 
 *Science*: each of these changes results. Rules and tags as in configs/schema.py; here [P] is the paper of the kind
 named beside it: LightningDiT (arXiv 2501.01423), SiT (arXiv 2401.08740), DiT (arXiv 2212.09748).
@@ -10,7 +15,7 @@ named beside it: LightningDiT (arXiv 2501.01423), SiT (arXiv 2401.08740), DiT (a
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -50,6 +55,7 @@ class Diffusion(Section):
     objective: Literal["velocity", "noise"] = "velocity"  # straight path, its velocity; DiT: DDPM's noise [P]
     direction: float = Field(1.0, ge=0)  # weight of 1 - cos(velocity, predicted) [P]; SiT: 0 [P]
     times: Times = Times()
+    time_scale: float = Field(1.0, gt=0)  # times 0 to 1 are multiplied by it before they are embedded; 1 [C]
     class_dropout: Share = 0.1  # classes hidden in training, for guidance without a classifier [P]
 
     @model_validator(mode="after")
@@ -63,22 +69,14 @@ class Diffusion(Section):
 
     @model_validator(mode="after")
     def _noise_has_no_velocity(self) -> Diffusion:
-        if self.objective == "noise" and (self.direction or self.times.kind != "uniform"):
+        found = (self.direction, self.times.kind, self.time_scale)
+        if self.objective == "noise" and found != (0, "uniform", 1):
             raise ValueError(
-                f"objective=noise with direction={self.direction:g}, times.kind={self.times.kind}: DDPM draws its "
-                "steps uniformly and predicts no velocity that had a direction; set direction=0 and "
-                "times.kind=uniform, or objective=velocity"
+                f"objective=noise with direction={found[0]:g}, times.kind={found[1]}, time_scale={found[2]:g}: DDPM "
+                "draws its steps uniformly, counts them from 0 to 999 and predicts no velocity that had a direction; "
+                "set direction=0, times.kind=uniform and time_scale=1, or objective=velocity"
             )
         return self
 
-
-SIT: dict[str, Any] = {
-    "mlp": "gelu",
-    "norm": "layernorm",
-    "positions": "sincos",
-    "direction": 0.0,
-    "times": {"kind": "uniform"},
-}
-DIT: dict[str, Any] = {**SIT, "objective": "noise"}
 
 Generator: TypeAlias = Diffusion

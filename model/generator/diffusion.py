@@ -48,7 +48,8 @@ class DiffusionGenerator(nn.Module):
             loss = F.mse_loss(self.backbone(x_BLhw, step_B, labels_B), noise_BLhw)
             return {"total": loss, "noise": loss}
         time_B = velocity.drawn_times(time_B, self.section.times)
-        predicted_BLhw = self.backbone(velocity.on_path(latents_BLhw, noise_BLhw, time_B), time_B, labels_B)
+        x_BLhw = velocity.on_path(latents_BLhw, noise_BLhw, time_B)
+        predicted_BLhw = self.backbone(x_BLhw, self.section.time_scale * time_B, labels_B)
         return velocity.velocity_terms(predicted_BLhw, latents_BLhw, noise_BLhw, self.section.direction)
 
     def sampling_needs(self, sampling: Sampling) -> Needs:
@@ -79,7 +80,7 @@ class DiffusionGenerator(nn.Module):
             return self._denoised(predict, noise_SBLhw, sampling)
 
         def field(x_BLhw: Tensor, time: float) -> Tensor:
-            return predict(x_BLhw, x_BLhw.new_full((len(x_BLhw),), time), time)
+            return predict(x_BLhw, x_BLhw.new_full((len(x_BLhw),), self.section.time_scale * time), time)
 
         if sampling.method == "dopri5":
             return ode.dopri5(field, noise_SBLhw[0], sampling.rtol, sampling.atol)
