@@ -1,13 +1,13 @@
 """The sections of a generator: a model of a tokenizer's latents, given a class.
 
-    LightningDiT-B/1    {model: diffusion, width: 768, depth: 12, heads: 12}
-    SiT-B/1             the same with {mlp: gelu, norm: layernorm, positions: sincos, direction: 0, times: {kind: uniform}}
-    DiT-B/1             SiT's with {objective: noise}
+    Diffusion(width=768, depth=12, heads=12)             # LightningDiT-B/1: {width: 768, depth: 12, heads: 12} in YAML
+    Diffusion(width=768, depth=12, heads=12, **SIT)      # SiT-B/1: and mlp: gelu, norm: layernorm, ...
+    Diffusion(width=768, depth=12, heads=12, **DIT)      # DiT-B/1: SiT's and objective: noise
 
-    size     width/depth/heads
-    B        768/12/12 [P]
-    XL       1152/28/16 [P]
-    demo     192/6/3 [D]
+    size     width, depth, heads
+    B        768, 12, 12 [P]
+    XL       1152, 28, 16 [P]
+    demo     192, 6, 3 [D]
 
 *Science*: each of these changes results. Rules and tags as in configs/schema.py; here [P] is the paper of the kind
 named beside it: LightningDiT (arXiv 2501.01423), SiT (arXiv 2401.08740), DiT (arXiv 2212.09748).
@@ -15,7 +15,7 @@ named beside it: LightningDiT (arXiv 2501.01423), SiT (arXiv 2401.08740), DiT (a
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -78,5 +78,15 @@ class Diffusion(Section):
             )
         return self
 
+
+# How the older kinds differ from the defaults.
+SIT: dict[str, Any] = {
+    "mlp": "gelu",
+    "norm": "layernorm",
+    "positions": "sincos",
+    "direction": 0.0,
+    "times": {"kind": "uniform"},
+}
+DIT: dict[str, Any] = {**SIT, "objective": "noise"}
 
 Generator: TypeAlias = Diffusion

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from configs.generator import Diffusion
-from tests.model.generator.tiny_generator import DIT, SIT
+from configs.generator import DIT, SIT, Diffusion
 
 pytestmark = pytest.mark.L0
 B: dict[str, Any] = {"width": 768, "depth": 12, "heads": 12}

@@ -11,20 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from configs.generator import Diffusion
+from configs.generator import DIT, SIT, Diffusion
 from model.generator.build import AnyGenerator, build
 from model.generator.draws import Draws, Needs, draw
 from model.generator.initialise import initialise
 from model.generator.shape import LatentShape
 
-SIT: dict[str, Any] = {
-    "mlp": "gelu",
-    "norm": "layernorm",
-    "positions": "sincos",
-    "direction": 0.0,
-    "times": {"kind": "uniform"},
-}
-DIT: dict[str, Any] = {**SIT, "objective": "noise"}
 KINDS: dict[str, dict[str, Any]] = {"lightningdit": {}, "sit": SIT, "dit": DIT}
 SHAPE = LatentShape(channels=3, height=4, width=2)
 NUM_CLASSES = 5
