@@ -20,12 +20,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from configs.generation import Generation
 from configs.run import Run
 from configs.schema import Config
 from configs.section import UserError
 
 R = TypeVar("R", bound=Run)
-KINDS: dict[str, type[Run]] = {"pretraining": Config}
+KINDS: dict[str, type[Run]] = {"pretraining": Config, "generator": Generation}
 
 # Pydantic's own words for these are about Python.
 _RULES = {

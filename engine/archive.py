@@ -14,8 +14,11 @@ from pathlib import Path
 from torch import Tensor
 
 from configs import Config, Run, UserError, fingerprint, load_run
+from configs.generation import Generation
 from configs.load import science_changes
-from engine.pieces import MASTER, Pieces, sync
+from engine.pieces import AVERAGE, MASTER, WHOLE, Pieces, sync
+from model.generator.shape import LatentShape
+from model.generator.weights import write_generator
 from model.origin import Origin
 from model.weights import write_weights
 
@@ -91,13 +94,31 @@ def whole_weights(path: Path, key: str = MASTER) -> dict[str, Tensor]:
 
 
 def consolidate(path: Path, out: Path) -> None:
-    """What a checkpoint's run is for, as one weights file: of pre-training the student (model/weights.py)."""
+    """What a checkpoint's run is for, as one weights file: of pre-training the student (model/weights.py), of a
+    generator its average (model/generator/weights.py)."""
     config = load_run(path / "config.yaml")
-    assert isinstance(config, Config), "there is no other kind"
     draft = out.with_name(f".{out.name}.tmp")
-    write_weights(draft, whole_weights(path), config.model, Origin.of(config, read_state(path).step))
+    if isinstance(config, Generation):
+        _write_generator(path, draft, config)
+    elif isinstance(config, Config):
+        write_weights(draft, whole_weights(path), config.model, Origin.of(config, read_state(path).step))
     sync(draft)
     draft.replace(out)
+
+
+def _write_generator(path: Path, out: Path, config: Generation) -> None:
+    pieces = Pieces(path)
+    whole = {name: pieces.read(WHOLE, name) for name in pieces.names(WHOLE)}
+    write_generator(
+        out,
+        whole_weights(path, AVERAGE),
+        config.generator,
+        LatentShape(*whole["shape"].tolist()),
+        int(whole["num_classes"]),
+        whole["mean"],
+        whole["std"],
+        config.latents.tokenizer,
+    )
 
 
 def main(arguments: list[str]) -> int:

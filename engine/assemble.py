@@ -31,10 +31,11 @@ from engine import linears, optim, world, zero
 from engine.drop_path import DropPath, drop_path
 from engine.host_memory import keep_freed_blocks
 from engine.initial import initial_weights
+from engine.pieces import MAIN
 from engine.recompute import recompute_blocks
 from engine.teacher import Teacher
 from engine.timing import TimedComm, time_calls, time_children
-from engine.training import MAIN, Kept
+from engine.training import Kept
 from kernels.attention import Backend, resolve
 from model.block import Block
 from model.initialise import initialise_parameter

@@ -22,8 +22,8 @@ from torch import Tensor
 from configs import Run, fingerprint, to_yaml
 from engine import world, zero
 from engine.archive import State, read_state
-from engine.pieces import MASTER, MOMENTS, WHOLE, Piece, Pieces, sync, write_pieces
-from engine.training import MAIN, Kept
+from engine.pieces import MAIN, MASTER, MOMENTS, WHOLE, Piece, Pieces, label, sync, write_pieces
+from engine.training import Kept
 
 
 def save(root: Path, step: int, kept: Kept, config: Run) -> Path:
@@ -56,7 +56,7 @@ def _restore(name: str, engine: Any, steps: int, pieces: Pieces) -> None:
     zero.make_moments(engine, steps)
     for fragment in zero.fragments(engine):
         for key in (MASTER, *MOMENTS) if steps else (MASTER,):
-            fragment.write(key, pieces.read(key, _label(name, fragment.name), fragment.start, fragment.numel))
+            fragment.write(key, pieces.read(key, label(name, fragment.name), fragment.start, fragment.numel))
     zero.publish(engine)
 
 
@@ -65,18 +65,13 @@ def _pieces(kept: Kept) -> list[Piece]:
     for name, engine in kept.engines.items():
         keys = (MASTER, *MOMENTS) if zero.steps_taken(engine) else (MASTER,)
         pieces += [
-            Piece(key, _label(name, fragment.name), fragment.start, fragment.read(key))
+            Piece(key, label(name, fragment.name), fragment.start, fragment.read(key))
             for fragment in zero.fragments(engine)
             for key in keys
         ]
     for follower in kept.followers:
         pieces += follower.pieces()
     return pieces + [Piece(WHOLE, name, 0, tensor.flatten()) for name, tensor in kept.whole.items() if world.is_first()]
-
-
-def _label(engine: str, parameter: str) -> str:
-    """The main engine's parameters have their own names, those of another engine its name before theirs."""
-    return parameter if engine == MAIN else f"{engine}/{parameter}"
 
 
 def _state(step: int, kept: Kept, config: Run) -> State:

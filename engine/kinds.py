@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from configs import Config, Run
+from configs.generation import Generation
+from engine.generation import generation
 from engine.pretraining import pretraining
 from engine.training import Training
 from model.objectives.comm import Comm
@@ -16,5 +18,7 @@ from model.objectives.comm import Comm
 
 def assemble(config: Run, ds_config: dict[str, Any], comm: Comm, run_dir: Path, is_resumed: bool) -> Training:
     """The training on this rank; a collective. With `is_resumed` the caller loads a checkpoint next."""
+    if isinstance(config, Generation):
+        return generation(config, ds_config, comm)
     assert isinstance(config, Config), "there is no other kind"
     return pretraining(config, ds_config, comm, run_dir, is_resumed)

@@ -21,6 +21,7 @@ from typing import Any, NoReturn  # noqa: E402
 
 from configs import Config, Run, UserError, load_run  # noqa: E402
 from configs.ds import load_ds_config  # noqa: E402
+from configs.generation import Generation  # noqa: E402
 
 FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
 
@@ -63,6 +64,10 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any]]:
     _require_profiled_ranks(config, world_size)
     if isinstance(config, Config):
         config = _check_pretraining(config, options.resume)
+    elif isinstance(config, Generation):
+        from engine import latents
+
+        config = latents.pinned(config)
     from engine.archive import check_start, run_directory  # imports torch: after what needs milliseconds
 
     _require_writable(run_directory(config))

@@ -1,9 +1,9 @@
 """The checkpoint's grain: named ranges of flattened tensors, one safetensors file a rank.
 
 A piece is (key, name, start, values): key says which of a parameter's vectors it is ("fp32", "exp_avg", "exp_avg_sq",
-"teacher"; "whole" is no parameter's), start where the values begin in the flattened tensor. Any rank of any world size
-reads the range it needs from whichever files hold it, so a checkpoint knows no world size. No pickle, nothing executes
-on load.
+"teacher", "average"; "whole" is no parameter's), start where the values begin in the flattened tensor. Any rank of any
+world size reads the range it needs from whichever files hold it, so a checkpoint knows no world size. No pickle,
+nothing executes on load.
 
     write_pieces(Path("rank-00000.safetensors"), [Piece("fp32", "trunk.norm.weight", 192, values)])
     Pieces(directory).read("fp32", "trunk.norm.weight", start=0, numel=384)      # out of two files
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from configs import UserError
 
-MASTER, TEACHER, WHOLE = "fp32", "teacher", "whole"  # the keys a checkpoint has
+MASTER, TEACHER, AVERAGE, WHOLE = "fp32", "teacher", "average", "whole"  # the keys a checkpoint has
 MOMENTS = ("exp_avg", "exp_avg_sq")  # and those of AdamW
+MAIN = "model"  # the engine whose weights the run is for
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Piece:
     name: str
     start: int
     values: Tensor  # (numel,) one range of the flattened tensor
+
+
+def label(engine: str, parameter: str) -> str:
+    """The main engine's parameters have their own names, those of another engine its name before theirs."""
+    return parameter if engine == MAIN else f"{engine}/{parameter}"
 
 
 def write_pieces(path: Path, pieces: list[Piece]) -> None:

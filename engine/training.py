@@ -23,8 +23,6 @@ from model.objectives.comm import Comm
 from profiling.flops import StepFlops
 from profiling.phases import Phases
 
-MAIN = "model"  # the engine whose weights the run is for
-
 
 class Record(Protocol):
     """What one step leaves behind on this rank, for the meter and the guard."""

@@ -34,7 +34,7 @@ from torch.profiler import record_function
 
 # In the order of a step. A run has those its config asks for.
 PHASES = (
-    *("data", "inputs", "teacher", "trunk", "text", "heads", "decoder", "objectives", "backward"),
+    *("data", "inputs", "teacher", "trunk", "text", "heads", "decoder", "generator", "objectives", "backward"),
     *("all_gather", "reduce_scatter", "all_reduce", "optimizer", "ema", "report", "other"),
 )
 

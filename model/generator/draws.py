@@ -37,6 +37,10 @@ class Draws:
     normal_BN: Tensor
     uniform_BU: Tensor
 
+    def pinned(self) -> Draws:
+        """In page-locked memory: only from there a copy to a GPU runs beside the host."""
+        return Draws(self.normal_BN.pin_memory(), self.uniform_BU.pin_memory())
+
     def to(self, device: torch.device | str) -> Draws:
         """The same numbers on `device`."""
         return Draws(*(t.to(device, non_blocking=True) for t in (self.normal_BN, self.uniform_BU)))

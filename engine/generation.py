@@ -1,0 +1,190 @@
+"""Training a generator as the loop sees it: latents and random numbers in, the generator's own loss out.
+
+    training = generation(config, ds_config, comm, is_resumed=False)
+    record = training.step(next(training.batches(first_step=0)))
+
+The model draws nothing: noise, times, hidden classes and orders are numbers of (seed, step, position), made ahead on
+the host (model/generator/draws.py), so a step is the same on any number of ranks. The run's weights are the average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs import UserError
+from configs.generation import Generation
+from data.latent_loader import LatentBatch, LatentLoader
+from data.latents import LatentStore
+from data.prefetch import Prefetcher
+from engine import assemble, world, zero
+from engine.average import Average
+from engine.optim import set_learning_rate
+from engine.pieces import MAIN
+from engine.schedule import learning_rate
+from engine.training import Kept
+from model.generator.build import build, leaves
+from model.generator.draws import Draws, draw
+from model.generator.initialise import initialise_parameter
+from model.generator.shape import LatentShape
+from model.objectives.comm import Comm
+from profiling.flops import Component, StepFlops
+from profiling.generator_flops import generator_flops
+from profiling.phases import Phases
+
+
+@dataclass(frozen=True)
+class GenerationRecord:
+    """What one step leaves behind on this rank (engine/training.py, Record)."""
+
+    losses: dict[str, Tensor]
+    schedule: dict[str, float]
+    grad_norm: float | Tensor
+    counted: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch with its random numbers."""
+
+    batch: LatentBatch
+    draws: Draws
+
+
+class GeneratorTraining:
+    """A Training (engine/training.py)."""
+
+    def __init__(
+        self, config: Generation, comm: Comm, device: torch.device, store: LatentStore, started: assemble.Started
+    ) -> None:
+        self.config, self.comm, self.device, self.choices = config, comm, device, started.choices
+        self._store, self._engine = store, started.engine
+        self._average = Average(self._engine, MAIN)
+        self.phases: Phases = assemble.timed(
+            config, device, self._engine, _children(self._engine.module), {"ema": (self._average, "follow")}
+        )
+        samples = config.batch.samples
+        self._loader = LatentLoader(store, config.seed, samples, config.latents.flip, comm.rank, comm.world_size)
+        self._made: Prefetcher[Step] | None = None
+
+    @property
+    def backend(self) -> str:
+        """Of attention."""
+        return self.choices["attention"].split()[0]
+
+    def describe(self) -> str:
+        """What is trained on what."""
+        count = sum(zero.full_shape(parameter).numel() for parameter in self._engine.module.parameters())
+        store, made_by = self._store, (self.config.latents.tokenizer or "unknown")[:16]
+        shape = " x ".join(map(str, store.shape))
+        return (
+            f"generator: {count / 1e6:.1f}M parameters\n"
+            f"latents: {store.num_samples:,} of {shape}, {store.num_classes} classes ({store.directory}, tokenizer "
+            f"{made_by})"
+        )
+
+    def batches(self, first_step: int) -> Iterator[Step]:
+        """Made ahead."""
+        self.close()
+        self._made = Prefetcher(self._ahead, first_step, self.config.system.loader.prefetch)
+        return self._made
+
+    def step(self, batch: Step) -> GenerationRecord:
+        """Forward, backward, AdamW, average. A collective."""
+        self.phases.next_step()
+        given = batch.batch
+        rate = learning_rate(given.step, self.config)
+        set_learning_rate(self._engine, rate)
+        with self.phases("inputs"):
+            latents_BLhw = given.latents_BLhw.to(self.device, non_blocking=True)
+            labels_B = given.labels_B.to(self.device, non_blocking=True)
+            draws = batch.draws.to(self.device)
+        losses = self._engine(latents_BLhw, labels_B, draws)
+        self._engine.backward(losses["total"])
+        self._engine.step()
+        self._average.follow(self.config.ema)
+        return GenerationRecord(
+            losses={name: loss.detach() for name, loss in losses.items()},
+            schedule={"learning_rate": rate},
+            grad_norm=self._engine.get_global_grad_norm(),
+            counted={},
+        )
+
+    def flops(self, counted: Mapping[str, float]) -> StepFlops:
+        """Backward is twice forward; with full activation checkpointing the blocks run forward once more."""
+        samples = self.config.batch.samples // self.comm.world_size
+        shape, classes = LatentShape(*self._store.shape), self._store.num_classes
+        forward = generator_flops(self.config.generator, shape, classes, samples)
+        again = forward if self.config.system.activation_checkpointing == "full" else 0.0
+        return StepFlops.of([Component("generator", "shared", forward, 2 * forward, again)], savings={})
+
+    def wait_seconds(self) -> float:
+        """Of the step for latents and their numbers."""
+        if self._made is None:
+            return 0.0
+        waited, self._made.wait_seconds = self._made.wait_seconds, 0.0
+        return waited
+
+    def health(self) -> dict[str, float]:
+        """Nothing beside the losses."""
+        return {}
+
+    def pictures(self) -> dict[str, Tensor]:
+        """None: pixels need the tokenizer (`python -m evaluation.generate`)."""
+        return {}
+
+    def kept(self) -> Kept:
+        """The engine, the average, and what a file of weights says of its latents."""
+        store = self._store
+        described = {"shape": torch.tensor(store.shape), "num_classes": torch.tensor([store.num_classes])}
+        return Kept({MAIN: self._engine}, (self._average,), described | {"mean": store.mean, "std": store.std})
+
+    def restored(self, whole: Mapping[str, Tensor]) -> None:
+        """Refuses to go on with other latents."""
+        for name, ours in self.kept().whole.items():
+            if not torch.equal(whole[name], ours):
+                raise UserError(
+                    f"--resume: latents.train={self._store.directory} has another {name} than the run's latents had: "
+                    "a run keeps its latents; give the directory it began with"
+                )
+
+    def close(self) -> None:
+        """Ends the thread that makes batches."""
+        if self._made is not None:
+            self._made.close()
+            self._made = None
+
+    def _ahead(self, step: int) -> Step:
+        batch = self._loader.batch(step)
+        draws = draw(self._engine.module.needs, self.config.seed, step, batch.positions_B)
+        if torch.cuda.is_available():
+            return Step(batch.pinned(), draws.pinned())  # only from there a copy runs beside the host
+        return Step(batch, draws)
+
+
+def generation(config: Generation, ds_config: dict[str, Any], comm: Comm) -> GeneratorTraining:
+    """Assembled on this rank; a collective. Raises UserError for a store that cannot serve the run."""
+    store, device = LatentStore(config.latents.train), world.device()
+    shape, section = LatentShape(*store.shape), config.generator
+    make = partial(build, section, shape, store.num_classes)
+    with torch.device("meta"):
+        kinds = tuple(leaves(make("sdpa")))
+
+    def fill(model: Any) -> str:
+        assemble.fill_parameters(
+            model.named_parameters(), lambda name, tensor: initialise_parameter(name, tensor, section, config.seed)
+        )
+        return f"drawn (seed={config.seed})"
+
+    started = assemble.start(config, ds_config, device, make=make, fill=fill, leaves=kinds)
+    return GeneratorTraining(config, comm, device, store, started)
+
+
+def _children(model: torch.nn.Module) -> dict[str, str]:
+    """Every child is the generator."""
+    return {name: "generator" for name, _ in model.named_children()}
