@@ -15,10 +15,11 @@ named beside it: LightningDiT (arXiv 2501.01423), SiT (arXiv 2401.08740), DiT (a
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from configs.autoregressive import Autoregressive
 from configs.section import Positive, Section, Share
 
 
@@ -89,4 +90,4 @@ SIT: dict[str, Any] = {
 }
 DIT: dict[str, Any] = {**SIT, "objective": "noise"}
 
-Generator: TypeAlias = Diffusion
+Generator: TypeAlias = Annotated[Diffusion | Autoregressive, Field(discriminator="model")]

@@ -70,12 +70,12 @@ class Backbone(nn.Module):
         condition_BD = self.time(time_B, x_TD.dtype) + self.label(labels_B)
         for block in self.blocks:
             x_TD = block(x_TD, condition_BD, rope_2TE)
-        return _unpatched(self.final(x_TD, condition_BD).float(), x_BLhw.shape, self.section.patch)
+        return unpatched(self.final(x_TD, condition_BD).float(), x_BLhw.shape, self.section.patch)
 
     def _tokens(self, x_BLhw: Tensor) -> tuple[Tensor, Tensor | None]:
         """(T, D) tokens, and how to turn them where positions are not added."""
         count, width, device = x_BLhw.shape[0], self.section.width, x_BLhw.device
-        x_TD = self.embed(_patched(x_BLhw, self.section.patch))
+        x_TD = self.embed(patched(x_BLhw, self.section.patch))
         if self.section.positions == "rope":
             rope = Rope(width // self.section.heads, ROPE_BASE, torch.float32)
             return x_TD, rope.table(self.grid, device).repeat(1, count, 1)
@@ -89,15 +89,15 @@ def grid_waves(grid: tuple[int, int], width: int, device: torch.device | str = "
     return waves(places_N2, width // 2).flatten(1)
 
 
-def _patched(x_BLhw: Tensor, patch: int) -> Tensor:
+def patched(x_BLhw: Tensor, patch: int) -> Tensor:
     """(B, L, h, w) -> (T, L patch patch): tokens row by row, a token's numbers over channel, row, column."""
     count, channels, height, width = x_BLhw.shape
     x = x_BLhw.reshape(count, channels, height // patch, patch, width // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * patch**2)
 
 
-def _unpatched(x_TF: Tensor, shape: torch.Size, patch: int) -> Tensor:
-    """The inverse of `_patched`."""
+def unpatched(x_TF: Tensor, shape: torch.Size, patch: int) -> Tensor:
+    """The inverse of `patched`."""
     count, channels, height, width = shape
     x = x_TF.reshape(count, height // patch, width // patch, channels, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(shape)

@@ -73,6 +73,11 @@ class DiffusionGenerator(nn.Module):
                 f"sampler={sampling.method} for a generator of objective={self.section.objective}: it is sampled with "
                 f"{', '.join(METHODS[self.section.objective])}; choose one of them"
             )
+        if sampling.iterations is not None:
+            raise UserError(
+                f"iterations={sampling.iterations} for a diffusion generator: it draws all tokens at once; leave "
+                "iterations out"
+            )
         shape = (len(labels_B), self.shape.channels, self.shape.height, self.shape.width)
         noise_SBLhw = draws.normal_BN.unflatten(1, (-1, *shape[1:])).transpose(0, 1)
         predict = self._guided(labels_B, sampling)

@@ -3,12 +3,13 @@
     initialise(generator, section, seed)                                        # whole parameters
     initialise_parameter("backbone.embed.linear.weight", tensor, section, seed)     # one, while ZeRO-3 has it gathered
 
-The table, first match wins; all of it as DiT and LightningDiT start [C].
+The table, first match wins; all of it as DiT, LightningDiT and MAR start [C].
 
     *.bias                                            0
     norms' weight                                     1
-    *.modulation, backbone.final.linear               0: blocks begin as the identity, the output as zeros
-    backbone.label.table, backbone.time.*             normal 0.02
+    *.modulation, backbone.final.linear,
+    head.end.linear                                   0: blocks begin as the identity, the output as zeros
+    label.table, time.*, *positions, mask_token       normal 0.02
     every other                                       uniform within sqrt(6 / (inputs + outputs)) (Glorot)
 """
 
@@ -26,9 +27,9 @@ from configs.generator import Generator
 _CONSTANTS = {
     r"\.bias$": 0.0,
     r"norm\d?\.weight$": 1.0,
-    r"\.modulation\.weight$|^backbone\.final\.linear\.weight$": 0.0,
+    r"\.modulation\.weight$|^(backbone\.final|head\.end)\.linear\.weight$": 0.0,
 }
-_STDS = {r"^backbone\.(label\.table|time\.linear\d)\.weight$": 0.02}
+_STDS = {r"\.(label\.table|time\.linear\d)\.weight$|positions$|mask_token$": 0.02}
 
 
 @torch.no_grad()

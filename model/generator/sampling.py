@@ -33,6 +33,7 @@ class Sampling:
     temperature: float = 1.0  # of the noise that "ancestral" adds
     rtol: float = 1e-3
     atol: float = 1e-6
+    iterations: int | None = None  # in which an autoregressive generator of order=masked draws all tokens; None: 64
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -43,6 +44,7 @@ class Sampling:
             (0 <= low <= high <= 1, f"guidance interval={low:g}, {high:g}", "times low, high lie in 0 to 1"),
             (self.timestep_shift > 0, f"timestep shift={self.timestep_shift:g}", "it is above 0"),
             (self.temperature > 0, f"temperature={self.temperature:g}", "it is above 0"),
+            (self.iterations is None or self.iterations >= 1, f"iterations={self.iterations}", "there is at least one"),
             (self.rtol > 0 and self.atol > 0, f"rtol={self.rtol:g}, atol={self.atol:g}", "both are above 0"),
         ):
             if not is_right:

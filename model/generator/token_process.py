@@ -1,0 +1,95 @@
+"""How a token becomes noise and comes back: the diffusion process of the head, with the solvers of whole latents.
+
+    objective   noisy token                                the head predicts    published in
+    noise       sqrt(s) token + sqrt(1 - s) noise          noise                MAR (arXiv 2406.11838)
+    velocity    time token + (1 - time) noise              token - noise        rectified flow (arXiv 2209.03003)
+
+s is the survival of the cosine schedule, in 1,000 steps (iDDPM, arXiv 2102.09672).
+
+    corrupt("velocity", tokens_RC, noise_RC, uniform_R)         # noisy rows, what tells their times, targets
+    generated(predict, noise_KRC, Sampling("euler", steps=25))      # (R, C)
+
+The head is told thousandths: the step, or 1,000 times the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.generator import noising, ode
+from model.generator.sampling import Sampling
+
+Objective = Literal["noise", "velocity"]
+# (noisy (R, C), thousandths, time) -> (R, C). The time runs from 0, noise, to 1, a token, whatever the objective.
+Predict = Callable[[Tensor, float, float], Tensor]
+STEPS = 100  # of a token, where none are asked for [P]
+OFFSET = 0.008  # of the cosine schedule
+# Sampling begins at this step of the 1,000. At the last one the signal is 5e-5 of the noise, and an error of the
+# prediction would come out 20,000 times as large; here 50 times.
+FIRST = 987
+
+
+class Corrupted(NamedTuple):
+    """Rows on their way to noise, and what the head is to say of them. All float32."""
+
+    noisy_RC: Tensor
+    thousandths_R: Tensor
+    target_RC: Tensor
+
+
+def corrupt(objective: Objective, tokens_RC: Tensor, noise_RC: Tensor, uniform_R: Tensor) -> Corrupted:
+    """Every row where its uniform, in (0, 1), puts it."""
+    if objective == "noise":
+        step_R = noising.drawn_steps(uniform_R)
+        noisy_RC = noising.noised(tokens_RC, noise_RC, step_R, cosine_survival())
+        return Corrupted(noisy_RC, step_R.float(), noise_RC)
+    noisy_RC = torch.lerp(noise_RC, tokens_RC, uniform_R.unsqueeze(1))
+    return Corrupted(noisy_RC, 1000 * uniform_R, tokens_RC - noise_RC)
+
+
+def normals_per_number(sampling: Sampling) -> int:
+    """How many normals one number of a token takes to be drawn."""
+    return num_steps(sampling) if sampling.method == "ancestral" else 1
+
+
+def num_steps(sampling: Sampling) -> int:
+    """Steps of one token, of a method that has a fixed number of them."""
+    return STEPS if sampling.steps is None else sampling.steps
+
+
+def generated(predict: Predict, noise_KRC: Tensor, sampling: Sampling) -> Tensor:
+    """(R, C) float32 tokens from K = normals_per_number (R, C) normals."""
+    count, survival_S = num_steps(sampling), cosine_survival()[: FIRST + 1]
+    if sampling.method == "ddim":
+        return noising.ddim(_of_step(predict), noise_KRC[0], survival_S, count)
+    if sampling.method == "ancestral":
+        added = noise_KRC[1:]
+        return noising.ancestral(_of_step(predict), noise_KRC[0], survival_S, count, added, sampling.temperature)
+
+    def field(x_RC: Tensor, time: float) -> Tensor:
+        return predict(x_RC, 1000 * time, time)
+
+    if sampling.method == "dopri5":
+        return ode.dopri5(field, noise_KRC[0], sampling.rtol, sampling.atol).end
+    solver = ode.euler if sampling.method == "euler" else ode.heun
+    return solver(field, noise_KRC[0], ode.grid(count, sampling.timestep_shift)).end
+
+
+@lru_cache(maxsize=1)
+def cosine_survival() -> Tensor:
+    """(1000,) float64 on the host: share of a token's variance left after each step, from 1 to 2e-9."""
+    ends = torch.arange(1, noising.STEPS + 1, dtype=torch.float64, device="cpu") / noising.STEPS
+    survival_S = (math.pi / 2 * (ends + OFFSET) / (1 + OFFSET)).cos() ** 2
+    survival_S = survival_S / math.cos(math.pi / 2 * OFFSET / (1 + OFFSET)) ** 2
+    survival_S[-1] = 0.001 * survival_S[-2]  # a step leaves at least a thousandth [P]
+    return survival_S
+
+
+def _of_step(predict: Predict) -> noising.Predict:
+    return lambda x_RC, step: predict(x_RC, step, 1 - step / (noising.STEPS - 1))
