@@ -71,13 +71,20 @@ def read_statistics(directory: Path, channels: int) -> tuple[Tensor, Tensor]:
             f"{path} is for {len(mean)} channels, the latents beside it have {channels}: statistics and latents come "
             f"from one tokenizer; {REMEDY}"
         )
-    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise UserError(
-            f"{path}: channel {int((~(std > 0) | ~mean.isfinite() | ~std.isfinite()).nonzero()[0])} has no finite mean "
-            "and positive deviation, by which training divides: the tokenizer does not use it, or is damaged; train it "
-            "longer, or with fewer latent channels"
-        )
+    check_statistics(mean, std, str(path))
     return mean, std
+
+
+def check_statistics(mean: Tensor, std: Tensor, where: str) -> None:
+    """(L,) each. Raises UserError where a channel cannot be normalised."""
+    is_usable = mean.isfinite() & std.isfinite() & (std > 0)
+    if not is_usable.all():
+        channel = int((~is_usable).nonzero()[0])
+        raise UserError(
+            f"{where}: channel {channel} has mean {float(mean[channel]):g} and deviation {float(std[channel]):g}, by "
+            "which training divides: the tokenizer does not use the channel, or its values do not fit the type; train "
+            "it longer or with fewer channels, or store them as bfloat16 or float32"
+        )
 
 
 def write_statistics(directory: Path, mean: Tensor, std: Tensor) -> None:

@@ -36,13 +36,13 @@ _OPEN_FILES = 512  # mapped at once
 class LatentStore:
     """The latents below `directory`, by index: 0, 1, ... num_samples - 1, in the order of the corpus.
 
-    `mean` and `std` are (L,) float32, `labels` (num_samples,) int64, `about` what the manifest says of the making,
-    empty for a public store. Raises UserError for a store that is missing, damaged or incomplete.
+    `mean` and `std` are (L,) float32, `labels` (num_samples,) int64, `notes` what the manifest says, empty for a public
+    store. Raises UserError for a store that is missing, damaged or incomplete.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.about = _read_manifest(self.directory)
+        self.notes = _read_manifest(self.directory)
         self._shards = [read_shard(path) for path in shard_files(self.directory)]
         first = self._shards[0]
         for shard in self._shards:
@@ -75,7 +75,7 @@ class LatentStore:
     @property
     def tokenizer(self) -> str | None:
         """The digest (model.weights.digest) of the tokenizer that made the latents; None where nobody wrote it down."""
-        return self.about.get("tokenizer")
+        return self.notes.get("arguments", {}).get("tokenizer")
 
     def read(self, indices: ArrayLike, flipped: ArrayLike) -> tuple[Tensor, Tensor]:
         """(n,) indices and flags -> (n, L, h, w) as stored, not normalised, and (n,) int64 labels.
@@ -107,16 +107,16 @@ class LatentStore:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    """What the manifest says of the making; {} without one. Raises UserError where a file it lists is not there."""
+    """What the manifest says; {} without one. Raises UserError where a file it lists is not there."""
     path = directory / MANIFEST
     if not path.exists():
         return {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        about, shards = dict(manifest["arguments"]), {name: int(of["bytes"]) for name, of in manifest["shards"].items()}
+        notes, shards = dict(manifest), {name: int(of["bytes"]) for name, of in manifest["shards"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a manifest of this program; {REMEDY}") from None
     for name, num_bytes in shards.items():
         if not (directory / name).is_file() or (directory / name).stat().st_size != num_bytes:
             raise UserError(f"{directory / name} is missing or cut short, says {MANIFEST}; {REMEDY}")
-    return about
+    return notes

@@ -54,10 +54,10 @@ def is_published(out: Path, arguments: dict[str, Any]) -> bool:
     return True
 
 
-def write_manifest(directory: Path, arguments: dict[str, Any], samples: dict[str, int]) -> None:
-    """Records the arguments and, for each shard name, its number of samples and its bytes."""
+def write_manifest(directory: Path, arguments: dict[str, Any], samples: dict[str, int], **notes: Any) -> None:
+    """Records the arguments and, for each shard name, its number of samples and its bytes; notes are for readers."""
     shards = {name: {"samples": n, "bytes": (directory / name).stat().st_size} for name, n in samples.items()}
-    write_json(directory / MANIFEST, {"arguments": arguments, "shards": shards})
+    write_json(directory / MANIFEST, {"arguments": arguments, **notes, "shards": shards})
 
 
 def write_json(path: Path, content: object) -> None:

@@ -12,22 +12,20 @@ The figures are those of one rank, to rounding.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from configs import UserError
 from engine import world
 from evaluation import results
 from evaluation.agreement import with_one_answer
+from evaluation.command import check_counts, run_command
 from evaluation.outcome import Outcome
 from evaluation.source import open_source
 from evaluation.tasks import TASKS, Options, Setup, check_tasks
 
 DEFAULT_TASKS = ("zero_shot", "reconstruction")  # they need nothing but a held-out corpus
-TIMEOUT_MINUTES = 240  # while the first rank learns, the others wait
 
 
 def evaluate(
@@ -71,29 +69,19 @@ def evaluate(
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
     given = _parser().parse_args(arguments)
-    is_launched = "RANK" in os.environ
-    try:
-        if is_launched:
-            world.start(TIMEOUT_MINUTES)
+
+    def work() -> None:
         found = evaluate(
             given.source, _options(given), crop=given.crop, caption_tokenizer=given.tokenizer, out=given.out
         )
         if world.is_first():
             results.show(found)
-    except UserError as error:
-        if world.is_first():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if is_launched:
-            world.stop()
-    return 0
+
+    return run_command(work)
 
 
 def _options(given: argparse.Namespace) -> Options:
-    for name in ("batch_size", "limit", "crop"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: give a number from 1 on")
+    check_counts(given, "batch_size", "limit", "crop")
     return Options(
         tasks=tuple(given.tasks.split(",")),
         data=tuple(given.data),

@@ -8,13 +8,19 @@ A run knows its corpus, its image size and its captions' tokenizer; a file knows
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from configs import Config, UserError, load_config
+from configs.data import Data
+from configs.system import System
 from data.captions import CaptionEncoder
+from data.held_out import HeldOut
+from engine import world
 from model.tokenizer import VisualTokenizer
 
 CROP = 256  # pixels, of a weights file: the published models' resolution [P]
@@ -38,6 +44,30 @@ class Source:
                 "tower was trained: give --tokenizer, a tokenizer.json or a hub name"
             )
         return CaptionEncoder(self.caption_tokenizer, self.tokenizer.model.text.context)
+
+    def pictures(self, patterns: Sequence[str], key: str, limit: int | None = None) -> HeldOut:
+        """This rank's share of the labelled pictures of `patterns`, cropped as the tokenizer sees them.
+
+        `key` is what errors call the patterns. Raises UserError for missing shards or none.
+        """
+        system = self.config.system if self.config else System()
+        max_pixels = self.config.data.max_pixels if self.config else Data.model_fields["max_pixels"].default
+        return HeldOut(
+            patterns, self.crop, system, max_pixels, key=key, limit=limit, rank=world.rank(),
+            world_size=world.world_size(),
+        )  # fmt: skip
+
+    def latent_digest(self) -> str:
+        """sha256 of what latents come from: every tensor of the tokenizer but the decoder's, text's and clip's.
+
+        A decoder trained further on the same latents (stage 2) leaves it as it is.
+        """
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.tokenizer.state_dict().items()):
+            if name.split(".")[0] not in ("decoder", "text", "clip"):
+                found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
 
 def open_source(

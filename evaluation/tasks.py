@@ -8,23 +8,20 @@ A new task is a class with `add` and `result` (evaluation/outcome.py) and one li
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from rich.progress import track
 
 from configs import UserError
-from configs.data import Data
-from configs.system import System
 from data.held_out import HeldOut
 from engine import world
 from evaluation.agreement import with_one_answer
 from evaluation.bank import Bank
 from evaluation.classes import ClassTable
+from evaluation.command import with_progress
 from evaluation.feature_network import open_network
 from evaluation.knn import NearestNeighbours
 from evaluation.learners import Corpora
@@ -86,9 +83,7 @@ class Setup:
     def batches(self, pictures: HeldOut, title: str) -> Iterator[Products]:
         """This rank's pictures as the tokenizer sees them, with a progress bar where somebody looks."""
         batch_size = self.options.batch_size
-        total = -(-len(pictures) // batch_size)
-        is_silent = not (sys.stdout.isatty() and world.is_first())
-        for batch in track(pictures.batches(batch_size), title, total=total, disable=is_silent):
+        for batch in with_progress(pictures.batches(batch_size), title, -(-len(pictures) // batch_size)):
             images, labels = batch.images.to(self.device).float() / 255, batch.labels.to(self.device)
             yield Products(self.source.tokenizer, images, labels, batch.positions)
         pictures.close()
@@ -104,13 +99,7 @@ class Setup:
         return bank
 
     def _pictures(self, patterns: Sequence[str], key: str) -> HeldOut:
-        config = self.source.config
-        system = config.system if config else System()
-        max_pixels = config.data.max_pixels if config else Data.model_fields["max_pixels"].default
-        return HeldOut(
-            patterns, self.source.crop, system, max_pixels, key=key, limit=self.options.limit, rank=world.rank(),
-            world_size=world.world_size(),
-        )  # fmt: skip
+        return self.source.pictures(patterns, key, self.options.limit)
 
 
 def _zero_shot(setup: Setup) -> Task:

@@ -88,7 +88,7 @@ def test_a_rank_without_pictures_adds_nothing(tmp_path: Path) -> None:
 
 def test_a_public_store_is_read_without_a_manifest(tmp_path: Path) -> None:
     store, whole = LatentStore(write_public_store(tmp_path / "public", [4, 3])), random_latents(7)
-    assert (store.tokenizer, store.about, store.num_samples) == (None, {}, 7)
+    assert (store.tokenizer, store.notes, store.num_samples) == (None, {}, 7)
     latents, labels = store.read(range(7), [False] * 7)
     assert latents.equal(whole["latents"])
     assert labels.equal(whole["labels"])
@@ -163,7 +163,7 @@ DAMAGES = {
         lambda store, file: write_statistics(store, torch.zeros(8), torch.ones(8)),
     ),
     "a dead channel": (
-        "channel 1 has no finite mean and positive deviation",
+        "channel 1 has mean 0 and deviation 0",
         lambda store, file: write_statistics(store, torch.zeros(3), torch.tensor([1.0, 0.0, 1.0])),
     ),
     "damaged manifest": ("is not a manifest", lambda store, file: (store / "manifest.json").write_text("[]")),

@@ -1,0 +1,149 @@
+"""python -m evaluation.latents RUN_OR_WEIGHTS --data SHARDS --out DIR: a corpus as latents, to train generators on.
+
+Encodes every labelled picture, centre-cropped, and its mirror image, and writes them with the statistics of their
+channels in LightningDiT's layout (data/latents.py). The store appears whole or not at all, and a second run of the same
+command finds it there and does nothing. Under a launcher the ranks share the pictures, and the store reads the same:
+
+    torchrun --nproc-per-node 8 -m evaluation.latents runs/vtp_l --data imagenet/train --out latents --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs import UserError
+from data.held_out import HeldOut
+from data.latent_files import check_statistics, write_statistics
+from data.latent_writer import LatentWriter, Tally
+from data.latents import LatentStore
+from data.manifest import PARTIAL, is_published, staged, write_manifest
+from engine import world
+from evaluation.agreement import on_first, with_one_answer
+from evaluation.command import check_counts, run_command, with_progress
+from evaluation.source import Source, open_source
+
+FORMAT = 1  # raise when the same arguments would give other files
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line may ask for; without `data` the run's own training shards are encoded."""
+
+    data: tuple[str, ...] = ()
+    crop: int | None = None
+    batch_size: int = 128
+    dtype: str = "float32"
+    limit: int | None = None
+
+
+def extract(path: Path, out: Path, options: Options) -> LatentStore:
+    """The store in `out`, written unless it is there already. A collective.
+
+    Raises UserError, on every rank, for what cannot be opened, for a picture without a label, and where `out` holds
+    anything else.
+    """
+    source, pictures, arguments = with_one_answer(lambda: _prepare(path, options))
+    if not on_first(lambda: is_published(out, arguments)):
+        with staged_by_first(out) as directory:
+            tallies = world.gather_objects(with_one_answer(lambda: _encode(source, pictures, directory, options)))
+            bad = sum(world.gather_objects(pictures.bad), Counter())
+            on_first(lambda: _describe(directory, arguments, sum(tallies[1:], tallies[0]), bad))
+    pictures.close()
+    return with_one_answer(lambda: LatentStore(out))
+
+
+@contextmanager
+def staged_by_first(out: Path) -> Iterator[Path]:
+    """data.manifest.staged for all ranks: the first one opens the directory, and publishes it at the end."""
+    with ExitStack() as stack:
+        on_first(lambda: bool(stack.enter_context(staged(out))))
+        yield out / PARTIAL
+    world.barrier()  # nobody looks before it is published
+
+
+def _prepare(path: Path, options: Options) -> tuple[Source, HeldOut, dict[str, Any]]:
+    """What is encoded, and what tells this store from another."""
+    source = open_source(path, world.device(), options.crop)
+    data = options.data or (source.config.data.train if source.config else ())
+    if not data:
+        raise UserError("nothing to encode: there is no run to name training shards; name labelled ones with --data")
+    pictures = source.pictures(data, "--data" if options.data else "data.train", options.limit)
+    arguments = {
+        "format": FORMAT, "tokenizer": source.latent_digest(), "crop": source.crop, "dtype": options.dtype,
+        "corpus": list(data), "pictures": pictures.num_samples,
+    }  # fmt: skip
+    return source, pictures, arguments
+
+
+def _encode(source: Source, pictures: HeldOut, directory: Path, options: Options) -> Tally:
+    """Writes this rank's files."""
+    writer, device, dtype = LatentWriter(directory, world.rank()), world.device(), DTYPES[options.dtype]
+    total = -(-len(pictures) // options.batch_size)
+    for batch in with_progress(pictures.batches(options.batch_size), "encoding", total):
+        if (batch.labels < 0).any():
+            row = int((batch.labels < 0).nonzero()[0])
+            raise UserError(
+                f"{batch.keys[row]} has no label (found {int(batch.labels[row])}): a generator is trained on the "
+                "integer from 0 on in field `label` of the .json member, or in the .cls member; give labelled shards"
+            )
+        images = batch.images.to(device)
+        latents, mirrored = (source.tokenizer.encode(x).to(dtype) for x in (images, images.flip(-1)))
+        writer.add(latents, mirrored, batch.labels, batch.positions)
+    return writer.close()
+
+
+def _describe(directory: Path, arguments: dict[str, Any], tally: Tally, bad: Counter[str]) -> None:
+    """Statistics and manifest. Raises UserError where there is nothing to describe, or nothing to divide by."""
+    if not tally.samples:
+        raise UserError(f"no picture of {arguments['corpus']} could be decoded ({dict(bad)}); mend the shards")
+    mean, std = tally.statistics()
+    check_statistics(mean, std, f"latents in {arguments['dtype']}")
+    write_statistics(directory, mean, std)
+    write_manifest(directory, arguments, tally.samples, bad_samples=dict(bad))
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of this module; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.latents", description="Write a corpus as latents.")
+    add = parser.add_argument
+    add("source", type=Path, help="a run directory with weights.safetensors and config.yaml, or a weights file")
+    add("--data", nargs="+", default=(), metavar="SHARDS", help="labelled shards (default: the run's data.train)")
+    add("--out", type=Path, required=True, help="directory of the store")
+    add("--crop", type=int, help="side of the centre crop in pixels (default: the run's; 256 for a weights file)")
+    add("--batch-size", type=int, default=128, help="pictures a rank encodes together (%(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the stored latents (%(default)s)")
+    add("--limit", type=int, help="encode this many samples, evenly spaced")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher's; LOCAL_RANK says the same
+    given = parser.parse_args(arguments)
+
+    def work() -> None:
+        check_counts(given, "crop", "batch_size", "limit")
+        options = Options(tuple(given.data), given.crop, given.batch_size, given.dtype, given.limit)
+        store = extract(given.source, given.out, options)
+        if world.is_first():
+            _show(store)
+
+    return run_command(work)
+
+
+def _show(store: LatentStore) -> None:
+    skipped = "".join(f"; {count} {reason}" for reason, count in store.notes.get("bad_samples", {}).items())
+    print(
+        f"{store.directory}: {store.num_samples} pictures of {store.num_classes} classes as {store.dtype} latents "
+        f"{tuple(store.shape)}, channel means {store.mean.min():.3g} to {store.mean.max():.3g}, deviations "
+        f"{store.std.min():.3g} to {store.std.max():.3g}{skipped}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
