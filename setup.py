@@ -9,8 +9,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.15",  # 3.15 brings a standard module called `profiling`
     packages=[
-        "configs", "kernels", "data", "model", "model.generator", "model.objectives", "engine", "engine.zero",
-        "evaluation", "profiling", "profiling.benches", "profiling.checks",
+        "configs", "kernels", "data", "data.emoji", "model", "model.generator", "model.objectives", "engine",
+        "engine.zero", "evaluation", "profiling", "profiling.benches", "profiling.checks",
     ],
     package_data={"configs": ["*.yaml", "deepspeed/*.json"], "profiling": ["*.j2"]},
     install_requires=[

@@ -1,6 +1,7 @@
 """Writes a corpus: shards, vocabulary, class table, manifest. The one door to `webdataset`.
 
     python -m data.corpus synthetic --out demo_data --samples 6000 --held-out 1024
+    python -m data.corpus emoji --out emoji_data --samples 12000 --held-out 2000 --size 32 --classes 100
     python -m data.corpus folder photos --out corpus --caption-from-folder --train-tokenizer 4096
 
     demo_data/train-000000.tar ... held_out-000000.tar ... tokenizer.json classes.json manifest.json README
@@ -22,6 +23,8 @@ from pathlib import Path
 
 from configs import UserError
 from data.caption_sources import folder_captions, listed_captions, sidecar_captions
+from data.emoji.font import EmojiFont
+from data.emoji.plan import emoji_plan
 from data.folder import ImageFolder, folder_plan
 from data.manifest import is_published, staged, write_json, write_manifest
 from data.sample import Plan, Sample
@@ -133,6 +136,11 @@ def _synthetic(options: argparse.Namespace) -> Shards | None:
     return build(o.out, synthetic_plan(o.samples, o.held_out, o.size, o.shard_size, o.seed, o.workers))
 
 
+def _emoji(options: argparse.Namespace) -> Shards | None:
+    o, font = options, EmojiFont.find(options.font)
+    return build(o.out, emoji_plan(font, o.classes, o.samples, o.held_out, o.size, o.shard_size, o.seed, o.workers))
+
+
 def _folder(options: argparse.Namespace) -> Shards | None:
     if options.captions is not None:
         captions = listed_captions(options.captions)
@@ -153,14 +161,28 @@ def _folder(options: argparse.Namespace) -> Shards | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data.corpus", description="Write a corpus of webdataset shards.")
-    commands = parser.add_subparsers(required=True, metavar="synthetic | folder")
+    commands = parser.add_subparsers(required=True, metavar="synthetic | emoji | folder")
     _add_synthetic(commands.add_parser("synthetic", help="draw a captioned demo corpus"))
+    _add_emoji(commands.add_parser("emoji", help="draw captioned scenes from a colour emoji font"))
     _add_folder(commands.add_parser("folder", help="pack a directory of images"))
     return parser
 
 
 def _add_synthetic(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_synthetic)
+    _add_drawn(command)
+
+
+def _add_emoji(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_emoji)
+    _add_drawn(command)
+    add = command.add_argument
+    add("--classes", type=_at_least(2), default=100, help="how many things, those that look least alike (default 100)")
+    add("--font", type=Path, metavar="FILE", help="colour emoji font (default: Noto Color Emoji of the system)")
+
+
+def _add_drawn(command: argparse.ArgumentParser) -> None:
+    """The options of every corpus that programs draw."""
     add = command.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     add("--samples", type=_at_least(1), required=True, help="number of train images")

@@ -13,6 +13,7 @@ import random
 
 from PIL import Image, ImageDraw
 
+from data.grounds import blend, paint, ramp
 from data.scenes import COLOURS, Rgb, Scene, Thing
 
 OVERSAMPLING = 4
@@ -25,7 +26,7 @@ Points = list[tuple[float, float]]
 def draw(scene: Scene, size: int) -> Image.Image:
     """The scene as an RGB image of size x size pixels."""
     rng = random.Random(scene.details)
-    canvas = _ground(scene, size * OVERSAMPLING, rng)
+    canvas = paint(scene.ground, scene.palette, size * OVERSAMPLING, rng)
     for thing in (*scene.companions, scene.main):
         _paint(canvas, thing, rng)
     return canvas.reduce(OVERSAMPLING)
@@ -78,12 +79,6 @@ OUTLINES: dict[str, tuple[Points, Points]] = {
 }
 
 
-def _blend(one: Rgb, other: Rgb, share: float) -> Rgb:
-    """`share` of the way from one colour to the other."""
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(one, other, strict=True))
-    return red, green, blue
-
-
 def _paint(canvas: Image.Image, thing: Thing, rng: random.Random) -> None:
     """Fills the object's polygon with its texture, working on the square around it alone."""
     radius = thing.diameter / 2 * canvas.width
@@ -93,7 +88,7 @@ def _paint(canvas: Image.Image, thing: Thing, rng: random.Random) -> None:
     body = _texture(thing, math.ceil(2 * radius) + 2, canvas.width, rng)
     mask = Image.new("L", body.size)
     ImageDraw.Draw(mask).polygon(solid, fill=255)
-    rim, width = _blend(COLOURS[thing.colour], INK, 0.5), round(2 * RIM * canvas.width)
+    rim, width = blend(COLOURS[thing.colour], INK, 0.5), round(2 * RIM * canvas.width)
     ImageDraw.Draw(body).line([*solid, *solid[:2]], fill=rim, width=width)
     if hole:
         ImageDraw.Draw(mask).polygon(hole, fill=0)
@@ -113,7 +108,7 @@ def _texture(thing: Thing, tile: int, side: int, rng: random.Random) -> Image.Im
     image, pitch = Image.new("RGB", (tile, tile), base), PITCH * side
     pencil, shade = ImageDraw.Draw(image), _shade(thing.colour)
     if thing.texture == "shaded":
-        return _ramp(base, _blend(base, INK, 0.32), tile, rng)
+        return ramp(base, blend(base, INK, 0.32), tile, rng)
     count = int(tile / pitch) + 2
     if thing.texture == "striped":
         slope, is_upright = rng.choice((-1, 0, 1)) * tile, rng.random() < 0.5
@@ -133,68 +128,5 @@ def _texture(thing: Thing, tile: int, side: int, rng: random.Random) -> Image.Im
 def _shade(colour: str) -> Rgb:
     """The pattern's second colour: paler, or darker for the colours that are pale already."""
     if colour in ("yellow", "white"):
-        return _blend(COLOURS[colour], INK, 0.28)
-    return _blend(COLOURS[colour], (255, 255, 255), 0.5)
-
-
-def _ramp(start: Rgb, stop: Rgb, side: int, rng: random.Random | None = None) -> Image.Image:
-    """A square that runs from one colour to the other: downwards, or in one of four directions by chance."""
-    weight = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270)) if rng else 0)
-    return _mix(start, stop, weight.resize((side, side), Image.Resampling.BILINEAR))
-
-
-def _mix(start: Rgb, stop: Rgb, weight: Image.Image) -> Image.Image:
-    return Image.composite(Image.new("RGB", weight.size, stop), Image.new("RGB", weight.size, start), weight)
-
-
-def _ground(scene: Scene, side: int, rng: random.Random) -> Image.Image:
-    one, other = scene.palette
-    if scene.ground in ("pale", "dark"):
-        return Image.new("RGB", (side, side), one)
-    if scene.ground == "gradient":
-        return _ramp(one, other, side, rng)
-    if scene.ground == "cloudy":
-        return _clouds(one, other, side, rng)
-    if scene.ground == "night":
-        return _night(one, other, side, rng)
-    if scene.ground == "tiled":
-        return _tiles(one, other, side, rng)
-    return _landscape(one, other, side, rng)
-
-
-def _clouds(one: Rgb, other: Rgb, side: int, rng: random.Random) -> Image.Image:
-    """Smooth noise: a 5 x 5 grid of random weights, enlarged."""
-    grid = Image.frombytes("L", (5, 5), rng.randbytes(25))
-    return _mix(one, other, grid.resize((side, side), Image.Resampling.BICUBIC))
-
-
-def _night(one: Rgb, other: Rgb, side: int, rng: random.Random) -> Image.Image:
-    sky = _ramp(one, other, side)
-    pencil = ImageDraw.Draw(sky)
-    for _ in range(14):
-        x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.006, 0.012) * side
-        pencil.ellipse([x - r, y - r, x + r, y + r], fill=(198, 200, 214))
-    return sky
-
-
-def _tiles(one: Rgb, other: Rgb, side: int, rng: random.Random) -> Image.Image:
-    image = Image.new("RGB", (side, side), one)
-    pencil = ImageDraw.Draw(image)
-    pitch = side / rng.choice((4, 5, 6))
-    for row in range(6):
-        for column in range(row % 2, 6, 2):
-            x, y = column * pitch, row * pitch
-            pencil.rectangle([x, y, x + pitch - 1, y + pitch - 1], fill=other)
-    return image
-
-
-def _landscape(sky: Rgb, land: Rgb, side: int, rng: random.Random) -> Image.Image:
-    """Sky above, land below a wavy horizon, both a little darker towards the bottom."""
-    image = _ramp(_blend(sky, (255, 255, 255), 0.12), sky, side)
-    horizon, height = rng.uniform(0.45, 0.72) * side, rng.uniform(0.01, 0.03) * side
-    phase = rng.uniform(0, math.tau)
-    edge = [(x, horizon + height * math.sin(phase + 5 * x / side)) for x in range(0, side + 8, 8)]
-    mask = Image.new("L", (side, side))
-    ImageDraw.Draw(mask).polygon([*edge, (side + 8, side), (0, side)], fill=255)
-    image.paste(_ramp(_blend(land, (255, 255, 255), 0.1), _blend(land, (0, 0, 0), 0.06), side), (0, 0), mask)
-    return image
+        return blend(COLOURS[colour], INK, 0.28)
+    return blend(COLOURS[colour], (255, 255, 255), 0.5)

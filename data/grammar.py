@@ -11,7 +11,7 @@ the same language about the class alone, so a zero-shot classifier asks only wha
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Protocol
 
 from data.scenes import Scene, Thing, class_names
 
@@ -70,6 +70,16 @@ COLUMN_WORDS = {-1: "left", 0: "", 1: "right"}
 ROW_WORDS = {-1: "top", 0: "", 1: "bottom"}
 
 
+class Placed(Protocol):
+    """Something with a middle."""
+
+    @property
+    def x(self) -> float: ...
+
+    @property
+    def y(self) -> float: ...
+
+
 def caption(scene: Scene, rng: random.Random) -> str:
     """One sentence about the scene, lower case. All it says is so; it rarely says all that is so."""
     main = _main_phrase(scene, rng)
@@ -80,8 +90,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
     if ground and rng.random() < 0.2:  # the ground speaks first
         return f"{ground}, {main}{_company(scene, rng)}"
     opening = rng.choice(OPENINGS) + " " if rng.random() < 0.5 else ""
-    place = " " + _place(scene, rng) if rng.random() < 0.5 else ""
-    return f"{opening}{main}{place}{_company(scene, rng)}" + (f" {ground}" if ground else "")
+    where = " " + place(scene.row, scene.column, rng) if rng.random() < 0.5 else ""
+    return f"{opening}{main}{where}{_company(scene, rng)}" + (f" {ground}" if ground else "")
 
 
 def class_prompts(colour: str, shape: str) -> list[str]:
@@ -100,13 +110,23 @@ def class_table() -> list[dict[str, Any]]:
     return [{"name": name, "prompts": class_prompts(*name.split())} for name in class_names()]
 
 
-def relation(thing: Thing, anchor: Thing, rng: random.Random) -> str:
+def relation(thing: Placed, anchor: Placed, rng: random.Random) -> str:
     """Where `thing` lies as seen from `anchor`, along the axis on which they are further apart."""
     dx, dy = thing.x - anchor.x, thing.y - anchor.y
     if abs(dx) >= abs(dy):
         side = "left" if dx < 0 else "right"
         return rng.choice((f"to the {side} of", f"{side} of"))
     return rng.choice(("above", "over") if dy < 0 else ("below", "under"))
+
+
+def place(row_way: int, column_way: int, rng: random.Random) -> str:
+    """Where something is, by its row and column (-1, 0, 1): 'at the top left', 'in the middle'."""
+    row, column = ROW_WORDS[row_way], COLUMN_WORDS[column_way]
+    if row and column:
+        return rng.choice((f"at the {row} {column}", f"in the {row} {column} corner"))
+    if row:
+        return f"at the {row}"
+    return f"on the {column}" if column else rng.choice(("in the middle", "in the centre"))
 
 
 def _main_phrase(scene: Scene, rng: random.Random) -> str:
@@ -145,15 +165,6 @@ def _company(scene: Scene, rng: random.Random) -> str:
     if (one.shape, one.colour) == (other.shape, other.colour):
         return f" {rng.choice(('and', 'with'))} two small {one.colour} {_plural(one.shape)}"
     return f" with {_companion_phrase(one, rng)} and {_companion_phrase(other, rng)}"
-
-
-def _place(scene: Scene, rng: random.Random) -> str:
-    row, column = ROW_WORDS[scene.row], COLUMN_WORDS[scene.column]
-    if row and column:
-        return rng.choice((f"at the {row} {column}", f"in the {row} {column} corner"))
-    if row:
-        return f"at the {row}"
-    return f"on the {column}" if column else rng.choice(("in the middle", "in the centre"))
 
 
 def _synonym(words: tuple[str, ...], rng: random.Random) -> str:

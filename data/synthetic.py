@@ -1,7 +1,7 @@
-"""The demo corpus as samples: scenes, drawn, encoded and captioned, by as many processes as there are cores.
+"""The demo corpus as samples: scenes, drawn, encoded and captioned.
 
-A sample depends on (seed, split, index, size) alone, so the corpus is the same bytes whatever the number of
-processes. Train and held-out scenes come from different random streams; that they share no image is tested.
+A sample depends on (seed, split, index, size) alone. Train and held-out scenes come from different random streams; that
+they share no image is tested.
 
     next(synthetic_samples(seed=0, split="train", count=6000, size=64, workers=2)).caption
 """
@@ -9,27 +9,16 @@ processes. Train and held-out scenes come from different random streams; that th
 from __future__ import annotations
 
 import functools
-import io
-import multiprocessing
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 from data.drawing import draw
+from data.drawn_samples import encoded, in_order
 from data.grammar import caption, class_table
 from data.sample import Plan, Sample
 from data.scenes import class_names, sample_scene, scene_random
 
-# Shares as on the web, so that every decoder is used: (extension, Pillow format, weight, options).
-FORMATS: tuple[tuple[str, str, int, dict[str, int]], ...] = (
-    ("jpg", "JPEG", 8, {"quality": 92, "subsampling": 0}),
-    ("png", "PNG", 1, {}),
-    ("webp", "WEBP", 1, {"quality": 92, "method": 2}),
-)
 VOCAB = 1024  # an upper bound: the grammar's words need about 590 ids
-WORTH_A_POOL = 2_000_000  # pixels; below it, starting processes takes longer than drawing
 
 README = """\
 # Synthetic captioned scenes
@@ -64,51 +53,13 @@ def synthetic_plan(samples: int, held_out: int, size: int, shard_size: int, seed
 
 def synthetic_samples(seed: int, split: str, count: int, size: int, workers: int) -> Iterator[Sample]:
     """Samples 0 .. count-1 of a split, in order, drawn by `workers` processes."""
-    render = functools.partial(render_sample, seed, split, size)
-    if workers == 1 or count * size * size < WORTH_A_POOL:
-        yield from map(render, range(count))
-        return
-    # spawn: the caller may hold threads (torch, tokenizers), which a forked child must not inherit half
-    # alive.
-    with _interrupts_left_to_this_process():
-        pool = multiprocessing.get_context("spawn").Pool(workers, _ignore_interrupts)
-    with pool:
-        yield from pool.imap(render, range(count), chunksize=32)
-
-
-@contextmanager
-def _interrupts_left_to_this_process() -> Iterator[None]:
-    """Processes started inside ignore interrupts from their first moment on: children inherit what is ignored.
-
-    For the milliseconds it takes this process ignores them too. (A blocked signal is not lost, but multiprocessing
-    unblocks it.) Only a main thread can do that; called from another, workers are deaf once their imports are done.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return in_order(functools.partial(render_sample, seed, split, size), count, size * size, workers)
 
 
 def render_sample(seed: int, split: str, size: int, index: int) -> Sample:
     """Sample `index` of a split: a pure function of its arguments (and of Pillow's encoders)."""
     scene = sample_scene(seed, split, index)
-    extension, name, _, options = _choose_format(seed, split, index)
-    with io.BytesIO() as file:
-        draw(scene, size).save(file, name, **options)
-        image = file.getvalue()
+    image, extension = encoded(draw(scene, size), scene_random(seed, split, index, "format"))
     words = caption(scene, scene_random(seed, split, index, "caption"))
     attributes = {"label": scene.label, "class": class_names()[scene.label], "width": size, "height": size}
     return Sample(image, extension, words, {**attributes, "scene": asdict(scene)})
-
-
-def _choose_format(seed: int, split: str, index: int) -> tuple[str, str, int, dict[str, int]]:
-    rng = scene_random(seed, split, index, "format")
-    return rng.choices(FORMATS, weights=[weight for _, _, weight, _ in FORMATS])[0]

@@ -121,7 +121,7 @@ def test_held_out_is_balanced_and_shares_no_picture_with_train(demo: Path) -> No
 def test_the_same_arguments_give_the_same_bytes_whatever_the_workers(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.synthetic.WORTH_A_POOL", 0)  # or a corpus this small is drawn in one process
+    monkeypatch.setattr("data.drawn_samples.WORTH_A_POOL", 0)  # or a corpus this small is drawn in one process
     again = ("synthetic", "--samples", 300, "--held-out", 128, "--shard-size", 100, "--size", 32)
     assert run(*again, "--out", tmp_path / "again", "--workers", 3) == 0
     assert digests(tmp_path / "again") == digests(demo)
