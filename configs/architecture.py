@@ -63,7 +63,7 @@ class Prototypes(Section):
 class Model(Section):
     patch_size: Positive = 16
     latent_channels: Positive = 64  # "f16d64" [P]
-    latent: Literal["deterministic", "gaussian"] = "deterministic"  # [P] a point; gaussian: mean and log-variance
+    latent: Literal["deterministic", "gaussian"] = "deterministic"  # point [P], or mean and variance
     bottleneck_ae_only: bool = True  # heads read features before the bottleneck [C]; False: after it
     image_feature: Literal["cls", "patch_mean"] = "cls"
     clip_width: Positive = 768  # width of the joint image-text space [C]

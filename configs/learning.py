@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import Positive, Section, Share
+from configs.section import MaskRange, Positive, Section, Share
 
 
 class Clip(Section):
@@ -27,11 +27,34 @@ class Ssl(Section):
     centre_momentum: Share = 0.9  # with targets=centering
 
 
+class Noise(Section):
+    """Noise on the latents that the decoder learns from (l-DeTok, arXiv 2507.15856): x of an image, t ~ U(0, 1) drawn
+    for it, e ~ N(0, scale^2) for each of its numbers. In training only."""
+
+    kind: Literal["none", "interpolative", "additive"] = "none"  # (1 - t) x + t e; x + t e, which was worse there
+    scale: float = Field(3.0, gt=0)  # of l-DeTok
+
+    @model_validator(mode="after")
+    def _scale_of_something(self) -> Noise:
+        if self.kind == "none" and self.scale != type(self).model_fields["scale"].default:
+            raise ValueError(
+                f"scale={self.scale:g} but kind=none: there is no noise to scale; set objectives.rec.noise.kind, or "
+                "remove the scale"
+            )
+        return self
+
+
 class Rec(Section):
     weight: float = Field(0.1, ge=0)  # [P]
     l1: float = Field(1.0, ge=0)
+    l2: float = Field(0.0, ge=0)  # mean square; l-DeTok's 1, with l1 at 0
     perceptual: float = Field(1.0, ge=0)  # L1 : LPIPS = 1 : 1 [P]; needs lpips_weights
     lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
+    kl: float = Field(0.0, ge=0)  # nats of an image, with model.latent=gaussian; l-DeTok's 1e-6
+    noise: Noise = Noise()
+    mask: MaskRange | None = (
+        None  # share of patches hidden from the encoder: U(low, high) per step; l-DeTok's -0.1, 0.7
+    )
 
     @model_validator(mode="after")
     def _perceptual_is_explicit(self) -> Rec:
@@ -40,6 +63,25 @@ class Rec(Section):
                 f"perceptual={self.perceptual:g} but lpips_weights is not set: the perceptual term is never "
                 "dropped silently; give objectives.rec.lpips_weights=FILE, or switch it off with "
                 "objectives.rec.perceptual=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_compared(self) -> Rec:
+        if self.weight and not (self.l1 or self.l2 or self.perceptual):
+            raise ValueError(
+                f"weight={self.weight:g} but l1, l2 and perceptual are 0: the reconstruction is compared with nothing; "
+                "set one of objectives.rec.l1, l2, perceptual"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _without_rec_nothing_is_disturbed(self) -> Rec:
+        asked = {"noise.kind": self.noise.kind != "none", "mask": self.mask is not None, "kl": self.kl > 0}
+        for key in (key for key, is_asked in asked.items() if is_asked and not self.weight):
+            raise ValueError(
+                f"{key} is set but weight=0: it changes what rec learns from; set objectives.rec.weight and batch.rec, "
+                f"or remove objectives.rec.{key}"
             )
         return self
 

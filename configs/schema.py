@@ -87,6 +87,31 @@ class Config(Run):
         return self
 
     @model_validator(mode="after")
+    def _gaussian_latents_are_drawn_and_weighed(self) -> Config:
+        rec, latent = self.objectives.rec, self.model.latent
+        if latent == "gaussian" and not rec.weight:
+            raise ValueError(
+                "model.latent=gaussian but objectives.rec.weight=0: only rec reads a variance; set model.latent="
+                "deterministic, or train rec"
+            )
+        if rec.kl and latent != "gaussian":
+            raise ValueError(
+                f"objectives.rec.kl={rec.kl:g} but model.latent={latent}: a point has no divergence; set model.latent="
+                "gaussian, or remove objectives.rec.kl"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masked_steps_keep_their_segments(self) -> Config:
+        if self.objectives.rec.mask and self.model.trunk.drop_path:
+            raise ValueError(
+                f"objectives.rec.mask={list(self.objectives.rec.mask)} but model.trunk.drop_path="
+                f"{self.model.trunk.drop_path:g}: which segments a branch drops is counted once for a run, and with "
+                "masking a step's segments vary; set one of them off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _streams_share_rows(self) -> Config:
         streams = self.data.streams
         for key in ("clip", "ssl", "rec"):

@@ -28,6 +28,7 @@ from configs import Config, Run, UserError
 from configs.ds import zero_stage
 from configs.learning import Optim
 from engine import linears, optim, world, zero
+from engine.corruption import Corruptor, corruptor
 from engine.drop_path import DropPath, drop_path
 from engine.host_memory import keep_freed_blocks
 from engine.initial import initial_weights
@@ -72,6 +73,7 @@ class Assembly:
     perceptual: Perceptual | None
     centres: Centres | None
     drop_path: DropPath | None
+    corruptor: Corruptor | None
     device: torch.device
     phases: Phases
     choices: dict[str, str]  # what every "auto" became, and why
@@ -88,6 +90,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
     `comm` is what `world.start` gave. With `resume` the caller loads a checkpoint next.
     """
     device, drops = world.device(), drop_path(config, comm.rank, comm.world_size)
+    disturbs = corruptor(config, comm.rank, comm.world_size)
     rows = Rows.per_rank(config, comm.world_size)
     started = start(
         config,
@@ -102,7 +105,10 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
     teacher = Teacher(teacher_pairs(engine.module)) if engine.module.teacher is not None else None
     followers = {} if teacher is None else {"ema": (teacher, "follow")}
     phases = timed(config, device, engine, CHILDREN, followers)
-    dropped = {"drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)"}
+    drawn = {
+        "drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)",
+        "rec": f"a step {disturbs}" if disturbs else "from whole images and exact latents (objectives.rec)",
+    }
     return Assembly(
         engine=engine,
         teacher=teacher,
@@ -110,9 +116,10 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
         perceptual=_perceptual(config, device),
         centres=_centres(config, device),
         drop_path=drops,
+        corruptor=disturbs,
         device=device,
         phases=phases,
-        choices=started.choices | dropped,
+        choices=started.choices | drawn,
     )
 
 

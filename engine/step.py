@@ -20,6 +20,7 @@ from torch import Tensor
 from configs import Config
 from data.batch import Batch
 from engine.assemble import Assembly
+from engine.corruption import to_device
 from engine.grad_cache import GradientCache
 from engine.optim import set_learning_rate
 from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
@@ -54,7 +55,8 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
         cache = GradientCache(batch, parts.engine.module.rows, lambda part: clip_features(parts, part))
         with parts.phases("inputs"):
             inputs = model_inputs(cache.shared, parts.device)
-        outputs = cache.complete(parts.engine(**inputs, kept_idx=kept_idx))
+            corruption = parts.corruptor and to_device(parts.corruptor.draw(batch.step), parts.device)
+        outputs = cache.complete(parts.engine(**inputs, kept_idx=kept_idx, corruption=corruption))
         with parts.phases("objectives"):
             losses = compute(outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual)
         parts.engine.backward(losses.total)

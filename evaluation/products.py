@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from model.imagenet import normalise
+from model.latent import mode
 from model.pack import Layout
 from model.pretrainer import image_feature
 from model.tokenizer import VisualTokenizer
@@ -40,7 +41,7 @@ class Products:
         """(B, clip_width) float32, L2-normed: VisualTokenizer.embed_images."""
         model, x_TD = self.tokenizer.model, self._blocks[-1]
         if not model.bottleneck_ae_only:
-            x_TD = _part(self.tokenizer.bottleneck, "bottleneck")(x_TD)
+            x_TD = mode(_part(self.tokenizer.bottleneck, "bottleneck")(x_TD), model)
         clip = _part(self.tokenizer.clip, "clip")
         return F.normalize(clip.visual_proj(image_feature(self._layout, x_TD, model.image_feature)).float(), dim=-1)
 
@@ -49,7 +50,7 @@ class Products:
     def latent(self) -> Tensor:
         """(B, L, h, w): VisualTokenizer.encode."""
         bottleneck = _part(self.tokenizer.bottleneck, "bottleneck")
-        latent_BPL = bottleneck(self._layout.patches(self._blocks[-1], "clip"))
+        latent_BPL = mode(bottleneck(self._layout.patches(self._blocks[-1], "clip")), self.tokenizer.model)
         return latent_BPL.transpose(1, 2).unflatten(2, self._layout.group("clip").grid)
 
     @cached_property

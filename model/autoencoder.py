@@ -5,9 +5,9 @@
     z = (z - vae.config.shift_factor) * vae.config.scaling_factor        # about zero mean, unit deviation
     images = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
 
-The latent is deterministic: `sample` is `mode`, and the distribution has no width. `scaling_factor` and `shift_factor`
-pool the channels' statistics into one number each, as diffusers has it; `latents_mean` and `latents_std` are those by
-channel. Without statistics they are 1, 0 and None: nothing is made up.
+A deterministic latent's `sample` is its `mode`, and the distribution has no width; a Gaussian one's is drawn.
+`scaling_factor` and `shift_factor` pool the channels' statistics into one number each, as diffusers has it;
+`latents_mean` and `latents_std` are those by channel. Without statistics they are 1, 0 and None: nothing is made up.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import UserError
+from model.latent import Gaussian
 from model.tokenizer import VisualTokenizer
 
 
@@ -50,22 +51,29 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class Latents:
-    """What stands for a distribution whose samples are all the same."""
+    """What `encode` distributes: with a log-variance around the mean, without one at it."""
 
     mean: Tensor
+    log_variance: Tensor | None = None
 
     def mode(self) -> Tensor:
         """(B, L, h, w)."""
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """The mode: nothing is drawn, `generator` is not read."""
-        return self.mean
+        """(B, L, h, w), drawn with `generator`, which may live on the host; of a deterministic latent the mode."""
+        if self.log_variance is None:
+            return self.mean
+        device = self.mean.device if generator is None else generator.device
+        normals = torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean.device)
+        return Gaussian(self.mean, self.log_variance).at(normals)
 
     @property
     def std(self) -> Tensor:
-        """Zeros."""
-        return torch.zeros_like(self.mean)
+        """(B, L, h, w); zeros of a deterministic latent."""
+        if self.log_variance is None:
+            return torch.zeros_like(self.mean)
+        return Gaussian(self.mean, self.log_variance).std.to(self.mean.dtype)
 
 
 class Encoded(NamedTuple):
@@ -109,7 +117,10 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Encoded:
         """(B, 3, height, width) in [-1, 1] -> latent_dist of (B, L, height/p, width/p)."""
-        return Encoded(Latents(self.tokenizer.encode(x.float() / 2 + 0.5)))
+        images = x.float() / 2 + 0.5
+        if self.tokenizer.model.latent == "gaussian":
+            return Encoded(Latents(*self.tokenizer.moments(images)))
+        return Encoded(Latents(self.tokenizer.encode(images)))
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Decoded:
         """(B, L, h, w) -> sample (B, 3, h*p, w*p) in [-1, 1], clamped. `generator` is not read."""

@@ -6,6 +6,7 @@
     trunk             21.6M    384     12      6
     ...
     one rank, one step: 4416 tokens = clip 8 x 257 + ssl_global 8 x 257 + ssl_local 8 x 37 + 8 padding
+    (with objectives.rec.mask: a line for every number of patches that a step may hide)
     latent of a 256 px image: 64 x 16 x 16
 
 Parameters are counted on the meta device, so the 7-billion preset takes no more memory than the smallest.
@@ -17,6 +18,7 @@ import torch
 
 from configs import Config
 from configs.architecture import Text, Vit
+from model.corruption import hidden_shares, num_patches
 from model.pack import Layout, pack
 from model.pretrainer import Pretrainer
 from model.rows import Rows
@@ -29,22 +31,40 @@ def count_parameters(config: Config, rows: Rows) -> dict[str, int]:
     return {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
 
 
-def step_layout(config: Config, rows: Rows) -> Layout:
-    """The packed sequence that the student's trunk sees on one rank, in every step."""
+def step_layout(config: Config, rows: Rows, hidden: int = 0) -> Layout:
+    """The packed sequence that the student's trunk sees on one rank, in every step.
+
+    In those that hide `hidden` patches of a rec image (objectives.rec.mask) rec has a group of its own, and what is not
+    hidden from it is the last of the sequence.
+    """
     views, model = config.views, config.model
-    num_images = rows.clip if config.objectives.clip.weight else rows.rec
+    num_own = rows.rec if hidden else 0
+    num_images = rows.clip if config.objectives.clip.weight else rows.rec - num_own
     sizes = {
         "clip": (num_images, views.image_size),
         "ssl_global": (2 * rows.ssl, views.global_size),
         "ssl_local": (views.num_locals * rows.ssl, views.local_size),
+        "rec": (num_own, views.image_size),
     }
     crops = {name: (count, size, size) for name, (count, size) in sizes.items() if count}
-    return pack(crops, model.patch_size, prefix=1 + model.registers)
+    return pack(crops, model.patch_size, prefix=1 + model.registers, hidden={"rec": hidden})
+
+
+def step_layouts(config: Config, rows: Rows) -> dict[int, tuple[Layout, float]]:
+    """Hidden patches of a rec image -> the sequence of the steps that hide so many, and their share of all steps."""
+    shares = hidden_shares(config.objectives.rec.mask if rows.rec else None, num_patches(config))
+    return {hidden: (step_layout(config, rows, hidden), share) for hidden, share in shares.items()}
+
+
+def longest_layout(config: Config, rows: Rows) -> int:
+    """How many patches are hidden in the steps of the longest sequence, which take the most memory."""
+    layouts = step_layouts(config, rows)
+    return max(layouts, key=lambda hidden: layouts[hidden][0].tokens)
 
 
 def describe(config: Config, rows: Rows) -> str:
     """A table for people: what is built, how long the sequence of one rank is, what the latent looks like."""
-    model, counts, layout = config.model, count_parameters(config, rows), step_layout(config, rows)
+    model, counts = config.model, count_parameters(config, rows)
     shapes: dict[str, Vit | Text] = {
         "trunk": model.trunk,
         "teacher": model.trunk,
@@ -58,10 +78,14 @@ def describe(config: Config, rows: Rows) -> str:
         lines.append(f"{name:<12}{_short(count):>12}{columns}")
     trained = sum(count for name, count in counts.items() if name != "teacher")
     lines.append(f"{'trained':<12}{_short(trained):>12}")
-    groups = " + ".join(f"{group.name} {group.segments} x {group.length}" for group in layout.groups)
+    layouts = step_layouts(config, rows)
+    for layout, share in layouts.values():
+        groups = " + ".join(f"{group.name} {group.segments} x {group.length}" for group in layout.groups)
+        which = "one step" if len(layouts) == 1 else f"{share:.1%} of the steps"
+        lines.append(f"one rank, {which}: {layout.tokens} tokens = {groups} + {layout.pad} padding")
     side = config.views.image_size // model.patch_size
-    lines.append(f"one rank, one step: {layout.tokens} tokens = {groups} + {layout.pad} padding")
-    lines.append(f"latent of a {config.views.image_size} px image: {model.latent_channels} x {side} x {side}")
+    kind = "" if model.latent == "deterministic" else f", {model.latent}"
+    lines.append(f"latent of a {config.views.image_size} px image: {model.latent_channels} x {side} x {side}{kind}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ The table, first match wins. w is the width, n the depth of the text tower; tags
 
     *.logit_scale                                log(1/0.07)                                [C]
     *.logit_bias                                 -10                                        [D] SigLIP
-    *.mask_token, *.bias, *_bias                 0                                          [C]
+    trunk.mask_token, *.bias, *_bias             0                                          [C]
     *.gamma                                      the config's layer_scale                   [D]
     norms' weight, last_layer.weight_g           1                                          [C]
     text.token_embedding                         normal 0.02                                [D] CLIP
@@ -41,7 +41,7 @@ from configs import Config
 _CONSTANTS = {
     r"logit_scale$": math.log(1 / 0.07),
     r"logit_bias$": -10.0,
-    r"(mask_token|bias)$": 0.0,
+    r"(trunk\.mask_token|bias)$": 0.0,
     r"(norm\d?|ln_\w+)\.weight$|weight_g$": 1.0,
 }
 

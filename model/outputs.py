@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from model.latent import Gaussian
+
 
 @dataclass(frozen=True)
 class ClipOutputs:
@@ -53,7 +55,8 @@ class RecOutputs:
 
     recon: Tensor  # (R, 3, H, W)
     target: Tensor  # (R, 3, H, W)
-    latent: Tensor  # (R, L, h, w) what the decoder read; for pictures, no objective reads it
+    latent: Tensor  # (R, L, h, w) before any noise, 0 where a patch was hidden; for pictures, no objective reads it
+    posterior: Gaussian | None = None  # (R, V, L) each, of the visible patches; with model.latent=gaussian
 
 
 @dataclass(frozen=True)

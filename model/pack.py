@@ -11,6 +11,8 @@ compiled graph.
     layout.pad       4, because 2*5 + 2*5 + 4*2 = 28 and 32 is the next multiple of 16
     layout.segments  ((4, 5), (4, 2)): attention takes neighbours of equal length together
     layout.rows(x_TD, "ssl_local")     x_TD[20:28] as (4, 2, D)
+
+A group may leave out patches, as many of each of its crops: with `hidden={"clip": 3}` a clip segment has 1 + 1 tokens.
 """
 
 from __future__ import annotations
@@ -34,11 +36,17 @@ class Group:
     segments: int
     length: int
     grid: tuple[int, int]  # patches down, patches across
+    hidden: int = 0  # patches of each crop that are not in the sequence
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens of each crop."""
+        return self.grid[0] * self.grid[1] - self.hidden
 
     @property
     def prefix(self) -> int:
         """Tokens before the patches: CLS and registers."""
-        return self.length - self.grid[0] * self.grid[1]
+        return self.length - self.patches
 
 
 @dataclass(frozen=True)
@@ -79,18 +87,29 @@ class Layout:
         return self.rows(x_TD, name)[:, 0]
 
     def patches(self, x_TD: Tensor, name: str) -> Tensor:
-        """(T, D) -> (segments, P, D): the patch tokens of every crop of group `name`, row by row."""
+        """(T, D) -> (segments, P, D): the patches of every crop of group `name`, row by row, hidden ones left out."""
         return self.rows(x_TD, name)[:, self.group(name).prefix :]
 
     def group(self, name: str) -> Group:
         """The group called `name`."""
         return next(group for group in self.groups if group.name == name)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a group called `name`."""
+        return any(group.name == name for group in self.groups)
 
-def pack(crops: Mapping[str, tuple[int, int, int]], patch_size: int, prefix: int, align: int = ALIGN) -> Layout:
+
+def pack(
+    crops: Mapping[str, tuple[int, int, int]],
+    patch_size: int,
+    prefix: int,
+    align: int = ALIGN,
+    hidden: Mapping[str, int] | None = None,
+) -> Layout:
     """The layout of `crops`: name -> (how many, height, width), sizes in pixels, in the order given.
 
-    Padded to a multiple of `align` tokens. Raises UserError where a side does not hold whole patches.
+    `hidden` names groups that leave out so many patches of each crop. Padded to a multiple of `align` tokens. Raises
+    UserError where a side does not hold whole patches.
     """
     groups = []
     for name, (count, height, width) in crops.items():
@@ -99,7 +118,7 @@ def pack(crops: Mapping[str, tuple[int, int, int]], patch_size: int, prefix: int
                 f"{name} images of {height}x{width} pixels: sides must be multiples of the patch size "
                 f"{patch_size}; resize or crop them"
             )
-        grid = (height // patch_size, width // patch_size)
-        groups.append(Group(name, count, prefix + grid[0] * grid[1], grid))
+        grid, left_out = (height // patch_size, width // patch_size), (hidden or {}).get(name, 0)
+        groups.append(Group(name, count, prefix + grid[0] * grid[1] - left_out, grid, left_out))
     used = sum(group.segments * group.length for group in groups)
     return Layout(tuple(groups), pad=-used % align)

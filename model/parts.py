@@ -16,6 +16,12 @@ from model.text import TextTower
 from model.trunk import Trunk
 
 PARTS = ("trunk", "bottleneck", "decoder", "text", "clip")  # of a Pretrainer; the rest serves training only
+TRAINING_ALONE = "decoder.mask_token"  # stands in for patches that objectives.rec.mask hides
+
+
+def outlives_training(name: str) -> bool:
+    """Whether a Pretrainer's tensor is one of the parts'."""
+    return name.split(".")[0] in PARTS and name != TRAINING_ALONE
 
 
 class Parts(nn.Module):

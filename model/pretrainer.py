@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from configs import Config
 from configs.architecture import Model
 from model.captions import PackedCaptions
+from model.corruption import Corruption, corrupted
 from model.decoder import PixelDecoder
 from model.heads import ClipHeads, PrototypeHead
 from model.imagenet import normalise
+from model.latent import Gaussian, mode, moment_channels
 from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs
 from model.pack import Layout
 from model.reads import Reads, reads_of, tokens
@@ -34,6 +36,7 @@ class Teacher(nn.Module):
 
     def __init__(self, model: Model, backend: str) -> None:
         super().__init__()
+        self.model = model
         self.trunk = Trunk(model, backend)
         self.bottleneck = None if model.bottleneck_ae_only else bottleneck(model)
         self.prototypes = PrototypeHead(head_width(model), model.prototypes)
@@ -47,7 +50,7 @@ class Teacher(nn.Module):
         reads = reads_of((layout.cls(token_T1, "ssl_global"), _masked_patches(token_T1, layout, masked_idx)))
         x_TD = self.trunk(crops, {}, reads=reads)
         if self.bottleneck is not None:
-            x_TD = self.bottleneck(x_TD)
+            x_TD = mode(self.bottleneck(x_TD), self.model)
         cls_GD, patch_MD = layout.cls(x_TD, "ssl_global"), _masked_patches(x_TD, layout, masked_idx)
         rows_XE, prototypes_KE = self.prototypes(torch.cat((cls_GD, patch_MD)))
         return *rows_XE.split((cls_GD.shape[0], patch_MD.shape[0])), prototypes_KE
@@ -68,9 +71,10 @@ class Pretrainer(nn.Module):
             model.image_feature,
             model.bottleneck_ae_only,
         )
+        self.model, self.noise = model, weights.rec.noise
         self.trunk = Trunk(model, attention)
         self.bottleneck = bottleneck(model) if has_rec or not model.bottleneck_ae_only else None
-        self.decoder = PixelDecoder(model, attention) if has_rec else None
+        self.decoder = PixelDecoder(model, attention, weights.rec.mask is not None) if has_rec else None
         self.text = TextTower(model.text, model.clip_width, attention) if has_clip else None
         has_bias = weights.clip.kind == "sigmoid"
         self.clip = ClipHeads(head_width(model), model.clip_width, has_bias) if has_clip else None
@@ -87,27 +91,33 @@ class Pretrainer(nn.Module):
         masked_idx: Tensor,
         kept_idx: Tensor | None = None,
         clip_only: bool = False,
+        corruption: Corruption | None = None,
     ) -> Outputs:
         """Data's Batch, captions packed, pixels uint8 or float in [0, 1] -> what the objectives compare.
 
         `kept_idx` is stochastic depth's draw for the student's trunk (Trunk.forward); the teacher sees everything. With
-        micro-batches `images` and `captions` are those of one; all but the shared one pass `clip_only`.
+        micro-batches `images` and `captions` are those of one; all but the shared one pass `clip_only`. `corruption` is
+        what chance does to rec; without it the decoder reads the mode of every patch.
         """
         if clip_only:
             return self._clip_alone(images, captions)
-        crops = self._crops(images, global_crops, local_crops)
+        corruption = corruption or Corruption()
+        visible = self._visible(corruption.visible_idx_RV, images)
+        crops = self._crops(images, global_crops, local_crops, tuple(visible))
         taught = None
         if self.teacher is not None:
             with torch.no_grad():
                 taught = self.teacher(crops["ssl_global"], masked_idx)
-        layout = self.trunk.layout(crops)
+        layout = self.trunk.layout(crops, visible)
         hidden = {"ssl_global": masks} if taught is not None else {}
-        x_TD = self.trunk(crops, hidden, kept_idx=kept_idx, reads=self._reads(layout, masked_idx))
-        z_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
+        reads = self._reads(layout, masked_idx)
+        x_TD = self.trunk(crops, hidden, kept_idx=kept_idx, reads=reads, visible=visible)
+        y_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
+        z_TD = self._without_variance(y_TD)
         return Outputs(
             clip=self._clip(layout, z_TD, captions),
             ssl=None if taught is None else self._ssl(layout, z_TD, masks, masked_idx, taught),
-            rec=self._rec(layout, z_TD, crops),
+            rec=self._rec(layout, y_TD, crops, corruption),
         )
 
     def _clip_alone(self, images: Tensor, captions: PackedCaptions) -> Outputs:
@@ -115,19 +125,35 @@ class Pretrainer(nn.Module):
         layout = self.trunk.layout(crops)
         reads = reads_of([self._clip_rows(layout, tokens(layout, images.device))])
         x_TD = self.trunk(crops, {}, reads=reads)
-        z_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
+        z_TD = self._without_variance(x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD))
         return Outputs(clip=self._clip(layout, z_TD, captions), ssl=None, rec=None)
 
-    def _crops(self, images: Tensor, global_crops: Tensor, local_crops: Tensor) -> dict[str, Tensor]:
+    def _visible(self, visible_idx_RV: Tensor | None, images: Tensor) -> dict[str, Tensor]:
+        """What the trunk leaves out of the group "rec"; nothing where rec sees all that clip does, and needs no group.
+
+        Decided by shapes: all ranks have the same.
+        """
+        if visible_idx_RV is None:
+            return {}
+        patches = images.shape[2] * images.shape[3] // self.model.patch_size**2
+        return {} if visible_idx_RV.shape[1] == patches else {"rec": visible_idx_RV}
+
+    def _crops(
+        self, images: Tensor, global_crops: Tensor, local_crops: Tensor, partly_seen: tuple[str, ...]
+    ) -> dict[str, Tensor]:
         """Normalised pixels by group, in packing order; without clip only the rows that rec reads."""
         crops = {}
         images = images if self.clip is not None else images[self._rows_of_rec()]
-        if images.shape[0]:
-            crops["clip"] = normalise(images)
+        pixels = normalise(images)
+        has_own_rec = "rec" in partly_seen
+        if images.shape[0] and (self.clip is not None or not has_own_rec):
+            crops["clip"] = pixels
         if self.teacher is not None:
             crops["ssl_global"] = normalise(global_crops)
             if local_crops.shape[0]:
                 crops["ssl_local"] = normalise(local_crops)
+        if has_own_rec:
+            crops["rec"] = pixels[self._rec_rows()]
         return crops
 
     def _rows_of_rec(self) -> slice:
@@ -136,18 +162,23 @@ class Pretrainer(nn.Module):
         return slice(first, first + self.rows.rec)
 
     def _rec_rows(self) -> slice:
-        """Which of the group "clip" are: without the contrastive loss nothing else is in it."""
+        """Which of the packed images are: without the contrastive loss there are no others."""
         return self._rows_of_rec() if self.clip is not None else slice(None)
 
     def _through_bottleneck(self, x: Tensor) -> Tensor:
         assert self.bottleneck is not None, "built whenever an objective reads it"
         return self.bottleneck(x)
 
+    def _without_variance(self, y_TD: Tensor) -> Tensor:
+        """What the heads read of tokens behind the bottleneck; before it they have none."""
+        return y_TD if self.bottleneck_ae_only else mode(y_TD, self.model)
+
     def _reads(self, layout: Layout, masked_idx: Tensor) -> Reads:
         """What clip, ssl and rec take from the trunk, each by the same selection as from its features."""
         token_T1 = tokens(layout, masked_idx.device)
         parts: list[Tensor] = [] if self.clip is None else [self._clip_rows(layout, token_T1)]
-        if self.decoder is not None and (self.clip is None or self.image_feature == "cls"):  # else clip reads them too
+        is_read_by_clip = self.clip is not None and self.image_feature == "patch_mean" and not layout.has("rec")
+        if self.decoder is not None and not is_read_by_clip:
             parts.append(self._rec_patches(layout, token_T1))
         if self.prototypes is not None:
             parts.extend(_ssl_rows(layout, token_T1, masked_idx))
@@ -158,8 +189,8 @@ class Pretrainer(nn.Module):
         return layout.cls(x_TD, "clip") if self.image_feature == "cls" else layout.patches(x_TD, "clip")
 
     def _rec_patches(self, layout: Layout, x_TD: Tensor) -> Tensor:
-        """(R, P, D): the patches of the clip rows that rec reconstructs; all where rec brought its own."""
-        return layout.patches(x_TD, "clip")[self._rec_rows()]
+        """(R, V, D): the patches that rec reconstructs from, of rows of its own where patches are hidden from it."""
+        return layout.patches(x_TD, "rec") if layout.has("rec") else layout.patches(x_TD, "clip")[self._rec_rows()]
 
     def _clip(self, layout: Layout, z_TD: Tensor, captions: PackedCaptions) -> ClipOutputs | None:
         if self.clip is None or self.text is None:
@@ -187,18 +218,24 @@ class Pretrainer(nn.Module):
             patch_weight_M=1 / num_hidden_G.index_select(0, masked_idx // masks.shape[1]),
         )
 
-    def _rec(self, layout: Layout, z_TD: Tensor, crops: dict[str, Tensor]) -> RecOutputs | None:
-        """Reconstructs clip rows from the features that clip itself reads: no pass of its own."""
+    def _rec(self, layout: Layout, y_TD: Tensor, crops: dict[str, Tensor], corruption: Corruption) -> RecOutputs | None:
+        """Reconstructs clip rows from the features that clip itself reads, or from those of their visible patches: no
+        pass of its own."""
         if self.decoder is None:
             return None
-        latent_RPL = self._rec_patches(layout, z_TD)
+        y_RVM = self._rec_patches(layout, y_TD)
         if self.bottleneck_ae_only:
-            latent_RPL = self._through_bottleneck(latent_RPL)
-        grid = layout.group("clip").grid
-        recon = self.decoder(latent_RPL, grid)
-        latent = latent_RPL.transpose(1, 2).unflatten(2, grid)
-        target = crops["clip"][self._rec_rows()]
-        return RecOutputs(recon=recon.float(), target=target, latent=latent)
+            y_RVM = self._through_bottleneck(y_RVM)
+        posterior = Gaussian.of(y_RVM, dim=-1) if self.model.latent == "gaussian" else None
+        grid = layout.group("rec" if layout.has("rec") else "clip").grid
+        latent_RVL = corrupted(y_RVM if posterior is None else posterior, corruption, self.noise)
+        recon = self.decoder(latent_RVL, grid, corruption.visible_idx_RV)
+        return RecOutputs(
+            recon=recon.float(),
+            target=crops["rec"] if "rec" in crops else crops["clip"][self._rec_rows()],
+            latent=_on_grid(mode(y_RVM, self.model), grid, corruption.visible_idx_RV),
+            posterior=posterior,
+        )
 
 
 def image_feature(layout: Layout, x_TD: Tensor, kind: str) -> Tensor:
@@ -217,8 +254,7 @@ def teacher_pairs(model: Pretrainer) -> list[tuple[str, nn.Parameter, nn.Paramet
 def _ssl_rows(layout: Layout, x_TD: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(G, D), (L, D), (M, D): CLS of the global crops, CLS of the local ones, hidden patches."""
     global_GD = layout.cls(x_TD, "ssl_global")
-    has_locals = any(group.name == "ssl_local" for group in layout.groups)
-    local_LD = layout.cls(x_TD, "ssl_local") if has_locals else global_GD[:0]
+    local_LD = layout.cls(x_TD, "ssl_local") if layout.has("ssl_local") else global_GD[:0]
     return global_GD, local_LD, _masked_patches(x_TD, layout, masked_idx)
 
 
@@ -227,9 +263,17 @@ def _masked_patches(x_TD: Tensor, layout: Layout, masked_idx: Tensor) -> Tensor:
     return layout.patches(x_TD, "ssl_global").flatten(0, 1).index_select(0, masked_idx)
 
 
+def _on_grid(latent_RVL: Tensor, grid: tuple[int, int], visible_idx_RV: Tensor | None) -> Tensor:
+    """(R, V, L) -> (R, L, h, w), zeros where nothing was visible."""
+    if visible_idx_RV is not None:
+        nothing_RPL = latent_RVL.new_zeros(len(latent_RVL), grid[0] * grid[1], latent_RVL.shape[2])
+        latent_RVL = nothing_RPL.scatter(1, visible_idx_RV.unsqueeze(-1).expand_as(latent_RVL), latent_RVL.detach())
+    return latent_RVL.transpose(1, 2).unflatten(2, grid)
+
+
 def bottleneck(model: Model) -> nn.Linear:
-    """Trunk features -> latents, of normed patch tokens, without bias [C]."""
-    return nn.Linear(model.trunk.width, model.latent_channels, bias=False)
+    """Trunk features -> latents, or their moments, of normed patch tokens, without bias [C]."""
+    return nn.Linear(model.trunk.width, moment_channels(model), bias=False)
 
 
 def head_width(model: Model) -> int:

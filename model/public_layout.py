@@ -26,7 +26,7 @@ from torch import Tensor
 
 from configs import UserError
 from configs.architecture import Model
-from model.parts import PARTS, Parts
+from model.parts import Parts, outlives_training
 from model.public_config import model_of, parts_of, public_config
 from model.rope import rope_of
 
@@ -46,7 +46,7 @@ def to_public(state: dict[str, Tensor], model: Model, image_size: int) -> tuple[
     Raises UserError for a model the public layout cannot describe.
     """
     check_exportable(state, model)
-    kept = {name: tensor for name, tensor in state.items() if name.split(".")[0] in PARTS}
+    kept = {name: tensor for name, tensor in state.items() if outlives_training(name)}
     public = {key: part for name, tensor in kept.items() for key, part in _public_parts(name, tensor).items()}
     public["trunk.rope_embed.periods"] = rope_of(model, model.trunk).periods()
     if "decoder.norm.weight" in kept:
@@ -81,6 +81,11 @@ def check_exportable(state: dict[str, Tensor], model: Model) -> None:
     """Raises UserError for what the public layout cannot describe."""
     if "bottleneck.weight" not in state:
         raise UserError("these weights hold no bottleneck: the public layout needs one; train with objectives.rec on")
+    if model.latent != "deterministic":
+        raise UserError(
+            f"model.latent={model.latent} has no place in the public layout, which holds no variance; not exported. "
+            "`python -m model.interchange programs` writes encode.pt2, which gives the mode, and decode.pt2"
+        )
     rules = (
         ("model.clip_width", model.clip_width, model.text.width, "the text width serves for both"),
         ("model.registers", model.registers, 0, "there are no register tokens"),

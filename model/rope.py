@@ -13,6 +13,7 @@ same range. CLS, registers and padding are not turned: their rows of the table a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +46,19 @@ class Rope:
         angles_PE = angles_P2Q.flatten(1).repeat(1, 2)
         return torch.stack((angles_PE.cos(), angles_PE.sin()))
 
-    def packed(self, layout: Layout, device: torch.device | str) -> Tensor:
-        """(2, T, E): the table of every token of `layout`; identity rows for CLS, registers and padding."""
+    def packed(self, layout: Layout, device: torch.device | str, visible: Mapping[str, Tensor] | None = None) -> Tensor:
+        """(2, T, E): the table of every token of `layout`; identity rows for CLS, registers and padding.
+
+        `visible` has, for groups with hidden patches, the numbers of the others: (segments, V).
+        """
         parts = []
         for group in layout.groups:
-            table_2NE = torch.cat((self._identity(group.prefix, device), self.table(group.grid, device)), dim=1)
-            parts.append(table_2NE.repeat(1, group.segments, 1))
+            prefix_2NE, table_2PE = self._identity(group.prefix, device), self.table(group.grid, device)
+            if visible is not None and group.name in visible:
+                prefix_2SNE = prefix_2NE.unsqueeze(1).expand(-1, group.segments, -1, -1)
+                parts.append(torch.cat((prefix_2SNE, table_2PE[:, visible[group.name]]), dim=2).flatten(1, 2))
+            else:
+                parts.append(torch.cat((prefix_2NE, table_2PE), dim=1).repeat(1, group.segments, 1))
         return torch.cat((*parts, self._identity(layout.pad, device)), dim=1)
 
     def _identity(self, tokens: int, device: torch.device | str) -> Tensor:

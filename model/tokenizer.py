@@ -6,7 +6,7 @@
     scores = tokenizer.embed_images(images) @ tokenizer.embed_captions(captions).T
 
 Any height and width that are multiples of the patch size work. The latent is deterministic: no sampling, no
-noise [P].
+noise [P]. Of weights with model.latent=gaussian `encode` gives the mode, `moments` the distribution.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from model.captions import pack_captions
 from model.decoder import PixelDecoder
 from model.hub import OnHub
 from model.imagenet import denormalise, normalise
+from model.latent import Gaussian, mode
 from model.origin import Origin
 from model.pack import Layout
-from model.parts import PARTS, Parts
+from model.parts import Parts, outlives_training
 from model.pretrainer import image_feature
 from model.weights import read_origin, read_weights
 
@@ -52,7 +53,7 @@ class VisualTokenizer(Parts, OnHub):
         cls, model: Model, state: dict[str, Tensor], attention: str = "sdpa", origin: Origin | None = None
     ) -> VisualTokenizer:
         """From weights under our names; the teacher's and the prototypes' are left out."""
-        kept = {name: tensor for name, tensor in state.items() if name.split(".")[0] in PARTS}
+        kept = {name: tensor for name, tensor in state.items() if outlives_training(name)}
         parts = frozenset(name.split(".")[0] for name in kept)
         with torch.device("meta"):
             tokenizer = cls(model, parts, "clip.logit_bias" in kept, attention, origin)
@@ -73,9 +74,22 @@ class VisualTokenizer(Parts, OnHub):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, height, width), uint8 or float in [0, 1] -> latent (B, L, height/p, width/p)."""
+        return mode(self._encoded(images), self.model, dim=1)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Gaussian:
+        """As `encode`, with the variance: of weights with model.latent=gaussian. Raises UserError for others."""
+        if self.model.latent != "gaussian":
+            raise UserError(
+                f"these weights have model.latent={self.model.latent}: their latents are points, without a variance; "
+                "call encode"
+            )
+        return Gaussian.of(self._encoded(images), dim=1)
+
+    def _encoded(self, images: Tensor) -> Tensor:
         x_TD, layout = self.features(images)
-        latent_BPL = _require(self.bottleneck, "encode", "bottleneck")(layout.patches(x_TD, "clip"))
-        return latent_BPL.transpose(1, 2).unflatten(2, layout.group("clip").grid)
+        y_BPM = _require(self.bottleneck, "encode", "bottleneck")(layout.patches(x_TD, "clip"))
+        return y_BPM.transpose(1, 2).unflatten(2, layout.group("clip").grid)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -93,7 +107,7 @@ class VisualTokenizer(Parts, OnHub):
         """(B, clip_width) float32, L2-normed: images in the joint image-text space."""
         x_TD, layout = self.features(images)
         if not self.model.bottleneck_ae_only:
-            x_TD = _require(self.bottleneck, "embed_images", "bottleneck")(x_TD)
+            x_TD = mode(_require(self.bottleneck, "embed_images", "bottleneck")(x_TD), self.model)
         clip = _require(self.clip, "embed_images", "clip")
         return F.normalize(clip.visual_proj(image_feature(layout, x_TD, self.model.image_feature)).float(), dim=-1)
 

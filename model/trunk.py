@@ -36,10 +36,15 @@ class PatchEmbed(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
         self.bias = nn.Parameter(torch.empty(width))
 
-    def forward(self, *pixels: Tensor) -> list[Tensor]:
-        """Each (S, 3, height, width) in ImageNet-normalised space -> its (S, P, D), patches row by row."""
+    def forward(self, *pixels: Tensor, visible: Mapping[int, Tensor] | None = None) -> list[Tensor]:
+        """Each (S, 3, height, width) in ImageNet-normalised space -> its (S, P, D), patches row by row.
+
+        Of the arguments that `visible` numbers only the patches (S, V) it names.
+        """
         size = self.weight.shape[-1]
         unfolded = [_unfold(part.to(self.weight.dtype), size) for part in pixels]
+        for place, visible_idx_SV in (visible or {}).items():
+            unfolded[place] = chosen(unfolded[place], visible_idx_SV)
         flat_PD = F.linear(torch.cat([part.flatten(0, 1) for part in unfolded]), self.weight.flatten(1), self.bias)
         pieces = flat_PD.split([part.shape[0] * part.shape[1] for part in unfolded])
         return [piece.unflatten(0, part.shape[:2]) for piece, part in zip(pieces, unfolded, strict=True)]
@@ -63,10 +68,14 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(vit, backend) for _ in range(vit.depth))
         self.norm = norm(vit)
 
-    def layout(self, crops: Mapping[str, Tensor]) -> Layout:
+    def layout(self, crops: Mapping[str, Tensor], visible: Mapping[str, Tensor] | None = None) -> Layout:
         """Where `forward` puts each of `crops`: name -> (S, 3, height, width) pixels. Reads shapes only."""
         sizes = {name: (pixels.shape[0], pixels.shape[2], pixels.shape[3]) for name, pixels in crops.items()}
-        return pack(sizes, self.patch_size, self.prefix, self.align)
+        hidden = {}
+        for name, visible_idx_SV in (visible or {}).items():
+            _, height, width = sizes[name]
+            hidden[name] = height * width // self.patch_size**2 - visible_idx_SV.shape[1]
+        return pack(sizes, self.patch_size, self.prefix, self.align, hidden)
 
     def forward(
         self,
@@ -75,15 +84,17 @@ class Trunk(nn.Module):
         *,
         kept_idx: Tensor | None = None,
         reads: Reads | None = None,
+        visible: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The final-normed packed sequence (T, D) of `crops`, laid out as `layout(crops)` says.
 
         `masks` may name some of the crops: (S, P) bool, True where the mask token stands in for the patch. `kept_idx`
         (depth, 2, kept segments) names the segments that each block's attention and MLP see. Without it all are seen,
         but for `reads`, the tokens that the last MLP sees: other rows come out unfinished, and nobody may look at them.
+        `visible` may name crops of which only these patches are seen: (S, V) int64, ascending.
         """
-        layout = self.layout(crops)
-        x_TD, rope_2TE = self._embed(crops, masks, layout.pad), self._rope(layout)
+        layout = self.layout(crops, visible)
+        x_TD, rope_2TE = self._embed(crops, masks, layout.pad, visible), self._rope(layout, visible)
         for block, tokens in zip(self.blocks, self._seen_tokens(layout, kept_idx, reads), strict=True):
             x_TD = block(x_TD, rope_2TE, layout.segments, *tokens)
         return self.norm(x_TD)
@@ -98,9 +109,15 @@ class Trunk(nn.Module):
             outputs.append(x_TD)
         return [self.norm(x_TD) for x_TD in outputs[-last:]]
 
-    def _embed(self, crops: dict[str, Tensor], masks: dict[str, Tensor], pad: int) -> Tensor:
-        parts = []
-        for name, patches_SPD in zip(crops, self.patch_embed(*crops.values()), strict=True):
+    def _embed(
+        self,
+        crops: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        pad: int,
+        visible: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        parts, numbered = [], {list(crops).index(name): idx_SV for name, idx_SV in (visible or {}).items()}
+        for name, patches_SPD in zip(crops, self.patch_embed(*crops.values(), visible=numbered), strict=True):
             if name in masks:
                 patches_SPD = torch.where(masks[name].unsqueeze(-1), self.mask_token.to(patches_SPD.dtype), patches_SPD)
             prefix = (self.cls_token,) if self.registers is None else (self.cls_token, self.registers)
@@ -115,8 +132,13 @@ class Trunk(nn.Module):
         tokens_L2K = subset(layout.segments, self.drop_path).tokens(kept_idx, layout.segments)
         return [(tokens_2K, None) for tokens_2K in tokens_L2K]
 
-    def _rope(self, layout: Layout) -> Tensor:
-        return self.rope.packed(layout, self.cls_token.device)
+    def _rope(self, layout: Layout, visible: Mapping[str, Tensor] | None = None) -> Tensor:
+        return self.rope.packed(layout, self.cls_token.device, visible)
+
+
+def chosen(x_SPF: Tensor, idx_SV: Tensor) -> Tensor:
+    """(S, P, F), (S, V) -> (S, V, F): of each row the patches it names."""
+    return x_SPF.gather(1, idx_SV.unsqueeze(-1).expand(-1, -1, x_SPF.shape[-1]))
 
 
 def _unfold(pixels: Tensor, size: int) -> Tensor:

@@ -58,6 +58,9 @@ class Component:
         numbers = {key: getattr(self, key) + getattr(other, key) for key in (*PASSES, "scores")}
         return replace(self, **numbers)
 
+    def __mul__(self, factor: float) -> Component:
+        return replace(self, **{key: factor * getattr(self, key) for key in (*PASSES, "scores")})
+
 
 PASSES = ("forward", "backward", "recompute", "saved")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from configs import Config
 from configs.architecture import Model, Prototypes, Text, Vit
 from model.block import swiglu_hidden
+from model.latent import moment_channels
 from model.objectives.perceptual import GROUPS
 from profiling.flops import attention, convolution, linear
 
@@ -67,10 +68,12 @@ def forward_flops_of_tokenizer(config: Config, image_size: int, with_attention_p
     """
     model, patches = config.model, (image_size // config.model.patch_size) ** 2
     total = 0.0
-    for vit, length in ((model.trunk, 1 + model.registers + patches), (model.decoder, patches)):
+    ends = ((model.trunk, 1 + model.registers + patches, moment_channels(model)),
+            (model.decoder, patches, model.latent_channels))  # fmt: skip
+    for vit, length, channels in ends:
         block = vit_block(vit, length, length**2, length)
         total += vit.depth * (block.forward - (0 if with_attention_products else block.scores))
-        total += patch_edge(model, vit.width, patches) + linear(patches, vit.width, model.latent_channels)
+        total += patch_edge(model, vit.width, patches) + linear(patches, vit.width, channels)
     return total
 
 

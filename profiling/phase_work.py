@@ -8,11 +8,13 @@
 Counted, not modelled: one step of the real model, its objectives and their backward runs on tensors without memory
 (torch's FakeTensorMode), and every operator is counted by the phase it runs in, the phases being those that a run times
 (engine/timing.py). One rank's, collectives and the copies of ZeRO left out. Losses are counted as they run on a CPU,
-FP8 products as those of the run's precision. The optimizer and the EMA are counted by hand.
+FP8 products as those of the run's precision. With objectives.rec.mask it is the mean over the steps of a run. The
+optimizer and the EMA are counted by hand.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,13 +32,14 @@ from engine.grad_cache import GradientCache
 from engine.recompute import recompute_blocks
 from engine.zero import DTYPES
 from model.captions import PackedCaptions, pack_captions, row_width
+from model.describe import step_layouts
 from model.objectives.perceptual import Perceptual
 from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs
 from model.pretrainer import Pretrainer
 from model.rows import Rows
 from profiling.communication import DTYPE_BYTES, FP32_BYTES, meta_model
-from profiling.pretend import Pretend, perceptual_network
+from profiling.pretend import Pretend, corruption, perceptual_network
 from profiling.roofline import Counted, Work
 from profiling.workload import imagined_batch
 
@@ -58,19 +61,32 @@ def phase_work(
     `attention` is a backend of the CPU, "matmul" or "sdpa" (which stands for every fused one); `caption_slots` those
     that packed captions take on a rank, without it as many as their contexts have.
     """
-    return dict(_counted(config, rows, world_size, attention, caption_slots).work)
+    return _mean(config, rows, world_size, attention, caption_slots)[0]
 
 
 def logits_work(
     config: Config, rows: Rows, world_size: int, attention: str, caption_slots: float | None = None
 ) -> dict[str, Work]:
     """Of what the losses compute and keep no matrix of, all passes over it together: a part of the phases above."""
-    return dict(_counted(config, rows, world_size, attention, caption_slots).within)
+    return _mean(config, rows, world_size, attention, caption_slots)[1]
 
 
 @cache
+def _mean(
+    config: Config, rows: Rows, world_size: int, attention: str, caption_slots: float | None
+) -> tuple[dict[str, Work], dict[str, Work]]:
+    """Over steps that hide more and fewer patches from rec: by phase, and what the losses keep no matrix of."""
+    work, within = defaultdict[str, Work](Work), defaultdict[str, Work](Work)
+    for hidden, (_, share) in step_layouts(config, rows).items():
+        counted = _counted(config, rows, world_size, attention, hidden, caption_slots)
+        for sums, found in ((work, counted.work), (within, counted.within)):
+            for name, each in found.items():
+                sums[name] += each * share
+    return dict(work), dict(within)
+
+
 def _counted(
-    config: Config, rows: Rows, world_size: int, attention: str, caption_slots: float | None = None
+    config: Config, rows: Rows, world_size: int, attention: str, hidden: int, caption_slots: float | None
 ) -> Counted:
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[config.optim.precision])
@@ -81,7 +97,8 @@ def _counted(
         batch = imagined_batch(config, rows)
         with FakeTensorMode():
             faked = {name: _fake(value) for name, value in vars(batch).items()}
-            return _Step(config, world_size, attention, Batch(**faked), _fake(captions), _fake(kept_idx)).count(rows)
+            drawn = {"kept_idx": _fake(kept_idx), "corruption": corruption(config, rows, hidden)}
+            return _Step(config, world_size, attention, Batch(**faked), _fake(captions), drawn).count(rows)
     finally:
         torch.set_default_dtype(default)
 
@@ -95,7 +112,7 @@ class _Step:
     attention: str
     batch: Batch
     captions: PackedCaptions  # of each micro-batch
-    kept_idx: Tensor | None
+    drawn: dict[str, Any]  # by chance, for the micro-batch with ssl and rec
 
     def count(self, rows: Rows) -> Counted:
         model = Pretrainer(self.config, rows, self.attention)
@@ -105,7 +122,7 @@ class _Step:
         _tell_phases(model, counted)
         with counted:
             cache = GradientCache(self.batch, rows, lambda part: self._clip(model, part))
-            outputs = cache.complete(model(**self._inputs(cache.shared), kept_idx=self.kept_idx))
+            outputs = cache.complete(model(**self._inputs(cache.shared), **self.drawn))
             with counted("objectives"):
                 comm = Pretend(self.world_size)
                 total = compute(outputs, self.config.objectives, 0.07, comm, centres, perceptual).total

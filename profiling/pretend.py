@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from configs import Config
+from model.corruption import Corruption, is_corrupted, num_patches
 from model.describe import step_layout
 from model.drop_path import subset
 from model.objectives.perceptual import GROUPS, Perceptual
@@ -74,6 +75,21 @@ def kept_idx(config: Config, rows: Rows) -> Tensor | None:
         return None
     kept = subset(step_layout(config, rows).segments, trunk.drop_path).segments
     return torch.zeros(trunk.depth, 2, sum(count for count, _ in kept), dtype=torch.int64)
+
+
+def corruption(config: Config, rows: Rows, hidden: int) -> Corruption | None:
+    """A step's draws for rec when `hidden` patches are; None where there are none."""
+    if not is_corrupted(config):
+        return None
+    num_visible, rec = num_patches(config) - hidden, config.objectives.rec
+    normals = torch.zeros(rows.rec, num_visible, config.model.latent_channels, dtype=torch.float32)
+    is_noisy = rec.noise.kind != "none"
+    return Corruption(
+        None if rec.mask is None else torch.zeros(rows.rec, num_visible, dtype=torch.int64),
+        normals if config.model.latent == "gaussian" else None,
+        normals[:, 0, 0].clone() if is_noisy else None,
+        normals.clone() if is_noisy else None,
+    )
 
 
 def clip_outputs(image_shape: torch.Size, text_shape: torch.Size) -> ClipOutputs:

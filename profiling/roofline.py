@@ -46,6 +46,9 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.product_bytes + other.product_bytes, self.bytes + other.bytes)
 
+    def __mul__(self, factor: float) -> Work:
+        return Work(factor * self.flops, factor * self.product_bytes, factor * self.bytes)
+
     def intensity(self, is_fused: bool) -> float:
         """FLOPs a byte moved: with all fused between the products, or with nothing fused."""
         moved = self.product_bytes if is_fused else self.bytes

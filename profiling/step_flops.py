@@ -24,8 +24,9 @@ from configs.architecture import Model
 from data.masking import hidden_patches
 from kernels.prototypes import KEEP_BYTES
 from model.captions import row_width
-from model.describe import step_layout
+from model.describe import step_layout, step_layouts
 from model.drop_path import subset
+from model.latent import moment_channels
 from model.objectives.targets import ITERATIONS
 from model.pack import ALIGN, Group, Layout, pack
 from model.pretrainer import head_width
@@ -49,8 +50,11 @@ def step_flops(
     num_hidden: int | None = None,
     backend: str = "sdpa",
     device: str = "cpu",
+    hidden: int | None = None,
 ) -> StepFlops:
     """One step of one rank with `rows`.
+
+    With objectives.rec.mask the mean over the steps of a run, or a step that hides `hidden` patches of a rec image.
 
     `caption_tokens` are the slots that packed captions take, empty ones included; without it every caption has a row
     of its own, as long as the context. `num_hidden` patches are masked, by default as many as data/masking.py hides.
@@ -59,8 +63,12 @@ def step_flops(
     """
     if num_hidden is None:
         num_hidden = hidden_patches(config, rows.ssl)
-    step = _Step(config, rows, num_hidden, backend, device)
-    parts = [*step.trunk(), *step.teacher(), *step.text(caption_tokens), *step.heads(), *step.pixels()]
+    shares = {each: share for each, (_, share) in step_layouts(config, rows).items()} if hidden is None else {hidden: 1}
+    parts = []
+    for each, share in shares.items():
+        step = _Step(config, rows, num_hidden, backend, device, each)
+        found = [*step.trunk(), *step.teacher(), *step.text(caption_tokens), *step.heads(), *step.pixels()]
+        parts += [part * share for part in found]
     return StepFlops.of(parts, _causes(parts, config))
 
 
@@ -71,6 +79,7 @@ class _Step:
     num_hidden: int  # M
     backend: str
     device: str
+    hidden: int  # patches of a rec image that the encoder does not see
 
     @property
     def model(self) -> Model:
@@ -83,7 +92,8 @@ class _Step:
     def trunk(self) -> Iterator[Component]:
         """The student's: one pass of the shared micro-batch, and two of every other."""
         rows = self.rows
-        yield from self._student(step_layout(self.config, replace(rows, clip=rows.part)), rows.rec)
+        shared = step_layout(self.config, replace(rows, clip=rows.part), self.hidden)
+        yield from self._student(shared, 0 if self.hidden else rows.rec)
         others = replace(rows, clip=rows.part, ssl=0, rec=0)
         for _ in range(rows.micro_batches - 1):
             for part in self._student(step_layout(self.config, others), 0):
@@ -129,13 +139,13 @@ class _Step:
 
     def _embed(self, name: str, group: Group) -> Component:
         """Pixels have no gradient: backward is the weight's alone."""
-        forward = patch_edge(self.model, self.model.trunk.width, group.segments * group.grid[0] * group.grid[1])
+        forward = patch_edge(self.model, self.model.trunk.width, group.segments * group.patches)
         return Component(name, _objective(name), forward, forward)
 
     def _latents(self, tokens: float) -> Component:
         """The bottleneck where all heads read it; with bottleneck_ae_only `pixels` has it."""
         width = 0 if self.model.bottleneck_ae_only else self.model.trunk.width
-        forward = linear(tokens, width, self.model.latent_channels)
+        forward = linear(tokens, width, moment_channels(self.model))
         return Component("bottleneck", "rec" if self.model.bottleneck_ae_only else "shared", forward, 2 * forward)
 
     def _read(self, group: Group) -> int:
@@ -144,7 +154,9 @@ class _Step:
             return group.segments + self.num_hidden
         if group.name == "ssl_local":
             return group.segments
-        patches = group.segments * group.grid[0] * group.grid[1]
+        patches = group.segments * group.patches
+        if group.name == "rec":
+            return patches
         return group.segments if self.has_clip and self.model.image_feature == "cls" else patches
 
     def _rec_reads(self, layout: Layout, num_rec: int) -> int:
@@ -168,7 +180,7 @@ class _Step:
         forward = (model.trunk.depth - 1) * seen.forward + last.forward
         forward += patch_edge(model, model.trunk.width, group.segments * group.grid[0] * group.grid[1])
         if not model.bottleneck_ae_only:
-            forward += linear(layout.tokens, model.trunk.width, model.latent_channels)
+            forward += linear(layout.tokens, model.trunk.width, moment_channels(model))
         scores = model.trunk.depth * seen.scores
         yield Component("teacher", "ssl", forward, saved=seen.forward - last.forward, scores=scores)
         yield Component("prototype head, teacher", "ssl", prototype_mlp(model.prototypes, head_width(model), reads))
@@ -234,12 +246,13 @@ class _Step:
         size, vit = self.config.views.image_size, model.decoder
         side = size // model.patch_size
         tokens, squares = tokens_and_squares(rows.rec, side * side)
+        visible = rows.rec * (side * side - self.hidden)
         if model.bottleneck_ae_only:
-            forward = linear(tokens, model.trunk.width, model.latent_channels)
+            forward = linear(visible, model.trunk.width, moment_channels(model))
             yield Component("bottleneck", "rec", forward, 2 * forward)
         block = vit_block(vit, tokens, squares, tokens)
         again = block.again(self.config.system.activation_checkpointing, self.backend, vit.layer_scale is None)
-        edges = linear(tokens, model.latent_channels, vit.width) + patch_edge(model, vit.width, tokens)
+        edges = linear(visible, model.latent_channels, vit.width) + patch_edge(model, vit.width, tokens)
         forward = vit.depth * block.forward + edges
         yield Component("decoder", "rec", forward, 2 * forward, vit.depth * again, scores=vit.depth * block.scores)
         if self.config.objectives.rec.perceptual:

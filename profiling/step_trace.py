@@ -8,9 +8,10 @@ formula to fall behind them. Of a tower of equal blocks three are run, and what 
 backward, is repeated as often as the tower is deep: exact, and vtp_7b takes as long as vtp_s.
 
 A parameter's gradient leaves when ZeRO takes it: at once, in a leaf of ZeRO-3 when the leaf is done, with micro-batches
-at the end. Blocks are not compiled here, and a compiled one keeps less; FP8 products are taken for bf16. Kernels are
-the CPU's, because torch cannot pretend to a CUDA device unless it was built for one: fused attention keeps the same on
-both (output and log-sum-exp), and the chunks of the prototype losses are taken as large as on `device`.
+at the end. Blocks are not compiled here, and a compiled one keeps less; FP8 products are taken for bf16. With
+objectives.rec.mask the step is one of those whose sequence is longest. Kernels are the CPU's, because torch cannot
+pretend to a CUDA device unless it was built for one: fused attention keeps the same on both (output and log-sum-exp),
+and the chunks of the prototype losses are taken as large as on `device`.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from engine.recompute import recompute_blocks
 from engine.step import model_inputs
 from engine.zero import DTYPES
 from kernels import prototypes
+from model.describe import longest_layout
 from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs, Outputs
 from model.pretrainer import Pretrainer
 from model.rows import Rows
 from profiling.live_bytes import Event, LiveBytes
-from profiling.pretend import Pretend, clip_outputs, fake, kept_idx, perceptual_network
+from profiling.pretend import Pretend, clip_outputs, corruption, fake, kept_idx, perceptual_network
 from profiling.workload import imagined_batch
 
 RUN = 3  # blocks of a tower that are run: the first, one for all in the middle, the last
@@ -90,6 +92,7 @@ class _Step:
             is_centred = ssl.weight > 0 and ssl.targets == "centering"
             self.centres = Centres.zeros(config.model.prototypes.num) if is_centred else None
             self.kept_idx = kept_idx(config, rows)
+        self.corruption = corruption(config, rows, longest_layout(config, rows))
         self.stood_for: dict[bool, tuple[torch.Size, torch.Size]] = {}
         recompute_blocks(self.model, config.system.activation_checkpointing, tuple(LEAVES))
         self.watch = _Watch(self.model, self.live, by_leaf, keeps=rows.micro_batches > 1)
@@ -100,7 +103,7 @@ class _Step:
         """Everything but the optimizer; the outputs are still there at the end, as they are in a run."""
         inputs = {name: fake(value, self.mode) for name, value in vars(batch).items() if name != "captions"}
         cache = GradientCache(Batch(**inputs, captions=batch.captions), self.model.rows, self._clip_alone)
-        outputs = self._forward(cache.shared, kept_idx=self.kept_idx)
+        outputs = self._forward(cache.shared, kept_idx=self.kept_idx, corruption=fake(self.corruption, self.mode))
         with self.mode, self.live.on(OBJECTIVES):
             outputs = cache.complete(outputs)
             losses = compute(outputs, self.config.objectives, TEMPERATURE, self.comm, self.centres, self.perceptual)

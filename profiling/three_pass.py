@@ -22,6 +22,7 @@ from data.batch import Batch
 from engine.step import model_inputs
 from kernels.contrastive import softmax_reference
 from model.captions import one_a_row
+from model.corruption import Corruption
 from model.objectives.comm import Solo
 from model.objectives.dense import cross_entropy, sinkhorn
 from model.objectives.koleo import koleo_loss
@@ -39,6 +40,7 @@ class SeparateTrunk(Trunk):
     def forward(self, crops: dict[str, Tensor], masks: dict[str, Tensor], **chosen: Any) -> Tensor:
         """Every token of every crop, whatever is read of it."""
         assert chosen.get("kept_idx") is None, "the reference has no stochastic depth"
+        assert not chosen.get("visible"), "nor patches that only rec does not see"
         parts = [
             self._alone(name, pixels, {name: masks[name]} if name in masks else {}) for name, pixels in crops.items()
         ]
@@ -59,10 +61,10 @@ class ThreePass(Pretrainer):
         self.teacher.trunk = SeparateTrunk(config.model, "sdpa").requires_grad_(False)
         assert rows.rec_start == 0, "rec rows lead the clip rows: batch.layout=nested"
 
-    def _rec(self, layout: Layout, z_TD: Tensor, crops: dict[str, Tensor]) -> RecOutputs | None:
+    def _rec(self, layout: Layout, y_TD: Tensor, crops: dict[str, Tensor], corruption: Corruption) -> RecOutputs | None:
         """Reconstructs from a pass of its own."""
         own = {"clip": crops["clip"][self._rec_rows()]}
-        return super()._rec(self.trunk.layout(own), self._features(own), own)
+        return super()._rec(self.trunk.layout(own), self._features(own), own, corruption)
 
     def _features(self, crops: dict[str, Tensor]) -> Tensor:
         x_TD = self.trunk(crops, {})

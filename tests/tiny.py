@@ -13,7 +13,9 @@ import torch
 
 from configs import Config, load_config
 from data.batch import Batch
+from engine.corruption import corruptor
 from model.captions import pack_captions
+from model.corruption import Corruption
 
 TINY = Path(__file__).parent / "tiny.yaml"
 
@@ -27,6 +29,18 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     """The arguments of Pretrainer.forward: engine.step.model_inputs without DeepSpeed, which model tests do without."""
     names = ("images", "global_crops", "local_crops", "masks", "masked_idx")
     return {"captions": pack_captions(batch.captions)} | {name: getattr(batch, name) for name in names}
+
+
+def corruption(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Corruption | None:
+    """What engine.step draws for rec beside `model_inputs`."""
+    draws = corruptor(config, rank, world_size)
+    return draws and draws.draw(step)
+
+
+def step_that_hides(config: Config, hidden: int) -> int:
+    """The first step in which the encoder does not see so many patches of a rec image."""
+    draws = corruptor(config, 0, 1)
+    return next(step for step in range(1000) if (draws.hidden(step) if draws else 0) == hidden)
 
 
 def random_batch(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Batch:

@@ -1,4 +1,4 @@
-"""rec, first half: mean absolute error of the reconstruction, in the space where pixels run from -1 to 1.
+"""rec, first half: mean absolute or square error of the reconstruction, where pixels run from -1 to 1.
 
 The decoder speaks ImageNet-normalised numbers (as the released weights do), in which a step of one grey level
 is larger in blue than in green; both pixel losses therefore map back first.
@@ -33,3 +33,13 @@ def l1_loss(recon: Float[Tensor, "R 3 H W"], target: Float[Tensor, "R 3 H W"]) -
     """
     difference = (to_signed(recon) - to_signed(target)).abs()
     return difference.sum() / difference.numel()
+
+
+def l2_loss(recon: Float[Tensor, "R 3 H W"], target: Float[Tensor, "R 3 H W"]) -> Float[Tensor, ""]:
+    """Of two ImageNet-normalised batches, in [-1, 1] space:  L = 1 / (3RHW) * sum (recon - target)^2
+
+    for each image, channel and pixel: add the square of the difference
+    divide by their number
+    """
+    difference = to_signed(recon) - to_signed(target)
+    return difference.square().sum() / difference.numel()

@@ -22,7 +22,7 @@ from model.objectives.contrastive import sigmoid_loss, softmax_loss
 from model.objectives.koleo import koleo_loss
 from model.objectives.masked_patch import masked_patch_loss
 from model.objectives.perceptual import Perceptual
-from model.objectives.pixels import l1_loss, to_signed
+from model.objectives.pixels import l1_loss, l2_loss, to_signed
 from model.objectives.self_distill import global_loss, local_loss
 from model.objectives.targets import Targets, follow_centre, sinkhorn
 from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs
@@ -163,12 +163,17 @@ def _ssl(ssl: SslOutputs, config: Ssl, cls: Targets, patch: Targets, comm: Comm)
 
 
 def _rec(rec: RecOutputs, config: Rec, perceptual: Perceptual | None) -> Objective:
-    terms = [Term("l1", l1_loss(rec.recon, rec.target), config.l1)]
+    pixels = (("l1", l1_loss, config.l1), ("l2", l2_loss, config.l2))
+    terms = [Term(name, loss(rec.recon, rec.target), weight) for name, loss, weight in pixels if weight]
     if config.perceptual:
         assert perceptual is not None, "rec.perceptual has a weight but no LPIPS network was given"
         distance_R = perceptual(to_signed(rec.recon), to_signed(rec.target))
         terms.append(Term("lpips", distance_R.sum() / len(distance_R), config.perceptual))
-    return Objective("rec", config.weight, tuple(terms), {})
+    health = {}
+    if rec.posterior is not None:
+        divergence_R, health["latent_std"] = rec.posterior.kl(), rec.posterior.std.mean()
+        terms.append(Term("kl", divergence_R.sum() / len(divergence_R), config.kl))
+    return Objective("rec", config.weight, tuple(terms), health)
 
 
 def _without_autocast(outputs: Outputs) -> torch.autocast:

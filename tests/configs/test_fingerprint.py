@@ -35,6 +35,8 @@ def another(value: Any, annotation: Any) -> Any:
     """A different value of the same kind; rules between settings need not hold."""
     if typing.get_origin(annotation) is typing.Literal:
         return next(choice for choice in typing.get_args(annotation) if choice != value)
+    if value is None and "tuple" in str(annotation):
+        return (0.25, 0.5)
     if value is None:
         return 0.5 if float in typing.get_args(annotation) else "x"
     if isinstance(value, bool):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from model.describe import count_parameters, describe, step_layout
+from model.describe import count_parameters, describe, longest_layout, step_layout
 from model.pretrainer import Pretrainer
 from model.rows import Rows
 from tests.tiny import random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
+REC_ALONE = ("objectives.clip.weight=0", "objectives.ssl.weight=0", "batch.ssl=0")
 RELEASED = {  # parameters of the published encoders, in millions
     "s": ((384, 12, 6), 21.6),
     "b": ((768, 12, 12), 85.7),
@@ -25,6 +26,17 @@ def test_counts_are_those_of_the_model_and_the_layout_is_that_of_a_step() -> Non
     batch = random_batch(config, 0, 0, 2)
     crops = {"clip": batch.images, "ssl_global": batch.global_crops, "ssl_local": batch.local_crops}
     assert step_layout(config, rows) == model.trunk.layout(crops)
+
+
+def test_masked_steps_have_rec_at_the_end_and_each_length_its_line() -> None:
+    config = tiny_config("objectives.rec.mask=[-0.1,0.7]", "model.latent=gaussian")
+    rows = Rows.per_rank(config, 2)
+    assert longest_layout(config, rows) == 2
+    assert longest_layout(tiny_config("objectives.rec.mask=[-0.1,0.7]", *REC_ALONE), rows) == 0
+    text = describe(config, rows)
+    assert "20.3% of the steps: 240 tokens = clip 6 x 17 + ssl_global 6 x 17 + ssl_local 6 x 5 + 6 padding" in text
+    assert "2.8% of the steps: 256 tokens = clip 6 x 17 + ssl_global 6 x 17 + ssl_local 6 x 5 + rec 3 x 5 + 7" in text
+    assert "latent of a 32 px image: 8 x 4 x 4, gaussian" in text
 
 
 @pytest.mark.parametrize("size", RELEASED)

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import Config, load_config
+from engine.corruption import corruptor, to_device
 from engine.drop_path import drop_path
 from engine.grad_cache import GradientCache
 from engine.recompute import recompute_blocks
 from model.block import Block
+from model.corruption import hidden_shares
 from model.initialise import initialise
 from model.objectives import total
 from model.objectives.comm import Solo
@@ -50,6 +52,7 @@ Counter = partial(FlopCounterMode, display=False, custom_mapping={torch.ops.aten
 NO_CLIP, NO_SSL = ("objectives.clip.weight=0",), ("objectives.ssl.weight=0", "batch.ssl=0")
 NO_REC = ("objectives.rec.weight=0", "batch.rec=0")
 CACHE = ("batch.rec=3", "data.streams=3", "system.clip.micro_batches=4")
+MASKED = "objectives.rec.mask=[0.375,0.375]"
 FULL, SELECTIVE = "system.activation_checkpointing=full", "system.activation_checkpointing=selective"
 VARIANTS = {
     "all": (),
@@ -79,6 +82,19 @@ VARIANTS = {
     "full, drop path": (FULL, "model.trunk.drop_path=0.3"),
     "full, layer scale": (FULL, "model.trunk.layer_scale=0.1"),
     "full, decoder scale": (FULL, "model.decoder.layer_scale=0.1"),
+    "gaussian latents": ("model.latent=gaussian",),
+    "gaussian latents that heads read": ("model.latent=gaussian", "model.bottleneck_ae_only=false"),
+    "noise": ("objectives.rec.noise.kind=interpolative",),
+    "masked": (MASKED,),
+    "masked, gaussian, noise": (MASKED, "model.latent=gaussian", "objectives.rec.noise.kind=additive"),
+    "masked, heads on latents": (MASKED, "model.bottleneck_ae_only=false"),
+    "masked, mean patch": (MASKED, "model.image_feature=patch_mean"),
+    "masked, no clip": (MASKED, *NO_CLIP),
+    "masked, rec alone": (MASKED, *NO_CLIP, *NO_SSL),
+    "masked, disjoint, registers": (MASKED, "batch.layout=disjoint", "model.registers=3"),
+    "masked, cached": (MASKED, *CACHE),
+    "masked, full": (MASKED, FULL),
+    "masked, nothing hidden": ("objectives.rec.mask=[0.01,0.01]",),
     "deeper, narrow MLP": ("model.trunk.depth=3", "model.trunk.mlp_ratio=2.5", "model.text.mlp_ratio=3"),
 }
 
@@ -100,7 +116,7 @@ class Counted:
         if device == "cpu":
             initialise(self.model, config)
         recompute_blocks(self.model, config.system.activation_checkpointing, (Block, TextBlock))
-        self.draws = drop_path(config, rank=0, world_size=1)
+        self.draws, self.disturbs = drop_path(config, rank=0, world_size=1), corruptor(config, rank=0, world_size=1)
         self.caption_tokens = 0
 
     def take(self) -> tuple[float, float]:
@@ -112,7 +128,8 @@ class Counted:
             with Counter() as forward:
                 cache = GradientCache(self.batch, self.rows, self._clip)
                 kept = None if self.draws is None else self.draws.draw(0).to(self.device)
-                outputs = cache.complete(self.model(**self._inputs(cache.shared), kept_idx=kept))
+                disturbed = self.disturbs and to_device(self.disturbs.draw(0), self.device)
+                outputs = cache.complete(self.model(**self._inputs(cache.shared), kept_idx=kept, corruption=disturbed))
             compute(outputs, self.config.objectives, 0.07, Solo(), centres, network).total.backward()
             cache.replay(Tensor.backward)
         return forward.get_total_flops(), whole.get_total_flops()
@@ -131,7 +148,8 @@ class Counted:
 
     def expected(self) -> StepFlops:
         hidden = len(self.batch.masked_idx)
-        return step_flops(self.config, self.rows, self.caption_tokens, hidden, backend="matmul")
+        unseen = self.disturbs.hidden(0) if self.disturbs else 0
+        return step_flops(self.config, self.rows, self.caption_tokens, hidden, backend="matmul", hidden=unseen)
 
 
 @pytest.fixture
@@ -167,6 +185,17 @@ def test_a_presets_count_is_torchs_own(name: str) -> None:
     counted = Counted(load_config(FOLDER / f"{name}.yaml", (*few, "optim.precision=fp32")), "meta")
     _, whole = counted.take()
     assert counted.expected().hardware_flops == pytest.approx(whole, rel=1e-12)
+
+
+def test_a_masked_runs_count_is_the_mean_of_its_steps() -> None:
+    config = tiny_config("objectives.rec.mask=[-0.1,0.7]")
+    rows, shares = Rows.per_rank(config, 1), hidden_shares((-0.1, 0.7), 16)
+    steps = {hidden: step_flops(config, rows, hidden=hidden) for hidden in shares}
+    for key in ("forward", "backward", "saved"):
+        mean = sum(share * steps[hidden].total(key) for hidden, share in shares.items())
+        assert step_flops(config, rows).total(key) == pytest.approx(mean, rel=1e-12)
+    assert steps[0]["trunk, clip"] == step_flops(tiny_config(), rows)["trunk, clip"]
+    assert steps[12]["trunk, rec"].forward < steps[2]["trunk, rec"].forward
 
 
 def test_attention_that_checkpointing_keeps_is_not_computed_again() -> None:

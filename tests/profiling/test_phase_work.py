@@ -35,6 +35,9 @@ VARIANTS = {
     "gradient cache": ("batch.rec=3", "data.streams=3", "system.clip.micro_batches=4"),
     "full, drop path": ("system.activation_checkpointing=full", "model.trunk.drop_path=0.3"),
     "perceptual": ("objectives.rec.perceptual=1", "objectives.rec.lpips_weights=never_opened.safetensors"),
+    "disturbed": (
+        "objectives.rec.mask=[-0.1,0.7]", "model.latent=gaussian", "objectives.rec.noise.kind=interpolative",
+    ),
     "selective": ("system.activation_checkpointing=selective",),
 }  # fmt: skip
 

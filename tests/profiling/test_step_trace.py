@@ -10,6 +10,7 @@ from configs import Config
 from engine.assemble import LEAVES
 from engine.recompute import recompute_blocks
 from engine.zero import DTYPES
+from model.describe import longest_layout
 from model.initialise import initialise
 from model.objectives.comm import Solo
 from model.objectives.perceptual import GROUPS, Perceptual
@@ -19,7 +20,7 @@ from model.rows import Rows
 from profiling.layer_flops import VGG_CHANNELS, perceptual_parameters
 from profiling.live_bytes import Event, LiveBytes, peak
 from profiling.step_trace import step_events
-from tests.tiny import model_inputs, random_batch, tiny_config
+from tests.tiny import corruption, model_inputs, random_batch, step_that_hides, tiny_config
 
 pytestmark = pytest.mark.L0
 
@@ -53,6 +54,8 @@ def real_peak(config: Config, attention: str) -> int:
     live.known([*model.parameters(), *([] if network is None else network.state_dict().values())])
     live.known([] if network is None else network.buffers())
     inputs = model_inputs(random_batch(config, 0))
+    longest = longest_layout(config, Rows.per_rank(config, 1))
+    inputs["corruption"] = corruption(config, step_that_hides(config, longest))
     with live.on("step"):
         outputs = model(**inputs)
         losses = compute(outputs, config.objectives, 0.05, Solo(), centres, network)
@@ -64,14 +67,19 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+DISTURBED = ("objectives.rec.noise.kind=interpolative", "objectives.rec.l2=1")
 CASES: dict[str, tuple[str, ...]] = {
     "plain": (),
     "bf16": ("optim.precision=bf16",),
     "selective": ("system.activation_checkpointing=selective", "optim.precision=bf16"),
     "full": ("system.activation_checkpointing=full",),
     "perceptual": ("objectives.rec.perceptual=1", "objectives.rec.lpips_weights=unread.safetensors"),
+    "noise, masked": (*DISTURBED, "objectives.rec.mask=[-0.1,0.7]"),
+    "gaussian, masked, without clip": (
+        "model.latent=gaussian", "objectives.rec.kl=1", "objectives.rec.mask=[0.2,0.7]", "objectives.clip.weight=0",
+    ),
     "centering": ("objectives.ssl.targets=centering", "objectives.clip.kind=sigmoid"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("case", "attention"), [(case, "sdpa") for case in CASES] + [("plain", "matmul")])

@@ -1,0 +1,107 @@
+"""What chance does to a step's rec images (model/corruption.py says what it is): drawn on the host.
+
+A pure function of (seed, step, place in the step's batch), so a resumed run draws what the first one would have drawn,
+and so do ranks of another number for the same image. How much is hidden is a function of (seed, step) alone: the same
+for every image, hence the same shapes on every rank.
+
+    draws = Corruptor(config, Rows.per_rank(config, world_size=2), rank=1, world_size=2)
+    draws.hidden(step=7)                 # 8 of 16 patches
+    draws.draw(step=7).visible_idx_RV    # (R, 8), row i that of the step's image 2 i + 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from configs import Config
+from data.hashing import Words, hash_text, hash_words, normals, uniform
+from model.corruption import STEPS, Corruption, hidden_count, hidden_shares, is_corrupted, num_patches
+from model.rows import Rows
+
+# What a hash is for: no other draw of the run has these words.
+_SHARE, _PATCHES, _SAMPLE, _LEVEL, _NOISE = (
+    hash_text(f"corruption/{use}") for use in ("share", "patches", "sample", "level", "noise")
+)
+
+
+@dataclass(frozen=True)
+class Corruptor:
+    """The draws of one rank."""
+
+    config: Config
+    rows: Rows
+    rank: int
+    world_size: int
+
+    def draw(self, step: int) -> Corruption:
+        """Of the rank's R rec rows in this step; float32 and int64 tensors on the host."""
+        model, rec = self.config.model, self.config.objectives.rec
+        patches = num_patches(self.config)
+        numbers = (patches - self.hidden(step), model.latent_channels)
+        is_noisy = rec.noise.kind != "none"
+        return Corruption(
+            visible_idx_RV=None if rec.mask is None else self._visible(step, patches, numbers[0]),
+            sample_RVL=self._normals(_SAMPLE, step, numbers) if model.latent == "gaussian" else None,
+            level_R=self._levels(step) if is_noisy else None,
+            noise_RVL=self._normals(_NOISE, step, numbers) if is_noisy else None,
+        )
+
+    def hidden(self, step: int) -> int:
+        """Patches of each image that the encoder does not see, the same on every rank."""
+        mask, patches = self.config.objectives.rec.mask, num_patches(self.config)
+        if mask is None:
+            return 0
+        share, above = uniform(hash_words(self.config.seed, _SHARE, step, np.arange(2)))
+        wanted = max(0.0, mask[0] + (mask[1] - mask[0]) * share) * STEPS
+        return hidden_count(min(STEPS - 1, int(wanted + above)), patches)
+
+    def _visible(self, step: int, patches: int, num_visible: int) -> Tensor:
+        order = np.argsort(hash_words(self._words(_PATCHES, step)[:, None], np.arange(patches)), axis=1, kind="stable")
+        return torch.from_numpy(np.sort(order[:, :num_visible], axis=1))
+
+    def _levels(self, step: int) -> Tensor:
+        return torch.from_numpy(uniform(self._words(_LEVEL, step)).astype(np.float32))
+
+    def _normals(self, use: int, step: int, numbers: tuple[int, int]) -> Tensor:
+        drawn = normals(self._words(use, step), numbers[0] * numbers[1])
+        return torch.from_numpy(drawn).unflatten(1, numbers)
+
+    def _words(self, use: int, step: int) -> Words:
+        """(R,): one hash for each of the rank's rec rows."""
+        return hash_words(self.config.seed, use, step, self._places())
+
+    def _places(self) -> NDArray[np.int64]:
+        """Where in the step's batch they are: row i of a rank is the step's position i * world size + rank."""
+        first = self.rows.rec_start
+        return np.arange(first, first + self.rows.rec) * self.world_size + self.rank
+
+    def __str__(self) -> str:
+        rec, patches = self.config.objectives.rec, num_patches(self.config)
+        said = []
+        if rec.mask is not None:
+            counts = ", ".join(str(count) for count in hidden_shares(rec.mask, patches))
+            said.append(f"hides {counts} of {patches} patches (objectives.rec.mask)")
+        if self.config.model.latent == "gaussian":
+            said.append("draws latents (model.latent=gaussian)")
+        if rec.noise.kind != "none":
+            said.append(f"adds {rec.noise.kind} noise of {rec.noise.scale:g} (objectives.rec.noise)")
+        return "; ".join(said)
+
+
+def corruptor(config: Config, rank: int, world_size: int) -> Corruptor | None:
+    """The draws that model.latent, objectives.rec.noise and objectives.rec.mask ask for; None without."""
+    return Corruptor(config, Rows.per_rank(config, world_size), rank, world_size) if is_corrupted(config) else None
+
+
+def to_device(corruption: Corruption, device: torch.device) -> Corruption:
+    """The tensors on `device`; from page-locked memory to a GPU, so that nobody waits for the copy."""
+    return Corruption(*(None if part is None else _moved(part, device) for part in corruption))
+
+
+def _moved(part: Tensor, device: torch.device) -> Tensor:
+    return (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)
