@@ -9,15 +9,19 @@ where it is guided.
 
 from __future__ import annotations
 
+from configs.autoregressive import Autoregressive
 from configs.generator import Diffusion, Generator
 from model.block import swiglu_hidden
 from model.generator.conditioning import FREQUENCIES
 from model.generator.shape import LatentShape
+from profiling.autoregressive_flops import autoregressive_flops
 from profiling.flops import attention, linear
 
 
 def generator_flops(section: Generator, shape: LatentShape, num_classes: int, batch: int) -> float:
     """FLOPs of one forward pass over `batch` latents. Classes are looked up, not multiplied: `num_classes` is free."""
+    if isinstance(section, Autoregressive):
+        return autoregressive_flops(section, shape, batch)
     return _diffusion(section, shape, batch)
 
 
