@@ -6,21 +6,31 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from configs import Config, load_config
+from configs import Config, Run, load_config, load_run
+from configs.generation import Generation
 from model.describe import count_parameters, step_layout
+from model.generator.build import build
+from model.generator.shape import LatentShape
 from model.rows import Rows
+from profiling.generator_flops import generator_flops
 from profiling.step_flops import step_flops
 
 pytestmark = pytest.mark.L0
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 LARGE = ("vtp_s", "vtp_b", "vtp_l", "vtp_1b", "vtp_7b", "ae_only")
+GENERATORS = ("lightningdit_b", "lightningdit_xl", "sit_b", "dit_b", "mar_b")
 ALL = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def preset(name: str) -> Config:
     return load_config(FOLDER / f"{name}.yaml")
+
+
+def kind(name: str) -> Run:
+    return load_run(FOLDER / f"{name}.yaml")
 
 
 def header(name: str) -> str:
@@ -30,12 +40,12 @@ def header(name: str) -> str:
 
 
 def test_the_presets_are_these() -> None:
-    assert {"demo", *LARGE} <= set(ALL)
+    assert {"demo", *LARGE, *GENERATORS, "generator_demo"} <= set(ALL)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_preset_is_called_like_its_file_and_says_how_to_run_it(name: str) -> None:
-    assert preset(name).name == name
+    assert kind(name).name == name
     assert header(name).startswith(f"{name}: ")
     assert f"--config configs/{name}.yaml" in header(name)
 
@@ -64,6 +74,20 @@ def test_a_preset_builds_with_the_published_number_of_parameters(name: str) -> N
     assert ("text" in counts, "teacher" in counts, "prototypes" in counts) == (is_joint,) * 3
     if is_joint:
         assert counts["text"] / 1e6 == pytest.approx(123.7, rel=0.01), "CLIP's text tower, 12 x 768"
+
+
+# LightningDiT-XL is published with 675 million; the B models of the three papers with 130, MAR-B with 208.
+SIZES_OF_GENERATORS = {"lightningdit_b": 130, "lightningdit_xl": 675, "sit_b": 130, "dit_b": 130, "mar_b": 208}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_generator_has_the_published_number_of_parameters(name: str) -> None:
+    config = kind(name)
+    assert isinstance(config, Generation)
+    with torch.device("meta"):
+        generator = build(config.generator, LatentShape(16, 16, 16), num_classes=1000)
+    count = sum(parameter.numel() for parameter in generator.parameters())
+    assert count / 1e6 == pytest.approx(SIZES_OF_GENERATORS[name], abs=0.6)
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -114,7 +138,17 @@ def sample_flops(config: Config) -> float:
     return step_flops(config, rows).full_flops / rows.clip
 
 
-@pytest.mark.parametrize("name", LARGE)
+def training_flops(name: str) -> float:
+    """Of one sample: of a generator three times the forward pass, over the latents its header speaks of."""
+    config = kind(name)
+    if isinstance(config, Config):
+        return sample_flops(config)
+    assert isinstance(config, Generation)
+    shape = LatentShape(16 if name == "mar_b" else 64, 16, 16)
+    return 3 * generator_flops(config.generator, shape, num_classes=1000, batch=1)
+
+
+@pytest.mark.parametrize("name", [*LARGE, *GENERATORS])
 def test_the_cost_in_a_header_is_the_product_of_its_factors(name: str) -> None:
     pattern = (
         r"Cost ([\d,]+) GFLOP a sample x ([\d,]+) steps x ([\d,]+) samples / \(([\d,]+) H100 x 989e12 x MFU "
@@ -123,9 +157,9 @@ def test_the_cost_in_a_header_is_the_product_of_its_factors(name: str) -> None:
     found = re.search(pattern, header(name))
     assert found is not None
     gflop, steps, samples, gpus, mfu, hours, gpu_hours = (float(n.replace(",", "")) for n in found.groups())
-    config = preset(name)
-    assert (steps, samples) == (config.optim.steps, config.batch.clip)
-    assert gflop == pytest.approx(sample_flops(config) / 1e9, rel=0.01)
+    config = kind(name)
+    assert (steps, samples) == (config.optim.steps, config.samples_per_step)
+    assert gflop == pytest.approx(training_flops(name) / 1e9, rel=0.01)
     assert gpu_hours == pytest.approx(gflop * 1e9 * steps * samples / (989e12 * mfu) / 3600, rel=0.01)
     assert hours == pytest.approx(gpu_hours / gpus, abs=0.051)
 
