@@ -26,12 +26,24 @@ class Fid:
 
     def __init__(self, network: FeatureNetwork, device: torch.device) -> None:
         self.name = network.name
-        self._metric = FrechetInceptionDistance(feature=network, normalize=True).to(device)
+        self._metric = FrechetInceptionDistance(feature=network, normalize=True, reset_real_features=False).to(device)
 
     def add(self, real: Tensor, fake: Tensor) -> None:
         """(B, 3, H, W) in [0, 1] each, seen as 8-bit pictures."""
-        self._metric.update(quantised(real), real=True)
-        self._metric.update(quantised(fake), real=False)
+        self.add_real(real)
+        self.add_fake(fake)
+
+    def add_real(self, images: Tensor) -> None:
+        """(B, 3, H, W) in [0, 1], of the set that the other is compared with."""
+        self._metric.update(quantised(images), real=True)
+
+    def add_fake(self, images: Tensor) -> None:
+        """(B, 3, H, W) in [0, 1], of the set that is judged."""
+        self._metric.update(quantised(images), real=False)
+
+    def forget_fake(self) -> None:
+        """Makes room for another set to be judged by the same real one."""
+        self._metric.reset()
 
     def result(self) -> float:
         """Over the images of all ranks: a collective. Raises UserError below two images."""
@@ -41,7 +53,7 @@ class Fid:
             if "More than one sample" not in str(error):
                 raise
             raise UserError(
-                "FID compares the spread of features and needs two images at least; raise --limit"
+                "FID compares the spread of features and needs two images at least; raise --limit or --num-samples"
             ) from None
 
 

@@ -5,7 +5,7 @@ lr_sweep([{"features": "latent", "lr": 0.1, "top1": 0.62}, ...], chance=0.02, pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -46,6 +46,25 @@ def confusion_matrix(counts_KK: Tensor, names: Sequence[str], path: Path) -> Non
             axes.set_xticks(range(len(names)), names, rotation=90)
             axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="taken for", ylabel="is")
+        figure.savefig(path, dpi=150)
+
+
+def sample_grid(panels: Mapping[str, Tensor], names: Sequence[str], path: Path) -> None:
+    """Samples side by side: `panels` (rows, columns, H, W, 3) uint8 under their titles, `names` those of the rows."""
+    rows, columns, height, width, _ = next(iter(panels.values())).shape
+    gap = max(1, width // 32)
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(1.2 + len(panels) * columns * 0.75, 0.4 + rows * 0.75)
+        for axes, (title, images) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
+            mosaic = images.new_full((rows, height + gap, columns, width + gap, 3), 255)
+            mosaic[:, :height, :, :width] = images.permute(0, 2, 1, 3, 4)
+            axes.imshow(mosaic.flatten(2, 3).flatten(0, 1)[:-gap, :-gap].numpy(), interpolation="nearest")
+            axes.set(title=title, xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        figure.axes[0].set_yticks([row * (height + gap) + height / 2 for row in range(rows)], names)
+        figure.axes[0].tick_params(length=0)
         figure.savefig(path, dpi=150)
 
 
