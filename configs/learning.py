@@ -11,7 +11,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import MaskRange, Positive, Section, Share
+from configs.architecture import Vit
+from configs.section import Count, MaskRange, Positive, Section, Share
 
 
 class Clip(Section):
@@ -44,6 +45,23 @@ class Noise(Section):
         return self
 
 
+class Align(Section):
+    """VA-VAE: the latents follow the features of a frozen encoder (arXiv 2501.01423, section 3.2).
+
+    Defaults are those of the last stage of its published training; the first has weight 0.5 and no margins.
+    """
+
+    weights: str  # a weights file of ours; its trunk is the frozen encoder. Where it lies is not science
+    sha256: str | None = None  # of the file's tensors; filled in at the start, and one that is given must be the file's
+    encoder: Vit  # that trunk, as the file describes it: the linear map onto its width is part of this run's model
+    patch_size: Positive = 16  # of the encoder
+    registers: Count = 0  # of the encoder
+    weight: float = Field(0.1, gt=0)  # beside l1 and perceptual
+    cosine_margin: Share = 0.5  # m1: latent and feature need no cosine above 1 - m1
+    distance_margin: Share = 0.25  # m2: a pair's two cosines may differ by so much
+    adaptive: bool = True  # weight x the ratio of the gradients' norms at the encoder's last layer; False: weight alone
+
+
 class Rec(Section):
     weight: float = Field(0.1, ge=0)  # [P]
     l1: float = Field(1.0, ge=0)
@@ -55,6 +73,7 @@ class Rec(Section):
     mask: MaskRange | None = (
         None  # share of patches hidden from the encoder: U(low, high) per step; l-DeTok's -0.1, 0.7
     )
+    align: Align | None = None  # no part of VTP: the baseline it is compared with
 
     @model_validator(mode="after")
     def _perceptual_is_explicit(self) -> Rec:
@@ -72,6 +91,20 @@ class Rec(Section):
             raise ValueError(
                 f"weight={self.weight:g} but l1, l2 and perceptual are 0: the reconstruction is compared with nothing; "
                 "set one of objectives.rec.l1, l2, perceptual"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _alignment_is_of_a_reconstruction(self) -> Rec:
+        if self.align is not None and not self.weight:
+            raise ValueError(
+                "align is set but weight=0: the latents that are aligned are those of the reconstruction; give "
+                "objectives.rec.weight, or remove objectives.rec.align"
+            )
+        if self.align is not None and self.mask is not None:
+            raise ValueError(
+                f"align is set and mask={list(self.mask)}: the frozen encoder sees whole images, latents of patches "
+                "that the trunk never saw cannot follow; remove objectives.rec.mask or objectives.rec.align"
             )
         return self
 

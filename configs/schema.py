@@ -42,7 +42,7 @@ class Init(Section):
 class Config(Run):
     """Pre-training a tokenizer; configs/run.py has what it shares with other kinds of runs."""
 
-    places: ClassVar[dict[str, Any]] = {"init": {"weights"}}
+    places: ClassVar[dict[str, Any]] = {"init": {"weights"}, "objectives": {"rec": {"align": {"weights"}}}}
 
     kind: Literal["pretraining"] = "pretraining"
     data: Data
@@ -73,6 +73,16 @@ class Config(Run):
                     f"views.{key}={size} is not a multiple of model.patch_size={patch}: a crop holds whole "
                     f"patches; change views.{key}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _the_frozen_encoder_sees_whole_patches(self) -> Config:
+        align, size = self.objectives.rec.align, self.views.image_size
+        if align is not None and size % align.patch_size:
+            raise ValueError(
+                f"views.image_size={size} is not a multiple of objectives.rec.align.patch_size={align.patch_size}: the "
+                "frozen encoder sees the pictures that are reconstructed; change either"
+            )
         return self
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ from torch import nn
 
 from configs import Config, Run, UserError
 from configs.ds import zero_stage
-from configs.learning import Optim
+from configs.learning import Align, Optim
 from engine import linears, optim, world, zero
 from engine.corruption import Corruptor, corruptor
 from engine.drop_path import DropPath, drop_path
@@ -39,6 +39,7 @@ from engine.timing import TimedComm, time_calls, time_children
 from engine.training import Kept
 from kernels.attention import Backend, resolve
 from model.block import Block
+from model.frozen import FrozenEncoder
 from model.initialise import initialise_parameter
 from model.objectives.comm import Comm
 from model.objectives.perceptual import Perceptual
@@ -52,7 +53,7 @@ MOST_GRAPHS = 32  # of one block kind; captions meet a few shapes a run (model/c
 LEAVES: tuple[type[nn.Module], ...] = (Block, TextBlock)
 # Which phase the forward of a child of the Pretrainer is.
 CHILDREN = {"teacher": "teacher", "trunk": "trunk", "text": "text", "decoder": "decoder"}
-CHILDREN |= dict.fromkeys(("bottleneck", "clip", "prototypes"), "heads")
+CHILDREN |= dict.fromkeys(("bottleneck", "align", "clip", "prototypes"), "heads")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Assembly:
     teacher: Teacher | None
     comm: Comm
     perceptual: Perceptual | None
+    frozen: FrozenEncoder | None  # with objectives.rec.align
     centres: Centres | None
     drop_path: DropPath | None
     corruptor: Corruptor | None
@@ -96,7 +98,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
         config,
         ds_config,
         device,
-        make=lambda attention: Pretrainer(config, rows, attention),
+        make=lambda attention: Pretrainer(config, rows, attention, comm),
         fill=lambda model: initialise(model, config, resume),
         leaves=LEAVES,
         convert=lambda model: linears.convert(model, config, device),
@@ -105,21 +107,23 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
     teacher = Teacher(teacher_pairs(engine.module)) if engine.module.teacher is not None else None
     followers = {} if teacher is None else {"ema": (teacher, "follow")}
     phases = timed(config, device, engine, CHILDREN, followers)
-    drawn = {
+    options = {
         "drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)",
         "rec": f"a step {disturbs}" if disturbs else "from whole images and exact latents (objectives.rec)",
+        "alignment": _said_of_alignment(config.objectives.rec.align),
     }
     return Assembly(
         engine=engine,
         teacher=teacher,
         comm=TimedComm(comm, phases),
         perceptual=_perceptual(config, device),
+        frozen=_frozen(config, device),
         centres=_centres(config, device),
         drop_path=drops,
         corruptor=disturbs,
         device=device,
         phases=phases,
-        choices=started.choices | drawn,
+        choices=started.choices | options,
     )
 
 
@@ -240,6 +244,24 @@ def _perceptual(config: Config, device: torch.device) -> Perceptual | None:
         return None
     assert rec.lpips_weights is not None, "the schema asks for weights"
     return Perceptual.load(rec.lpips_weights).to(device)
+
+
+def _frozen(config: Config, device: torch.device) -> FrozenEncoder | None:
+    align = config.objectives.rec.align
+    if align is None:
+        return None
+    attention, dtype = _attention(config, device), zero.DTYPES[config.optim.precision]
+    encoder = FrozenEncoder.load(align, attention.name, dtype).to(device)
+    if resolve_compile(config, device)[0]:
+        compile_blocks(encoder, LEAVES)
+    return encoder
+
+
+def _said_of_alignment(align: Align | None) -> str:
+    if align is None:
+        return "off (objectives.rec.align is not set)"
+    how = "gradients balanced" if align.adaptive else "fixed weight"
+    return f"with the frozen trunk of {align.weights}, weight {align.weight:g}, {how}"
 
 
 def _centres(config: Config, device: torch.device) -> Centres | None:

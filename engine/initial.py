@@ -23,6 +23,8 @@ from torch import Tensor
 
 from configs import Config, UserError
 from configs.architecture import Model
+from configs.learning import Align
+from model.frozen import described
 from model.weights import described_model, digest, opened
 
 Shape = tuple[int, ...]
@@ -46,17 +48,31 @@ class Initial:
 
 
 def pinned(config: Config, resume: bool) -> Config:
-    """The config with init.sha256 filled in.
+    """The config with init.sha256 and objectives.rec.align.sha256 filled in.
 
-    Raises UserError where the file is missing or damaged, or is not the one whose digest the config has.
+    Raises UserError where a file is missing or damaged, or is not the one whose digest the config has.
     """
     given, found = config.init, _digest(config, resume)
-    if given.sha256 not in (None, found):
+    _require_digest("init", given.weights, given.sha256, found)
+    config = config.model_copy(update={"init": given.model_copy(update={"sha256": found})})
+    return config if config.objectives.rec.align is None else _pinned_align(config, config.objectives.rec.align)
+
+
+def _pinned_align(config: Config, align: Align) -> Config:
+    """A resumed run needs the file too: no checkpoint holds a frozen encoder."""
+    described(align)
+    found = digest(Path(align.weights))
+    _require_digest("objectives.rec.align", align.weights, align.sha256, found)
+    rec = config.objectives.rec.model_copy(update={"align": align.model_copy(update={"sha256": found})})
+    return config.model_copy(update={"objectives": config.objectives.model_copy(update={"rec": rec})})
+
+
+def _require_digest(section: str, weights: str | None, given: str | None, found: str | None) -> None:
+    if given not in (None, found):
         raise UserError(
-            f"init.weights={given.weights} has the digest {found}, but init.sha256={given.sha256}: these are other "
-            "weights; give the file that was meant, or remove init.sha256"
+            f"{section}.weights={weights} has the digest {found}, but {section}.sha256={given}: these are other "
+            f"weights; give the file that was meant, or remove {section}.sha256"
         )
-    return config.model_copy(update={"init": given.model_copy(update={"sha256": found})})
 
 
 @contextmanager

@@ -58,7 +58,9 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
             corruption = parts.corruptor and to_device(parts.corruptor.draw(batch.step), parts.device)
         outputs = cache.complete(parts.engine(**inputs, kept_idx=kept_idx, corruption=corruption))
         with parts.phases("objectives"):
-            losses = compute(outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual)
+            losses = compute(
+                outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual, parts.frozen
+            )
         parts.engine.backward(losses.total)
         cache.replay(parts.engine.backward)
     parts.engine.step()

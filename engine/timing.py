@@ -7,7 +7,7 @@
 | phase | what is timed |
 |---|---|
 | data, inputs | the wait for a batch; packing captions and copying to the device |
-| teacher, trunk, text, heads, decoder | the forward of that child of the model; heads: clip, prototypes, bottleneck |
+| teacher, trunk, text, heads, decoder | the forward of that child of the model; heads: all others |
 | generator | the forward of a generator, with its loss |
 | objectives, backward | the losses; the backward pass, with what it computes again |
 | all_gather | fetching parameters (ZeRO-3); the objectives' gathers (their gradient counts for backward) |

@@ -22,7 +22,7 @@ The table, first match wins. w is the width, n the depth of the text tower; tags
     text.*.c_fc                                  normal (2w)^-1/2                           [D] CLIP
     text.text_projection                         normal w^-1/2                              [D] CLIP
     clip.visual_proj                             normal of its input width^-1/2             [D] CLIP
-    bottleneck, decoder.proj_in, .proj_out       normal of its input width^-1/2             [D] docs/decisions.md
+    bottleneck, align, decoder.proj_in, .proj_out  normal of its input width^-1/2             [D] docs/decisions.md
     *.w12                                        its halves as *.w1 and *.w2, however products are fused
     every other                                  normal 0.02, cut at 2 standard deviations  [D] DINOv2
 """
@@ -93,6 +93,6 @@ def _std(name: str, shape: torch.Size, config: Config) -> float | None:
         r"^text\..*c_fc\.weight$": (2 * text.width) ** -0.5,
         r"^text\.text_projection$": text.width**-0.5,
         r"^clip\.visual_proj": shape[-1] ** -0.5,
-        r"^(bottleneck|decoder\.proj_(in|out))\.": shape[-1] ** -0.5,
+        r"^(bottleneck|align|decoder\.proj_(in|out))\.": shape[-1] ** -0.5,
     }
     return next((std for pattern, std in stds.items() if re.search(pattern, name)), None)

@@ -50,6 +50,14 @@ class SslOutputs:
 
 
 @dataclass(frozen=True)
+class AlignOutputs:
+    """The latents of the R images once more, for the comparison with a frozen encoder's features of width W."""
+
+    latent_RPL: Tensor  # (R, P, L)
+    projected_RPW: Tensor  # (R, P, W) a linear map of them
+
+
+@dataclass(frozen=True)
 class RecOutputs:
     """Reconstructions of R images and what they should be, both in ImageNet-normalised space."""
 
@@ -57,6 +65,7 @@ class RecOutputs:
     target: Tensor  # (R, 3, H, W)
     latent: Tensor  # (R, L, h, w) before any noise, 0 where a patch was hidden; for pictures, no objective reads it
     posterior: Gaussian | None = None  # (R, V, L) each, of the visible patches; with model.latent=gaussian
+    align: AlignOutputs | None = None  # with objectives.rec.align
 
 
 @dataclass(frozen=True)

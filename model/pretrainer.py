@@ -23,7 +23,9 @@ from model.decoder import PixelDecoder
 from model.heads import ClipHeads, PrototypeHead
 from model.imagenet import normalise
 from model.latent import Gaussian, mode, moment_channels
-from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs
+from model.objectives.balance import Balance, balanced
+from model.objectives.comm import Comm, Solo
+from model.outputs import AlignOutputs, ClipOutputs, Outputs, RecOutputs, SslOutputs
 from model.pack import Layout
 from model.reads import Reads, reads_of, tokens
 from model.rows import Rows
@@ -59,12 +61,13 @@ class Teacher(nn.Module):
 class Pretrainer(nn.Module):
     """Student, teacher and heads of the objectives in `config`, for `rows` images per rank.
 
-    `attention` is the name of a resolved backend (kernels.attention.resolve).
+    `attention` is the name of a resolved backend (kernels.attention.resolve), `comm` the other ranks, whom
+    objectives.rec.align asks for their share of a gradient.
     """
 
-    def __init__(self, config: Config, rows: Rows, attention: str = "sdpa") -> None:
+    def __init__(self, config: Config, rows: Rows, attention: str = "sdpa", comm: Comm | None = None) -> None:
         super().__init__()
-        model, weights = config.model, config.objectives
+        model, weights, align = config.model, config.objectives, config.objectives.rec.align
         has_clip, has_ssl, has_rec = weights.clip.weight > 0, rows.ssl > 0, rows.rec > 0
         self.rows, self.image_feature, self.bottleneck_ae_only = (
             rows,
@@ -75,6 +78,10 @@ class Pretrainer(nn.Module):
         self.trunk = Trunk(model, attention)
         self.bottleneck = bottleneck(model) if has_rec or not model.bottleneck_ae_only else None
         self.decoder = PixelDecoder(model, attention, weights.rec.mask is not None) if has_rec else None
+        self.align = None if align is None else nn.Linear(model.latent_channels, align.encoder.width, bias=False)
+        self.balance = None
+        if align is not None and align.adaptive:
+            self.balance = Balance(align.weight, weights.rec.weight, comm or Solo())
         self.text = TextTower(model.text, model.clip_width, attention) if has_clip else None
         has_bias = weights.clip.kind == "sigmoid"
         self.clip = ClipHeads(head_width(model), model.clip_width, has_bias) if has_clip else None
@@ -117,7 +124,7 @@ class Pretrainer(nn.Module):
         return Outputs(
             clip=self._clip(layout, z_TD, captions),
             ssl=None if taught is None else self._ssl(layout, z_TD, masks, masked_idx, taught),
-            rec=self._rec(layout, y_TD, crops, corruption),
+            rec=self._rec(layout, x_TD, y_TD, crops, corruption),
         )
 
     def _clip_alone(self, images: Tensor, captions: PackedCaptions) -> Outputs:
@@ -218,7 +225,9 @@ class Pretrainer(nn.Module):
             patch_weight_M=1 / num_hidden_G.index_select(0, masked_idx // masks.shape[1]),
         )
 
-    def _rec(self, layout: Layout, y_TD: Tensor, crops: dict[str, Tensor], corruption: Corruption) -> RecOutputs | None:
+    def _rec(
+        self, layout: Layout, x_TD: Tensor, y_TD: Tensor, crops: dict[str, Tensor], corruption: Corruption
+    ) -> RecOutputs | None:
         """Reconstructs clip rows from the features that clip itself reads, or from those of their visible patches: no
         pass of its own."""
         if self.decoder is None:
@@ -226,16 +235,33 @@ class Pretrainer(nn.Module):
         y_RVM = self._rec_patches(layout, y_TD)
         if self.bottleneck_ae_only:
             y_RVM = self._through_bottleneck(y_RVM)
-        posterior = Gaussian.of(y_RVM, dim=-1) if self.model.latent == "gaussian" else None
+        posterior = self._posterior(y_RVM)
+        forked_RVM, align = self._aligned(y_RVM, self._rec_patches(layout, x_TD))
+        decoded = posterior if align is None else self._posterior(forked_RVM)
         grid = layout.group("rec" if layout.has("rec") else "clip").grid
-        latent_RVL = corrupted(y_RVM if posterior is None else posterior, corruption, self.noise)
+        latent_RVL = corrupted(forked_RVM if decoded is None else decoded, corruption, self.noise)
         recon = self.decoder(latent_RVL, grid, corruption.visible_idx_RV)
         return RecOutputs(
             recon=recon.float(),
             target=crops["rec"] if "rec" in crops else crops["clip"][self._rec_rows()],
             latent=_on_grid(mode(y_RVM, self.model), grid, corruption.visible_idx_RV),
             posterior=posterior,
+            align=align,
         )
+
+    def _posterior(self, y_RVM: Tensor) -> Gaussian | None:
+        return Gaussian.of(y_RVM, dim=-1) if self.model.latent == "gaussian" else None
+
+    def _aligned(self, y_RPM: Tensor, feature_RPD: Tensor) -> tuple[Tensor, AlignOutputs | None]:
+        """The bottleneck's output for the decoder, and its mode for the frozen encoder's features: VA-VAE."""
+        if self.align is None:
+            return y_RPM, None
+        other_RPM = y_RPM
+        if self.balance is not None:
+            pair = balanced(y_RPM.flatten(0, 1), feature_RPD.flatten(0, 1), self.balance)
+            y_RPM, other_RPM = (part.view_as(y_RPM) for part in pair)
+        latent_RPL = mode(other_RPM, self.model)
+        return y_RPM, AlignOutputs(latent_RPL, self.align(latent_RPL))
 
 
 def image_feature(layout: Layout, x_TD: Tensor, kind: str) -> Tensor:

@@ -35,6 +35,7 @@ from configs.ds import zero_stage
 from configs.system import System
 from engine.assemble import LEAVES
 from engine.optim import parameter_groups
+from model.latent import moment_channels
 from model.pretrainer import Pretrainer, head_width
 from model.rows import Rows
 from profiling.gathers import Gathers, Settings, Visit
@@ -155,6 +156,10 @@ def _objectives(config: Config, world_size: int) -> Iterator[Collective]:
             rows = 2 * config.batch.ssl * head_width(model) * FP32_BYTES
             yield Collective("all_gather", "KoLeo's neighbours", rows)
             yield Collective("reduce_scatter", "KoLeo's neighbours, backward", rows)
+    align = weights.rec.align
+    if align is not None and align.adaptive:
+        layer = model.trunk.width * moment_channels(model)
+        yield Collective("all_reduce", "balance of rec and alignment", 2 * layer * FP32_BYTES)
 
 
 def _stage_1_and_2(
@@ -228,7 +233,7 @@ def _forward(config: Config, model: Pretrainer, is_separate: bool) -> list[Visit
         passes = max(1, (model.clip is not None) + ssl + (model.decoder is not None))
     is_early = not config.model.bottleneck_ae_only
     parts = ["teacher", *["trunk"] * passes, "bottleneck" if is_early else "", "text", "clip", "prototypes"]
-    parts += ["" if is_early else "bottleneck", "decoder"]
+    parts += ["" if is_early else "bottleneck", "align", "decoder"]
     return _visits(model, parts)
 
 

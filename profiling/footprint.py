@@ -14,6 +14,7 @@ each stage against the tensors of a real engine. For N trained and F frozen para
     gradients              -                               N b / W
     reduce bucket          -                               reduce_bucket_size b, whatever the model's size
     perceptual network     59 MB                           59 MB             with objectives.rec.perceptual
+    frozen encoder         its own, whole                  its own, whole    with objectives.rec.align
 
 and while a step runs
     gathered parameters    -                               the most that is whole at once, by profiling/gathers.py
@@ -28,12 +29,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from configs import Config
 from configs.ds import offloads_optimizer, zero_stage
 from model.pretrainer import Pretrainer
 from profiling.communication import ALIGN, BUCKET, DTYPE_BYTES, FP32_BYTES, meta_model, optimizer_groups, steady_gathers
 from profiling.gathers import Settings
 from profiling.layer_flops import perceptual_parameters
+from profiling.pretend import frozen_encoder
 
 OPTIMIZER_BYTES = 3 * FP32_BYTES  # weights and two moments
 MANY_PARTS = 2  # micro-batches from which gradients wait whole for their one reduction
@@ -85,7 +89,15 @@ def predict(config: Config, ds_config: dict[str, Any], world_size: int) -> Footp
         found.append(Component("micro-batch gradients", size, is_static=False))
     if config.objectives.rec.weight and config.objectives.rec.perceptual:
         found.append(Component("perceptual network", perceptual_parameters() * FP32_BYTES))
+    found.append(Component("frozen encoder", frozen_parameters(config) * DTYPE_BYTES[config.optim.precision]))
     return Footprint(tuple(each for each in found if each.bytes))
+
+
+def frozen_parameters(config: Config) -> int:
+    """Numbers in the trunk that objectives.rec.align names; 0 without."""
+    with torch.device("meta"):
+        encoder = frozen_encoder(config, "sdpa")
+    return 0 if encoder is None else sum(parameter.numel() for parameter in encoder.parameters())
 
 
 def _stage_3(config: Config, ds_config: dict[str, Any], model: Pretrainer, world_size: int) -> list[Component]:

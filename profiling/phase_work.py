@@ -39,7 +39,7 @@ from model.outputs import ClipOutputs
 from model.pretrainer import Pretrainer
 from model.rows import Rows
 from profiling.communication import DTYPE_BYTES, FP32_BYTES, meta_model
-from profiling.pretend import Pretend, corruption, perceptual_network
+from profiling.pretend import Pretend, corruption, frozen_encoder, perceptual_network
 from profiling.roofline import Counted, Work
 from profiling.workload import imagined_batch
 
@@ -118,6 +118,7 @@ class _Step:
         model = Pretrainer(self.config, rows, self.attention)
         recompute_blocks(model, self.config.system.activation_checkpointing, tuple(LEAVES))
         perceptual, centres = self._perceptual(), self._centres()
+        frozen = frozen_encoder(self.config, self.attention)
         counted = Counted(LOGITS)
         _tell_phases(model, counted)
         with counted:
@@ -125,7 +126,7 @@ class _Step:
             outputs = cache.complete(model(**self._inputs(cache.shared), **self.drawn))
             with counted("objectives"):
                 comm = Pretend(self.world_size)
-                total = compute(outputs, self.config.objectives, 0.07, comm, centres, perceptual).total
+                total = compute(outputs, self.config.objectives, 0.07, comm, centres, perceptual, frozen).total
             with counted("backward"):
                 total.backward()
             cache.replay(lambda loss: self._replayed(counted, loss))

@@ -17,9 +17,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from configs import Config
+from configs.architecture import Model
 from model.corruption import Corruption, is_corrupted, num_patches
 from model.describe import step_layout
 from model.drop_path import subset
+from model.frozen import FrozenEncoder
 from model.objectives.perceptual import GROUPS, Perceptual
 from model.outputs import ClipOutputs
 from model.pretrainer import Rows
@@ -66,6 +68,15 @@ def perceptual_network() -> Perceptual:
         weights |= {f"convs.{i}.weight": torch.empty(given, taken, 3, 3), f"convs.{i}.bias": torch.empty(given)}
     heads = {f"heads.{j}.weight": torch.empty(1, width, 1, 1) for j, width in enumerate(VGG_CHANNELS)}
     return Perceptual({key: value.float() for key, value in (weights | heads).items()})
+
+
+def frozen_encoder(config: Config, attention: str) -> FrozenEncoder | None:
+    """The trunk that objectives.rec.align describes, without its file; None without the section."""
+    align = config.objectives.rec.align
+    if align is None:
+        return None
+    sizes = {"patch_size": align.patch_size, "registers": align.registers}
+    return FrozenEncoder(Model(**sizes, trunk=align.encoder, decoder=align.encoder), attention)
 
 
 def kept_idx(config: Config, rows: Rows) -> Tensor | None:

@@ -68,7 +68,7 @@ def step_flops(
     for each, share in shares.items():
         step = _Step(config, rows, num_hidden, backend, device, each)
         found = [*step.trunk(), *step.teacher(), *step.text(caption_tokens), *step.heads(), *step.pixels()]
-        parts += [part * share for part in found]
+        parts += [part * share for part in (*found, *step.alignment())]
     return StepFlops.of(parts, _causes(parts, config))
 
 
@@ -258,6 +258,28 @@ class _Step:
         if self.config.objectives.rec.perceptual:
             vgg, compared = perceptual_forward(size)
             yield Component("perceptual", "rec", rows.rec * (2 * vgg + compared), rows.rec * (vgg + compared))
+
+    def alignment(self) -> Iterator[Component]:
+        """The frozen encoder, the linear map onto its width, the cosines between patches of either side."""
+        align, model, rows = self.config.objectives.rec.align, self.model, self.rows
+        if align is None:
+            return
+        size = self.config.views.image_size
+        own, patches = (size // align.patch_size) ** 2, (size // model.patch_size) ** 2
+        tokens, squares = tokens_and_squares(rows.rec, 1 + align.registers + own)
+        tokens += -tokens % ALIGN
+        block = vit_block(align.encoder, tokens, squares, tokens)
+        forward = align.encoder.depth * block.forward
+        forward += linear(rows.rec * own, 3 * align.patch_size**2, align.encoder.width)
+        yield Component("frozen encoder", "rec", forward, scores=align.encoder.depth * block.scores)
+        projected = linear(rows.rec * patches, model.latent_channels, align.encoder.width)
+        yield Component("align", "rec", projected, 2 * projected)
+        latents, features = (
+            linear(rows.rec * patches, width, patches) for width in (model.latent_channels, align.encoder.width)
+        )
+        # With balanced gradients the bottleneck's weight gradient is taken of either loss by itself, besides the sum's.
+        apart = 2 * linear(rows.rec * patches, model.trunk.width, moment_channels(model)) if align.adaptive else 0
+        yield Component("patch cosines", "rec", latents + features, 2 * latents, recompute=apart)
 
 
 def _kept_shares(layout: Layout, rate: float) -> list[float]:

@@ -40,7 +40,7 @@ from model.outputs import ClipOutputs, Outputs
 from model.pretrainer import Pretrainer
 from model.rows import Rows
 from profiling.live_bytes import Event, LiveBytes
-from profiling.pretend import Pretend, clip_outputs, corruption, fake, kept_idx, perceptual_network
+from profiling.pretend import Pretend, clip_outputs, corruption, fake, frozen_encoder, kept_idx, perceptual_network
 from profiling.workload import imagined_batch
 
 RUN = 3  # blocks of a tower that are run: the first, one for all in the middle, the last
@@ -89,6 +89,7 @@ class _Step:
         with _dtype(config), self.mode:
             self.model = Pretrainer(config, rows, attention)
             self.perceptual = perceptual_network() if objectives.rec.weight and objectives.rec.perceptual else None
+            self.frozen = frozen_encoder(config, attention)
             is_centred = ssl.weight > 0 and ssl.targets == "centering"
             self.centres = Centres.zeros(config.model.prototypes.num) if is_centred else None
             self.kept_idx = kept_idx(config, rows)
@@ -96,7 +97,7 @@ class _Step:
         self.stood_for: dict[bool, tuple[torch.Size, torch.Size]] = {}
         recompute_blocks(self.model, config.system.activation_checkpointing, tuple(LEAVES))
         self.watch = _Watch(self.model, self.live, by_leaf, keeps=rows.micro_batches > 1)
-        networks = [self.model] if self.perceptual is None else [self.model, self.perceptual]
+        networks = [network for network in (self.model, self.perceptual, self.frozen) if network is not None]
         self.live.known(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
 
     def take(self, batch: Batch) -> list[Event]:
@@ -106,7 +107,8 @@ class _Step:
         outputs = self._forward(cache.shared, kept_idx=self.kept_idx, corruption=fake(self.corruption, self.mode))
         with self.mode, self.live.on(OBJECTIVES):
             outputs = cache.complete(outputs)
-            losses = compute(outputs, self.config.objectives, TEMPERATURE, self.comm, self.centres, self.perceptual)
+            networks = (self.perceptual, self.frozen)
+            losses = compute(outputs, self.config.objectives, TEMPERATURE, self.comm, self.centres, *networks)
         self._backward(losses.total)
         cache.replay(self._backward)
         self.watch.release()

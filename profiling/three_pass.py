@@ -61,14 +61,14 @@ class ThreePass(Pretrainer):
         self.teacher.trunk = SeparateTrunk(config.model, "sdpa").requires_grad_(False)
         assert rows.rec_start == 0, "rec rows lead the clip rows: batch.layout=nested"
 
-    def _rec(self, layout: Layout, y_TD: Tensor, crops: dict[str, Tensor], corruption: Corruption) -> RecOutputs | None:
+    def _rec(
+        self, layout: Layout, x_TD: Tensor, y_TD: Tensor, crops: dict[str, Tensor], corruption: Corruption
+    ) -> RecOutputs | None:
         """Reconstructs from a pass of its own."""
         own = {"clip": crops["clip"][self._rec_rows()]}
-        return super()._rec(self.trunk.layout(own), self._features(own), own, corruption)
-
-    def _features(self, crops: dict[str, Tensor]) -> Tensor:
-        x_TD = self.trunk(crops, {})
-        return x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
+        own_TD = self.trunk(own, {})
+        latent_TD = own_TD if self.bottleneck_ae_only else self._through_bottleneck(own_TD)
+        return super()._rec(self.trunk.layout(own), own_TD, latent_TD, own, corruption)
 
 
 def padded_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -91,7 +91,8 @@ class _Step:
         kind = component.name.partition(",")[0]
         if kind in parts:
             return self._blocks(component, *parts[kind], is_first)
-        precision = {"perceptual": "tf32" if self.build.device == "cuda" else "fp32", "contrastive logits": "fp32"}
+        precision = {"perceptual": "tf32" if self.build.device == "cuda" else "fp32"}
+        precision |= dict.fromkeys(("contrastive logits", "patch cosines"), "fp32")
         flops = component.forward + component.backward + component.recompute
         moved = self._vgg_bytes if component.name == "perceptual" else 0
         return Work(component.name, {precision.get(component.name, self._precision): flops}, bytes=moved)

@@ -15,8 +15,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from configs.learning import Clip, Objectives, Rec, Ssl
+from configs.learning import Align, Clip, Objectives, Rec, Ssl
 from kernels.prototypes import target_entropy
+from model.frozen import FrozenEncoder
+from model.objectives.align import cosine_loss, distance_loss
 from model.objectives.comm import Comm
 from model.objectives.contrastive import sigmoid_loss, softmax_loss
 from model.objectives.koleo import koleo_loss
@@ -94,11 +96,12 @@ def compute(
     comm: Comm,
     centres: Centres | None = None,
     perceptual: Perceptual | None = None,
+    frozen: FrozenEncoder | None = None,
 ) -> Losses:
     """Every objective with a weight, in float32 whatever autocast says.
 
-    `centres` is needed with targets=centering, `perceptual` with rec.perceptual > 0. An objective without
-    weight is left out; for one with a weight the model must have given its outputs.
+    `centres` is needed with targets=centering, `perceptual` with rec.perceptual > 0, `frozen` with rec.align. An
+    objective without weight is left out; for one with a weight the model must have given its outputs.
     """
     parts: list[Objective] = []
     with _without_autocast(outputs):
@@ -111,7 +114,7 @@ def compute(
             parts.append(_ssl(outputs.ssl, objectives.ssl, cls, patch, comm))
         if objectives.rec.weight:
             assert outputs.rec is not None, "rec has a weight but the model gave no rec outputs"
-            parts.append(_rec(outputs.rec, objectives.rec, perceptual))
+            parts.append(_rec(outputs.rec, objectives.rec, perceptual, frozen))
     return Losses(tuple(parts), centres)
 
 
@@ -162,7 +165,7 @@ def _ssl(ssl: SslOutputs, config: Ssl, cls: Targets, patch: Targets, comm: Comm)
     return Objective("ssl", config.weight, tuple(terms), {"teacher_entropy": entropy})
 
 
-def _rec(rec: RecOutputs, config: Rec, perceptual: Perceptual | None) -> Objective:
+def _rec(rec: RecOutputs, config: Rec, perceptual: Perceptual | None, frozen: FrozenEncoder | None) -> Objective:
     pixels = (("l1", l1_loss, config.l1), ("l2", l2_loss, config.l2))
     terms = [Term(name, loss(rec.recon, rec.target), weight) for name, loss, weight in pixels if weight]
     if config.perceptual:
@@ -173,7 +176,19 @@ def _rec(rec: RecOutputs, config: Rec, perceptual: Perceptual | None) -> Objecti
     if rec.posterior is not None:
         divergence_R, health["latent_std"] = rec.posterior.kl(), rec.posterior.std.mean()
         terms.append(Term("kl", divergence_R.sum() / len(divergence_R), config.kl))
+    if config.align is not None:
+        assert frozen is not None, "rec.align is set but no frozen encoder was given"
+        terms.extend(_align(rec, config.align, frozen))
     return Objective("rec", config.weight, tuple(terms), health)
+
+
+def _align(rec: RecOutputs, config: Align, frozen: FrozenEncoder) -> list[Term]:
+    """With the weight alone: the adaptive ratio is of gradients and is known in backward only (balance.py)."""
+    assert rec.align is not None, "rec.align is set but the model gave no latents to align"
+    feature_RPW = frozen(rec.target, (rec.latent.shape[2], rec.latent.shape[3]))
+    cosine = cosine_loss(rec.align.projected_RPW, feature_RPW, config.cosine_margin)
+    distance = distance_loss(rec.align.latent_RPL, feature_RPW, config.distance_margin)
+    return [Term("align_cosine", cosine, config.weight), Term("align_distance", distance, config.weight)]
 
 
 def _without_autocast(outputs: Outputs) -> torch.autocast:

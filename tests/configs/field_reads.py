@@ -63,7 +63,7 @@ def _schema_members() -> dict[Kind, Names]:
     members: dict[Kind, Names] = {}
     name_of: dict[object, str] = {kind: name for name, kind in SECTIONS.items()}
     for name, section in SECTIONS.items():
-        kinds = {field: info.annotation for field, info in section.model_fields.items()}
+        kinds = {field: _section_in(info.annotation) for field, info in section.model_fields.items()}
         members[f"{_SCHEMA}.{name}"] = {
             field: f"{_SCHEMA}.{name_of[kind]}" for field, kind in kinds.items() if kind in name_of
         }
@@ -72,6 +72,11 @@ def _schema_members() -> dict[Kind, Names]:
 
 def _has_one_value(annotation: object) -> bool:
     return get_origin(annotation) is Literal and len(get_args(annotation)) == 1
+
+
+def _section_in(annotation: object) -> object:
+    """Of `Section | None` the section."""
+    return next((kind for kind in get_args(annotation) if kind in SECTIONS.values()), annotation)
 
 
 class _Reader(ast.NodeVisitor):

@@ -20,7 +20,8 @@ from profiling.step_flops import step_flops
 pytestmark = pytest.mark.L0
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
-LARGE = ("vtp_s", "vtp_b", "vtp_l", "vtp_1b", "vtp_7b", "ae_only")
+BASELINES = ("ae_only", "va_vae")
+LARGE = ("vtp_s", "vtp_b", "vtp_l", "vtp_1b", "vtp_7b", *BASELINES)
 GENERATORS = ("lightningdit_b", "lightningdit_xl", "sit_b", "dit_b", "mar_b")
 ALL = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -51,7 +52,15 @@ def test_a_preset_is_called_like_its_file_and_says_how_to_run_it(name: str) -> N
 
 
 # Parameters of the trunk in millions: released sizes as published, the others as 12 x width^2 x depth.
-TRUNKS = {"vtp_s": 21.6, "vtp_b": 85.7, "vtp_l": 303.5, "ae_only": 303.5, "vtp_1b": 1132, "vtp_7b": 8053}
+TRUNKS = {
+    "vtp_s": 21.6,
+    "vtp_b": 85.7,
+    "vtp_l": 303.5,
+    "ae_only": 303.5,
+    "va_vae": 303.5,
+    "vtp_1b": 1132,
+    "vtp_7b": 8053,
+}
 
 
 SIZES = {"vtp_s": (384, 12, 6), "vtp_b": (768, 12, 12), "vtp_l": (1024, 24, 16)}  # width, depth, heads: published
@@ -70,7 +79,7 @@ def test_a_preset_builds_with_the_published_number_of_parameters(name: str) -> N
     config = preset(name)
     counts = count_parameters(config, Rows.per_rank(config, world_size=64))
     assert counts["trunk"] / 1e6 == pytest.approx(TRUNKS[name], rel=0.01)
-    is_joint = name != "ae_only"
+    is_joint = name not in BASELINES
     assert ("text" in counts, "teacher" in counts, "prototypes" in counts) == (is_joint,) * 3
     if is_joint:
         assert counts["text"] / 1e6 == pytest.approx(123.7, rel=0.01), "CLIP's text tower, 12 x 768"
@@ -102,7 +111,7 @@ def test_a_preset_runs_on_every_power_of_two_of_ranks(name: str) -> None:
 @pytest.mark.parametrize("name", LARGE)
 def test_a_preset_has_the_papers_batch_and_samples(name: str) -> None:
     batch, steps = preset(name).batch, preset(name).optim.steps
-    if name == "ae_only":
+    if name in BASELINES:
         assert (batch.clip, batch.ssl, batch.rec) == (2048, 0, 2048)
     else:
         assert (batch.clip, batch.ssl, batch.rec) == (16_384, 4096, 2048)
@@ -117,11 +126,21 @@ def test_the_baseline_differs_from_vtp_l_in_objectives_and_batch_alone() -> None
     assert ours.batch.clip / ours.optim.lr_batch == baseline.batch.clip / baseline.optim.lr_batch
 
 
+def test_the_aligned_baseline_differs_from_the_plain_one_in_the_alignment_alone() -> None:
+    plain, aligned = preset("ae_only"), preset("va_vae")
+    rec = aligned.objectives.rec.model_copy(update={"align": None})
+    same = {"name": plain.name, "objectives": aligned.objectives.model_copy(update={"rec": rec})}
+    assert aligned.model_copy(update=same) == plain
+    encoder = aligned.objectives.rec.align
+    assert encoder is not None
+    assert encoder.encoder == preset("vtp_l").model.trunk, "whose released weights the header names"
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_the_overrides_in_a_header_load(name: str) -> None:
     lines = re.findall(r"batch\.clip=\d+ batch\.ssl=\d+ batch\.rec=\d+(?: \w+\.\w+=\d+)*", header(name))
     streams = re.findall(r"take (data\.streams=\d+)", header(name))
-    assert len(lines) == (0 if name == "ae_only" else 2)
+    assert len(lines) == (0 if name in BASELINES else 2)
     for line in lines:
         more = [] if "streams" in line else streams
         config = load_config(FOLDER / f"{name}.yaml", [*line.split(), *more])
@@ -164,7 +183,7 @@ def test_the_cost_in_a_header_is_the_product_of_its_factors(name: str) -> None:
     assert hours == pytest.approx(gpu_hours / gpus, abs=0.051)
 
 
-@pytest.mark.parametrize("name", [name for name in LARGE if name != "ae_only"])
+@pytest.mark.parametrize("name", [name for name in LARGE if name not in BASELINES])
 def test_the_memory_in_a_header_is_the_product_of_its_factors(name: str) -> None:
     found = re.search(r"about (\d+) GB of trunk activations on each of ([\d,]+) GPUs", header(name))
     assert found is not None

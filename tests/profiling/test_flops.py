@@ -33,7 +33,7 @@ from model.text import TextBlock
 from model.tokenizer import VisualTokenizer
 from profiling.flops import StepFlops
 from profiling.layer_flops import forward_flops_of_tokenizer
-from profiling.pretend import perceptual_network
+from profiling.pretend import frozen_encoder, perceptual_network
 from profiling.step_flops import step_flops
 from tests.tiny import model_inputs, random_batch, tiny_config
 
@@ -54,6 +54,7 @@ NO_REC = ("objectives.rec.weight=0", "batch.rec=0")
 CACHE = ("batch.rec=3", "data.streams=3", "system.clip.micro_batches=4")
 MASKED = "objectives.rec.mask=[0.375,0.375]"
 FULL, SELECTIVE = "system.activation_checkpointing=full", "system.activation_checkpointing=selective"
+ALIGN = "objectives.rec.align={weights: unread, encoder: {width: 48, depth: 3, heads: 2}, patch_size: 8, registers: 2}"
 VARIANTS = {
     "all": (),
     "no clip": NO_CLIP,
@@ -95,6 +96,9 @@ VARIANTS = {
     "masked, cached": (MASKED, *CACHE),
     "masked, full": (MASKED, FULL),
     "masked, nothing hidden": ("objectives.rec.mask=[0.01,0.01]",),
+    "aligned": (ALIGN,),
+    "aligned, rec alone, latents of another grid": (ALIGN, "objectives.rec.align.patch_size=16", *NO_CLIP, *NO_SSL),
+    "aligned, fixed weight": (ALIGN, "objectives.rec.align.adaptive=false", "model.bottleneck_ae_only=false", FULL),
     "deeper, narrow MLP": ("model.trunk.depth=3", "model.trunk.mlp_ratio=2.5", "model.text.mlp_ratio=3"),
 }
 
@@ -113,6 +117,7 @@ class Counted:
         self.batch = random_batch(config, step=0)
         with self.device:
             self.model = Pretrainer(config, self.rows, "matmul")
+            self.frozen = frozen_encoder(config, "matmul")
         if device == "cpu":
             initialise(self.model, config)
         recompute_blocks(self.model, config.system.activation_checkpointing, (Block, TextBlock))
@@ -130,7 +135,7 @@ class Counted:
                 kept = None if self.draws is None else self.draws.draw(0).to(self.device)
                 disturbed = self.disturbs and to_device(self.disturbs.draw(0), self.device)
                 outputs = cache.complete(self.model(**self._inputs(cache.shared), kept_idx=kept, corruption=disturbed))
-            compute(outputs, self.config.objectives, 0.07, Solo(), centres, network).total.backward()
+            compute(outputs, self.config.objectives, 0.07, Solo(), centres, network, self.frozen).total.backward()
             cache.replay(Tensor.backward)
         return forward.get_total_flops(), whole.get_total_flops()
 
@@ -158,7 +163,15 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(total, "_without_autocast", lambda outputs: nullcontext())
 
 
-LOSSES = ("contrastive logits", "prototype logits", "prototype logits, teacher", "koleo", "perceptual")
+LOSSES = (
+    "contrastive logits",
+    "prototype logits",
+    "prototype logits, teacher",
+    "koleo",
+    "perceptual",
+    "frozen encoder",
+    "patch cosines",
+)
 
 
 def forward_of_model(flops: StepFlops) -> float:
@@ -180,7 +193,7 @@ def test_the_count_is_torchs_own(variant: str) -> None:
 def test_a_presets_count_is_torchs_own(name: str) -> None:
     """Every layer and size of the preset, few rows, on the meta device; the perceptual network included."""
     few = ("data.streams=1", "batch.clip=4", "batch.ssl=2", "batch.rec=1")
-    if name == "ae_only":
+    if name in ("ae_only", "va_vae"):
         few = ("data.streams=1", "batch.clip=1", "batch.rec=1")
     counted = Counted(load_config(FOLDER / f"{name}.yaml", (*few, "optim.precision=fp32")), "meta")
     _, whole = counted.take()

@@ -38,6 +38,7 @@ VARIANTS = {
     "disturbed": (
         "objectives.rec.mask=[-0.1,0.7]", "model.latent=gaussian", "objectives.rec.noise.kind=interpolative",
     ),
+    "aligned": ("objectives.rec.align={weights: unread, encoder: {width: 48, depth: 1, heads: 2}, patch_size: 8}",),
     "selective": ("system.activation_checkpointing=selective",),
 }  # fmt: skip
 

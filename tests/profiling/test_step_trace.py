@@ -19,6 +19,7 @@ from model.pretrainer import Pretrainer
 from model.rows import Rows
 from profiling.layer_flops import VGG_CHANNELS, perceptual_parameters
 from profiling.live_bytes import Event, LiveBytes, peak
+from profiling.pretend import frozen_encoder
 from profiling.step_trace import step_events
 from tests.tiny import corruption, model_inputs, random_batch, step_that_hides, tiny_config
 
@@ -43,6 +44,7 @@ def real_peak(config: Config, attention: str) -> int:
     try:
         model = Pretrainer(config, Rows.per_rank(config, 1), attention)
         initialise(model, config)
+        frozen = frozen_encoder(config, attention)
     finally:
         torch.set_default_dtype(torch.float32)
     recompute_blocks(model, config.system.activation_checkpointing, tuple(LEAVES))
@@ -53,12 +55,13 @@ def real_peak(config: Config, attention: str) -> int:
             parameter.register_post_accumulate_grad_hook(_drop)
     live.known([*model.parameters(), *([] if network is None else network.state_dict().values())])
     live.known([] if network is None else network.buffers())
+    live.known([] if frozen is None else [*frozen.parameters(), *frozen.buffers()])
     inputs = model_inputs(random_batch(config, 0))
     longest = longest_layout(config, Rows.per_rank(config, 1))
     inputs["corruption"] = corruption(config, step_that_hides(config, longest))
     with live.on("step"):
         outputs = model(**inputs)
-        losses = compute(outputs, config.objectives, 0.05, Solo(), centres, network)
+        losses = compute(outputs, config.objectives, 0.05, Solo(), centres, network, frozen)
         losses.total.backward()
     return peak(live.events)
 
@@ -79,6 +82,10 @@ CASES: dict[str, tuple[str, ...]] = {
         "model.latent=gaussian", "objectives.rec.kl=1", "objectives.rec.mask=[0.2,0.7]", "objectives.clip.weight=0",
     ),
     "centering": ("objectives.ssl.targets=centering", "objectives.clip.kind=sigmoid"),
+    "aligned": (
+        "objectives.rec.align={weights: unread, encoder: {width: 192, depth: 2, heads: 2}, patch_size: 8}",
+        "objectives.clip.weight=0", "objectives.ssl.weight=0", "batch.ssl=0",
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,99 @@
+"""A trunk that learns nothing: the encoder whose features the latents are aligned with (objectives.rec.align).
+
+    encoder = FrozenEncoder.load(config.objectives.rec.align, attention="sdpa", dtype=torch.bfloat16)
+    encoder(images, grid=(16, 16)).shape        # (R, 256, W) float32: its final-normed patch tokens
+
+Any weights file with a trunk will do: a run's, or an imported public one. It lies whole on every rank, outside ZeRO,
+as the perceptual network does; nothing in it takes a gradient, and no checkpoint holds it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs import UserError
+from configs.architecture import Model, Vit
+from configs.learning import Align
+from model.trunk import Trunk
+from model.weights import described_model, opened
+
+KEY = "objectives.rec.align"
+TRUNK = "trunk."
+
+
+class FrozenEncoder(nn.Module):
+    """The trunk that `model` describes. Build it outside DeepSpeed's `zero.Init`."""
+
+    def __init__(self, model: Model, attention: str) -> None:
+        super().__init__()
+        self.trunk = Trunk(model, attention)
+        self.requires_grad_(False)
+
+    @classmethod
+    def load(cls, align: Align, attention: str, dtype: torch.dtype) -> FrozenEncoder:
+        """The trunk in `align.weights`, its numbers rounded to `dtype`.
+
+        Raises UserError where the file is missing or damaged, holds no trunk, or another than `align` describes.
+        """
+        path = Path(align.weights)
+        model = described(align)
+        with opened(path) as stored:
+            names = [name for name in stored.keys() if name.startswith(TRUNK)]  # noqa: SIM118 (not a mapping)
+            state = {name: stored.get_tensor(name).to(dtype) for name in names}
+        with torch.device("meta"):  # no initialisation: every number is given
+            encoder = cls(model, attention)
+        try:
+            encoder.load_state_dict(state, assign=True)
+        except RuntimeError as error:  # torch's list of names and shapes that do not fit
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{KEY}.weights={path}: its trunk is not the one that it describes ({reason})") from None
+        return encoder.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(R, 3, H, W) ImageNet-normalised -> (R, P, W) float32 over `grid`, resized bilinearly from its own grid."""
+        layout = self.trunk.layout({"clip": images})
+        patch_RPW = layout.patches(self.trunk({"clip": images}, {}), "clip").float()
+        own = layout.group("clip").grid
+        if own == grid:
+            return patch_RPW
+        feature_RWhw = patch_RPW.transpose(1, 2).unflatten(2, own)
+        resized = F.interpolate(feature_RWhw, grid, mode="bilinear", align_corners=False, antialias=True)
+        return resized.flatten(2).transpose(1, 2)
+
+
+def described(align: Align) -> Model:
+    """What the file says of its model, once that is what `align` says of it. Raises UserError like `load`."""
+    path = Path(align.weights)
+    try:
+        with opened(path) as stored:
+            has_trunk = any(name.startswith(TRUNK) for name in stored.keys())  # noqa: SIM118 (not a mapping)
+            model = described_model(stored, path)
+    except UserError as error:
+        raise UserError(f"{KEY}.weights: {error}") from None
+    if not has_trunk:
+        raise UserError(
+            f"{KEY}.weights={path} holds no trunk, whose features the latents would follow; name a run's "
+            "weights.safetensors, or what `python -m model.interchange import` wrote"
+        )
+    _require_same({
+        "encoder": (_as_evaluated(model.trunk), _as_evaluated(align.encoder)),
+        "patch_size": (model.patch_size, align.patch_size),
+        "registers": (model.registers, align.registers),
+    }, path)  # fmt: skip
+    return model
+
+
+def _require_same(said: dict[str, tuple[object, object]], path: Path) -> None:
+    for key, (there, here) in said.items():
+        if there != here:
+            raise UserError(f"{KEY}.weights={path} has {key} {there}, but {KEY}.{key} is {here}: describe the file's")
+
+
+def _as_evaluated(vit: Vit) -> Vit:
+    """Stochastic depth is of training: a frozen trunk drops nothing, whatever it was trained with."""
+    return vit.model_copy(update={"drop_path": 0.0})
