@@ -89,10 +89,10 @@ def save_and_go_on(comm: Comm, config: Config, root: Path) -> tuple[list[float],
     """Losses of steps 3 to 5 of a run that never stops and of one that goes on from its checkpoint."""
     parts = ranks.build(config, comm, "zero3")
     ranks.run_steps(parts, config, comm, 0, 3)
-    checkpoint.save(root, 3, parts.engine, parts.teacher, None, config)
+    checkpoint.save(root, 3, parts.kept(None), config)
     whole, _ = ranks.run_steps(parts, config, comm, 3, 6)
     again = ranks.build(config, comm, "zero3")
-    checkpoint.load(archive.find(root), again.engine, again.teacher)
+    checkpoint.load(archive.find(root), again.kept(None))
     return whole, ranks.run_steps(again, config, comm, 3, 6)[0]
 
 
