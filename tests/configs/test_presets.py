@@ -170,7 +170,7 @@ def training_flops(name: str) -> float:
 @pytest.mark.parametrize("name", [*LARGE, *GENERATORS])
 def test_the_cost_in_a_header_is_the_product_of_its_factors(name: str) -> None:
     pattern = (
-        r"Cost ([\d,]+) GFLOP a sample x ([\d,]+) steps x ([\d,]+) samples / \(([\d,]+) H100 x 989e12 x MFU "
+        r"Cost ([\d,.]+) GFLOP a sample x ([\d,]+) steps x ([\d,]+) samples / \(([\d,]+) H100 x 989e12 x MFU "
         r"([\d.]+) \[assumed\]\) = ([\d.]+) hours, ([\d,]+) GPU-hours"
     )
     found = re.search(pattern, header(name))
