@@ -19,7 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from configs import Config, UserError, load_config
+from configs import Config, UserError, load_run
+from configs.run import Run as AnyConfig
 
 _STEP_LINE = re.compile(r"step \d+/\d+  ")
 _PEAK = re.compile(r"peak memory of this rank: ([\d.]+) GiB")
@@ -37,7 +38,7 @@ class Run:
     reports: dict[int, dict[str, float]]  # figures by finished step, in the order of the steps
     times: list[float]  # seconds since 1970 of every line that was read, in the order of the file
     steps_back: list[tuple[int, int]]  # (last step, next step) where the log goes back: a resume
-    config: Config | None  # None: absent, or of another version; the text below may be there all the same
+    config: AnyConfig | None  # None: absent, or of another version; the text below may be there all the same
     config_text: str | None
     ds_config_text: str | None
     choices: dict[str, str] | None  # what every "auto" became, and why
@@ -47,6 +48,13 @@ class Run:
     bad_samples: list[dict[str, Any]] | None
     pictures: dict[str, list[Path]]  # by kind, in the order of the steps
     notes: list[str]  # what could not be read
+
+    @property
+    def pretraining(self) -> Config | None:
+        """The config where it is known and one of pre-training: what the step's FLOPs and bytes are counted for."""
+        if self.config is not None and not isinstance(self.config, Config):
+            raise UserError(f"it is counted for pre-training alone, and this run is of kind {self.config.kind}")
+        return self.config
 
     @property
     def steps(self) -> list[int]:
@@ -205,12 +213,12 @@ def _words(path: Path, notes: list[str]) -> dict[str, str] | None:
     return None if record is None else {key: str(value) for key, value in record.items()}
 
 
-def _config(path: Path, notes: list[str]) -> tuple[Config | None, str | None]:
+def _config(path: Path, notes: list[str]) -> tuple[AnyConfig | None, str | None]:
     text = _text(path)
     if text is None:
         return None, None
     try:
-        return load_config(path), text
+        return load_run(path), text
     except UserError as error:
         notes.append(f"config.yaml is not one of this version, so it is shown as text alone: {error}")
         return None, text

@@ -15,12 +15,11 @@ _WHY = "Captions count with their whole context: how many slots packing takes, o
 def flops_table(run: Run, label: str) -> list[Block]:
     """GFLOP by component and pass, the sum below; a sentence where the count cannot be made."""
     ranks = run.world_size
-    if run.config is None or ranks is None:
-        return [
-            Sentence(f"{label} has no table of FLOPs: it needs config.yaml, and the number of ranks (machine.json).")
-        ]
     try:
-        counted = step_flops(run.config, Rows.per_rank(run.config, ranks))
+        config = run.pretraining
+        if config is None or ranks is None:
+            raise UserError("it needs config.yaml, and the number of ranks (machine.json).")
+        counted = step_flops(config, Rows.per_rank(config, ranks))
     except UserError as error:
         return [Sentence(f"{label} has no table of FLOPs: {error}")]
     rows: list[list[Cell]] = [

@@ -112,9 +112,10 @@ def traffic_table(run: Run, label: str) -> list[Block]:
 
 def _predicted(run: Run, predict: Callable[[Config, dict[str, Any], int], T]) -> T:
     """UserError where the run's files do not allow it."""
-    if run.config is None or run.ds_config is None or run.world_size is None:
+    config = run.pretraining
+    if config is None or run.ds_config is None or run.world_size is None:
         raise UserError("it needs config.yaml, ds_config.json and the number of ranks (machine.json)")
     try:
-        return predict(run.config, run.ds_config, run.world_size)
+        return predict(config, run.ds_config, run.world_size)
     except _DAMAGED as error:
         raise UserError(f"ds_config.json is none that it can be predicted from ({error})") from None

@@ -101,7 +101,7 @@ def _work(run: Run) -> tuple[dict[str, Work], dict[str, Work]]:
     """Of the phases, and of the logits within them."""
     from profiling.phase_work import logits_work, phase_work, update_work  # imports DeepSpeed, which talks
 
-    config, ranks, ds_config = run.config, run.world_size, run.ds_config
+    config, ranks, ds_config = run.pretraining, run.world_size, run.ds_config
     if config is None or ranks is None or ds_config is None:
         raise UserError("it needs config.yaml, ds_config.json and the number of ranks (machine.json)")
     rows, saved = Rows.per_rank(config, ranks), run.median("speed/caption_tokens_saved")

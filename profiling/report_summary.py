@@ -51,7 +51,7 @@ def _figures_of(run: Run) -> dict[str, Cell]:
     last_step = run.steps[-1]
     return {
         "steps": last_step,
-        "samples": last_step * run.config.batch.clip if run.config else None,
+        "samples": last_step * run.config.samples_per_step if run.config else None,
         "minutes in steps": _minutes(run),
         "samples/s (median)": run.median("speed/samples_per_second"),
         "ms a step (median)": run.median("speed/step_ms"),
