@@ -46,6 +46,15 @@ def test_numbers_are_distributed_as_they_say() -> None:
     assert (shares - 0.1).abs().max() < 4 * (0.09 / count) ** 0.5
 
 
+def test_a_rows_normals_say_nothing_of_its_uniforms() -> None:
+    """Nor their size: 20,000 rows, four standard errors of a correlation. Out of one stream it would be 0.75 with the
+    size."""
+    draws = draw(Needs(3, 3), seed=0, step=0, positions=np.arange(20_000))
+    for normals in (draws.normal_BN, draws.normal_BN.abs()):
+        found = np.corrcoef(normals.numpy(), draws.uniform_BU.numpy(), rowvar=False)[:3, 3:]
+        assert np.abs(found).max() < 4 * 20_000**-0.5
+
+
 def test_uniforms_leave_out_zero_and_one() -> None:
     """The largest and the smallest possible, through the same formula in float32: the logit of each is finite."""
     ends = torch.from_numpy(((np.array([0, (1 << 23) - 1]) + 0.5) * 2.0**-23).astype(np.float32))
