@@ -60,3 +60,14 @@ def test_uniforms_leave_out_zero_and_one() -> None:
     ends = torch.from_numpy(((np.array([0, (1 << 23) - 1]) + 0.5) * 2.0**-23).astype(np.float32))
     assert 0 < ends[0] < ends[1] < 1
     assert torch.special.ndtri(ends).isfinite().all()
+
+
+def test_a_stream_is_philoxs_own_at_that_counter() -> None:
+    """Each as a new generator gives it: nothing is left over from the row before."""
+    draws = draw(Needs(5, 3), seed=7, step=2, positions=np.array([11, 4]))
+    for row, position in enumerate((11, 4)):
+        normals, bits = (
+            np.random.Generator(np.random.Philox(key=7, counter=[0, position, 2, purpose])) for purpose in (0, 1)
+        )
+        assert draws.normal_BN[row].tolist() == normals.standard_normal(5, dtype=np.float32).tolist()
+        assert draws.uniform_BU[row].tolist() == ((bits.integers(1 << 23, size=3) + 0.5) * 2.0**-23).tolist()
