@@ -21,7 +21,8 @@ pytestmark = pytest.mark.L0
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 BASELINES = ("ae_only", "va_vae")
-LARGE = ("vtp_s", "vtp_b", "vtp_l", "vtp_1b", "vtp_7b", *BASELINES)
+REC_ALONE = (*BASELINES, "ldetok_b")
+LARGE = ("vtp_s", "vtp_b", "vtp_l", "vtp_1b", "vtp_7b", *REC_ALONE)
 GENERATORS = ("lightningdit_b", "lightningdit_xl", "sit_b", "dit_b", "mar_b")
 ALL = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -60,6 +61,7 @@ TRUNKS = {
     "va_vae": 303.5,
     "vtp_1b": 1132,
     "vtp_7b": 8053,
+    "ldetok_b": 85.7,
 }
 
 
@@ -79,7 +81,7 @@ def test_a_preset_builds_with_the_published_number_of_parameters(name: str) -> N
     config = preset(name)
     counts = count_parameters(config, Rows.per_rank(config, world_size=64))
     assert counts["trunk"] / 1e6 == pytest.approx(TRUNKS[name], rel=0.01)
-    is_joint = name not in BASELINES
+    is_joint = name not in REC_ALONE
     assert ("text" in counts, "teacher" in counts, "prototypes" in counts) == (is_joint,) * 3
     if is_joint:
         assert counts["text"] / 1e6 == pytest.approx(123.7, rel=0.01), "CLIP's text tower, 12 x 768"
@@ -113,6 +115,9 @@ def test_a_preset_has_the_papers_batch_and_samples(name: str) -> None:
     batch, steps = preset(name).batch, preset(name).optim.steps
     if name in BASELINES:
         assert (batch.clip, batch.ssl, batch.rec) == (2048, 0, 2048)
+    elif name == "ldetok_b":
+        assert (batch.clip, batch.ssl, batch.rec) == (1024, 0, 1024)
+        assert batch.rec * steps == pytest.approx(200 * 1_281_167, rel=0.01), "epochs of ImageNet-1k"
     else:
         assert (batch.clip, batch.ssl, batch.rec) == (16_384, 4096, 2048)
         assert batch.clip * steps == pytest.approx(1.1e9, rel=0.01)
@@ -140,7 +145,7 @@ def test_the_aligned_baseline_differs_from_the_plain_one_in_the_alignment_alone(
 def test_the_overrides_in_a_header_load(name: str) -> None:
     lines = re.findall(r"batch\.clip=\d+ batch\.ssl=\d+ batch\.rec=\d+(?: \w+\.\w+=\d+)*", header(name))
     streams = re.findall(r"take (data\.streams=\d+)", header(name))
-    assert len(lines) == (0 if name in BASELINES else 2)
+    assert len(lines) == (0 if name in REC_ALONE else 2)
     for line in lines:
         more = [] if "streams" in line else streams
         config = load_config(FOLDER / f"{name}.yaml", [*line.split(), *more])
@@ -149,6 +154,15 @@ def test_the_overrides_in_a_header_load(name: str) -> None:
             full = preset(name)
             assert config.batch.clip * config.optim.steps == full.batch.clip * full.optim.steps
             assert full.batch.clip // config.batch.clip == full.batch.ssl // config.batch.ssl
+
+
+def test_the_denoising_tokenizer_has_the_published_numbers() -> None:
+    config = preset("ldetok_b")
+    rec, optim = config.objectives.rec, config.optim
+    assert (rec.l1, rec.l2, rec.perceptual, rec.kl) == (0, 1, 1, 1e-6)
+    assert (rec.noise.kind, rec.noise.scale, rec.mask) == ("interpolative", 3.0, (-0.1, 0.7))
+    assert (optim.lr, optim.lr_batch, optim.warmup, optim.clip_norm) == (4e-4, 1024, 0.25, 3.0)
+    assert (optim.betas, optim.weight_decay, config.model.latent_channels) == ((0.9, 0.95), 1e-4, 16)
 
 
 def sample_flops(config: Config) -> float:
@@ -183,7 +197,7 @@ def test_the_cost_in_a_header_is_the_product_of_its_factors(name: str) -> None:
     assert hours == pytest.approx(gpu_hours / gpus, abs=0.051)
 
 
-@pytest.mark.parametrize("name", [name for name in LARGE if name not in BASELINES])
+@pytest.mark.parametrize("name", [name for name in LARGE if name not in REC_ALONE])
 def test_the_memory_in_a_header_is_the_product_of_its_factors(name: str) -> None:
     found = re.search(r"about (\d+) GB of trunk activations on each of ([\d,]+) GPUs", header(name))
     assert found is not None

@@ -74,6 +74,39 @@ NO_REC = ("batch.rec=0", "objectives.rec.weight=0")
             "objectives.rec.perceptual=0",
         ),
         (
+            ("objectives.rec.l1=0",),
+            "objectives.rec: weight=0.5 but l1, l2 and perceptual are 0: the reconstruction is compared with nothing; "
+            "set one of objectives.rec.l1, l2, perceptual",
+        ),
+        (
+            (*NO_REC, "objectives.rec.noise.kind=additive"),
+            "objectives.rec: noise.kind is set but weight=0: it changes what rec learns from; set objectives.rec."
+            "weight and batch.rec, or remove objectives.rec.noise.kind",
+        ),
+        ((*NO_REC, "objectives.rec.mask=[0,0.5]"), "objectives.rec: mask is set but weight=0"),
+        ((*NO_REC, "objectives.rec.kl=1", "model.latent=gaussian"), "objectives.rec: kl is set but weight=0"),
+        (
+            ("objectives.rec.noise.scale=2",),
+            "objectives.rec.noise: scale=2 but kind=none: there is no noise to scale; set objectives.rec.noise.kind, "
+            "or remove the scale",
+        ),
+        (
+            ("objectives.rec.kl=1e-6",),
+            "objectives.rec.kl=1e-06 but model.latent=deterministic: a point has no divergence; set model.latent="
+            "gaussian, or remove objectives.rec.kl",
+        ),
+        (
+            (*NO_REC, "model.latent=gaussian"),
+            "model.latent=gaussian but objectives.rec.weight=0: only rec reads a variance",
+        ),
+        (("objectives.rec.mask=[0.5,0.1]",), "objectives.rec.mask: [0.5, 0.1] is not a range [low, high]"),
+        (("objectives.rec.mask=[0.5,1]",), "objectives.rec.mask.1=1: input should be less than 1"),
+        (("objectives.rec.noise.scale=0",), "objectives.rec.noise.scale=0: input should be greater than 0"),
+        (
+            ("objectives.rec.mask=[0,0.5]", "model.trunk.drop_path=0.2"),
+            "objectives.rec.mask=[0.0, 0.5] but model.trunk.drop_path=0.2: which segments a branch drops is counted",
+        ),
+        (
             ("model.trunk.heads=5",),
             "model.trunk: width=32 over heads=5: the head width must be a multiple of 4 (axial RoPE turns "
             "pairs on two axes); change width or heads",
@@ -120,6 +153,10 @@ def test_a_broken_rule_says_what_was_found_the_rule_and_the_remedy(overrides: tu
         ("batch.clip=6",),
         ("objectives.rec.perceptual=1", "objectives.rec.lpips_weights=w.safetensors"),
         (*NO_REC, "objectives.rec.perceptual=1"),
+        ("objectives.rec.l1=0", "objectives.rec.l2=1"),
+        ("objectives.rec.noise.kind=additive", "objectives.rec.noise.scale=0.5", "objectives.rec.mask=[-0.1,0.7]"),
+        ("model.latent=gaussian",),
+        ("model.latent=gaussian", "objectives.rec.kl=1e-6", "system.clip.micro_batches=2"),
         ("views.num_locals=0",),
         ("views.local_scale=[0.2,0.2]",),
         ("model.text.heads=16",),

@@ -16,14 +16,9 @@ from model.corruption import hidden_shares
 from model.rows import Rows
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights
-from tests.engine.test_resume import train_and_save
+from tests.engine.test_resume import DISTURBED, train_and_save
 from tests.harness import run_ranks
 from tests.tiny import random_batch, tiny_config
-
-DISTURBED = (
-    "model.latent=gaussian", "objectives.rec.kl=1e-4", "objectives.rec.l2=1", "objectives.rec.l1=0",
-    "objectives.rec.noise.kind=interpolative", "objectives.rec.mask=[-0.1,0.7]",
-)  # fmt: skip
 
 
 def of(*overrides: str) -> Corruptor:

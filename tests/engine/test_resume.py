@@ -47,12 +47,19 @@ def assert_bitwise(one: ranks.Trained, other: ranks.Trained) -> None:
         assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
+DISTURBED = (
+    "model.latent=gaussian", "objectives.rec.kl=1e-4", "objectives.rec.l2=1", "objectives.rec.l1=0",
+    "objectives.rec.noise.kind=interpolative", "objectives.rec.mask=[-0.1,0.7]",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("stage", "overrides"),
     [
         ("zero3", []),
         ("zero3", ["optim.precision=bf16", "objectives.ssl.targets=centering"]),
         ("zero3", ["model.trunk.drop_path=0.4"]),
+        ("zero3", [*DISTURBED]),
         ("zero2", []),
         ("zero1", ["optim.precision=bf16"]),
     ],

@@ -59,6 +59,21 @@ def test_the_distribution_has_one_value(vae: Autoencoder) -> None:
     assert torch.equal(vae(image).sample, vae.decode(vae.encode(image, return_dict=False)[0].mode()).sample)
 
 
+def test_a_gaussian_distribution_is_drawn_with_the_generator() -> None:
+    vae = Autoencoder(tokenizer_of(tiny_config("model.latent=gaussian")))
+    image = torch.rand(2, 3, 32, 32)
+    found = vae.encode(image * 2 - 1).latent_dist
+    assert torch.equal(found.mode(), vae.tokenizer.encode(image))
+    drawn = found.sample(torch.Generator().manual_seed(3))
+    assert torch.equal(drawn, found.sample(torch.Generator().manual_seed(3)))
+    normals = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, found.mean + found.std * normals)
+    torch.manual_seed(3)
+    assert torch.equal(found.sample(), drawn)
+    torch.testing.assert_close(found.std, vae.tokenizer.moments(image).std)
+    assert vae.to(torch.bfloat16).encode(image).latent_dist.sample().dtype == torch.bfloat16
+
+
 def test_pooled_statistics_make_latents_of_unit_deviation() -> None:
     tokenizer = tokenizer_of(tiny_config())
     latent = tokenizer.encode(torch.rand(4, 3, 32, 32))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from configs import UserError
 from model.interchange import main
-from model.programs import write_programs
+from model.programs import encode_program, write_programs
 from model.tokenizer import VisualTokenizer
 from tests.model.tiny_weights import NO_REC, tokenizer_of, write_run
 from tests.tiny import tiny_config
@@ -52,6 +52,16 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["export", str(run), "--out", str(public)]) == 0
     assert main(["programs", str(public), "--out", str(folder)]) == 0
     return folder
+
+
+def test_a_gaussian_tokenizers_program_gives_the_mode_where_the_public_layout_is_refused(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tiny_config("model.latent=gaussian", "model.trunk.depth=1"))
+    images = torch.rand(3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    latent = encode_program(tokenizer).module()(images)
+    torch.testing.assert_close(latent, tokenizer.encode(images), rtol=0, atol=1e-6)
+    run = write_run(tmp_path / "run", tiny_config("model.latent=gaussian"))
+    assert main(["export", str(run), "--out", str(tmp_path / "public")]) == 2
+    assert not (tmp_path / "public").exists()
 
 
 def test_without_our_code_the_programs_give_the_tokenizers_latents_and_pixels_at_every_size(programs: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from configs import UserError
+from model.public_layout import to_public
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights
-from tests.model.tiny_weights import NO_REC, build, write_run
+from tests.model.tiny_weights import NO_REC, build, tokenizer_of, write_run
 from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
@@ -87,3 +88,26 @@ def test_a_file_that_is_cut_off_or_no_tensors_is_one_clear_error(tmp_path: Path)
         (tmp_path / "weights.safetensors").write_bytes(content)
         with pytest.raises(UserError, match="is not a safetensors file, or is cut off"):
             read_weights(tmp_path / "weights.safetensors")
+
+
+def test_a_gaussian_latent_is_encoded_as_its_mode_and_a_point_has_no_moments() -> None:
+    config = tiny_config("model.latent=gaussian")
+    tokenizer, images = tokenizer_of(config), random_batch(config, step=0).images[:2]
+    latent = tokenizer.encode(images)
+    assert latent.shape == (2, 8, 4, 4)
+    found = tokenizer.moments(images)
+    assert torch.equal(found.mean, latent)
+    assert found.log_variance.shape == latent.shape
+    assert tokenizer.decode(latent).shape == images.shape
+    with pytest.raises(UserError, match="latents are points, without a variance"):
+        tokenizer_of(tiny_config()).moments(images)
+
+
+def test_weights_of_a_masked_run_load_without_what_served_training() -> None:
+    config = tiny_config("objectives.rec.mask=[-0.1,0.7]")
+    state = build(config).state_dict()
+    assert "decoder.mask_token" in state
+    tokenizer = VisualTokenizer.from_state(config.model, state)
+    assert "decoder.mask_token" not in tokenizer.state_dict()
+    public, _ = to_public(state, config.model, 32)
+    assert not any("mask_token" in name and name.startswith("pixel_decoder") for name in public)
