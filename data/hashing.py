@@ -4,7 +4,6 @@ Why not a Generator: a draw must not depend on the draws before it (resume, worl
 nor on a library's version. splitmix64 (Steele, Lea, Flood 2014) passes the usual batteries and is five lines.
 
     uniform(hash_words(seed, key, epoch, 7))    # the 7th number of this sample in this epoch, in [0, 1)
-    normals(hash_words(seed, step, rows), 96)   # (len(rows), 96) float32 from a standard normal
 """
 
 from __future__ import annotations
@@ -29,15 +28,6 @@ def hash_words(*words: ArrayLike) -> Words:
 def uniform(words: Words) -> NDArray[np.float64]:
     """The upper 53 bits as a number in [0, 1)."""
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def normals(words: Words, count: int) -> NDArray[np.float32]:
-    """(len(words), count) from N(0, 1), by Box and Muller: a hash gives two numbers, of at most 6.7."""
-    pairs = hash_words(words[:, None], np.arange(-(-count // 2))[None])
-    radius = np.sqrt(-2 * np.log(((pairs >> np.uint64(32)) + np.uint64(1)) * 2.0**-32))
-    angle = (pairs & np.uint64(0xFFFFFFFF)) * (2 * np.pi * 2.0**-32)
-    both = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)), axis=1)
-    return both[:, :count].astype(np.float32)
 
 
 def hash_text(text: str) -> int:

@@ -19,14 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs import Config
-from data.hashing import Words, hash_text, hash_words, normals, uniform
+from data.hashing import hash_text, hash_words, uniform
 from model.corruption import STEPS, Corruption, hidden_count, hidden_shares, is_corrupted, num_patches
+from model.generator.draws import Needs, draw
 from model.rows import Rows
 
-# What a hash is for: no other draw of the run has these words.
-_SHARE, _PATCHES, _SAMPLE, _LEVEL, _NOISE = (
-    hash_text(f"corruption/{use}") for use in ("share", "patches", "sample", "level", "noise")
-)
+_SHARE, _PATCHES = hash_text("hidden share"), hash_text("hidden patches")  # what a hash is for
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,16 @@ class Corruptor:
     def draw(self, step: int) -> Corruption:
         """Of the rank's R rec rows in this step; float32 and int64 tensors on the host."""
         model, rec = self.config.model, self.config.objectives.rec
-        patches = num_patches(self.config)
-        numbers = (patches - self.hidden(step), model.latent_channels)
-        is_noisy = rec.noise.kind != "none"
+        num_visible = num_patches(self.config) - self.hidden(step)
+        is_drawn, is_noisy = model.latent == "gaussian", rec.noise.kind != "none"
+        needs = Needs(normals=(is_drawn + is_noisy) * num_visible * model.latent_channels, uniforms=int(is_noisy))
+        drawn = draw(needs, self.config.seed, step, self._places())
+        normals_RNVL = drawn.normal_BN.unflatten(1, (is_drawn + is_noisy, num_visible, model.latent_channels))
         return Corruption(
-            visible_idx_RV=None if rec.mask is None else self._visible(step, patches, numbers[0]),
-            sample_RVL=self._normals(_SAMPLE, step, numbers) if model.latent == "gaussian" else None,
-            level_R=self._levels(step) if is_noisy else None,
-            noise_RVL=self._normals(_NOISE, step, numbers) if is_noisy else None,
+            visible_idx_RV=None if rec.mask is None else self._visible(step, num_visible),
+            sample_RVL=normals_RNVL[:, 0] if is_drawn else None,
+            level_R=drawn.uniform_BU[:, 0] if is_noisy else None,
+            noise_RVL=normals_RNVL[:, -1] if is_noisy else None,
         )
 
     def hidden(self, step: int) -> int:
@@ -60,20 +60,12 @@ class Corruptor:
         wanted = max(0.0, mask[0] + (mask[1] - mask[0]) * share) * STEPS
         return hidden_count(min(STEPS - 1, int(wanted + above)), patches)
 
-    def _visible(self, step: int, patches: int, num_visible: int) -> Tensor:
-        order = np.argsort(hash_words(self._words(_PATCHES, step)[:, None], np.arange(patches)), axis=1, kind="stable")
+    def _visible(self, step: int, num_visible: int) -> Tensor:
+        """(R, V), ascending."""
+        patches = np.arange(num_patches(self.config))
+        words = hash_words(self.config.seed, _PATCHES, step, self._places()[:, None], patches)
+        order = np.argsort(words, axis=1, kind="stable")
         return torch.from_numpy(np.sort(order[:, :num_visible], axis=1))
-
-    def _levels(self, step: int) -> Tensor:
-        return torch.from_numpy(uniform(self._words(_LEVEL, step)).astype(np.float32))
-
-    def _normals(self, use: int, step: int, numbers: tuple[int, int]) -> Tensor:
-        drawn = normals(self._words(use, step), numbers[0] * numbers[1])
-        return torch.from_numpy(drawn).unflatten(1, numbers)
-
-    def _words(self, use: int, step: int) -> Words:
-        """(R,): one hash for each of the rank's rec rows."""
-        return hash_words(self.config.seed, use, step, self._places())
 
     def _places(self) -> NDArray[np.int64]:
         """Where in the step's batch they are: row i of a rank is the step's position i * world size + rank."""

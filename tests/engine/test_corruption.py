@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from configs import UserError
-from data.hashing import hash_words, normals
 from engine import archive
 from engine.corruption import Corruptor, corruptor
 from model.corruption import hidden_shares
@@ -76,24 +75,10 @@ def test_steps_hide_as_much_as_is_said_and_any_patch_as_often() -> None:
     for hidden, share in shares.items():  # within 4 standard deviations of a binomial count
         assert counts[hidden] == pytest.approx(steps * share, abs=4 * (steps * share * (1 - share)) ** 0.5)
     chosen = [step for step in range(steps) if draws.hidden(step) == 8][:300]
-    seen_P = torch.stack([draws._visible(step, 16, 8) for step in chosen]).flatten().bincount(minlength=16)
+    seen_P = torch.stack([draws._visible(step, 8) for step in chosen]).flatten().bincount(minlength=16)
     assert (seen_P - 900).abs().max() < 4 * (1800 * 0.25) ** 0.5
-    visible_idx_RV = draws._visible(chosen[0], 16, 8)
+    visible_idx_RV = draws._visible(chosen[0], 8)
     assert torch.equal(visible_idx_RV, visible_idx_RV.sort(dim=1).values)
-
-
-@pytest.mark.L0
-def test_normals_are_normal() -> None:
-    drawn = torch.from_numpy(normals(hash_words(3, range(100)), 999))
-    assert drawn.shape == (100, 999)
-    assert drawn.dtype == torch.float32
-    moments = [drawn.mean(), drawn.square().mean(), drawn.pow(3).mean(), drawn.pow(4).mean()]
-    # Of 99,900 numbers; 4 standard errors are 0.013, 0.018, 0.049 and 0.124.
-    assert moments == pytest.approx([0, 1, 0, 3], abs=0.05)
-    inside = (drawn.abs() < 1).float().mean()
-    assert inside == pytest.approx(0.6827, abs=0.006)
-    pairs = torch.stack((drawn[:, :499].flatten(), drawn[:, 500:].flatten()))
-    assert torch.corrcoef(pairs)[0, 1].abs() < 0.02, "the two numbers of one hash"
 
 
 @pytest.mark.L1
