@@ -53,6 +53,7 @@ def cases(world_size: int) -> dict[str, tuple[Config, dict[str, Any]]]:
     whole, parts, other = tiny(), tiny("system.clip.micro_batches=2"), (
         "objectives.ssl.targets=centering", "objectives.clip.kind=sigmoid", "optim.precision=bf16",
     )  # fmt: skip
+    disturbed = tiny("model.latent=gaussian", "objectives.rec.mask=[-0.1,0.7]", "objectives.rec.noise.kind=additive")
     tried = {
         "zero1": (whole, "zero1", {}),
         "zero2, bf16, centering, sigmoid": (tiny(*other), "zero2", {}),
@@ -60,6 +61,7 @@ def cases(world_size: int) -> dict[str, tuple[Config, dict[str, Any]]]:
         "zero3, bf16, centering, sigmoid": (tiny(*other), "zero3", SPLIT),
         "zero3, blocks freed": (whole, "zero3", NOTHING_KEPT),
         "zero3, some kept": (whole, "zero3", SOME_KEPT),
+        "zero3, rec disturbed": (disturbed, "zero3", NOTHING_KEPT),
         "zero3 in parts": (parts, "zero3", SPLIT),
         "zero3 in parts, blocks freed": (parts, "zero3", NOTHING_KEPT),
         "zero3, clip alone": (
