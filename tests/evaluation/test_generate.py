@@ -162,8 +162,9 @@ def generated(out: Path, *arguments: object) -> dict[str, Any]:
 def test_the_command_leaves_figures_a_table_and_a_picture(
     trained: Path, tokenizer: Path, network: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = (trained, "--tokenizer", tokenizer, "--num-samples", 12, "--guidance", "1,4", "--fid", network, network)
-    found = generated(tmp_path, *asked, "--steps", 3, "--batch-size", 5)
+    asked = (trained, "--tokenizer", tokenizer, "--num-samples", 12)
+    more = ("--guidance", "1,4", "--fid", network, network, "--steps", 3, "--batch-size", 5)
+    found = generated(tmp_path, *asked, *more)
     assert found["reference"] == [f"{corpus}/train/*.tar"]
     assert [(row["guidance"], row["samples"], row["steps"], row["method"]) for row in found["results"]] == [
         (scale, 12, 3, "euler") for scale in (1.0, 1.0, 4.0, 4.0)
@@ -176,9 +177,9 @@ def test_the_command_leaves_figures_a_table_and_a_picture(
     for expected in ("gFID", "euler", "backbone 3", "corpus:"):
         assert expected in shown
     assert (tmp_path / "pictures" / "samples.png").exists()
-    assert generated(tmp_path / "again", *asked, "--steps", 3, "--batch-size", 12)["results"][0][
-        "gfid"
-    ] == pytest.approx(first, rel=1e-4)
+    # One scale alone, in other batches: nothing of the first scale is left in the figures of the second.
+    alone = (*asked, "--guidance", 4, "--fid", network, "--steps", 3, "--batch-size", 12)
+    assert generated(tmp_path / "alone", *alone)["results"][0]["gfid"] == pytest.approx(other, rel=1e-4)
 
 
 def test_samplers_differ_in_how_often_they_ask(trained: Path, tokenizer: Path, tmp_path: Path) -> None:

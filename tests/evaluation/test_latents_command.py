@@ -71,6 +71,9 @@ def test_a_digest_is_that_of_the_encoder_alone(trained: Path, tmp_path: Path) ->
 
     names = {part: next(name for name in state if name.startswith(part)) for part in ("trunk", "bottleneck", "decoder")}
     whole = digest("nothing")
+    tokenizer = open_source(trained, torch.device("cpu")).tokenizer
+    tokenizer.save_pretrained(tmp_path / "public")
+    assert open_source(tmp_path / "public", torch.device("cpu"), 32).latent_digest() == whole
     assert digest(names["decoder"]) == whole
     assert len({digest(names["trunk"]), digest(names["bottleneck"]), whole}) == 3
 
