@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.10,<3.15",  # 3.15 brings a standard module called `profiling`
     packages=[
         "configs", "kernels", "data", "data.emoji", "model", "model.generator", "model.objectives", "engine",
-        "engine.zero", "evaluation", "profiling", "profiling.benches", "profiling.checks",
+        "engine.zero", "evaluation", "evaluation.study", "profiling", "profiling.benches", "profiling.checks",
     ],
     package_data={"configs": ["*.yaml", "deepspeed/*.json"], "profiling": ["*.j2"]},
     install_requires=[

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+Points = Sequence[tuple[float, float]]
 _MOST_NAMES = 64  # on an axis, before they run into each other
 
 
@@ -65,6 +66,20 @@ def sample_grid(panels: Mapping[str, Tensor], names: Sequence[str], path: Path) 
             axes.spines[:].set_visible(False)
         figure.axes[0].set_yticks([row * (height + gap) + height / 2 for row in range(rows)], names)
         figure.axes[0].tick_params(length=0)
+        figure.savefig(path, dpi=150)
+
+
+def curves(lines: Mapping[str, Points], xlabel: str, ylabel: str, path: Path, is_log: bool = True) -> None:
+    """One line for each name, through its points in their order; `is_log` is the horizontal axis."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(5.4, 3.4)
+        axes = figure.add_subplot()
+        for name, points in lines.items():
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if is_log else "linear")
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=150)
 
 
