@@ -12,6 +12,7 @@ The order is by budget, so that what is there after an hour is a smaller study a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,9 @@ class Preset:
     features: tuple[str, ...]  # of python -m evaluation.features
     generate: tuple[str, ...]  # of python -m evaluation.generate
     caption_slots: float  # that a caption takes in the text tower once packed, empty ones included: measured
-    flops_per_second: float  # of one thread, to estimate times before any has been measured
+    # To estimate times before any has been measured, of one thread of one rank:
+    flops_per_second: float
+    seconds: Mapping[str, float]  # of the stages behind a tokenizer
 
 
 MINI = Preset(
@@ -71,6 +74,7 @@ MINI = Preset(
     generate=("--num-samples", "2000", "--guidance", "1,2", "--sampler", "euler", "--steps", "25"),
     caption_slots=14.5,
     flops_per_second=50e9,
+    seconds={"evaluation": 90, "latents": 40, "generator": 400, "generation": 400},
 )
 PRESETS = {preset.name: preset for preset in (MINI,)}
 

@@ -170,6 +170,7 @@ def test_a_dry_run_shows_cells_and_the_command_works_through_them(
     shown = capsys.readouterr().out
     assert "clip_rec-1" in shown
     assert "missing" in shown
+    assert sum(f"{minutes:.1f}" in shown for minutes in (1e12 / 50e9 / 60 + 930 / 60, 2e12 / 50e9 / 60 + 930 / 60)) == 2
     assert made_up(out).ran() == []
     assert command.main(["--out", str(out), "--only", "rec-*,clip_rec-0"]) == 0
     shown = capsys.readouterr().out
