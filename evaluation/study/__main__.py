@@ -85,7 +85,7 @@ def _layout(given: argparse.Namespace) -> Layout:
         value = getattr(given, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
-    return Layout(given.out, PRESETS[given.preset], given.ranks)
+    return Layout(given.out.absolute(), PRESETS[given.preset], given.ranks)
 
 
 def _session(given: argparse.Namespace) -> Session:

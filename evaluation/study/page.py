@@ -155,9 +155,9 @@ What the figures say (the rules are in `evaluation/study/answer.py` and were fix
 LIMITS = """\
 ## What this is, and what it is not
 
-- A study of minutes a cell. Its trunk is a thousandth of VTP-L, its corpus {train} drawn scenes of {size} pixels with
-  {classes} classes, its largest budget a ten-millionth of the paper's. It can show the shape of the effect; it cannot
-  show its size, and a shape that it does not show may still be there at scale.
+- A study of minutes a cell. Its corpus is {train} drawn scenes of {size} pixels with {classes} classes, its trunk a few
+  hundred times smaller than VTP-L's, its largest budget less than a millionth of the paper's. It can show the shape of
+  the effect; it cannot show its size, and a shape that it does not show may still be there at scale.
 - The horizontal axis is the analytic count of the tokenizer's training FLOPs, forward and backward, each matrix
   product once (`profiling/step_flops.py`). Every objective gets the same FLOPs, so reconstruction alone, whose step is
   cheapest, takes the most steps. Learning rates were set once, for all objectives.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from evaluation.study.stages import Layout, Stage
 
 FAILED = "failed.json"
 TAIL_LINES = 3  # of a log, shown with a failure
+ERROR = re.compile(r"error: |[\w.]*(Error|Exception)\b: ")  # ours, and the end of a traceback
 
 
 @dataclass
@@ -49,6 +51,9 @@ def work(
         tally.stopped += [cell.name for cell in cells]
         return tally
     for cell in cells:
+        if all(is_done(layout.cell(cell), stage) for stage in layout.stages(cell)):
+            tally.done.append(cell.name)
+            continue
         if session.is_over:
             tally.stopped.append(cell.name)
             continue
@@ -80,7 +85,7 @@ def _share(layout: Layout, session: Session, say: Callable[[str], None]) -> bool
             outcome = carry_out(stage, layout.out, lock, session)
             if outcome == "failed":
                 log = layout.out / "logs" / f"{stage.name}.log"
-                raise UserError(f"{stage.name} failed, and every cell needs it: {_last_words(log)}; see {log}")
+                raise UserError(f"{stage.name} failed, and every cell needs it: {last_words(log)}; see {log}")
             if outcome == "stopped":
                 return False
     return True
@@ -88,14 +93,12 @@ def _share(layout: Layout, session: Session, say: Callable[[str], None]) -> bool
 
 def _cell(layout: Layout, cell: Cell, lock: int, session: Session, began: float, say: Callable[[str], None]) -> str:
     """Carries out a cell's stages as far as they go; the name of its list in the Tally."""
-    folder, stages = layout.cell(cell), layout.stages(cell)
-    if all(is_done(folder, stage) for stage in stages):
-        return "done"
+    folder = layout.cell(cell)
     record = folder / FAILED
     if record.exists() and record.stat().st_mtime > began:
         return "failed"
     record.unlink(missing_ok=True)
-    for stage in stages:
+    for stage in layout.stages(cell):
         if session.is_over:
             return "stopped"
         started = time.monotonic()
@@ -111,15 +114,15 @@ def _cell(layout: Layout, cell: Cell, lock: int, session: Session, began: float,
 
 def _record_failure(folder: Path, stage: Stage, say: Callable[[str], None]) -> None:
     log = folder / "logs" / f"{stage.name}.log"
-    words = _last_words(log)
+    words = last_words(log)
     draft = folder / f".{FAILED}.{os.getpid()}"
     draft.write_text(json.dumps({"stage": stage.name, "log": str(log), "last_words": words}, indent=2) + "\n")
     draft.replace(folder / FAILED)
     say(f"{folder.name}: {words} ({log})")
 
 
-def _last_words(log: Path) -> str:
-    """The line that says what went wrong, if there is one that begins so, else the last few."""
+def last_words(log: Path) -> str:
+    """The last line that names an error, if there is one, else the last few."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(("error:", "Error", "RuntimeError", "ValueError"))]
+    errors = [line for line in lines if ERROR.match(line)]
     return errors[-1] if errors else " | ".join(lines[-TAIL_LINES:])

@@ -15,7 +15,7 @@ from configs import UserError
 from evaluation.study import carry_out, results
 from evaluation.study.carry_out import Session, is_done, read_record
 from evaluation.study.cell_lock import held, holder
-from evaluation.study.work import failure, work
+from evaluation.study.work import failure, last_words, work
 from tests.evaluation.study.made_up import NAMES, MadeUp, four_cells, made_up
 
 pytestmark = pytest.mark.L0
@@ -193,6 +193,14 @@ def test_a_command_that_ends_well_without_its_result_has_failed(tmp_path: Path) 
     with held(tmp_path / "lock") as lock:
         assert lock is not None
         assert carry_out.carry_out(empty, tmp_path, lock, Session()) == "failed"
+
+
+def test_the_words_of_a_failure_are_its_error_or_the_end_of_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("Traceback\n  File x\ndata.shards.BadCaption: no\nKeyError: 'probe'\n\n[launcher] exits with 1\n")
+    assert last_words(log) == "KeyError: 'probe'"
+    log.write_text("one\ntwo\nthree\nfour\n")
+    assert last_words(log) == "two | three | four"
 
 
 def test_results_are_collected_with_what_is_missing(tmp_path: Path) -> None:
