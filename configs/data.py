@@ -14,13 +14,11 @@ from pydantic import Field, model_validator
 from configs.section import Amount, AreaRange, Count, Paths, PixelRange, Positive, Section, Share, ShareRange, UserError
 
 
-class Data(Section):
-    """Where samples come from and in which order they arrive (data/order.py)."""
+class Pictures(Section):
+    """Where pictures come from and in which order they arrive (data/order.py)."""
 
     train: Paths  # shard paths or URLs; globs and brace ranges allowed
     held_out: Paths = ()  # read by evaluation only
-    tokenizer: str  # a tokenizer.json file, or a Hugging Face hub name (CLIP's for the real presets)
-    caption: str = "txt"  # member extension holding the caption; "json:KEY" reads a field of the .json member
     streams: Positive  # C canonical streams; every world size must divide it
     block_shards: Positive = 4  # samples are shuffled inside blocks of this many shards of one stream
     max_bad_share: Share = 0.02  # above this share of bad samples the run stops
@@ -34,6 +32,13 @@ class Data(Section):
                 f"{world_size} ranks do not divide data.streams={self.streams}: each rank serves whole streams; run "
                 f"on {sizes} ranks, or change data.streams (it is science: the sample order changes with it)"
             )
+
+
+class Data(Pictures):
+    """Pictures and what is said of them."""
+
+    tokenizer: str  # a tokenizer.json file, or a Hugging Face hub name (CLIP's for the real presets)
+    caption: str = "txt"  # member extension holding the caption; "json:KEY" reads a field of the .json member
 
 
 class Batch(Section):
@@ -56,11 +61,16 @@ class Batch(Section):
         return self
 
 
-class Views(Section):
-    """Crops and colours. Sizes in pixels, scales as shares of the image area. [D] of DINOv2."""
+class ImageView(Section):
+    """The crop that clip and rec see. Sizes in pixels, scales as shares of the image area."""
 
-    image_size: Positive = 256  # clip and rec [P]
+    image_size: Positive = 256  # [P]
     image_scale: AreaRange = (0.9, 1.0)
+
+
+class Views(ImageView):
+    """All crops, and colours. [D] of DINOv2."""
+
     global_size: Positive = 256
     global_scale: AreaRange = (0.32, 1.0)
     local_size: Positive = 96

@@ -26,7 +26,7 @@ from configs import UserError
 from configs.system import System
 from data import views
 from data.decode import Decoder, Picture
-from data.loader import read_sample, sides
+from data.reading import read_sample, sides
 from data.shards import BadCaption, Sample, Shards
 from data.storage import expand
 

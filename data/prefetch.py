@@ -69,3 +69,30 @@ class Prefetcher(Generic[Item]):
     def _wanted(self) -> bool:
         self._room.acquire()
         return not self._closed.is_set()
+
+
+class Ahead(Generic[Item]):
+    """One Prefetcher at a time over `make`, as loaders offer it; closing it twice, or before it began, is no error."""
+
+    def __init__(self, make: Callable[[int], Item], depth: int) -> None:
+        self._make, self._depth = make, depth
+        self._prefetcher: Prefetcher[Item] | None = None
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds the consumer waited since this was last read."""
+        if self._prefetcher is None:
+            return 0.0
+        waited, self._prefetcher.wait_seconds = self._prefetcher.wait_seconds, 0.0
+        return waited
+
+    def iterate(self, start: int) -> Prefetcher[Item]:
+        """make(start), make(start + 1), ...; the iteration before this one ends."""
+        self.close()
+        self._prefetcher = Prefetcher(self._make, start, self._depth)
+        return self._prefetcher
+
+    def close(self) -> None:
+        """Ends the thread."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()

@@ -195,7 +195,7 @@ GOOD = {
     "profiling/report.py": "from engine import archive",
     "engine/world.py": "import torch.distributed as dist",
     "engine/zero/build.py": "import deepspeed\nfrom deepspeed.utils import logger",
-    "evaluation/run.py": "from engine import archive\nfrom data.loader import HeldOut",
+    "evaluation/run.py": "from engine import archive\nfrom data.held_out import HeldOut",
 }
 
 

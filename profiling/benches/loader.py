@@ -103,7 +103,7 @@ def _measure(chain: Chain, corpus: Path, cores: int, rounds: int) -> Measurement
     encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
     ranked = loader_ranks(chain.config(corpus, threads=1, ranks=cores), cores)
     with _pinned(cores), closing(Loader(config, encoder)) as loader, ranked as ranks:
-        plain = pil_loader(loader.shards.names, config.views, encoder.encode, chain.batch, workers=cores)
+        plain = pil_loader(loader.reader.shards.names, config.views, encoder.encode, chain.batch, workers=cores)
         steps = count()
 
         def ours() -> list[tuple[Tensor, ...]]:

@@ -215,8 +215,8 @@ def test_with_200_of_1000_samples_bad_every_good_one_is_seen_in_every_epoch(bad_
             batch = loader.batch(step)
             assert len(batch.keys) == 60  # batches stay full
             for row, key in enumerate(batch.keys):
-                place = loader.order.locate(step * 60 + row)
-                own = loader.shards.index(place.shard_idx).key(place.sample_idx)
+                place = loader.reader.order.locate(step * 60 + row)
+                own = loader.reader.shards.index(place.shard_idx).key(place.sample_idx)
                 fills += own != key
                 if place.epoch in seen and own == key:
                     seen[place.epoch][key] += 1
@@ -258,17 +258,17 @@ def test_above_the_configured_share_the_run_stops_with_the_counts(bad_corpus: Pa
 def test_a_bad_sample_is_read_only_once(bad_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: Counter[str] = Counter()
     with loading(config_for(bad_corpus, *CLIP_ONLY, "data.max_bad_share=0.25")) as loader:
-        original = loader.shards.read
+        original = loader.reader.shards.read
 
         def counted(shard_idx: int, sample_idx: int) -> object:
             sample = original(shard_idx, sample_idx)
             reads[sample.key] += 1
             return sample
 
-        monkeypatch.setattr(loader.shards, "read", counted)
+        monkeypatch.setattr(loader.reader.shards, "read", counted)
         for step in range(30):
             loader.batch(step)
-        bad = {loader.shards.index(shard).key(i) for shard, i in loader._bad}
+        bad = {loader.reader.shards.index(shard).key(i) for shard, i in loader.reader._bad}
     assert len(bad) > 80
     assert {reads[key] for key in bad} == {1}
 
