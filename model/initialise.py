@@ -65,8 +65,7 @@ def initialise_parameter(name: str, tensor: Tensor, config: Config) -> None:
     if constant is not None:
         tensor.fill_(constant)
         return
-    digest = hashlib.sha256(f"{config.seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    generator = generator_of(config.seed, name)
     std = _std(name, tensor.shape, config)
     drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
     if std is None:
@@ -74,6 +73,12 @@ def initialise_parameter(name: str, tensor: Tensor, config: Config) -> None:
     else:
         drawn.normal_(0.0, std, generator=generator)
     tensor.copy_(drawn)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The random numbers of one parameter, on the CPU."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def _constant(name: str, config: Config) -> float | None:

@@ -1,0 +1,146 @@
+"""Stage 2: the decoder alone, trained on with an adversarial term; encoder and bottleneck stay as they are.
+
+    Gan(balance="fixed", weight=0.1).kind        # "hinge"
+
+*Science* but for `system` and `profile`. Rules and tags as in configs/schema.py. VTP's own numbers are not published
+(docs/recipe.md, "Stage 2"): where a paper is named, a number is its.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from configs.data import ImageView, Pictures
+from configs.run import Run
+from configs.section import Positive, Section, Share
+
+
+class Tokenizer(Section):
+    """The trained tokenizer whose decoder is trained on; the file says what its model is."""
+
+    weights: str  # a weights file of ours; where it lies is not science, what it holds is
+    sha256: str | None = None  # of its tensors; filled in at the start, and one that is given must be the file's
+
+
+class DecoderBatch(Section):
+    images: Positive  # over all ranks
+
+
+class Discriminator(Section):
+    """The PatchGAN (model/discriminator.py) and its AdamW; steps, warm-up, eps and precision are the decoder's."""
+
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = 64  # channels of the first layer; later norms take 16 at a time
+    layers: Annotated[int, Field(ge=1, le=6)] = 3
+    lr: float = Field(2e-4, gt=0)  # peak, at optim.lr_batch pictures a step [D]
+    betas: tuple[Share, Share] = (0.5, 0.9)  # [D of VQGAN]: little memory, because its task moves
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class PixelLosses(Section):
+    l1: float = Field(1.0, ge=0)
+    perceptual: float = Field(1.0, ge=0)  # L1 : LPIPS = 1 : 1, as in stage 1 [P]; needs lpips_weights
+    lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
+
+    @model_validator(mode="after")
+    def _perceptual_is_explicit(self) -> PixelLosses:
+        if self.perceptual and self.lpips_weights is None:
+            raise ValueError(
+                f"perceptual={self.perceptual:g} but lpips_weights is not set: the perceptual term is never "
+                "dropped silently; give objectives.rec.lpips_weights=FILE, or switch it off with "
+                "objectives.rec.perceptual=0"
+            )
+        if not (self.l1 or self.perceptual):
+            raise ValueError("l1=0 and perceptual=0: nothing holds the decoder to the picture; set one of them")
+        return self
+
+
+class Gan(Section):
+    """The adversarial term. The discriminator learns first, the decoder listens to it later."""
+
+    kind: Literal["hinge", "vanilla"] = "hinge"
+    balance: Literal["adaptive", "fixed"] = "adaptive"  # adaptive: times |grad rec| / |grad gan| at the last layer
+    weight: float = Field(0.75, gt=0)  # adaptive 0.5 to 0.75, fixed about 0.1 [D of RAE, VA-VAE, l-DeTok]
+    limit: float = Field(1e4, gt=0)  # of the adaptive ratio [D of VQGAN]
+    discriminator_start: Share = 0.375  # of optim.steps: the discriminator steps from here on [D]
+    start: Share = 0.5  # of optim.steps: the term is in the decoder's loss from here on [D of l-DeTok]
+
+    @model_validator(mode="after")
+    def _the_discriminator_leads(self) -> Gan:
+        if self.start < self.discriminator_start:
+            raise ValueError(
+                f"start={self.start:g} is before discriminator_start={self.discriminator_start:g}: the decoder would "
+                "learn from a discriminator that has seen nothing; raise objectives.gan.start"
+            )
+        if self.balance == "fixed" and self.limit != Gan.model_fields["limit"].default:
+            raise ValueError(
+                f"limit={self.limit:g} but balance=fixed: it bounds the adaptive ratio alone; leave "
+                "objectives.gan.limit out, or set objectives.gan.balance=adaptive"
+            )
+        return self
+
+
+class DecoderObjectives(Section):
+    """total = rec + gan.weight * ratio * gan, rec = l1 * L1 + perceptual * LPIPS; ratio is 1 with balance=fixed."""
+
+    rec: PixelLosses  # no default: the perceptual term wants a decision
+    gan: Gan = Gan()
+
+
+class DecoderGan(Run):
+    """A stage-2 run; configs/run.py has what it shares with other kinds of runs."""
+
+    places: ClassVar[dict[str, Any]] = {"tokenizer": {"weights"}}
+
+    kind: Literal["decoder_gan"] = "decoder_gan"
+    tokenizer: Tokenizer
+    data: Pictures
+    batch: DecoderBatch
+    views: ImageView = ImageView()
+    objectives: DecoderObjectives
+    discriminator: Discriminator = Discriminator()
+    ema: Share = 0.999  # of the averaged decoder, which is what is written: the share kept at a step [D of l-DeTok]
+
+    @property
+    def samples_per_step(self) -> int:
+        """Pictures."""
+        return self.batch.images
+
+    def check_world(self, world_size: int) -> None:
+        """Raises UserError where so many ranks cannot share the corpus."""
+        self.data.check_world(world_size)
+
+    @model_validator(mode="after")
+    def _streams_share_rows(self) -> DecoderGan:
+        if self.batch.images % self.data.streams:
+            raise ValueError(
+                f"batch.images={self.batch.images} is not a multiple of data.streams={self.data.streams}: every step "
+                "takes the same number of pictures from each stream; change either"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pictures_hold_a_logit(self) -> DecoderGan:
+        least = 3 * 2**self.discriminator.layers
+        if self.views.image_size < least:
+            raise ValueError(
+                f"discriminator.layers={self.discriminator.layers} halve pictures of "
+                f"views.image_size={self.views.image_size} until no logit is left: they need {least} pixels; lower "
+                "discriminator.layers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _system_has_an_effect(self) -> DecoderGan:
+        if self.system.linear != "bf16":
+            raise ValueError(
+                f"system.linear={self.system.linear}: FP8 products serve pre-training; leave system.linear at bf16"
+            )
+        if self.system.clip.micro_batches != 1:
+            raise ValueError(
+                f"system.clip.micro_batches={self.system.clip.micro_batches}: there is no clip batch to cut; leave it "
+                "at 1"
+            )
+        return self
