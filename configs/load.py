@@ -20,13 +20,14 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from configs.decoder_gan import DecoderGan
 from configs.generation import Generation
 from configs.run import Run
 from configs.schema import Config
 from configs.section import UserError
 
 R = TypeVar("R", bound=Run)
-KINDS: dict[str, type[Run]] = {"pretraining": Config, "generator": Generation}
+KINDS: dict[str, type[Run]] = {"pretraining": Config, "decoder_gan": DecoderGan, "generator": Generation}
 
 # Pydantic's own words for these are about Python.
 _RULES = {

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from configs import Config, Run, UserError, fingerprint, load_run
+from configs import Config, DecoderGan, Run, UserError, fingerprint, load_run
 from configs.generation import Generation
 from configs.load import science_changes
+from engine.frozen_tokenizer import write_with_decoder
 from engine.pieces import AVERAGE, MASTER, WHOLE, Pieces, sync
 from model.generator.shape import LatentShape
 from model.generator.weights import write_generator
@@ -94,12 +95,14 @@ def whole_weights(path: Path, key: str = MASTER) -> dict[str, Tensor]:
 
 
 def consolidate(path: Path, out: Path) -> None:
-    """What a checkpoint's run is for, as one weights file: of pre-training the student (model/weights.py), of a
-    generator its average (model/generator/weights.py)."""
+    """What a checkpoint's run is for, as one weights file: of pre-training the student (model/weights.py), of stage 2
+    the tokenizer with the averaged decoder, of a generator its average (model/generator/weights.py)."""
     config = load_run(path / "config.yaml")
     draft = out.with_name(f".{out.name}.tmp")
     if isinstance(config, Generation):
         _write_generator(path, draft, config)
+    elif isinstance(config, DecoderGan):
+        write_with_decoder(config, whole_weights(path, AVERAGE), read_state(path).step, draft)
     elif isinstance(config, Config):
         write_weights(draft, whole_weights(path), config.model, Origin.of(config, read_state(path).step))
     sync(draft)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from configs import Config, Run
+from configs import Config, DecoderGan, Run
 from configs.generation import Generation
+from engine.decoder_gan import decoder_gan
 from engine.generation import generation
 from engine.pretraining import pretraining
 from engine.training import Training
@@ -20,5 +21,7 @@ def assemble(config: Run, ds_config: dict[str, Any], comm: Comm, run_dir: Path, 
     """The training on this rank; a collective. With `is_resumed` the caller loads a checkpoint next."""
     if isinstance(config, Generation):
         return generation(config, ds_config, comm)
+    if isinstance(config, DecoderGan):
+        return decoder_gan(config, ds_config, comm, run_dir)
     assert isinstance(config, Config), "there is no other kind"
     return pretraining(config, ds_config, comm, run_dir, is_resumed)

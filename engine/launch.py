@@ -19,7 +19,7 @@ import signal  # noqa: E402
 import time  # noqa: E402
 from typing import Any, NoReturn  # noqa: E402
 
-from configs import Config, Run, UserError, load_run  # noqa: E402
+from configs import Config, DecoderGan, Run, UserError, load_run  # noqa: E402
 from configs.ds import load_ds_config  # noqa: E402
 from configs.generation import Generation  # noqa: E402
 
@@ -64,6 +64,8 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any]]:
     _require_profiled_ranks(config, world_size)
     if isinstance(config, Config):
         config = _check_pretraining(config, options.resume)
+    elif isinstance(config, DecoderGan):
+        config = _check_decoder_gan(config)
     elif isinstance(config, Generation):
         from engine import latents
 
@@ -101,18 +103,31 @@ def _check_pretraining(config: Config, resume: bool) -> Config:
     from data.storage import expand
 
     expand(config.data.train, config.system.loader.cache_dir)
-    _require_perceptual_weights(config)
+    rec = config.objectives.rec
+    if rec.weight and rec.perceptual:
+        _require_perceptual_weights(str(rec.lpips_weights))
     from engine.initial import pinned
 
     return pinned(config, resume)
 
 
-def _require_perceptual_weights(config: Config) -> None:
+def _check_decoder_gan(config: DecoderGan) -> DecoderGan:
+    """The config with the tokenizer's digest filled in; its files are there."""
+    from data.storage import expand
+
+    expand(config.data.train, config.system.loader.cache_dir)
+    if config.objectives.rec.perceptual:
+        _require_perceptual_weights(str(config.objectives.rec.lpips_weights))
+    from engine.frozen_tokenizer import pinned
+
+    return pinned(config)
+
+
+def _require_perceptual_weights(path: str) -> None:
     """The file is opened only when the model stands; on a large run that is minutes later."""
-    rec = config.objectives.rec
-    if rec.weight and rec.perceptual and not Path(str(rec.lpips_weights)).is_file():
+    if not Path(path).is_file():
         raise UserError(
-            f"objectives.rec.lpips_weights={rec.lpips_weights} is not a file: the perceptual term needs its "
+            f"objectives.rec.lpips_weights={path} is not a file: the perceptual term needs its "
             "network; make the file with `python -m model.objectives.perceptual --help`, or set "
             "objectives.rec.perceptual=0"
         )

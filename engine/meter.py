@@ -16,7 +16,15 @@ from engine.training import Record
 from engine.utilisation import Utilisation
 from model.objectives.comm import Comm
 
-HEALTH = ("clip_accuracy", "logit_scale", "logit_bias", "teacher_entropy")  # named terms that are no losses
+HEALTH = (
+    "clip_accuracy",
+    "logit_scale",
+    "logit_bias",
+    "teacher_entropy",
+    "gan_weight",
+    "logits_real",
+    "logits_fake",
+)  # named terms that are no losses
 
 
 class Meter:

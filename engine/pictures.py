@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 
-def reconstructions(target: Tensor, recon: Tensor, columns: int = 8) -> Tensor:
-    """Two rows of at most `columns` images: originals, reconstructions.
+def reconstructions(target: Tensor, *recons: Tensor, columns: int = 8) -> Tensor:
+    """Rows of at most `columns` images: originals, reconstructions, others of the same.
 
-    target, recon: (R, 3, H, W) in [0, 1]. Gives (3, 2H, columns * W) in [0, 1].
+    target, recons: (R, 3, H, W) in [0, 1]. Gives (3, rows * H, columns * W) in [0, 1].
     """
-    return torch.cat([_row(target[:columns]), _row(recon[:columns])], dim=1).clamp(0, 1)
+    return torch.cat([_row(images[:columns]) for images in (target, *recons)], dim=1).clamp(0, 1)
 
 
 def latent_colours(latent: Tensor, scale: int, columns: int = 8) -> Tensor:

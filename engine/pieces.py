@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -63,13 +63,19 @@ def sync(path: Path) -> None:
 
 
 class Pieces:
-    """All pieces of the `rank-*.safetensors` files in a directory, read lazily."""
+    """All pieces of the `rank-*.safetensors` files in a directory, read lazily. Raises UserError for a damaged one."""
 
     def __init__(self, directory: Path) -> None:
         self._files: list[Any] = []
         self._where: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
         for path in sorted(directory.glob("rank-*.safetensors")):
-            file = safe_open(path, framework="pt")
+            try:
+                file = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise UserError(
+                    f"{path} is not a safetensors file, or is cut off ({error}): the checkpoint is damaged; write the "
+                    f"name of an earlier one into {directory.parent}/latest, or start anew"
+                ) from None
             for label, start in json.loads(file.metadata()["starts"]).items():
                 key, _, name = label.partition("/")
                 numel = file.get_slice(label).get_shape()[0]

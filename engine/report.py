@@ -27,6 +27,8 @@ HEADLINE = {
     "loss/clip": "clip",
     "loss/ssl": "ssl",
     "loss/rec": "rec",
+    "loss/gan": "gan",
+    "loss/disc": "disc",
     "speed/samples_per_second": "samples/s",
     "speed/mfu": "MFU",
 }

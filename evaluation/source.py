@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from configs import Config, UserError, load_config
-from configs.data import Data
+from configs import Config, DecoderGan, UserError, load_run
+from configs.data import Pictures
 from configs.system import System
 from data.captions import CaptionEncoder
 from data.held_out import HeldOut
@@ -33,7 +33,7 @@ class Source:
     tokenizer: VisualTokenizer
     folder: Path  # where results go unless another folder is named
     crop: int
-    config: Config | None
+    config: Config | DecoderGan | None
     caption_tokenizer: str | None
 
     def encoder(self) -> CaptionEncoder:
@@ -51,7 +51,7 @@ class Source:
         `key` is what errors call the patterns. Raises UserError for missing shards or none.
         """
         system = self.config.system if self.config else System()
-        max_pixels = self.config.data.max_pixels if self.config else Data.model_fields["max_pixels"].default
+        max_pixels = self.config.data.max_pixels if self.config else Pictures.model_fields["max_pixels"].default
         return HeldOut(
             patterns, self.crop, system, max_pixels, key=key, limit=limit, rank=world.rank(),
             world_size=world.world_size(),
@@ -78,7 +78,7 @@ def open_source(
     Raises UserError where there are no weights, where they are damaged, or where the model cannot see such pictures.
     """
     path = Path(path)
-    config = load_config(path / "config.yaml") if (path / "config.yaml").is_file() else None
+    config = _config_of(path)
     tokenizer = _open_weights(path, config).to(device)
     crop = crop or (config.views.image_size if config else CROP)
     if crop % tokenizer.model.patch_size:
@@ -86,11 +86,21 @@ def open_source(
             f"--crop {crop}: sides must be multiples of the patch size {tokenizer.model.patch_size}; "
             f"give {max(crop // tokenizer.model.patch_size, 1) * tokenizer.model.patch_size}"
         )
-    captions = caption_tokenizer or (config.data.tokenizer if config else None)
+    captions = caption_tokenizer or (config.data.tokenizer if isinstance(config, Config) else None)
     return Source(tokenizer, path if path.is_dir() else path.parent, crop, config, captions)
 
 
-def _open_weights(path: Path, config: Config | None) -> VisualTokenizer:
+def _config_of(path: Path) -> Config | DecoderGan | None:
+    """Of a run directory; its run has a tokenizer to show."""
+    if not (path / "config.yaml").is_file():
+        return None
+    config = load_run(path / "config.yaml")
+    if not isinstance(config, Config | DecoderGan):
+        raise UserError(f"{path} is a run of kind {config.kind}, which trains no tokenizer: name one that does")
+    return config
+
+
+def _open_weights(path: Path, config: Config | DecoderGan | None) -> VisualTokenizer:
     """The one place that knows in which forms a tokenizer lies on a disk."""
     is_published = (path / "config.json").is_file()
     if config is None and not is_published and not path.is_file():

@@ -40,6 +40,10 @@ class PixelDecoder(nn.Module):
 
         Latents are of the patches of `grid` (down, across), row by row: of all, or of those in `visible_idx_RV`.
         """
+        return self.pixels(self.tokens(latent_RVL, grid, visible_idx_RV), grid)
+
+    def tokens(self, latent_RVL: Tensor, grid: tuple[int, int], visible_idx_RV: Tensor | None = None) -> Tensor:
+        """As `forward`, to what the last layer reads: (R*P, D), normed."""
         count, patches = latent_RVL.shape[0], grid[0] * grid[1]
         layout = Layout((Group("rec", count, patches, grid),), pad=0)
         rope_2TE = self.rope.packed(layout, latent_RVL.device)
@@ -48,7 +52,12 @@ class PixelDecoder(nn.Module):
             x_TD = self._filled_in(x_TD.unflatten(0, (count, -1)), visible_idx_RV, patches).flatten(0, 1)
         for block in self.blocks:
             x_TD = block(x_TD, rope_2TE, layout.segments)
-        return _shuffle(self.proj_out(self.norm(x_TD)), count, grid, self.patch_size)
+        normed_TD: Tensor = self.norm(x_TD)
+        return normed_TD
+
+    def pixels(self, x_TD: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(R*P, D) of `tokens` -> (R, 3, height, width): the last layer, a linear one, and a change of places."""
+        return _shuffle(self.proj_out(x_TD), x_TD.shape[0] // (grid[0] * grid[1]), grid, self.patch_size)
 
     def _filled_in(self, x_RVD: Tensor, visible_idx_RV: Tensor, patches: int) -> Tensor:
         """(R, V, D) -> (R, P, D): the token where nothing is visible."""

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import torch
 
-from configs import Config
-from configs.architecture import Text, Vit
+from configs import Config, DecoderGan
+from configs.architecture import Model, Text, Vit
 from model.corruption import hidden_shares, num_patches
+from model.decoder_stage import DecoderStage
+from model.discriminator import PatchGan
 from model.pack import Layout, pack
 from model.pretrainer import Pretrainer
 from model.rows import Rows
@@ -86,6 +88,18 @@ def describe(config: Config, rows: Rows) -> str:
     side = config.views.image_size // model.patch_size
     kind = "" if model.latent == "deterministic" else f", {model.latent}"
     lines.append(f"latent of a {config.views.image_size} px image: {model.latent_channels} x {side} x {side}{kind}")
+    return "\n".join(lines)
+
+
+def describe_decoder_gan(config: DecoderGan, model: Model) -> str:
+    """The same for stage 2 on a tokenizer of this model."""
+    with torch.device("meta"):
+        parts = dict(DecoderStage(model).named_children()) | {"discriminator": PatchGan(config.discriminator)}
+    lines = [f"{'component':<14}{'parameters':>12}"]
+    for name, part in parts.items():
+        count = sum(parameter.numel() for parameter in part.parameters())
+        is_frozen = not any(parameter.requires_grad for parameter in part.parameters())
+        lines.append(f"{name:<14}{_short(count):>12}{'  frozen' if is_frozen else ''}")
     return "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ class PatchEmbed(nn.Module):
         Of the arguments that `visible` numbers only the patches (S, V) it names.
         """
         size = self.weight.shape[-1]
-        unfolded = [_unfold(part.to(self.weight.dtype), size) for part in pixels]
+        unfolded = [unfold(part.to(self.weight.dtype), size) for part in pixels]
         for place, visible_idx_SV in (visible or {}).items():
             unfolded[place] = chosen(unfolded[place], visible_idx_SV)
         flat_PD = F.linear(torch.cat([part.flatten(0, 1) for part in unfolded]), self.weight.flatten(1), self.bias)
@@ -141,7 +141,7 @@ def chosen(x_SPF: Tensor, idx_SV: Tensor) -> Tensor:
     return x_SPF.gather(1, idx_SV.unsqueeze(-1).expand(-1, -1, x_SPF.shape[-1]))
 
 
-def _unfold(pixels: Tensor, size: int) -> Tensor:
+def unfold(pixels: Tensor, size: int) -> Tensor:
     """(S, 3, h*size, w*size) -> (S, h*w, 3*size*size); a patch's numbers run over channel, row, column."""
     count, channels, height, width = pixels.shape
     grid = pixels.reshape(count, channels, height // size, size, width // size, size)

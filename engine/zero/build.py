@@ -58,7 +58,8 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterato
 def mark_leaves(model: nn.Module, kinds: list[type[nn.Module]]) -> None:
     """ZeRO-3 gathers a module of these kinds as a whole, before its forward: inside it there are no hooks, so one
     compiled graph can cover it. Raises if the model has no such module."""
-    set_z3_leaf_modules(model, kinds)
+    if kinds:
+        set_z3_leaf_modules(model, kinds)
 
 
 def start(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs import Config, Run, load_config, load_run
+from configs import Config, DecoderGan, Run, load_config, load_run
 from configs.generation import Generation
 from model.describe import count_parameters, step_layout
 from model.generator.build import build
 from model.generator.shape import LatentShape
 from model.rows import Rows
+from profiling.decoder_gan_flops import decoder_gan_flops
 from profiling.generator_flops import generator_flops
 from profiling.step_flops import step_flops
 
@@ -195,6 +196,24 @@ def test_the_cost_in_a_header_is_the_product_of_its_factors(name: str) -> None:
     assert gflop == pytest.approx(training_flops(name) / 1e9, rel=0.01)
     assert gpu_hours == pytest.approx(gflop * 1e9 * steps * samples / (989e12 * mfu) / 3600, rel=0.01)
     assert hours == pytest.approx(gpu_hours / gpus, abs=0.051)
+
+
+def test_the_cost_of_stage_2_is_the_product_of_its_factors() -> None:
+    found = re.search(
+        r"Cost ([\d,]+) GFLOP a sample x ([\d,]+) steps x ([\d,]+) samples / \(8 H100 x 989e12 x MFU 0.40 "
+        r"\[assumed\]\) = ([\d.]+) hours, (\d+) GPU-hours",
+        header("decoder_gan"),
+    )
+    config = load_run(FOLDER / "decoder_gan.yaml")
+    assert found is not None
+    assert isinstance(config, DecoderGan)
+    gflop, steps, samples, hours, gpu_hours = (float(n.replace(",", "")) for n in found.groups())
+    gan = config.objectives.gan
+    flops = decoder_gan_flops(config, preset("vtp_l").model, 1, 1 - gan.start, 1 - gan.discriminator_start).model_flops
+    assert (steps, samples) == (config.optim.steps, config.batch.images)
+    assert gflop == pytest.approx(flops / samples / 1e9, rel=0.01)
+    assert gpu_hours == pytest.approx(gflop * 1e9 * steps * samples / (989e12 * 0.4) / 3600, abs=0.51)
+    assert hours == pytest.approx(gpu_hours / 8, abs=0.051)
 
 
 @pytest.mark.parametrize("name", [name for name in LARGE if name not in REC_ALONE])

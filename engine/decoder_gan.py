@@ -1,0 +1,225 @@
+"""Stage 2 as the loop sees it: pictures in, engine/decoder_step.py's step, reconstructions before and after.
+
+training = decoder_gan(config, ds_config, comm, run_dir)
+record = training.step(next(training.batches(first_step=0)))
+
+Two DeepSpeed engines of one ZeRO stage: encoder, bottleneck and decoder in the first, of which the decoder alone is
+trained, the discriminator in the second. The frozen weights come from the tokenizer's file at every start, resumed or
+not; checkpoints hold what moves: the decoder, its average, the discriminator, both optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs import DecoderGan
+from configs.architecture import Model
+from configs.learning import Optim
+from data.picture_loader import PictureBatch, PictureLoader
+from engine import world
+from engine.assemble import fill_parameters, start, timed
+from engine.average import Average
+from engine.decoder_step import JUDGES, LISTENS, DecoderAssembly, DecoderRecord, decoder_step
+from engine.frozen_tokenizer import described, initial_decoder
+from engine.health import bad_samples
+from engine.pictures import reconstructions
+from engine.pieces import MAIN
+from engine.timing import TimedComm
+from engine.training import Kept
+from model.block import Block
+from model.decoder_stage import DecoderStage, StageOutputs
+from model.describe import describe_decoder_gan
+from model.discriminator import PatchGan, initialise_discriminator
+from model.imagenet import denormalise
+from model.objectives.comm import Comm
+from model.objectives.perceptual import Perceptual
+from model.tokenizer import pixels_of
+from model.weights import opened
+from profiling.decoder_gan_flops import decoder_gan_flops
+from profiling.flops import StepFlops
+from profiling.phases import Phases
+
+DISCRIMINATOR = "discriminator"
+SHOWN = 8  # pictures
+
+
+class DecoderTraining:
+    """A Training (engine/training.py)."""
+
+    def __init__(
+        self,
+        config: DecoderGan,
+        model: Model,
+        parts: DecoderAssembly,
+        choices: dict[str, str],
+        loader: PictureLoader,
+    ) -> None:
+        self.config, self.model, self.parts, self.choices, self.loader = config, model, parts, choices, loader
+        self._shown: StageOutputs | None = None  # of the last step
+
+    @property
+    def comm(self) -> Comm:
+        return self.parts.comm
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts.device
+
+    @property
+    def phases(self) -> Phases:
+        return self.parts.phases
+
+    @property
+    def backend(self) -> str:
+        name: str = self.parts.engine.module.decoder.blocks[0].attn.backend
+        return name
+
+    def describe(self) -> str:
+        """The table of model/describe.py."""
+        return describe_decoder_gan(self.config, self.model)
+
+    def batches(self, first_step: int) -> Iterator[PictureBatch]:
+        """From the corpus, made ahead."""
+        return self.loader.iterate(first_step)
+
+    def step(self, batch: PictureBatch) -> DecoderRecord:
+        """engine/decoder_step.py's."""
+        record = decoder_step(self.parts, batch, self.config)
+        self._shown = record.outputs
+        return record
+
+    def flops(self, counted: Mapping[str, float]) -> StepFlops:
+        """With the shares of the steps in which the discriminator took part."""
+        took_part = counted.get(LISTENS, 0.0), counted.get(JUDGES, 0.0)
+        return decoder_gan_flops(self.config, self.model, self.comm.world_size, *took_part, backend=self.backend)
+
+    def wait_seconds(self) -> float:
+        """The loader's."""
+        return self.loader.wait_seconds
+
+    def health(self) -> dict[str, float]:
+        """Bad samples. A collective."""
+        return bad_samples(self.loader.health)
+
+    def pictures(self) -> dict[str, Tensor]:
+        """Three rows: originals, what stage 1's decoder made of them, what the last step's did."""
+        if self._shown is None:
+            return {}
+        shown = self._shown
+        target, recon, latent = (x.detach()[:SHOWN] for x in (shown.target, shown.recon, shown.latent))
+        before = pixels_of(initial_decoder(self.config, self.model).to(self.device), latent.float())
+        return {"reconstructions": reconstructions(denormalise(target), before, denormalise(recon))}
+
+    def kept(self) -> Kept:
+        """Both engines and the decoder's average."""
+        return Kept({MAIN: self.parts.engine, DISCRIMINATOR: self.parts.discriminator}, (self.parts.average,))
+
+    def restored(self, whole: Mapping[str, Tensor]) -> None:
+        """Nothing: all that moves is in engines and average."""
+
+    def close(self) -> None:
+        """Ends the loader."""
+        self.loader.close()
+
+
+def decoder_gan(config: DecoderGan, ds_config: dict[str, Any], comm: Comm, run_dir: Path) -> DecoderTraining:
+    """Assembled on this rank, the decoder as stage 1 left it; a collective. A resumed run loads a checkpoint next."""
+    loader = PictureLoader(
+        config.data,
+        config.views,
+        config.batch.images,
+        config.seed,
+        config.system.loader,
+        rank=comm.rank,
+        world_size=comm.world_size,
+        bad_log=run_dir / "bad_samples.jsonl",
+        exchange=world.gather_objects,
+    )
+    try:
+        model = described(config)
+        parts, choices = assemble(config, model, ds_config, comm)
+        return DecoderTraining(config, model, parts, choices, loader)
+    except BaseException:
+        loader.close()
+        raise
+
+
+def assemble(
+    config: DecoderGan, model: Model, ds_config: dict[str, Any], comm: Comm
+) -> tuple[DecoderAssembly, dict[str, str]]:
+    """The two engines and what goes with them, and what every "auto" became; a collective."""
+    device = world.device()
+    stage = start(
+        config,
+        ds_config,
+        device,
+        make=lambda attention: DecoderStage(model, attention),
+        fill=lambda built: _fill_from_file(built, config),
+        leaves=(Block,),
+    )
+    judge = start(
+        config,
+        ds_config | {"gradient_clipping": config.discriminator.clip_norm},
+        device,
+        make=lambda attention: PatchGan(config.discriminator),
+        fill=lambda built: _draw(built, config.seed),
+        leaves=(),
+        learning=_learning(config),
+    )
+    average = Average(stage.engine, MAIN)
+    calls = {
+        "decoder": (stage.engine.module.decoder, "tokens"),
+        "ema": (average, "follow"),
+        "backward": (judge.engine, "backward"),
+        "optimizer": (judge.engine, "step"),
+    }
+    phases = timed(config, device, stage.engine, {"trunk": "trunk"}, calls)
+    parts = DecoderAssembly(
+        engine=stage.engine,
+        discriminator=judge.engine,
+        average=average,
+        comm=TimedComm(comm, phases),
+        perceptual=_perceptual(config, device),
+        device=device,
+        phases=phases,
+    )
+    return parts, stage.choices | {"discriminator": judge.choices["weights"]}
+
+
+def _fill_from_file(stage: DecoderStage, config: DecoderGan) -> str:
+    path = Path(config.tokenizer.weights)
+    with opened(path) as stored:
+
+        def fill(name: str, tensor: Tensor) -> None:
+            tensor.copy_(stored.get_tensor(name))
+
+        fill_parameters(stage.named_parameters(), fill)
+    return f"{path}: trunk and bottleneck, frozen; decoder"
+
+
+def _draw(discriminator: PatchGan, seed: int) -> str:
+    def fill(name: str, tensor: Tensor) -> None:
+        initialise_discriminator(name, tensor, seed)
+
+    fill_parameters(discriminator.named_parameters(), fill)
+    return f"drawn (seed={seed})"
+
+
+def _learning(config: DecoderGan) -> Optim:
+    """The discriminator's optimizer: the decoder's, but for what the discriminator has of its own."""
+    own = config.discriminator
+    changed = {"lr": own.lr, "betas": own.betas, "weight_decay": own.weight_decay, "clip_norm": own.clip_norm}
+    return config.optim.model_copy(update=changed)
+
+
+def _perceptual(config: DecoderGan, device: torch.device) -> Perceptual | None:
+    rec = config.objectives.rec
+    if not rec.perceptual:
+        return None
+    assert rec.lpips_weights is not None, "the schema asks for weights"
+    return Perceptual.load(rec.lpips_weights).to(device)
