@@ -38,7 +38,7 @@ def train(comm: Comm, config: DecoderGan, stages: tuple[str, ...]) -> dict[str, 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_under_zero_1_2_and_3_the_steps_are_those_of_plain_pytorch(weights: Path, world_size: int) -> None:
-    """Worst seen: losses 5e-5 relative, weights 2e-5 (of steps of 3e-3). A weight per rank, the term a step early, or the
+    """Worst seen: losses 5e-5 relative, weights 2e-5 (steps are 3e-3). A weight per rank, the term a step early, or the
     discriminator before the decoder is off by percents."""
     config = runs.stage_config(weights)
     expected, _ = runs.train_plainly(config)

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.L1
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "engine" / "launch.py"
+STAGE_2 = str(ROOT / "configs" / "decoder_gan_demo.yaml")
 HANG_SECONDS = 60  # a guard, far above what any of these takes
 STREAMS = "data.streams=2"
 
@@ -107,6 +108,16 @@ CASES = {
     ),
     "missing tokenizer": Case((*GOOD, "data.tokenizer=none.json"), ("data.tokenizer=none.json is no file",)),
     "large vocabulary": Case((*GOOD, "model.text.vocab=64"), ("tokenizer.json has 2", "model.text.vocab=64")),
+    "stage 2 without a tokenizer": Case(
+        ("data.train=shards", "tokenizer.weights=none.safetensors"),
+        ("tokenizer.weights=none.safetensors is not a file: stage 2 trains the decoder of a tokenizer that exists",),
+        config=STAGE_2,
+    ),
+    "stage 2 without perceptual weights": Case(
+        ("data.train=shards", "objectives.rec.perceptual=1", "objectives.rec.lpips_weights=none.safetensors"),
+        ("objectives.rec.lpips_weights=none.safetensors is not a file",),
+        config=STAGE_2,
+    ),
     "no tar": Case(
         (*GOOD, "data.train=garbage"),
         ("garbage/0.tar is not an uncompressed tar file",),
