@@ -5,11 +5,20 @@ Rules and tags as in configs/schema.py, which holds the rest.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, WrapValidator, model_validator
 
 from configs.section import Count, Positive, Section
+
+
+def _or_nothing(value: Any, validate: Callable[[Any], Any]) -> Any:
+    return None if value is None else validate(value)
+
+
+def _nothing() -> Any:
+    return None
 
 
 class Vit(Section):
@@ -30,6 +39,27 @@ class Vit(Section):
             raise ValueError(
                 f"width={self.width} over heads={self.heads}: the head width must be a multiple of 4 (axial "
                 "RoPE turns pairs on two axes); change width or heads"
+            )
+        return self
+
+
+class Conv(Section):
+    """A convolutional autoencoder in the place of trunk and decoder: latent diffusion's (arXiv 2112.10752).
+
+    One level of resolution for each multiplier, half of the one before: as many as patch_size has powers of two, and
+    one. The defaults are those of its f16 and of VA-VAE; of f8 the multipliers are 1, 2, 4, 4 [C of latent diffusion].
+    """
+
+    channels: Positive = 128
+    multipliers: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 1, 2, 2, 4)
+    num_res_blocks: Positive = 2  # of a level of the encoder; the decoder has one more
+    groups: Positive = 32  # of every norm
+
+    @model_validator(mode="after")
+    def _groups_share_channels(self) -> Conv:
+        if self.channels % self.groups:
+            raise ValueError(
+                f"channels={self.channels} over groups={self.groups}: groups share the channels evenly; change either"
             )
         return self
 
@@ -70,14 +100,45 @@ class Model(Section):
     registers: Count = 0
     rope_base: float = Field(100.0, gt=0)
     rope_dtype: Literal["bf16", "fp32"] = "bf16"  # the released weights keep the periods in bf16 [C]
-    trunk: Vit
-    decoder: Vit
+    # Always there but with conv, and then neither is: nothing asks an autoencoder of convolutions for them.
+    trunk: Annotated[Vit, WrapValidator(_or_nothing)] = Field(default_factory=_nothing)
+    decoder: Annotated[Vit, WrapValidator(_or_nothing)] = Field(default_factory=_nothing)
+    conv: Conv | None = None
     text: Text = Text()
     prototypes: Prototypes = Prototypes()
 
     @model_validator(mode="after")
+    def _transformers_or_convolutions(self) -> Model:
+        for key in ("trunk", "decoder"):
+            if self.conv is None and getattr(self, key) is None:
+                raise ValueError(f"{key} is missing and has no default: give model.{key}, or model.conv for both")
+            if self.conv is not None and getattr(self, key) is not None:
+                raise ValueError(
+                    f"conv and {key} are both set: convolutions stand in the place of trunk and decoder; remove "
+                    f"model.conv or model.{key} (model.{key}=null)"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _convolutions_make_patches(self) -> Model:
+        if self.conv is None:
+            return self
+        patch = 2 ** (len(self.conv.multipliers) - 1)
+        if patch != self.patch_size:
+            raise ValueError(
+                f"patch_size={self.patch_size} but conv.multipliers={list(self.conv.multipliers)}: every level but the "
+                f"first halves the resolution, which makes patches of {patch}; change either"
+            )
+        if self.registers:
+            raise ValueError(
+                f"registers={self.registers} but conv is set: registers are tokens of a transformer; set "
+                "model.registers=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_decoder_drops_nothing(self) -> Model:
-        if self.decoder.drop_path:
+        if self.conv is None and self.decoder.drop_path:
             raise ValueError(
                 f"decoder.drop_path={self.decoder.drop_path:g}: stochastic depth is the trunk's alone, every image of "
                 "the decoder is reconstructed in full; set model.trunk.drop_path, or remove it"

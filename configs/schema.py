@@ -86,6 +86,28 @@ class Config(Run):
         return self
 
     @model_validator(mode="after")
+    def _convolutions_reconstruct_and_nothing_else(self) -> Config:
+        if self.model.conv is None:
+            return self
+        rec, said = self.objectives.rec, "model.conv is set, a convolutional autoencoder, but "
+        for key in ("clip", "ssl"):
+            if getattr(self.objectives, key).weight:
+                raise ValueError(
+                    f"{said}objectives.{key}.weight={getattr(self.objectives, key).weight:g}: it has no CLS token, and "
+                    f"learns to reconstruct alone; set objectives.{key}.weight=0"
+                )
+        if rec.mask is not None:
+            raise ValueError(
+                f"{said}objectives.rec.mask={list(rec.mask)}: a convolution sees whole images; remove the mask"
+            )
+        if self.system.linear != "bf16":
+            raise ValueError(
+                f"{said}system.linear={self.system.linear}: FP8 is for the blocks of transformers, and there are none; "
+                "set system.linear=bf16"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rows_come_with_weights(self) -> Config:
         for key in ("ssl", "rec"):
             rows, weight = getattr(self.batch, key), getattr(self.objectives, key).weight
@@ -148,7 +170,7 @@ class Config(Run):
         if parts == 1:
             return self
         said = f"system.clip.micro_batches={parts}"
-        if self.model.trunk.drop_path:
+        if self.model.conv is None and self.model.trunk.drop_path:
             raise ValueError(
                 f"{said} but model.trunk.drop_path={self.model.trunk.drop_path}: each part would drop segments of its "
                 "own, and the gradient would not be that of the whole batch; set one of them off"

@@ -39,6 +39,7 @@ from engine.timing import TimedComm, time_calls, time_children
 from engine.training import Kept
 from kernels.attention import Backend, resolve
 from model.block import Block
+from model.conv import ResBlock
 from model.frozen import FrozenEncoder
 from model.initialise import initialise_parameter
 from model.objectives.comm import Comm
@@ -50,7 +51,7 @@ from model.text import TextBlock
 from profiling.phases import Phases, clock_of
 
 MOST_GRAPHS = 32  # of one block kind; captions meet a few shapes a run (model/captions.py), torch's own limit is 8
-LEAVES: tuple[type[nn.Module], ...] = (Block, TextBlock)
+LEAVES: tuple[type[nn.Module], ...] = (Block, TextBlock, ResBlock)
 # Which phase the forward of a child of the Pretrainer is.
 CHILDREN = {"teacher": "teacher", "trunk": "trunk", "text": "text", "decoder": "decoder"}
 CHILDREN |= dict.fromkeys(("bottleneck", "align", "clip", "prototypes"), "heads")

@@ -57,7 +57,7 @@ def drop_path(config: Config, rank: int, world_size: int) -> DropPath | None:
     Raises UserError where a rank has so few segments that rounding leaves all of them in.
     """
     trunk = config.model.trunk
-    if trunk.drop_path == 0:
+    if config.model.conv is not None or trunk.drop_path == 0:
         return None
     segments = step_layout(config, Rows.per_rank(config, world_size)).segments
     if subset(segments, trunk.drop_path).segments == segments:

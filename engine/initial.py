@@ -143,8 +143,10 @@ def _digest(config: Config, resume: bool) -> str | None:
 def _check_meaning(theirs: Model, ours: Model, parts: set[str]) -> None:
     """Refuses what changes the function and no shape."""
     found = {key: (getattr(theirs, key), getattr(ours, key)) for key in ("rope_base", "rope_dtype")}
+    found["conv"] = (theirs.conv, ours.conv)
+    transformers = {"trunk", "decoder", "text"} if theirs.conv is None and ours.conv is None else {"text"}
     for name in ("trunk", "decoder", "text"):
-        if name in parts:
+        if name in parts & transformers:
             found[f"{name}.heads"] = (getattr(theirs, name).heads, getattr(ours, name).heads)
     for key, (there, here) in found.items():
         if there != here:

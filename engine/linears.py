@@ -87,12 +87,17 @@ def convert(model: Pretrainer, config: Config, device: torch.device) -> str:
 def _blocks(model: Pretrainer, config: Config) -> Iterator[tuple[nn.Module, int]]:
     """Every block of the student with the number of tokens one rank sends through it at once."""
     rows, views = model.rows, config.views
-    yield from ((block, step_layout(config, rows).tokens) for block in model.trunk.blocks)
+    yield from ((block, step_layout(config, rows).tokens) for block in _of_kind(model.trunk, Block))
     if model.decoder is not None:
         patches = (views.image_size // config.model.patch_size) ** 2
-        yield from ((block, rows.rec * patches) for block in model.decoder.blocks)
+        yield from ((block, rows.rec * patches) for block in _of_kind(model.decoder, Block))
     if model.text is not None:
         yield from ((block, rows.clip * config.model.text.context) for block in model.text.resblocks)
+
+
+def _of_kind(tower: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
+    """The blocks of a tower, in its order; of convolutions none."""
+    return (module for module in tower.modules() if isinstance(module, kind))
 
 
 def _linears_of(block: nn.Module) -> tuple[list[nn.Linear], list[TextAttention]]:

@@ -63,7 +63,7 @@ class Pretraining:
 
     @property
     def backend(self) -> str:
-        name: str = self.parts.engine.module.trunk.blocks[0].attn.backend
+        name: str = self.parts.engine.module.attention
         return name
 
     def describe(self) -> str:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Mode = Literal["off", "selective", "full"]
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "aten::convolution")
 # Fused kernels of any library are named so. Attention by batched products is not: its scores are the largest
 # intermediate of a block, and computed again in a fraction of its FLOPs.
 ATTENTION = ("attention", "attn", "flash", "fmha")

@@ -21,6 +21,7 @@ from torch import Tensor
 from configs import UserError
 from engine import world
 from evaluation.products import Products
+from model.latent import feature_width
 
 MEMORY_BYTES = 4 << 30  # a larger matrix is mapped from a file
 CHUNK_ROWS = 8192  # sent at once between ranks
@@ -40,13 +41,15 @@ class Features:
         """Views of the columns that each kind of probe reads: (n, width).
 
         latent: the paper's curves. last_1_block: CLS and mean patch of the last block; last_4_blocks: the CLS tokens of
-        the last four and that mean patch: the two of the released table.
+        the last four and that mean patch: the two of the released table. Of a convolutional encoder latent alone.
         """
         sets, start = {}, 0
         for name, width in self.widths.items():
             sets[name] = self.rows_NW[:, start : start + width]
             start += width
-        blocks = sets.pop("blocks")
+        blocks = sets.pop("blocks", None)
+        if blocks is None:
+            return sets
         last = blocks.shape[1] // self.trunk_width - 1
         sets["last_1_block"] = blocks[:, -2 * self.trunk_width :]
         return sets | ({f"last_{last}_blocks": blocks} if last > 1 else {})
@@ -79,7 +82,7 @@ class Bank:
         rows_BW = torch.cat(list(batch.features.values()), dim=1)[is_labelled].cpu()
         if self._rows_NW is None:
             self._widths = {name: x.shape[1] for name, x in batch.features.items()}
-            self._trunk_width = batch.tokenizer.model.trunk.width
+            self._trunk_width = feature_width(batch.tokenizer.model)
             self._rows_NW = matrix(self._capacity, rows_BW.shape[1], self._folder)
         own = slice(self._count, self._count + len(rows_BW))
         self._rows_NW[own] = rows_BW

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import UserError
+from model.conv import ConvEncoder
 from model.imagenet import normalise
 from model.latent import mode
 from model.pack import Layout
@@ -63,8 +64,11 @@ class Products:
         """Name -> (B, width) float32, what linear probe and kNN see.
 
         latent: the mean of the bottleneck's output over patches, of width L. blocks: CLS of the last 4 blocks (of all
-        where there are fewer), then the mean patch of the last, each final-normed, as DINOv2's probes read them.
+        where there are fewer), then the mean patch of the last, each final-normed, as DINOv2's probes read them; not of
+        a convolutional encoder, which has neither blocks nor CLS.
         """
+        if isinstance(self.tokenizer.trunk, ConvEncoder):
+            return {"latent": self.latent.float().mean(dim=(2, 3))}
         cls = [self._layout.cls(x_TD, "clip") for x_TD in self._blocks]
         patch_BD = self._layout.patches(self._blocks[-1], "clip").float().mean(dim=1)
         features = {"blocks": torch.cat([*(x_BD.float() for x_BD in cls), patch_BD], dim=1)}
@@ -75,7 +79,9 @@ class Products:
     @cached_property
     @torch.no_grad()
     def _blocks(self) -> list[Tensor]:
-        return self.tokenizer.trunk.intermediate({"clip": normalise(self.images)}, LAST_BLOCKS)
+        """Of the last blocks, the deepest at the end; of a convolutional encoder all that it gives."""
+        trunk, crops = self.tokenizer.trunk, {"clip": normalise(self.images)}
+        return [trunk(crops, {})] if isinstance(trunk, ConvEncoder) else trunk.intermediate(crops, LAST_BLOCKS)
 
     @cached_property
     def _layout(self) -> Layout:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import UserError
-from model.latent import Gaussian
+from model.latent import Gaussian, feature_width
 from model.tokenizer import VisualTokenizer
 
 
@@ -108,12 +108,12 @@ class Autoencoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; latents and pixels come out in it."""
-        return self.tokenizer.trunk.cls_token.dtype
+        return self.tokenizer.dtype
 
     @property
     def device(self) -> torch.device:
         """Of the weights."""
-        return self.tokenizer.trunk.cls_token.device
+        return self.tokenizer.device
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Encoded:
         """(B, 3, height, width) in [-1, 1] -> latent_dist of (B, L, height/p, width/p)."""
@@ -141,7 +141,7 @@ def _config(tokenizer: VisualTokenizer, mean: Tensor | None, std: Tensor | None)
         )
     shape = AutoencoderConfig(
         latent_channels=model.latent_channels,
-        block_out_channels=(model.trunk.width,) * (halvings + 1),
+        block_out_channels=(feature_width(model),) * (halvings + 1),
         sample_size=origin.image_size if origin is not None else None,
     )
     return shape if mean is None or std is None else _normalised(shape, mean.flatten(), std.flatten())

@@ -18,6 +18,7 @@ import torch
 
 from configs import Config, DecoderGan
 from configs.architecture import Model, Text, Vit
+from model.conv import channels_of
 from model.corruption import hidden_shares, num_patches
 from model.decoder_stage import DecoderStage
 from model.discriminator import PatchGan
@@ -49,6 +50,8 @@ def step_layout(config: Config, rows: Rows, hidden: int = 0) -> Layout:
         "rec": (num_own, views.image_size),
     }
     crops = {name: (count, size, size) for name, (count, size) in sizes.items() if count}
+    if model.conv is not None:
+        return pack(crops, model.patch_size, prefix=0, align=1)
     return pack(crops, model.patch_size, prefix=1 + model.registers, hidden={"rec": hidden})
 
 
@@ -67,7 +70,7 @@ def longest_layout(config: Config, rows: Rows) -> int:
 def describe(config: Config, rows: Rows) -> str:
     """A table for people: what is built, how long the sequence of one rank is, what the latent looks like."""
     model, counts = config.model, count_parameters(config, rows)
-    shapes: dict[str, Vit | Text] = {
+    shapes: dict[str, Vit | Text | None] = {
         "trunk": model.trunk,
         "teacher": model.trunk,
         "decoder": model.decoder,
@@ -78,6 +81,9 @@ def describe(config: Config, rows: Rows) -> str:
         vit = shapes.get(name)
         columns = "" if vit is None else f"{vit.width:>7}{vit.depth:>7}{vit.heads:>7}"
         lines.append(f"{name:<12}{_short(count):>12}{columns}")
+    if model.conv is not None:
+        conv, levels = model.conv, " ".join(map(str, channels_of(model.conv)))
+        lines.append(f"convolutions of {levels} channels, {conv.num_res_blocks} residual blocks a level of the encoder")
     trained = sum(count for name, count in counts.items() if name != "teacher")
     lines.append(f"{'trained':<12}{_short(trained):>12}")
     layouts = step_layouts(config, rows)

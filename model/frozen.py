@@ -75,9 +75,9 @@ def described(align: Align) -> Model:
             model = described_model(stored, path)
     except UserError as error:
         raise UserError(f"{KEY}.weights: {error}") from None
-    if not has_trunk:
+    if not has_trunk or model.conv is not None:
         raise UserError(
-            f"{KEY}.weights={path} holds no trunk, whose features the latents would follow; name a run's "
+            f"{KEY}.weights={path} holds no transformer's trunk, whose features the latents would follow; name a run's "
             "weights.safetensors, or what `python -m model.interchange import` wrote"
         )
     _require_same({

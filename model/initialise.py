@@ -23,6 +23,7 @@ The table, first match wins. w is the width, n the depth of the text tower; tags
     text.text_projection                         normal w^-1/2                              [D] CLIP
     clip.visual_proj                             normal of its input width^-1/2             [D] CLIP
     bottleneck, align, decoder.proj_in, .proj_out  normal of its input width^-1/2             [D] docs/decisions.md
+    trunk.*, decoder.* with model.conv           normal (3 x fan-in)^-1/2                   [C] LDM: torch's
     *.w12                                        its halves as *.w1 and *.w2, however products are fused
     every other                                  normal 0.02, cut at 2 standard deviations  [D] DINOv2
 """
@@ -89,7 +90,7 @@ def _constant(name: str, config: Config) -> float | None:
 
 def _std(name: str, shape: torch.Size, config: Config) -> float | None:
     """Standard deviation of a plain normal; None for the truncated one of all the rest."""
-    text = config.model.text
+    text, fan_in = config.model.text, math.prod(shape[1:])
     stds = {
         r"^text\.token_embedding": 0.02,
         r"^text\.positional_embedding$": 0.01,
@@ -100,4 +101,6 @@ def _std(name: str, shape: torch.Size, config: Config) -> float | None:
         r"^clip\.visual_proj": shape[-1] ** -0.5,
         r"^(bottleneck|align|decoder\.proj_(in|out))\.": shape[-1] ** -0.5,
     }
+    if config.model.conv is not None:
+        stds[r"^(trunk|decoder)\."] = (3 * fan_in) ** -0.5
     return next((std for pattern, std in stds.items() if re.search(pattern, name)), None)

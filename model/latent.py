@@ -56,6 +56,12 @@ def moment_channels(model: Model) -> int:
     return model.latent_channels * (2 if model.latent == "gaussian" else 1)
 
 
+def feature_width(model: Model) -> int:
+    """Channels that the bottleneck reads: of the trunk, or of a convolutional encoder, which ends in as many as the
+    bottleneck gives."""
+    return model.trunk.width if model.conv is None else moment_channels(model)
+
+
 def mode(moments: Tensor, model: Model, dim: int = -1) -> Tensor:
     """The latent without chance: (..., L or 2L, ...) -> (..., L, ...), channels in axis `dim`."""
     return moments.narrow(dim, 0, model.latent_channels)

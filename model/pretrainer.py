@@ -19,10 +19,9 @@ from configs import Config
 from configs.architecture import Model
 from model.captions import PackedCaptions
 from model.corruption import Corruption, corrupted
-from model.decoder import PixelDecoder
 from model.heads import ClipHeads, PrototypeHead
 from model.imagenet import normalise
-from model.latent import Gaussian, mode, moment_channels
+from model.latent import Gaussian, feature_width, mode, moment_channels
 from model.objectives.balance import Balance, balanced
 from model.objectives.comm import Comm, Solo
 from model.outputs import AlignOutputs, ClipOutputs, Outputs, RecOutputs, SslOutputs
@@ -30,6 +29,7 @@ from model.pack import Layout
 from model.reads import Reads, reads_of, tokens
 from model.rows import Rows
 from model.text import TextTower
+from model.towers import decoder_of, encoder_of
 from model.trunk import Trunk
 
 
@@ -74,10 +74,10 @@ class Pretrainer(nn.Module):
             model.image_feature,
             model.bottleneck_ae_only,
         )
-        self.model, self.noise = model, weights.rec.noise
-        self.trunk = Trunk(model, attention)
+        self.model, self.noise, self.attention = model, weights.rec.noise, attention
+        self.trunk = encoder_of(model, attention)
         self.bottleneck = bottleneck(model) if has_rec or not model.bottleneck_ae_only else None
-        self.decoder = PixelDecoder(model, attention, weights.rec.mask is not None) if has_rec else None
+        self.decoder = decoder_of(model, attention, weights.rec.mask is not None) if has_rec else None
         self.align = None if align is None else nn.Linear(model.latent_channels, align.encoder.width, bias=False)
         self.balance = None
         if align is not None and align.adaptive:
@@ -299,9 +299,9 @@ def _on_grid(latent_RVL: Tensor, grid: tuple[int, int], visible_idx_RV: Tensor |
 
 def bottleneck(model: Model) -> nn.Linear:
     """Trunk features -> latents, or their moments, of normed patch tokens, without bias [C]."""
-    return nn.Linear(model.trunk.width, moment_channels(model), bias=False)
+    return nn.Linear(feature_width(model), moment_channels(model), bias=False)
 
 
 def head_width(model: Model) -> int:
     """What the heads read: trunk features, or latents with bottleneck_ae_only off."""
-    return model.trunk.width if model.bottleneck_ae_only else model.latent_channels
+    return feature_width(model) if model.bottleneck_ae_only else model.latent_channels

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from model.decoder import PixelDecoder
 from model.tokenizer import VisualTokenizer, pixels_of
+from model.towers import Decoder
 
 CONVENTIONS = "conventions.json"
 LEAST_SIDE = 2  # patches
@@ -44,7 +44,7 @@ class _Encode(nn.Module):
 
 
 class _Decode(nn.Module):
-    def __init__(self, decoder: PixelDecoder) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
 
@@ -70,12 +70,12 @@ def write_programs(tokenizer: VisualTokenizer, directory: Path) -> None:
 def encode_program(tokenizer: VisualTokenizer) -> ExportedProgram:
     """images (B, 3, H, W) float32 in [0, 1] -> latent (B, L, H/p, W/p), for any B and any multiples of p from 2p on."""
     patch = tokenizer.model.patch_size
-    example = torch.rand(2, 3, 3 * patch, 5 * patch, device=tokenizer.trunk.cls_token.device)
+    example = torch.rand(2, 3, 3 * patch, 5 * patch, device=tokenizer.device)
     tokenizer.encode(example)  # says what is missing, if anything is; export would wrap it into words of its own
     return _export(_Encode(tokenizer), example, patch)
 
 
-def decode_program(decoder: PixelDecoder) -> ExportedProgram:
+def decode_program(decoder: Decoder) -> ExportedProgram:
     """latent (B, L, h, w) in the weights' dtype -> pixels (B, 3, h*p, w*p) float32 in [0, 1]; h and w from 2 on."""
     return _export(_Decode(decoder), decoder.proj_in.weight.new_zeros(2, decoder.proj_in.in_features, 3, 5), 1)
 
@@ -86,7 +86,7 @@ def conventions(tokenizer: VisualTokenizer) -> dict[str, Any]:
     image = {"shape": ["batch", 3, "height", "width"], "dtype": "float32", "range": [0, 1], "colour": "RGB"}
     latent = {
         "shape": ["batch", model.latent_channels, f"height / {model.patch_size}", f"width / {model.patch_size}"],
-        "dtype": str(tokenizer.trunk.cls_token.dtype).removeprefix("torch."),
+        "dtype": str(tokenizer.dtype).removeprefix("torch."),
     }
     return {
         "encode": {"images": image, "returns": latent},

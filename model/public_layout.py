@@ -79,6 +79,11 @@ def from_public(public: dict[str, Tensor], described: dict[str, Any]) -> tuple[d
 
 def check_exportable(state: dict[str, Tensor], model: Model) -> None:
     """Raises UserError for what the public layout cannot describe."""
+    if model.conv is not None:
+        raise UserError(
+            "model.conv has no place in the public layout, which is of a transformer: not exported; "
+            "`weights.safetensors` itself is what opens here"
+        )
     if "bottleneck.weight" not in state:
         raise UserError("these weights hold no bottleneck: the public layout needs one; train with objectives.rec on")
     if model.latent != "deterministic":

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from configs import UserError
 from configs.architecture import Model
 from model.captions import pack_captions
-from model.decoder import PixelDecoder
 from model.hub import OnHub
 from model.imagenet import denormalise, normalise
 from model.latent import Gaussian, mode
@@ -29,6 +28,7 @@ from model.origin import Origin
 from model.pack import Layout
 from model.parts import Parts, outlives_training
 from model.pretrainer import image_feature
+from model.towers import Decoder
 from model.weights import read_origin, read_weights
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -47,6 +47,16 @@ class VisualTokenizer(Parts, OnHub):
     ) -> None:
         super().__init__(model, parts, has_bias, attention)
         self.origin = origin
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; latents come out in it."""
+        return next(self.trunk.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return next(self.trunk.parameters()).device
 
     @classmethod
     def from_state(
@@ -94,7 +104,7 @@ class VisualTokenizer(Parts, OnHub):
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """(B, L, h, w) -> (B, 3, h*p, w*p) float32 in [0, 1], clamped."""
-        return pixels_of(_require(self.decoder, "decode", "decoder"), latent)
+        return pixels_of(_require(self.decoder, "decode", "decoder"), latent)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def features(self, images: Tensor) -> tuple[Tensor, Layout]:
@@ -114,11 +124,11 @@ class VisualTokenizer(Parts, OnHub):
     @torch.no_grad()
     def embed_captions(self, captions: Tensor) -> Tensor:
         """(B, C) token ids -> (B, clip_width) float32, L2-normed: captions in the joint image-text space."""
-        packed = pack_captions(captions.cpu()).to(self.trunk.cls_token.device)
+        packed = pack_captions(captions.cpu()).to(self.device)
         return F.normalize(_require(self.text, "embed_captions", "text")(packed).float(), dim=-1)
 
 
-def pixels_of(decoder: PixelDecoder, latent: Tensor) -> Tensor:
+def pixels_of(decoder: Decoder, latent: Tensor) -> Tensor:
     """(B, L, h, w) -> (B, 3, h*p, w*p) float32 in [0, 1], clamped."""
     grid = (latent.shape[2], latent.shape[3])
     return denormalise(decoder(latent.flatten(2).transpose(1, 2), grid))

@@ -35,7 +35,7 @@ from configs.ds import zero_stage
 from configs.system import System
 from engine.assemble import LEAVES
 from engine.optim import parameter_groups
-from model.latent import moment_channels
+from model.latent import feature_width, moment_channels
 from model.pretrainer import Pretrainer, head_width
 from model.rows import Rows
 from profiling.gathers import Gathers, Settings, Visit
@@ -158,7 +158,7 @@ def _objectives(config: Config, world_size: int) -> Iterator[Collective]:
             yield Collective("reduce_scatter", "KoLeo's neighbours, backward", rows)
     align = weights.rec.align
     if align is not None and align.adaptive:
-        layer = model.trunk.width * moment_channels(model)
+        layer = feature_width(model) * moment_channels(model)
         yield Collective("all_reduce", "balance of rec and alignment", 2 * layer * FP32_BYTES)
 
 

@@ -82,7 +82,7 @@ def frozen_encoder(config: Config, attention: str) -> FrozenEncoder | None:
 def kept_idx(config: Config, rows: Rows) -> Tensor | None:
     """The draw of stochastic depth, (depth, 2, kept segments); None without."""
     trunk = config.model.trunk
-    if not trunk.drop_path:
+    if config.model.conv is not None or not trunk.drop_path:
         return None
     kept = subset(step_layout(config, rows).segments, trunk.drop_path).segments
     return torch.zeros(trunk.depth, 2, sum(count for count, _ in kept), dtype=torch.int64)

@@ -26,11 +26,12 @@ from kernels.prototypes import KEEP_BYTES
 from model.captions import row_width
 from model.describe import step_layout, step_layouts
 from model.drop_path import subset
-from model.latent import moment_channels
+from model.latent import feature_width, moment_channels
 from model.objectives.targets import ITERATIONS
 from model.pack import ALIGN, Group, Layout, pack
 from model.pretrainer import head_width
 from model.rows import Rows
+from profiling.conv_flops import ConvFlops, conv_decoder, conv_encoder
 from profiling.flops import Component, StepFlops, linear
 from profiling.layer_flops import (
     Block,
@@ -92,12 +93,25 @@ class _Step:
     def trunk(self) -> Iterator[Component]:
         """The student's: one pass of the shared micro-batch, and two of every other."""
         rows = self.rows
+        if self.model.conv is not None:
+            yield self._convolutions(
+                "trunk, rec", conv_encoder(self.model, self.config.views.image_size), has_pixels=True
+            )
+            return
         shared = step_layout(self.config, replace(rows, clip=rows.part), self.hidden)
         yield from self._student(shared, 0 if self.hidden else rows.rec)
         others = replace(rows, clip=rows.part, ssl=0, rec=0)
         for _ in range(rows.micro_batches - 1):
             for part in self._student(step_layout(self.config, others), 0):
                 yield replace(part, recompute=part.recompute + part.forward)
+
+    def _convolutions(self, name: str, tower: ConvFlops, has_pixels: bool) -> Component:
+        """Of the rec images. Pixels have no gradient; what is recomputed are the residual blocks."""
+        forward, again = self.rows.rec * tower.forward, self.rows.rec * tower.again
+        backward = 2 * forward - (self.rows.rec * tower.edge if has_pixels else 0)
+        is_full = self.config.system.activation_checkpointing == "full"
+        scores = self.rows.rec * tower.scores
+        return Component(name, "rec", forward, backward, again if is_full else 0, scores=scores)
 
     def _student(self, layout: Layout, num_rec: int) -> Iterator[Component]:
         """One pass: its groups, what rec adds, its padding."""
@@ -243,21 +257,29 @@ class _Step:
         model, rows = self.model, self.rows
         if not rows.rec:
             return
-        size, vit = self.config.views.image_size, model.decoder
-        side = size // model.patch_size
-        tokens, squares = tokens_and_squares(rows.rec, side * side)
-        visible = rows.rec * (side * side - self.hidden)
-        if model.bottleneck_ae_only:
-            forward = linear(visible, model.trunk.width, moment_channels(model))
+        size = self.config.views.image_size
+        visible = rows.rec * ((size // model.patch_size) ** 2 - self.hidden)
+        if model.bottleneck_ae_only or model.conv is not None:
+            forward = linear(visible, feature_width(model), moment_channels(model))
             yield Component("bottleneck", "rec", forward, 2 * forward)
+        if model.conv is None:
+            yield self._decoder(visible)
+        else:
+            yield self._convolutions("decoder", conv_decoder(model, size), has_pixels=False)
+        if self.config.objectives.rec.perceptual:
+            vgg, compared = perceptual_forward(size)
+            yield Component("perceptual", "rec", rows.rec * (2 * vgg + compared), rows.rec * (vgg + compared))
+
+    def _decoder(self, visible: float) -> Component:
+        """PixelDecoder: latents of `visible` patches, pixels of all."""
+        model, vit = self.model, self.model.decoder
+        side = self.config.views.image_size // model.patch_size
+        tokens, squares = tokens_and_squares(self.rows.rec, side * side)
         block = vit_block(vit, tokens, squares, tokens)
         again = block.again(self.config.system.activation_checkpointing, self.backend, vit.layer_scale is None)
         edges = linear(visible, model.latent_channels, vit.width) + patch_edge(model, vit.width, tokens)
         forward = vit.depth * block.forward + edges
-        yield Component("decoder", "rec", forward, 2 * forward, vit.depth * again, scores=vit.depth * block.scores)
-        if self.config.objectives.rec.perceptual:
-            vgg, compared = perceptual_forward(size)
-            yield Component("perceptual", "rec", rows.rec * (2 * vgg + compared), rows.rec * (vgg + compared))
+        return Component("decoder", "rec", forward, 2 * forward, vit.depth * again, scores=vit.depth * block.scores)
 
     def alignment(self) -> Iterator[Component]:
         """The frozen encoder, the linear map onto its width, the cosines between patches of either side."""
@@ -278,7 +300,7 @@ class _Step:
             linear(rows.rec * patches, width, patches) for width in (model.latent_channels, align.encoder.width)
         )
         # With balanced gradients the bottleneck's weight gradient is taken of either loss by itself, besides the sum's.
-        apart = 2 * linear(rows.rec * patches, model.trunk.width, moment_channels(model)) if align.adaptive else 0
+        apart = 2 * linear(rows.rec * patches, feature_width(model), moment_channels(model)) if align.adaptive else 0
         yield Component("patch cosines", "rec", latents + features, 2 * latents, recompute=apart)
 
 
@@ -297,7 +319,7 @@ def _causes(parts: list[Component], config: Config) -> dict[str, float]:
     """What was saved, by what saved it."""
     saved: dict[str, float] = {}
     for part in parts:
-        is_drop_path = config.model.trunk.drop_path and part.name.startswith("trunk")
+        is_drop_path = config.model.conv is None and config.model.trunk.drop_path and part.name.startswith("trunk")
         cause = "captions packed" if part.name == "text" else "stochastic depth" if is_drop_path else "last MLP"
         saved[cause] = saved.get(cause, 0) + part.saved
     return saved

@@ -18,6 +18,11 @@ from model.captions import pack_captions
 from model.corruption import Corruption
 
 TINY = Path(__file__).parent / "tiny.yaml"
+# Makes it a convolutional autoencoder; its patch size stays 8.
+CONV = (
+    "model.trunk=null", "model.decoder=null", "objectives.clip.weight=0", "objectives.ssl.weight=0", "batch.ssl=0",
+    "model.conv={channels: 8, multipliers: [1, 2, 2, 4], groups: 4, num_res_blocks: 1}",
+)  # fmt: skip
 
 
 def tiny_config(*overrides: str) -> Config:

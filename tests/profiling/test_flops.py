@@ -20,6 +20,7 @@ from engine.drop_path import drop_path
 from engine.grad_cache import GradientCache
 from engine.recompute import recompute_blocks
 from model.block import Block
+from model.conv import ResBlock
 from model.corruption import hidden_shares
 from model.initialise import initialise
 from model.objectives import total
@@ -35,7 +36,7 @@ from profiling.flops import StepFlops
 from profiling.layer_flops import forward_flops_of_tokenizer
 from profiling.pretend import frozen_encoder, perceptual_network
 from profiling.step_flops import step_flops
-from tests.tiny import model_inputs, random_batch, tiny_config
+from tests.tiny import CONV, model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
@@ -55,6 +56,7 @@ CACHE = ("batch.rec=3", "data.streams=3", "system.clip.micro_batches=4")
 MASKED = "objectives.rec.mask=[0.375,0.375]"
 FULL, SELECTIVE = "system.activation_checkpointing=full", "system.activation_checkpointing=selective"
 ALIGN = "objectives.rec.align={weights: unread, encoder: {width: 48, depth: 3, heads: 2}, patch_size: 8, registers: 2}"
+F4 = "model.conv={channels: 8, multipliers: [2, 1, 3], groups: 4, num_res_blocks: 3}"
 VARIANTS = {
     "all": (),
     "no clip": NO_CLIP,
@@ -99,6 +101,11 @@ VARIANTS = {
     "aligned": (ALIGN,),
     "aligned, rec alone, latents of another grid": (ALIGN, "objectives.rec.align.patch_size=16", *NO_CLIP, *NO_SSL),
     "aligned, fixed weight": (ALIGN, "objectives.rec.align.adaptive=false", "model.bottleneck_ae_only=false", FULL),
+    "convolutions": CONV,
+    "convolutions of f4, gaussian": (*CONV, F4, "model.patch_size=4", "model.latent=gaussian"),
+    "convolutions, full": (*CONV, FULL),
+    "convolutions, selective": (*CONV, SELECTIVE),
+    "convolutions, aligned": (*CONV, ALIGN, "model.latent=gaussian"),
     "deeper, narrow MLP": ("model.trunk.depth=3", "model.trunk.mlp_ratio=2.5", "model.text.mlp_ratio=3"),
 }
 
@@ -120,7 +127,7 @@ class Counted:
             self.frozen = frozen_encoder(config, "matmul")
         if device == "cpu":
             initialise(self.model, config)
-        recompute_blocks(self.model, config.system.activation_checkpointing, (Block, TextBlock))
+        recompute_blocks(self.model, config.system.activation_checkpointing, (Block, TextBlock, ResBlock))
         self.draws, self.disturbs = drop_path(config, rank=0, world_size=1), corruptor(config, rank=0, world_size=1)
         self.caption_tokens = 0
 

@@ -1,0 +1,187 @@
+"""The convolutional autoencoder: latent diffusion's shapes and sizes, behind the faces of trunk and decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs import Config, UserError, load_config, to_yaml
+from engine.corruption import corruptor
+from model.conv import ConvDecoder, ConvEncoder, PositionAttention
+from model.describe import describe
+from model.initialise import initialise
+from model.pretrainer import Pretrainer
+from model.rows import Rows
+from model.tokenizer import VisualTokenizer
+from tests.model.tiny_weights import build, tokenizer_of, write_run
+from tests.tiny import CONV, model_inputs, random_batch, tiny_config
+
+pytestmark = pytest.mark.L0
+
+F8 = "model.conv={channels: 8, multipliers: [1, 2, 2, 4], groups: 4, num_res_blocks: 1}"
+F16 = "model.conv={channels: 8, multipliers: [1, 1, 2, 2, 4], groups: 4, num_res_blocks: 1}"
+
+
+@pytest.mark.parametrize(("conv", "patch"), [(F8, 8), (F16, 16)])
+@pytest.mark.parametrize("latent", ["deterministic", "gaussian"])
+def test_pixels_become_latents_of_an_eighth_or_a_sixteenth_and_come_back(conv: str, patch: int, latent: str) -> None:
+    config = tiny_config(*CONV, conv, f"model.patch_size={patch}", f"model.latent={latent}")
+    tokenizer = tokenizer_of(config)
+    images = torch.rand(2, 3, 64, 32, generator=torch.Generator().manual_seed(0))
+    found = tokenizer.encode(images)
+    assert found.shape == (2, 8, 64 // patch, 32 // patch)
+    assert tokenizer.decode(found).shape == images.shape
+
+
+def test_it_has_latent_diffusions_number_of_parameters() -> None:
+    """34.2 and 49.5 million are those of the released f8 KL autoencoder's encoder and decoder with 4 channels."""
+    conv = "model.conv={channels: 128, multipliers: [1, 2, 4, 4]}"
+    config = tiny_config(*CONV, conv, "model.latent=gaussian", "model.latent_channels=4")
+    with torch.device("meta"):
+        model = Pretrainer(config, Rows.per_rank(config, 1))
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert counts["trunk"] == 34_163_592
+    assert counts["bottleneck"] == 8 * 8  # its quant_conv has 8 biases besides
+    assert counts["decoder"] == 49_490_179 + 4 * 4 + 4  # with post_quant_conv
+
+
+def test_attention_in_the_middle_is_softmax_of_all_positions_with_all() -> None:
+    attention = PositionAttention(8, 4, "matmul")
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+    x = torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(0))
+    expected = []
+    for image in x:
+        tokens_PC = F.group_norm(image[None], 4, attention.norm.weight, attention.norm.bias, 1e-6)[0].flatten(1).T
+        q, k, v = attention.qkv(tokens_PC).chunk(3, dim=1)
+        y_PC = attention.proj(torch.softmax(q @ k.T / 8**0.5, dim=1) @ v)
+        expected.append(image + y_PC.T.unflatten(1, (3, 5)))
+    torch.testing.assert_close(attention(x), torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_picture_does_not_see_its_neighbours_in_the_batch() -> None:
+    tokenizer = tokenizer_of(tiny_config(*CONV))
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    whole, alone = tokenizer.encode(images), tokenizer.encode(images[1:2])
+    torch.testing.assert_close(whole[1:2], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_positions_keep_their_place_on_the_way_through_tokens() -> None:
+    """A change in one corner of the picture moves the latents there, and not those of the far end."""
+    config = tiny_config(*CONV, "model.conv={channels: 8, multipliers: [1, 1, 1, 1], groups: 4, num_res_blocks: 1}")
+    model = build(config)
+    encoder, decoder = model.trunk, model.decoder
+    assert isinstance(encoder, ConvEncoder)
+    assert isinstance(decoder, ConvDecoder)
+    for block in (encoder.middle, decoder.middle):  # attention sees everything
+        block.attn.proj.weight.data.zero_()
+    images = torch.zeros(1, 3, 32, 256)
+    changed = images.clone()
+    changed[:, :, :8, :8] = 1
+    moved_TD = (encoder({"clip": changed}, {}) - encoder({"clip": images}, {})).abs().sum(dim=1)
+    moved = moved_TD.unflatten(0, (4, 32))
+    assert moved[:, 0].max() > 10 * moved[:, -1].max()
+    latent_RPL = torch.zeros(1, 4 * 32, 8)
+    latent_RPL[:, 0] = 1
+    recon = (decoder(latent_RPL, (4, 32)) - decoder(torch.zeros_like(latent_RPL), (4, 32))).abs().sum(dim=1)
+    assert recon[0, :8, :8].mean() > 10 * recon[0, -8:, -8:].mean()
+
+
+class Trained:
+    """A forward of training: the step's draws, and what came of them."""
+
+    def __init__(self, step: int, *overrides: str) -> None:
+        config = tiny_config(*CONV, *overrides)
+        draws = corruptor(config, 0, 1)
+        self.model = build(config)
+        self.inputs = model_inputs(random_batch(config, 0))
+        outputs = self.model(**self.inputs, corruption=draws and draws.draw(step)).rec
+        assert outputs is not None
+        self.rec = outputs
+
+
+def test_training_draws_from_the_distribution_and_encode_gives_its_mode() -> None:
+    first, second = (Trained(step, "model.latent=gaussian", "objectives.rec.kl=1e-6") for step in (0, 1))
+    assert not torch.equal(first.rec.recon, second.rec.recon), "other steps draw other numbers"
+    assert torch.equal(first.rec.latent, second.rec.latent), "pictures show the mode"
+    state = {name: parameter.detach() for name, parameter in first.model.named_parameters()}
+    tokenizer = VisualTokenizer.from_state(first.model.model, state)
+    images = first.inputs["images"][:6]
+    torch.testing.assert_close(tokenizer.encode(images), first.rec.latent, rtol=1e-5, atol=1e-6)
+    moments = tokenizer.moments(images)
+    assert moments.mean.shape == moments.log_variance.shape == (6, 8, 4, 4)
+    assert first.rec.posterior is not None
+    divergence = first.rec.posterior.kl()
+    assert divergence.shape == (6,)
+    assert (divergence > 0).all()
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    trained = Trained(0, "model.latent=gaussian")
+    trained.rec.recon.square().mean().backward()
+    assert [name for name, p in trained.model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_first_values_keep_the_size_of_what_passes_through() -> None:
+    def spread(x: Tensor) -> float:
+        return x.float().std().item()
+
+    rec = Trained(0).rec
+    assert 0.05 < spread(rec.latent) < 2
+    assert 0.05 < spread(rec.recon) < 2
+
+
+def test_first_values_follow_from_seed_and_name_alone() -> None:
+    one, other = build(tiny_config(*CONV)), build(tiny_config(*CONV, "model.latent=gaussian"))
+    theirs = dict(other.named_parameters())
+    assert torch.equal(one.trunk.conv_in.weight, theirs["trunk.conv_in.weight"])
+    again = build(tiny_config(*CONV, "seed=1"))
+    initialise(again, tiny_config(*CONV))
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+
+
+def test_its_config_reads_itself_back_and_its_weights_open(tmp_path: Path) -> None:
+    config = tiny_config(*CONV, "model.latent=gaussian")
+    run = write_run(tmp_path / "run", config)
+    assert load_config(run / "config.yaml") == config
+    assert "trunk: null" in to_yaml(config)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(VisualTokenizer.from_run(run).encode(images), tokenizer_of(config).encode(images))
+    with pytest.raises(UserError, match=r"model\.conv has no place in the public layout"):
+        VisualTokenizer.from_run(run).save_pretrained(tmp_path / "public")
+
+
+def test_the_table_says_its_levels(tmp_path: Path) -> None:
+    config = tiny_config(*CONV, "model.latent=gaussian")
+    said = describe(config, Rows.per_rank(config, 2))
+    assert "convolutions of 8 16 16 32 channels, 1 residual blocks a level of the encoder" in said
+    assert "one rank, one step: 48 tokens = clip 3 x 16 + 0 padding" in said
+    assert "latent of a 32 px image: 8 x 4 x 4, gaussian" in said
+
+
+def refused(*overrides: str) -> Config:
+    return tiny_config(*CONV, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("model.conv=null",), "trunk is missing and has no default: give model.trunk, or model.conv for both"),
+        (("model.trunk={width: 32, depth: 1, heads: 2}",), "conv and trunk are both set"),
+        (("model.patch_size=16",), r"patch_size=16 but conv.multipliers=\[1, 2, 2, 4\]: .* patches of 8"),
+        (("model.conv.groups=3",), "channels=8 over groups=3"),
+        (("model.registers=1",), "registers=1 but conv is set"),
+        (("objectives.clip.weight=1",), "objectives.clip.weight=1: it has no CLS token"),
+        (("objectives.ssl.weight=1", "batch.ssl=6"), "objectives.ssl.weight=1: it has no CLS token"),
+        (("objectives.rec.mask=[0.1,0.5]",), "a convolution sees whole images"),
+        (("system.linear=fp8_torchao", "optim.precision=bf16"), "FP8 is for the blocks of transformers"),
+    ],
+)
+def test_what_convolutions_cannot_do_is_one_clear_error(overrides: tuple[str, ...], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        refused(*overrides)
