@@ -71,8 +71,21 @@ def test_dopri5_needs_few_evaluations_where_the_field_is_straight_and_more_at_a_
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_field_that_is_not_finite_ends_in_an_error(value: float) -> None:
-    with pytest.raises(UserError, match=r"sampler=dopri5 is at time 0 .* not finite"):
-        ode.dopri5(lambda x, time: torch.full_like(x, value), torch.zeros(2), 1e-3, 1e-6)
+    """And soon: a generator's evaluations are not free."""
+    asked: list[float] = []
+
+    def field(x: Tensor, time: float) -> Tensor:
+        asked.append(time)
+        return torch.full_like(x, value)
+
+    with pytest.raises(UserError, match=r"sampler=dopri5 finds no step short enough at time 0 .* not finite"):
+        ode.dopri5(field, torch.zeros(2), 1e-3, 1e-6)
+    assert len(asked) < 50
+
+
+def test_a_field_that_breaks_on_the_way_ends_in_an_error_there() -> None:
+    with pytest.raises(UserError, match=r"no step short enough at time 0\.5"):
+        ode.dopri5(lambda x, time: x / (time < 0.5), torch.ones(2), 1e-3, 1e-6)
 
 
 def test_a_shift_below_one_crowds_the_times_near_the_noise() -> None:
