@@ -72,7 +72,7 @@ class Generation:
         if self._is_corpus_ahead:
             with_one_answer(self._look)
             self._is_corpus_ahead = False
-        described = asdict(sampling) | {"steps": None if sampling.method == "dopri5" else sampling.num_steps}
+        described = asdict(self.pair.generator.module.resolved(sampling))
         row = described | {"samples": options.num_samples, "evaluations": self._evaluations()}
         if not self.fids:
             return [row | {"network": NO_FID, "gfid": None}]

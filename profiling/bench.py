@@ -24,6 +24,7 @@ BENCHES = (
     "text",
     "compile",
     "depth",
+    "masked",
     "prototypes",
     "contrastive",
     "loader",

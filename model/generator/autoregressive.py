@@ -15,6 +15,7 @@ A sample's numbers: uniforms of its order (N), mask ratio, class dropout, noise 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from model.generator.sampling import Sampling
 from model.generator.shape import LatentShape
 
 ITERATIONS = 64  # in which all tokens of order=masked are drawn, where no number is asked for [P]
+STEPS = 100  # of a token's own diffusion, likewise [P]
 SHAPES = 8  # numbers of tokens that the encoder meets while sampling: few, as each is a graph where blocks are compiled
 
 
@@ -86,20 +88,30 @@ class AutoregressiveGenerator(nn.Module):
         shape = torch.Size((len(tokens_BNC), self.shape.channels, self.shape.height, self.shape.width))
         return unpatched(tokens_BNC.flatten(0, 1), shape, self.section.patch)
 
+    def resolved(self, sampling: Sampling) -> Sampling:
+        """`sampling` with what it leaves open as this generator takes it. Raises UserError for what cannot be."""
+        self._check(sampling)
+        steps, iterations = sampling.steps, sampling.iterations
+        if steps is None and sampling.method != "dopri5":
+            steps = STEPS
+        if iterations is None and self.section.order == "masked":
+            iterations = min(ITERATIONS, self.tokens)
+        return replace(sampling, steps=steps, iterations=iterations)
+
     def sampling_needs(self, sampling: Sampling) -> Needs:
         """The numbers one row takes in `sample`."""
-        numbers = self.tokens * self.channels
-        return Needs(normals=token_process.normals_per_number(sampling) * numbers, uniforms=self.tokens)
+        each = token_process.normals_per_number(self.resolved(sampling))
+        return Needs(normals=each * self.tokens * self.channels, uniforms=self.tokens)
 
     @torch.no_grad()
     def sample(self, labels_B: Tensor, sampling: Sampling, draws: Draws) -> Tensor:
         """(B,) int64, num_classes for no class -> (B, L, h, w) float32, normalised.
 
         Guidance grows with the share of tokens drawn, as in MAR [C], up to `sampling.guidance`. All else of `sampling`
-        but its iterations is about each token's own diffusion. The same draws give the same latents. Raises UserError
-        for what this generator cannot do.
+        but its iterations is about each token's own diffusion. The same draws give the same latents. Raises like
+        `resolved`.
         """
-        self._check(sampling)
+        sampling = self.resolved(sampling)
         order_BN = token_order.draw_order(self.section.order, draws.uniform_BU)
         noise_KBNC = draws.normal_BN.unflatten(1, (-1, self.tokens, self.channels)).transpose(0, 1)
         drawn_BNC = torch.zeros_like(noise_KBNC[0])
@@ -118,7 +130,8 @@ class AutoregressiveGenerator(nn.Module):
         without a class last. Reads of `drawn_BNC` what was drawn in between."""
         labels_X, order_XN = self._twice(labels_B, order_BN, sampling)
         width, known = -(-self.tokens // SHAPES), 0
-        for count in token_order.cosine_schedule(self.tokens, self._iterations(sampling)):
+        assert sampling.iterations is not None, "it is resolved"
+        for count in token_order.cosine_schedule(self.tokens, sampling.iterations):
             held = min(self.tokens, -(-known // width) * width)
             known_XKC = _repeated(drawn_BNC[:, :held], len(labels_X))
             visible_X = torch.full_like(labels_X, known)
@@ -156,9 +169,6 @@ class AutoregressiveGenerator(nn.Module):
         if sampling.guidance == 1:
             return labels_B, order_BN
         return torch.cat((labels_B, torch.full_like(labels_B, self.num_classes))), torch.cat((order_BN, order_BN))
-
-    def _iterations(self, sampling: Sampling) -> int:
-        return min(ITERATIONS, self.tokens) if sampling.iterations is None else sampling.iterations
 
     def _check(self, sampling: Sampling) -> None:
         objective, order = self.section.head.objective, self.section.order

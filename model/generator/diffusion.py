@@ -11,6 +11,7 @@ Latents are normalised: each channel of zero mean and unit variance over the cor
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,20 @@ class DiffusionGenerator(nn.Module):
         predicted_BLhw = self.backbone(x_BLhw, self.section.time_scale * time_B, labels_B)
         return velocity.velocity_terms(predicted_BLhw, latents_BLhw, noise_BLhw, self.section.direction)
 
+    def resolved(self, sampling: Sampling) -> Sampling:
+        """`sampling` with what it leaves open as this generator takes it. Raises UserError for what cannot be."""
+        if sampling.method not in METHODS[self.section.objective]:
+            raise UserError(
+                f"sampler={sampling.method} for a generator of objective={self.section.objective}: it is sampled with "
+                f"{', '.join(METHODS[self.section.objective])}; choose one of them"
+            )
+        if sampling.iterations is not None:
+            raise UserError(
+                f"iterations={sampling.iterations} for a diffusion generator: it draws all tokens at once; leave "
+                "iterations out"
+            )
+        return sampling if sampling.method == "dopri5" else replace(sampling, steps=sampling.num_steps)
+
     def sampling_needs(self, sampling: Sampling) -> Needs:
         """The numbers one row takes in `sample`."""
         latents = sampling.num_steps if sampling.method == "ancestral" else 1
@@ -68,16 +83,7 @@ class DiffusionGenerator(nn.Module):
     @torch.no_grad()
     def follow(self, labels_B: Tensor, sampling: Sampling, draws: Draws) -> ode.Path:
         """`sample`, with the number of times the model was asked; a guided question is one."""
-        if sampling.method not in METHODS[self.section.objective]:
-            raise UserError(
-                f"sampler={sampling.method} for a generator of objective={self.section.objective}: it is sampled with "
-                f"{', '.join(METHODS[self.section.objective])}; choose one of them"
-            )
-        if sampling.iterations is not None:
-            raise UserError(
-                f"iterations={sampling.iterations} for a diffusion generator: it draws all tokens at once; leave "
-                "iterations out"
-            )
+        sampling = self.resolved(sampling)
         shape = (len(labels_B), self.shape.channels, self.shape.height, self.shape.width)
         noise_SBLhw = draws.normal_BN.unflatten(1, (-1, *shape[1:])).transpose(0, 1)
         predict = self._guided(labels_B, sampling)

@@ -28,7 +28,6 @@ from model.generator.sampling import Sampling
 Objective = Literal["noise", "velocity"]
 # (noisy (R, C), thousandths, time) -> (R, C). The time runs from 0, noise, to 1, a token, whatever the objective.
 Predict = Callable[[Tensor, float, float], Tensor]
-STEPS = 100  # of a token, where none are asked for [P]
 OFFSET = 0.008  # of the cosine schedule
 # Sampling begins at this step of the 1,000. At the last one the signal is 5e-5 of the noise, and an error of the
 # prediction would come out 20,000 times as large; here 50 times.
@@ -55,22 +54,13 @@ def corrupt(objective: Objective, tokens_RC: Tensor, noise_RC: Tensor, uniform_R
 
 def normals_per_number(sampling: Sampling) -> int:
     """How many normals one number of a token takes to be drawn."""
-    return num_steps(sampling) if sampling.method == "ancestral" else 1
-
-
-def num_steps(sampling: Sampling) -> int:
-    """Steps of one token, of a method that has a fixed number of them."""
-    return STEPS if sampling.steps is None else sampling.steps
+    return sampling.num_steps if sampling.method == "ancestral" else 1
 
 
 def generated(predict: Predict, noise_KRC: Tensor, sampling: Sampling) -> Tensor:
     """(R, C) float32 tokens from K = normals_per_number (R, C) normals."""
-    count, survival_S = num_steps(sampling), cosine_survival()[: FIRST + 1]
-    if sampling.method == "ddim":
-        return noising.ddim(_of_step(predict), noise_KRC[0], survival_S, count)
-    if sampling.method == "ancestral":
-        added = noise_KRC[1:]
-        return noising.ancestral(_of_step(predict), noise_KRC[0], survival_S, count, added, sampling.temperature)
+    if sampling.method in ("ddim", "ancestral"):
+        return _denoised(predict, noise_KRC, sampling)
 
     def field(x_RC: Tensor, time: float) -> Tensor:
         return predict(x_RC, 1000 * time, time)
@@ -78,7 +68,7 @@ def generated(predict: Predict, noise_KRC: Tensor, sampling: Sampling) -> Tensor
     if sampling.method == "dopri5":
         return ode.dopri5(field, noise_KRC[0], sampling.rtol, sampling.atol).end
     solver = ode.euler if sampling.method == "euler" else ode.heun
-    return solver(field, noise_KRC[0], ode.grid(count, sampling.timestep_shift)).end
+    return solver(field, noise_KRC[0], ode.grid(sampling.num_steps, sampling.timestep_shift)).end
 
 
 @lru_cache(maxsize=1)
@@ -91,5 +81,12 @@ def cosine_survival() -> Tensor:
     return survival_S
 
 
-def _of_step(predict: Predict) -> noising.Predict:
-    return lambda x_RC, step: predict(x_RC, step, 1 - step / (noising.STEPS - 1))
+def _denoised(predict: Predict, noise_KRC: Tensor, sampling: Sampling) -> Tensor:
+    survival_S, count = cosine_survival()[: FIRST + 1], sampling.num_steps
+
+    def noise_in(x_RC: Tensor, step: int) -> Tensor:
+        return predict(x_RC, step, 1 - step / (noising.STEPS - 1))
+
+    if sampling.method == "ddim":
+        return noising.ddim(noise_in, noise_KRC[0], survival_S, count)
+    return noising.ancestral(noise_in, noise_KRC[0], survival_S, count, noise_KRC[1:], sampling.temperature)

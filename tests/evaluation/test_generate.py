@@ -111,6 +111,9 @@ class Replay(nn.Module):
         latents, _ = store.read(range(store.num_samples), [False] * store.num_samples)
         self.latents = (latents - store.mean.view(-1, 1, 1)) / store.std.view(-1, 1, 1)
 
+    def resolved(self, sampling: Sampling) -> Sampling:
+        return sampling
+
     def sampling_needs(self, sampling: Sampling) -> Needs:
         return Needs(normals=0, uniforms=0)
 

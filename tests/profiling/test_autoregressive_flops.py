@@ -11,6 +11,7 @@ from configs.autoregressive import Autoregressive, MaskRatio
 from model.generator.build import build
 from model.generator.shape import LatentShape
 from profiling.autoregressive_flops import autoregressive_flops
+from profiling.generator_flops import generator_flops
 from tests.model.generator.tiny_autoregressive import drawn, section, tiny
 
 pytestmark = pytest.mark.L0
@@ -32,7 +33,7 @@ def test_the_count_is_torchs(settings: dict[str, object]) -> None:
     latents_BLhw, labels_B = torch.randn(3, 5, 6, 4), torch.tensor([0, 1, 2])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         generator(latents_BLhw, labels_B, drawn(generator.needs, rows=3))
-    assert counter.get_total_flops() == autoregressive_flops(made, shape, batch=3)
+    assert counter.get_total_flops() == generator_flops(made, shape, num_classes=4, batch=3)
 
 
 def test_a_published_generator_has_the_published_size() -> None:

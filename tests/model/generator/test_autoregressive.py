@@ -203,6 +203,12 @@ def test_a_sampling_that_does_not_fit_is_refused(order: str, objective: str, sam
         sampled(tiny(order, objective), sampling, torch.tensor([0]))
 
 
+def test_what_a_sampling_leaves_open_is_filled_in() -> None:
+    assert tiny().resolved(Sampling("ddim")) == Sampling("ddim", steps=100, iterations=N)  # 64, but for 16 tokens
+    assert tiny("raster", "velocity").resolved(Sampling("euler", steps=7)) == Sampling("euler", steps=7)
+    assert tiny("raster", "velocity").resolved(Sampling("dopri5")) == Sampling("dopri5")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

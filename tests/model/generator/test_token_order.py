@@ -76,5 +76,6 @@ def test_rows_are_dealt_evenly_to_hidden_tokens_alone() -> None:
     rows = dealt(visible_B, tokens=10, rows=23)
     for sample, seen in enumerate(visible_B.tolist()):
         counts = (rows[sample] - 10 * sample).bincount(minlength=10)
+        assert len(counts) == 10
         assert counts[:seen].sum() == 0
         assert counts[seen:].max() - counts[seen:].min() <= 1
