@@ -70,9 +70,7 @@ class Rec(Section):
     lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
     kl: float = Field(0.0, ge=0)  # nats of an image, with model.latent=gaussian; l-DeTok's 1e-6
     noise: Noise = Noise()
-    mask: MaskRange | None = (
-        None  # share of patches hidden from the encoder: U(low, high) per step; l-DeTok's -0.1, 0.7
-    )
+    mask: MaskRange | None = None  # share of patches hidden from the encoder, U(low, high); l-DeTok's -0.1, 0.7
     align: Align | None = None  # no part of VTP: the baseline it is compared with
 
     @model_validator(mode="after")

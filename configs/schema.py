@@ -23,7 +23,7 @@ from configs.architecture import Model
 from configs.data import Batch, Data, Masks, Views
 from configs.learning import Objectives, Teacher
 from configs.run import Run
-from configs.section import Section
+from configs.section import Section, Share
 
 
 class Init(Section):
@@ -53,6 +53,9 @@ class Config(Run):
     init: Init = Init()
     objectives: Objectives
     teacher: Teacher = Teacher()
+    ema: Share | None = (
+        None  # momentum of an average of all trained weights, which the run then gives; VTP says of none
+    )
 
     @property
     def samples_per_step(self) -> int:

@@ -95,8 +95,9 @@ def whole_weights(path: Path, key: str = MASTER) -> dict[str, Tensor]:
 
 
 def consolidate(path: Path, out: Path) -> None:
-    """What a checkpoint's run is for, as one weights file: of pre-training the student (model/weights.py), of stage 2
-    the tokenizer with the averaged decoder, of a generator its average (model/generator/weights.py)."""
+    """What a checkpoint's run is for, as one weights file: of pre-training the student or, with `ema`, its average
+    (model/weights.py), of stage 2 the tokenizer with the averaged decoder, of a generator its average
+    (model/generator/weights.py)."""
     config = load_run(path / "config.yaml")
     draft = out.with_name(f".{out.name}.tmp")
     if isinstance(config, Generation):
@@ -104,7 +105,8 @@ def consolidate(path: Path, out: Path) -> None:
     elif isinstance(config, DecoderGan):
         write_with_decoder(config, whole_weights(path, AVERAGE), read_state(path).step, draft)
     elif isinstance(config, Config):
-        write_weights(draft, whole_weights(path), config.model, Origin.of(config, read_state(path).step))
+        weights = whole_weights(path, MASTER if config.ema is None else AVERAGE)
+        write_weights(draft, weights, config.model, Origin.of(config, read_state(path).step))
     sync(draft)
     draft.replace(out)
 

@@ -28,6 +28,7 @@ from configs import Config, Run, UserError
 from configs.ds import zero_stage
 from configs.learning import Align, Optim
 from engine import linears, optim, world, zero
+from engine.average import Average
 from engine.corruption import Corruptor, corruptor
 from engine.drop_path import DropPath, drop_path
 from engine.host_memory import keep_freed_blocks
@@ -71,6 +72,7 @@ class Assembly:
 
     engine: Any  # DeepSpeed's
     teacher: Teacher | None
+    average: Average | None
     comm: Comm
     perceptual: Perceptual | None
     frozen: FrozenEncoder | None  # with objectives.rec.align
@@ -83,7 +85,7 @@ class Assembly:
 
     def kept(self, centres: Centres | None) -> Kept:
         """What a checkpoint holds, with the centres of now."""
-        followers = () if self.teacher is None else (self.teacher,)
+        followers = [each for each in (self.teacher, self.average) if each is not None]
         return Kept({MAIN: self.engine}, followers, {} if centres is None else vars(centres))
 
 
@@ -111,11 +113,15 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
     options = {
         "drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)",
         "rec": f"a step {disturbs}" if disturbs else "from whole images and exact latents (objectives.rec)",
+        "weights of the run": "the last step's (ema=null)"
+        if config.ema is None
+        else f"an average (ema={config.ema:g})",
         "alignment": _said_of_alignment(config.objectives.rec.align),
     }
     return Assembly(
         engine=engine,
         teacher=teacher,
+        average=None if config.ema is None else Average(engine, MAIN),
         comm=TimedComm(comm, phases),
         perceptual=_perceptual(config, device),
         frozen=_frozen(config, device),

@@ -66,6 +66,10 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
     parts.engine.step()
     if parts.teacher is not None:
         parts.teacher.follow(momentum)
+    if parts.average is not None:
+        assert config.ema is not None, "assembled for it"
+        with parts.phases("ema"):
+            parts.average.follow(config.ema)
     return StepRecord(
         losses=losses.named(),
         schedule={"learning_rate": rate, "teacher_momentum": momentum, "teacher_temperature": temperature},

@@ -11,6 +11,7 @@ each stage against the tensors of a real engine. For N trained and F frozen para
     frozen teacher         F b                             F b / W
     optimizer              12 N / W                        12 N / W          float32 weights and two moments
     EMA teacher            4 F                             4 F / W           float32 averages
+    average of weights     4 N / W                         4 N / W           with ema
     gradients              -                               N b / W
     reduce bucket          -                               reduce_bucket_size b, whatever the model's size
     perceptual network     59 MB                           59 MB             with objectives.rec.perceptual
@@ -117,6 +118,7 @@ def _stage_3(config: Config, ds_config: dict[str, Any], model: Pretrainer, world
         Component("frozen teacher", frozen * each),
         Component("optimizer", trained * OPTIMIZER_BYTES, is_on_host=offloads_optimizer(ds_config)),
         Component("EMA teacher", frozen * FP32_BYTES),
+        _average(config, ds_config, trained),
         Component("gradients", trained * each),
         Component("reduce bucket", bucket * each),
         Component("gathered parameters", most_live * each, is_static=False),
@@ -134,4 +136,11 @@ def _stage_1_and_2(config: Config, ds_config: dict[str, Any], model: Pretrainer,
         Component("frozen teacher", frozen * each),
         Component("optimizer", trained // world_size * OPTIMIZER_BYTES, is_on_host=on_host),
         Component("EMA teacher", frozen * FP32_BYTES),
+        _average(config, ds_config, trained // world_size),
     ]
+
+
+def _average(config: Config, ds_config: dict[str, Any], own: int) -> Component:
+    """Where the optimizer has its weights; nothing without `ema`."""
+    size = 0 if config.ema is None else own * FP32_BYTES
+    return Component("average of weights", size, is_on_host=offloads_optimizer(ds_config))

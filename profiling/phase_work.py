@@ -187,7 +187,8 @@ def update_work(config: Config, ds_config: dict[str, Any], world_size: int) -> d
 
     AdamW reads weight, gradient and two moments and writes all but the gradient, in float32, and the weight once more
     in the run's precision; it is left out where the host takes that step. The EMA reads student and average, writes the
-    average and the teacher's weight. Products they have none: counted are 15 and 3 operations a weight.
+    average and the teacher's weight; the average of all trained weights (`ema`) has no such weight. Products they have
+    none: counted are 15 and 3 operations a weight.
     """
     each, model = DTYPE_BYTES[config.optim.precision], meta_model(config, world_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / world_size
@@ -197,7 +198,8 @@ def update_work(config: Config, ds_config: dict[str, Any], world_size: int) -> d
     if not offloads_optimizer(ds_config):
         moved = trained * (7 * FP32_BYTES + each)
         found["optimizer"] = Work(ADAMW_FLOPS * trained, moved, moved)
-    if frozen:
-        moved = frozen * (3 * FP32_BYTES + each)
-        found["ema"] = Work(EMA_FLOPS * frozen, moved, moved)
+    averaged = trained if config.ema is not None and not offloads_optimizer(ds_config) else 0
+    if frozen or averaged:
+        moved = frozen * (3 * FP32_BYTES + each) + averaged * 3 * FP32_BYTES
+        found["ema"] = Work(EMA_FLOPS * (frozen + averaged), moved, moved)
     return found

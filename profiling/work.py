@@ -30,7 +30,7 @@ CAST_BYTES = 6  # an element of an FP8 product's operands: find the maximum, rea
 # Elements of VGG-16's feature maps for each pixel of the image, and how often forward and backward touch one.
 VGG_MAPS, VGG_FORWARD, VGG_BACKWARD = 270, 4, 6
 # A trained parameter: AdamW reads and writes three float32, reads the gradient, writes bf16; its norm, twice cast.
-OPTIMIZER_BYTES, EMA_BYTES = 40, 14
+OPTIMIZER_BYTES, EMA_BYTES, AVERAGE_BYTES = 40, 14, 12
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ def _products(part: Vit | Text) -> list[tuple[int, int]]:
 def _updates(config: Config, rows: Rows, shards: int) -> Iterator[Work]:
     trained, frozen = _parameters(config.model_copy(update={"system": System()}), rows)
     yield Work("optimizer", bytes=trained / shards * OPTIMIZER_BYTES)
-    yield Work("EMA", bytes=frozen / shards * EMA_BYTES)
+    averaged = 0 if config.ema is None else trained * AVERAGE_BYTES
+    yield Work("EMA", bytes=(frozen * EMA_BYTES + averaged) / shards)
 
 
 @lru_cache(maxsize=4)

@@ -38,7 +38,7 @@ def another(value: Any, annotation: Any) -> Any:
     if value is None and "tuple" in str(annotation):
         return (0.25, 0.5)
     if value is None:
-        return 0.5 if float in typing.get_args(annotation) else "x"
+        return 0.5 if "float" in str(annotation) else "x"
     if isinstance(value, bool):
         return not value
     if isinstance(value, tuple):

@@ -59,7 +59,7 @@ DISTURBED = (
         ("zero3", []),
         ("zero3", ["optim.precision=bf16", "objectives.ssl.targets=centering"]),
         ("zero3", ["model.trunk.drop_path=0.4"]),
-        ("zero3", [*DISTURBED]),
+        ("zero3", [*DISTURBED, "ema=0.9"]),
         ("zero2", []),
         ("zero1", ["optim.precision=bf16"]),
     ],
@@ -97,3 +97,28 @@ def test_a_checkpoint_is_whole_and_its_weights_come_together_without_ranks(tmp_p
     assert model == config.model
     assert weights.keys() == trained.weights.keys()
     assert [name for name in weights if not torch.equal(weights[name], trained.weights[name])] == []
+
+
+def train_with_an_average(comm: Comm, config: Config, root: Path) -> tuple[dict[str, torch.Tensor], ranks.Trained]:
+    """Three steps, saved; and the average as a loop over whole weights makes it."""
+    assert config.ema is not None
+    parts, expected = ranks.build(config, comm, "zero3"), dict[str, torch.Tensor]()
+    for step in range(4):
+        trained = ranks.outcome(parts, [])
+        for name, weight in trained.weights.items():
+            expected[name] = torch.lerp(expected.get(name, weight), weight, 1 - config.ema)
+        if step < 3:
+            ranks.run_steps(parts, config, comm, step, step + 1)
+    checkpoint.save(root, 3, parts.kept(None), config)
+    return expected, trained
+
+
+def test_with_ema_a_run_gives_the_average_of_its_weights(tmp_path: Path) -> None:
+    expected, last = run_ranks(train_with_an_average, 2, tiny_config("ema=0.9"), tmp_path / "checkpoints")[0]
+    archive.consolidate(archive.find(tmp_path / "checkpoints"), tmp_path / "weights.safetensors")
+    weights, _ = read_weights(tmp_path / "weights.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-7, msg=name)
+    name = "decoder.proj_out.weight"
+    assert (weights[name] - last.weights[name]).abs().max() > 1e-4, "these are others"

@@ -40,11 +40,18 @@ def held(comm: Comm, config: Config, ds_config: dict[str, Any]) -> int:
 
 @pytest.mark.L1
 @pytest.mark.parametrize(
-    ("world_size", "stage", "precision"),
-    [(2, "zero3", "bf16"), (1, "zero3", "bf16"), (2, "zero2", "bf16"), (2, "zero1", "fp32")],
+    ("world_size", "stage", "precision", "more"),
+    [
+        (2, "zero3", "bf16", ("ema=0.9", "objectives.rec.mask=[-0.1,0.7]", "model.latent=gaussian")),
+        (1, "zero3", "bf16", ()),
+        (2, "zero2", "bf16", ("ema=0.9",)),
+        (2, "zero1", "fp32", ()),
+    ],
 )
-def test_what_an_engine_holds_between_steps_is_what_was_predicted(world_size: int, stage: str, precision: str) -> None:
-    config = tiny(f"optim.precision={precision}")
+def test_what_an_engine_holds_between_steps_is_what_was_predicted(
+    world_size: int, stage: str, precision: str, more: tuple[str, ...]
+) -> None:
+    config = tiny(f"optim.precision={precision}", *more)
     case = (config, ds_of(config, stage, world_size))
     # Worst seen 21 bytes in 800,000; without the EMA teacher it is 71,000 off, without a moment 145,000.
     assert run_ranks(held, world_size, *case)[0] == pytest.approx(
