@@ -82,6 +82,11 @@ def initial_decoder(config: DecoderGan, model: Model) -> PixelDecoder:
 
 def _check(config: DecoderGan, model: Model) -> None:
     path = Path(config.tokenizer.weights)
+    if model.conv is not None:
+        raise UserError(
+            f"tokenizer.weights={path} is an autoencoder of convolutions (model.conv): stage 2 trains decoders "
+            "that are transformers; take another tokenizer"
+        )
     with opened(path) as stored:
         held = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118 (not a mapping)
     missing = [part for part in NEEDED if not any(key.startswith(f"{part}.") for key in held)]

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from configs.decoder_gan import DecoderObjectives, Gan, PixelLosses
 from model.decoder_stage import StageOutputs
-from model.objectives.adversarial import adaptive_weight, generator_loss
+from model.objectives.adversarial import generator_loss
+from model.objectives.balance import adaptive_weight
 from model.objectives.comm import Comm
 from model.objectives.perceptual import Perceptual
 from model.objectives.pixels import l1_loss, to_signed

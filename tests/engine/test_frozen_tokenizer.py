@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import UserError, fingerprint
+from configs.architecture import Model
 from engine.frozen_tokenizer import described, initial_decoder
 from model.tokenizer import VisualTokenizer, pixels_of
 from model.weights import digest, write_weights
@@ -68,6 +69,14 @@ def test_weights_of_another_width_than_they_describe_are_refused(weights: Path, 
         stage_config(other)
     write_weights(other, load_file(weights), tiny_config("model.trunk.depth=3").model)
     with pytest.raises(UserError, match=r"trunk.blocks.2.*, and holds none: its tensors are another model's"):
+        stage_config(other)
+
+
+def test_convolutions_are_refused(weights: Path, tmp_path: Path) -> None:
+    other, conv = tmp_path / "other.safetensors", {"channels": 32, "multipliers": [1, 1, 2, 2]}
+    model = tiny_config().model.model_dump() | {"trunk": None, "decoder": None, "conv": conv}
+    write_weights(other, load_file(weights), Model.model_validate(model))
+    with pytest.raises(UserError, match="is an autoencoder of convolutions"):
         stage_config(other)
 
 

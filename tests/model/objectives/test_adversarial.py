@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.objectives.adversarial import EPS, adaptive_weight, discriminator_loss, generator_loss
+from model.objectives.adversarial import discriminator_loss, generator_loss
+from model.objectives.balance import EPS, adaptive_weight
 from model.objectives.comm import Comm, Solo
 from tests.harness import run_ranks
 
