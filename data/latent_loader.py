@@ -1,11 +1,11 @@
-"""Step number -> latents for a generator: every picture once an epoch, mirrored or not, normalised, made ahead.
+"""Step number -> latents for a generator: every picture once an epoch, mirrored or not, normalised.
 
 Global position g is number g mod N of epoch g div N, and stands at place permutation(N, seed, epoch)[g mod N] of the
 store. Rank r of W serves the positions r, r + W, ... of a step, so all ranks' rows together are the same for every W
 that divides the batch, and a resume is a jump.
 
     loader = LatentLoader(LatentStore("latents/vtp_l"), seed=0, batch=1024, flip=True, rank=0, world_size=8)
-    for batch in loader.iterate(first_step=1000): ...       # batch.latents_BLhw: (128, L, h, w)
+    loader.batch(step=1000).latents_BLhw        # (128, L, h, w)
 
 An epoch's permutation is held whole: 10 MB and a few tenths of a second once an epoch for ImageNet's 1.28 million
 pictures, where a Feistel network would hold nothing and hash several times for every row.
@@ -13,19 +13,16 @@ pictures, where a Feistel network would hold nothing and hash several times for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from configs import UserError
 from data.hashing import hash_words, permutation
 from data.latents import LatentStore
-from data.prefetch import Prefetcher
 
 Ints = NDArray[np.int64]
 _EPOCH, _FLIP = 1, 2  # what a hash is for
@@ -59,7 +56,6 @@ class LatentLoader:
         flip: bool,
         rank: int = 0,
         world_size: int = 1,
-        prefetch: int = 2,
     ) -> None:
         if batch % world_size:
             raise UserError(
@@ -71,18 +67,9 @@ class LatentLoader:
                 "set latents.flip=false, or extract the latents with `python -m evaluation.latents`"
             )
         self.store, self.seed, self.samples, self.flip = store, seed, batch, flip
-        self._rank, self._world_size, self._prefetch = rank, world_size, prefetch
+        self._rank, self._world_size = rank, world_size
         self._mean, self._std = store.mean.view(-1, 1, 1), store.std.view(-1, 1, 1)
         self._permutation = lru_cache(2)(self._permute)  # a batch can reach into the next epoch
-        self._prefetcher: Prefetcher[LatentBatch] | None = None
-
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds the consumer waited for batches since this was last read."""
-        if self._prefetcher is None:
-            return 0.0
-        waited, self._prefetcher.wait_seconds = self._prefetcher.wait_seconds, 0.0
-        return waited
 
     def batch(self, step: int) -> LatentBatch:
         """This rank's rows of a step: a pure function of (store, seed, step, rank, world size)."""
@@ -99,22 +86,6 @@ class LatentLoader:
             indices[of_epoch] = self._permutation(int(epoch))[within[of_epoch]]
         is_flipped = (hash_words(self.seed, _FLIP, positions_B) >> np.uint64(63)).astype(bool)
         return indices, is_flipped & self.flip
-
-    def iterate(self, first_step: int = 0) -> Iterator[LatentBatch]:
-        """The batches from `first_step` on, without end, made ahead; one iteration at a time."""
-        self.close()
-        self._prefetcher = Prefetcher(self._batch_ahead, first_step, self._prefetch)
-        return self._prefetcher
-
-    def close(self) -> None:
-        """Ends the thread."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
-
-    def _batch_ahead(self, step: int) -> LatentBatch:
-        batch = self.batch(step)
-        return batch.pinned() if torch.cuda.is_available() else batch
 
     def _permute(self, epoch: int) -> Ints:
         return permutation(self.store.num_samples, self.seed, _EPOCH, epoch)

@@ -26,7 +26,7 @@ class SampleGrid:
     def __init__(self, num_classes: int, num_samples: int) -> None:
         present = min(num_classes, num_samples)
         rows = min(ROWS, present)
-        self.classes = [row * present // rows for row in range(rows)]
+        self.classes = [row * present // rows + row % (present // rows) for row in range(rows)]  # not all of one column
         columns = min(COLUMNS, (num_samples - 1 - self.classes[-1]) // num_classes + 1)
         self._places = {
             label + column * num_classes: (row, column)
