@@ -60,7 +60,10 @@ def read_statistics(directory: Path, channels: int) -> tuple[Tensor, Tensor]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         mean, std = (stored[name].float().flatten() for name in ("mean", "std"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: training normalises latents by it; {REMEDY}") from None
+        raise UserError(
+            f"{path} does not exist: training normalises latents by it; measure them with "
+            f"`python -m data.latent_statistics {directory}`"
+        ) from None
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} holds no statistics ({' '.join(str(error).split())[:120]}): it is a dictionary of the tensors "

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import UserError
+from data import latent_statistics
 from data.latent_files import shard_files, write_statistics
 from data.latent_writer import LatentWriter, Tally
 from data.latents import LatentStore
@@ -77,6 +78,25 @@ def test_statistics_are_those_of_all_stored_values(tmp_path: Path, dtype: torch.
     assert store.dtype == dtype
     assert store.mean.equal(mean.float())
     assert store.read([49], [True])[0].equal(whole["latents_flip"][49:])
+
+
+@pytest.mark.parametrize("has_flips", [True, False])
+def test_a_public_store_without_statistics_is_measured(
+    tmp_path: Path, has_flips: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = write_public_store(tmp_path / "public", [300, 7])
+    (store / "latents_stats.pt").unlink()
+    if not has_flips:
+        for path in shard_files(store):
+            _without(path, "latents_flip")
+    assert latent_statistics.main([str(store)]) == 0
+    whole = random_latents(307)
+    values = torch.cat([whole[key] for key in ("latents", "latents_flip")[: 1 + has_flips]]).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(LatentStore(store).mean, values.mean(1))
+    torch.testing.assert_close(LatentStore(store).std, values.std(1))
+    for directory, expected in ((store, "is there already"), (tmp_path, "holds no latents")):
+        assert latent_statistics.main([str(directory)]) == 2
+        assert expected in capsys.readouterr().err
 
 
 def test_a_rank_without_pictures_adds_nothing(tmp_path: Path) -> None:
@@ -152,7 +172,7 @@ DAMAGES = {
     "label -1": ("with a label from 0 on for each", lambda store, file: _with(file, labels=torch.full((3,), -1))),
     "unlike flips": ("both alike", lambda store, file: _with(file, latents_flip=torch.zeros(3, 4, 2, 2))),
     "unlike files": ("files of one store are alike", lambda store, file: write_unlike(file)),
-    "no statistics": ("latents_stats.pt does not exist", lambda store, file: (store / "latents_stats.pt").unlink()),
+    "no statistics": ("python -m data.latent_statistics", lambda store, file: (store / "latents_stats.pt").unlink()),
     "cut statistics": ("holds no statistics", lambda store, file: _cut(store / "latents_stats.pt")),
     "other statistics": (
         "holds no statistics",

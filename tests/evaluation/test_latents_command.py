@@ -94,6 +94,15 @@ def test_limit_and_dtype_hold(trained: Path, tmp_path: Path) -> None:
     assert store.labels.tolist() == [0, 0, 0, 0, 0, 0]
 
 
+def test_a_picture_that_cannot_be_decoded_is_left_out_and_counted(trained: Path, tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i in range(5):
+        members |= {f"{i}.jpg": encoded(i)[: 200 if i == 2 else None], f"{i}.json": b'{"label": %d}' % i}
+    store = extract(trained, tmp_path / "store", Options(data=(str(write_tar(tmp_path / "0.tar", members)),)))
+    assert store.labels.tolist() == [0, 1, 3, 4]
+    assert sum(store.notes["bad_samples"].values()) == 1
+
+
 def _extract(_: Ranks, trained: Path, out: Path, unlabelled: Path) -> str:
     """Writes the store; the error that another corpus ends with."""
     extract(trained, out, Options(batch_size=7))
