@@ -31,7 +31,7 @@ from model.generator.sampling import Sampling
 from model.generator.shape import LatentShape
 from model.generator.weights import LoadedGenerator, write_generator
 from model.imagenet import normalise
-from model.weights import write_weights
+from model.weights import read_weights, write_weights
 from tests.evaluation.tiny_runs import CLASSES, write_labelled_corpus, write_run
 from tests.harness import run_ranks
 from tests.model.generator.tiny_autoregressive import section as autoregressive
@@ -261,6 +261,21 @@ def test_a_grid_shows_the_first_samples_of_classes_spread_over_all() -> None:
 @pytest.mark.parametrize(("classes", "samples", "rows"), [(3, 2, [0, 1]), (1, 9, [0]), (1000, 4, [0, 1, 2, 3])])
 def test_a_grid_of_few_samples_shows_what_there_is(classes: int, samples: int, rows: list[int]) -> None:
     assert SampleGrid(classes, samples).classes == rows
+
+
+def test_a_decoder_that_was_trained_further_decodes_the_same_latents(
+    trained: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """By itself, too, as a weights file: the size of pictures is that of the generator's latents."""
+    state, model = read_weights(tokenizer / "weights.safetensors")
+    further = {name: tensor * (0.5 if name.startswith("decoder") else 1) for name, tensor in state.items()}
+    write_weights(tmp_path / "stage2.safetensors", further, model)
+    [first], [second] = (
+        Pair.open(trained, path, CPU).samples(np.arange(2), Sampling(steps=1), 0, 2)
+        for path in (tokenizer, tmp_path / "stage2.safetensors")
+    )
+    assert first.images.shape == second.images.shape == (2, 3, 32, 32)
+    assert (first.images - second.images).abs().max() > 0.01
 
 
 def _generate(_: Ranks, generator: Path, tokenizer: Path, out: Path, options: Options) -> dict[str, Any]:
