@@ -68,7 +68,8 @@ class DiffusionGenerator(nn.Module):
         return sampling if sampling.method == "dopri5" else replace(sampling, steps=sampling.num_steps)
 
     def sampling_needs(self, sampling: Sampling) -> Needs:
-        """The numbers one row takes in `sample`."""
+        """The numbers one row takes in `sample`; raises UserError as it does, before they are drawn."""
+        sampling = self.resolved(sampling)
         latents = sampling.num_steps if sampling.method == "ancestral" else 1
         return Needs(normals=latents * self.shape.numel, uniforms=0)
 

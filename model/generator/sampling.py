@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from configs import UserError
 
 Method = Literal["euler", "heun", "dopri5", "ddim", "ancestral"]
-STEPS = {"euler": 250, "heun": 125, "ddim": 250, "ancestral": 250}  # where none are asked for [P]
+STEPS = {"euler": 250, "heun": 125, "ddim": 250, "ancestral": 250}  # where none are asked for: 250 evaluations [P]
 DETERMINISTIC = ("euler", "heun", "dopri5", "ddim")
 
 

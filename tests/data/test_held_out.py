@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs import UserError
-from configs.schema import System
+from configs.system import System
 from data.held_out import HeldOut
 from tests.data.tar_shards import encoded, write_corpus, write_tar
 

@@ -158,5 +158,13 @@ def test_a_setting_out_of_range_or_without_effect_is_refused(settings: dict[str,
 def test_a_method_of_the_other_objective_is_refused(kind: str, method: str) -> None:
     generator, how = fresh(section(**KINDS[kind])), sampling(method)
     objective = generator.section.objective
-    with pytest.raises(UserError, match=f"sampler={method} for a generator of objective={objective}: it is sampled"):
-        generator.sample(LABELS, how, rows(generator.sampling_needs(how)))
+    message = f"sampler={method} for a generator of objective={objective}: it is sampled"
+    with pytest.raises(UserError, match=message):  # before 250 times a latent's noise is drawn
+        generator.sampling_needs(how)
+    with pytest.raises(UserError, match=message):
+        generator.sample(LABELS, how, rows(generator.needs))
+
+
+def test_iterations_are_not_a_diffusion_generators() -> None:
+    with pytest.raises(UserError, match=r"iterations=8 for a diffusion generator: it draws all tokens at once"):
+        fresh(section()).sampling_needs(Sampling("euler", iterations=8))
