@@ -25,6 +25,7 @@ from configs import Config, UserError
 from configs.architecture import Model
 from configs.learning import Align
 from model.frozen import described
+from model.parts import TRAINING_ALONE
 from model.weights import described_model, digest, opened
 
 Shape = tuple[int, ...]
@@ -124,8 +125,9 @@ def match(shapes: Mapping[str, Shape], held: Mapping[str, Shape]) -> dict[str, s
 
 
 def part(name: str) -> str:
-    """The part of the model a parameter belongs to; the sigmoid loss's bias is one: the softmax loss has none."""
-    return "clip.logit_bias" if name == "clip.logit_bias" else name.split(".")[0]
+    """The part of the model a parameter belongs to. What other settings have no use for is one of its own: the sigmoid
+    loss's bias, and the token for patches that objectives.rec.mask hides."""
+    return name if name in ("clip.logit_bias", TRAINING_ALONE) else name.split(".")[0]
 
 
 def _digest(config: Config, resume: bool) -> str | None:
@@ -144,6 +146,8 @@ def _check_meaning(theirs: Model, ours: Model, parts: set[str]) -> None:
     """Refuses what changes the function and no shape."""
     found = {key: (getattr(theirs, key), getattr(ours, key)) for key in ("rope_base", "rope_dtype")}
     found["conv"] = (theirs.conv, ours.conv)
+    if "bottleneck" in parts:  # 2L channels may be those of another L
+        found["latent"] = (theirs.latent, ours.latent)
     transformers = {"trunk", "decoder", "text"} if theirs.conv is None and ours.conv is None else {"text"}
     for name in ("trunk", "decoder", "text"):
         if name in parts & transformers:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import Config, UserError, fingerprint
-from engine.initial import initial_weights, match, pinned
+from engine.initial import _check_meaning, initial_weights, match, pinned
 from model.interchange import main
 from model.objectives.comm import Comm
 from model.weights import digest, read_weights, write_weights
@@ -99,6 +99,27 @@ def test_parts_that_the_file_lacks_are_drawn_and_parts_the_run_lacks_are_left_an
         assert not initial.fill("clip.logit_scale", scale)
     assert torch.equal(norm, only_trunk["trunk.norm.weight"])
     assert scale.item() == 0.0, "what the file lacks is left alone"
+
+
+@pytest.mark.L0
+def test_masking_may_begin_and_end_with_other_weights(imported: Path) -> None:
+    masks = "objectives.rec.mask=[-0.1,0.7]"
+    config = other_run(imported, masks)
+    with initial_weights(config, shapes_of(config)) as initial:
+        assert initial.summary.endswith("drawn: decoder.mask_token, prototypes")
+    path = imported.with_name("masked.safetensors")
+    write_weights(path, build(tiny_config(masks)).state_dict(), tiny_config().model)
+    config = other_run(path)
+    with initial_weights(config, shapes_of(config)) as initial:
+        assert initial.summary.endswith("not used: decoder.mask_token")
+
+
+@pytest.mark.L0
+def test_two_l_channels_of_moments_are_not_taken_for_a_latent() -> None:
+    gaussian, point = tiny_config("model.latent=gaussian").model, tiny_config("model.latent_channels=16").model
+    _check_meaning(gaussian, gaussian, {"bottleneck"})
+    with pytest.raises(UserError, match="latent=gaussian, this run has deterministic"):
+        _check_meaning(gaussian, point, {"bottleneck"})
 
 
 @pytest.mark.L0
