@@ -53,9 +53,7 @@ class Config(Run):
     init: Init = Init()
     objectives: Objectives
     teacher: Teacher = Teacher()
-    ema: Share | None = (
-        None  # momentum of an average of all trained weights, which the run then gives; VTP says of none
-    )
+    ema: Share | None = None  # momentum of an average of the trained weights, which the run gives then; none in VTP
 
     @property
     def samples_per_step(self) -> int:
