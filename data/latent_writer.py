@@ -5,7 +5,8 @@
     tally = writer.close()                                  # a Tally of this rank; add those of all ranks
     mean, std = sum(tallies[1:], tallies[0]).statistics()
 
-The directory is one that data.manifest.staged gives: a store appears whole or not at all.
+The directory is one that data.manifest.staged gives: a store appears whole or not at all. A file that cannot be written
+is a UserError.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configs import UserError
 from data.latent_files import FLIPPED, LABELS, LATENTS, POSITIONS, shard_name
 
 SHARD_SIZE = 10_000  # pictures a file, as the public extraction has it
@@ -92,6 +95,12 @@ class LatentWriter:
         name = shard_name(self._rank, len(self._tally.samples))
         tensors = {key: rows[: self._count] for key, rows in self._waiting.items()}
         described = {"total_size": str(self._count), "dtype": str(tensors[LATENTS].dtype), "device": "cpu"}
-        save_file(tensors, self._directory / name, described)
+        try:
+            save_file(tensors, self._directory / name, described)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self._directory / name} cannot be written ({error}): see whether the disk is full; "
+                "bfloat16 takes half"
+            ) from None
         self._tally.samples[name] = self._count
         self._count = 0

@@ -10,6 +10,7 @@ command finds it there and does nothing. Under a launcher the ranks share the pi
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -54,6 +55,7 @@ def extract(path: Path, out: Path, options: Options) -> LatentStore:
     """
     source, pictures, arguments = with_one_answer(lambda: _prepare(path, options))
     if not on_first(lambda: is_published(out, arguments)):
+        on_first(lambda: _check_room(source, pictures.num_samples, out, options.dtype))
         with staged_by_first(out) as directory:
             tallies = world.gather_objects(with_one_answer(lambda: _encode(source, pictures, directory, options)))
             bad = sum(world.gather_objects(pictures.bad), Counter())
@@ -83,6 +85,19 @@ def _prepare(path: Path, options: Options) -> tuple[Source, HeldOut, dict[str, A
         "corpus": list(data), "pictures": pictures.num_samples,
     }  # fmt: skip
     return source, pictures, arguments
+
+
+def _check_room(source: Source, count: int, out: Path, dtype: str) -> None:
+    """Raises UserError where the disk of `out` cannot hold the latents: hours later it would be a pity."""
+    model = source.tokenizer.model
+    latent = model.latent_channels * (source.crop // model.patch_size) ** 2
+    wanted = 2 * count * latent * DTYPES[dtype].itemsize
+    there = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    if wanted > (free := shutil.disk_usage(there).free):
+        raise UserError(
+            f"--out {out}: {count} pictures and as many mirrored ones take {wanted / 1e9:.1f} GB in {dtype}, the disk "
+            f"has {free / 1e9:.1f} GB left; make room, or store them as bfloat16"
+        )
 
 
 def _encode(source: Source, pictures: HeldOut, directory: Path, options: Options) -> Tally:

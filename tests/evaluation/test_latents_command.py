@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from configs import UserError
 from data.latents import LatentStore
@@ -165,6 +167,32 @@ def test_every_mistake_is_one_line(trained: Path, tmp_path: Path, capsys: pytest
         assert line.startswith("error: ")
         assert expected in line
         assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_disk_without_room_shows_before_anything_is_encoded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = 2 * 30 * 8 * 4 * 4 * 4  # pictures, mirrored too, of 8 x 4 x 4 in four bytes
+    free = {"bytes": wanted - 1}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free["bytes"]))
+    with pytest.raises(UserError, match=r"30 pictures and as many mirrored ones take 0\.0 GB in float32"):
+        extract(trained, tmp_path / "a" / "b", Options())
+    assert not (tmp_path / "a").exists()
+    extract(trained, tmp_path / "half", Options(dtype="float16"))
+    free["bytes"] = wanted
+    extract(trained, tmp_path / "a" / "b", Options())
+
+
+def test_a_file_that_cannot_be_written_is_a_user_error(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("data.latent_writer.save_file", full)
+    with pytest.raises(UserError, match=r"cannot be written .No space left on device.: see whether the disk is full"):
+        extract(trained, tmp_path / "store", Options())
+    assert list((tmp_path / "store").iterdir()) == []
 
 
 def _shards(trained: Path) -> tuple[str, ...]:
