@@ -135,16 +135,6 @@ class Config(Run):
         return self
 
     @model_validator(mode="after")
-    def _masked_steps_keep_their_segments(self) -> Config:
-        if self.objectives.rec.mask and self.model.trunk.drop_path:
-            raise ValueError(
-                f"objectives.rec.mask={list(self.objectives.rec.mask)} but model.trunk.drop_path="
-                f"{self.model.trunk.drop_path:g}: which segments a branch drops is counted once for a run, and with "
-                "masking a step's segments vary; set one of them off"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _streams_share_rows(self) -> Config:
         streams = self.data.streams
         for key in ("clip", "ssl", "rec"):

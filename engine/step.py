@@ -50,7 +50,10 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
     temperature = teacher_temperature(batch.step, config)
     set_learning_rate(parts.engine, rate)
 
-    kept_idx = None if parts.drop_path is None else parts.drop_path.draw(batch.step).to(parts.device, non_blocking=True)
+    kept_idx = None
+    if parts.drop_path is not None:
+        hidden = parts.corruptor.hidden(batch.step) if parts.corruptor is not None else 0
+        kept_idx = parts.drop_path.draw(batch.step, hidden).to(parts.device, non_blocking=True)
     with one_reduction(parts.engine, num_backwards=config.system.clip.micro_batches):
         cache = GradientCache(batch, parts.engine.module.rows, lambda part: clip_features(parts, part))
         with parts.phases("inputs"):

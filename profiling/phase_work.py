@@ -93,7 +93,7 @@ def _counted(
     try:
         captions = pack_captions(_captions(config, rows, caption_slots))
         kept = drop_path(config, 0, world_size)
-        kept_idx = None if kept is None else kept.draw(0)
+        kept_idx = None if kept is None else kept.draw(0, hidden)
         batch = imagined_batch(config, rows)
         with FakeTensorMode():
             faked = {name: _fake(value) for name, value in vars(batch).items()}

@@ -79,12 +79,12 @@ def frozen_encoder(config: Config, attention: str) -> FrozenEncoder | None:
     return FrozenEncoder(Model(**sizes, trunk=align.encoder, decoder=align.encoder), attention)
 
 
-def kept_idx(config: Config, rows: Rows) -> Tensor | None:
-    """The draw of stochastic depth, (depth, 2, kept segments); None without."""
+def kept_idx(config: Config, rows: Rows, hidden: int) -> Tensor | None:
+    """The draw of stochastic depth, (depth, 2, kept segments), with so many patches hidden from rec; None without."""
     trunk = config.model.trunk
     if config.model.conv is not None or not trunk.drop_path:
         return None
-    kept = subset(step_layout(config, rows).segments, trunk.drop_path).segments
+    kept = subset(step_layout(config, rows, hidden).segments, trunk.drop_path).segments
     return torch.zeros(trunk.depth, 2, sum(count for count, _ in kept), dtype=torch.int64)
 
 

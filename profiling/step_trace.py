@@ -92,7 +92,7 @@ class _Step:
             self.frozen = frozen_encoder(config, attention)
             is_centred = ssl.weight > 0 and ssl.targets == "centering"
             self.centres = Centres.zeros(config.model.prototypes.num) if is_centred else None
-            self.kept_idx = kept_idx(config, rows)
+            self.kept_idx = kept_idx(config, rows, longest_layout(config, rows))
         self.corruption = corruption(config, rows, longest_layout(config, rows))
         self.stood_for: dict[bool, tuple[torch.Size, torch.Size]] = {}
         recompute_blocks(self.model, config.system.activation_checkpointing, tuple(LEAVES))

@@ -103,10 +103,6 @@ NO_REC = ("batch.rec=0", "objectives.rec.weight=0")
         (("objectives.rec.mask=[0.5,1]",), "objectives.rec.mask.1=1: input should be less than 1"),
         (("objectives.rec.noise.scale=0",), "objectives.rec.noise.scale=0: input should be greater than 0"),
         (
-            ("objectives.rec.mask=[0,0.5]", "model.trunk.drop_path=0.2"),
-            "objectives.rec.mask=[0.0, 0.5] but model.trunk.drop_path=0.2: which segments a branch drops is counted",
-        ),
-        (
             ("model.trunk.heads=5",),
             "model.trunk: width=32 over heads=5: the head width must be a multiple of 4 (axial RoPE turns "
             "pairs on two axes); change width or heads",
@@ -156,6 +152,7 @@ def test_a_broken_rule_says_what_was_found_the_rule_and_the_remedy(overrides: tu
         ("objectives.rec.l1=0", "objectives.rec.l2=1"),
         ("objectives.rec.noise.kind=additive", "objectives.rec.noise.scale=0.5", "objectives.rec.mask=[-0.1,0.7]"),
         ("model.latent=gaussian",),
+        ("objectives.rec.mask=[0,0.5]", "model.trunk.drop_path=0.2"),
         ("model.latent=gaussian", "objectives.rec.kl=1e-6", "system.clip.micro_batches=2"),
         ("views.num_locals=0",),
         ("views.local_scale=[0.2,0.2]",),

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from engine.assemble import MOST_GRAPHS
 from model.objectives.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
-from tests.tiny import tiny_config
+from tests.tiny import step_that_hides, tiny_config
 
 pytestmark = pytest.mark.L1
 
@@ -54,6 +55,27 @@ def count_graphs_of_micro_batches(comm: Comm) -> tuple[int, int]:
     config = tiny_config("system.compile=on", "data.streams=2", "batch.rec=4", "system.clip.micro_batches=3")
     ranks.run_steps(ranks.build(config, comm, "zero3"), config, comm, 0, 1)
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def count_graphs_of_hidden_patches(comm: Comm) -> list[tuple[int, int]]:
+    """As above, after a step of each number of hidden patches."""
+    from torch._dynamo.utils import counters
+
+    torch.compile = partial(torch.compile, backend="eager")
+    config, found = tiny_config("system.compile=on", "objectives.rec.mask=[-0.1,0.7]"), []
+    parts = ranks.build(config, comm, "zero3")
+    for hidden in range(0, 14, 2):
+        step = step_that_hides(config, hidden)
+        ranks.run_steps(parts, config, comm, step, step + 1)
+        found.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+    return found
+
+
+def test_every_number_of_hidden_patches_has_two_graphs_and_all_are_fewer_than_the_limit() -> None:
+    """The blocks of the student's trunk, and its last."""
+    found = run_ranks(count_graphs_of_hidden_patches, 1)[0]
+    assert found == [(6 + 2 * number, 0) for number in range(7)]
+    assert found[-1][0] < MOST_GRAPHS
 
 
 def test_micro_batches_share_their_graphs() -> None:

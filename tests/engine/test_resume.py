@@ -59,7 +59,7 @@ DISTURBED = (
         ("zero3", []),
         ("zero3", ["optim.precision=bf16", "objectives.ssl.targets=centering"]),
         ("zero3", ["model.trunk.drop_path=0.4"]),
-        ("zero3", [*DISTURBED, "ema=0.9"]),
+        ("zero3", [*DISTURBED, "ema=0.9", "model.trunk.drop_path=0.4"]),
         ("zero2", []),
         ("zero1", ["optim.precision=bf16"]),
     ],

@@ -97,6 +97,8 @@ VARIANTS = {
     "masked, disjoint, registers": (MASKED, "batch.layout=disjoint", "model.registers=3"),
     "masked, cached": (MASKED, *CACHE),
     "masked, full": (MASKED, FULL),
+    "masked, drop path": (MASKED, "model.trunk.drop_path=0.4"),
+    "masked, full, drop path, no clip": (MASKED, FULL, "model.trunk.drop_path=0.3", *NO_CLIP),
     "masked, nothing hidden": ("objectives.rec.mask=[0.01,0.01]",),
     "aligned": (ALIGN,),
     "aligned, rec alone, latents of another grid": (ALIGN, "objectives.rec.align.patch_size=16", *NO_CLIP, *NO_SSL),
@@ -129,6 +131,7 @@ class Counted:
             initialise(self.model, config)
         recompute_blocks(self.model, config.system.activation_checkpointing, (Block, TextBlock, ResBlock))
         self.draws, self.disturbs = drop_path(config, rank=0, world_size=1), corruptor(config, rank=0, world_size=1)
+        self.unseen = self.disturbs.hidden(0) if self.disturbs else 0
         self.caption_tokens = 0
 
     def take(self) -> tuple[float, float]:
@@ -139,7 +142,7 @@ class Counted:
         with Counter() as whole:
             with Counter() as forward:
                 cache = GradientCache(self.batch, self.rows, self._clip)
-                kept = None if self.draws is None else self.draws.draw(0).to(self.device)
+                kept = None if self.draws is None else self.draws.draw(0, self.unseen).to(self.device)
                 disturbed = self.disturbs and to_device(self.disturbs.draw(0), self.device)
                 outputs = cache.complete(self.model(**self._inputs(cache.shared), kept_idx=kept, corruption=disturbed))
             compute(outputs, self.config.objectives, 0.07, Solo(), centres, network, self.frozen).total.backward()
@@ -160,8 +163,7 @@ class Counted:
 
     def expected(self) -> StepFlops:
         hidden = len(self.batch.masked_idx)
-        unseen = self.disturbs.hidden(0) if self.disturbs else 0
-        return step_flops(self.config, self.rows, self.caption_tokens, hidden, backend="matmul", hidden=unseen)
+        return step_flops(self.config, self.rows, self.caption_tokens, hidden, backend="matmul", hidden=self.unseen)
 
 
 @pytest.fixture
