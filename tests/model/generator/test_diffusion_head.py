@@ -110,26 +110,34 @@ def test_the_cosine_schedule_is_the_published_one() -> None:
     torch.testing.assert_close(token_process.cosine_survival(), published_S, rtol=1e-9, atol=0)  # measured worst 1e-11
 
 
-@pytest.mark.parametrize(("order", "ratio"), [("masked", {"low": 0.1, "std": 0.5}), ("random", {})])
-def test_training_leads_to_the_classes(order: str, ratio: dict[str, float]) -> None:
-    """Every class is one latent with a little noise; samples come near their own."""
-    shape, classes = LatentShape(2, 2, 2), 4
-    generator = tiny(order, "velocity", shape, mask_ratio=MaskRatio(**ratio))
+@pytest.mark.parametrize(
+    ("order", "settings"), [("masked", {"mask_ratio": MaskRatio(low=0.01, std=4)}), ("random", {})]
+)
+def test_samples_are_of_their_class_and_of_one_piece(order: str, settings: dict[str, Any]) -> None:
+    """A class is one latent or its negative. Tokens drawn without regard to each other agree on the sign in 1 of 8."""
+    shape, classes, steps = LatentShape(2, 2, 2), 2, 200
+    generator = tiny(order, "velocity", shape, **settings)
     initialise(generator, generator.section, seed=0)
-    means_KLhw = torch.randn(classes, 2, 2, 2, generator=torch.Generator().manual_seed(5))
+    means_KLhw = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).view(classes, 2, 1, 1).expand(-1, -1, 2, 2)
     random, losses = torch.Generator().manual_seed(6), []
-    optimizer = torch.optim.AdamW(generator.parameters(), lr=4e-3, weight_decay=0)
-    for step in range(150):
-        labels_B = torch.arange(16) % classes
-        latents_BLhw = means_KLhw[labels_B] + 0.05 * torch.randn(16, 2, 2, 2, generator=random)
+    optimizer = torch.optim.AdamW(generator.parameters(), weight_decay=0)
+    labels_B = torch.arange(16) % classes
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 8e-3 * (1 - step / steps)
+        signs_B111 = torch.randint(0, 2, (16, 1, 1, 1), generator=random) * 2.0 - 1
+        latents_BLhw = signs_B111 * means_KLhw[labels_B] + 0.05 * torch.randn(16, 2, 2, 2, generator=random)
         loss = generator(latents_BLhw, labels_B, drawn(generator.needs, 16, step=step))["total"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    sampling, labels_B = Sampling("euler", steps=10), torch.arange(40) % classes
-    out_BLhw = generator.sample(labels_B, sampling, drawn(generator.sampling_needs(sampling), 40))
-    distance_BK = (out_BLhw.unsqueeze(1) - means_KLhw).flatten(2).square().mean(dim=2)
-    # Measured: losses from 2.5 to 0.42 and 0.33; all samples are nearest to their own class.
-    assert sum(losses[-20:]) / 20 < 0.3 * losses[0]
-    assert (distance_BK.argmin(dim=1) == labels_B).float().mean() > 0.9
+    sampling, labels_B = Sampling("euler", steps=10), torch.arange(64) % classes
+    out_BLhw = generator.sample(labels_B, sampling, drawn(generator.sampling_needs(sampling), 64))
+    projected_BN = (out_BLhw * means_KLhw[labels_B]).sum(dim=1).flatten(1) / 2
+    signs_B = projected_BN.sign().sum(dim=1)
+    # Measured: loss from 2.1 to 0.36 and 0.32; of one sign 98 % and 100 %; 0.993 and 0.997; positive 55 % and 56 %.
+    assert sum(losses[-20:]) / 20 < 0.5 * losses[0]
+    assert (signs_B.abs() == 4).float().mean() > 0.7
+    assert projected_BN.abs().median() == pytest.approx(1, abs=0.2)
+    assert 0.25 < (signs_B > 0).float().mean() < 0.75
