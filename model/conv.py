@@ -111,11 +111,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """At the lowest resolution: residual block, attention, residual block."""
 
-    def __init__(self, channels: int, groups: int, backend: str) -> None:
+    def __init__(self, channels: int, conv: Conv, backend: str) -> None:
         super().__init__()
-        self.block1 = ResBlock(channels, channels, groups)
-        self.attn = PositionAttention(channels, groups, backend)
-        self.block2 = ResBlock(channels, channels, groups)
+        self.block1 = ResBlock(channels, channels, conv.groups)
+        self.attn = PositionAttention(channels, conv.groups, backend)
+        self.block2 = ResBlock(channels, channels, conv.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
@@ -134,7 +134,7 @@ class ConvEncoder(nn.Module):
             Level(before, width, conv.num_res_blocks, conv.groups, Down(width) if depth < len(widths) else None)
             for depth, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False), 1)
         )
-        self.middle = Middle(widths[-1], conv.groups, backend)
+        self.middle = Middle(widths[-1], conv, backend)
         self.norm = nn.GroupNorm(conv.groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], feature_width(model), 3, padding=1)
 
@@ -173,7 +173,7 @@ class ConvDecoder(nn.Module):
         widths = channels_of(conv)[::-1]
         self.proj_in = nn.Linear(model.latent_channels, model.latent_channels)
         self.conv_in = nn.Conv2d(model.latent_channels, widths[0], 3, padding=1)
-        self.middle = Middle(widths[0], conv.groups, backend)
+        self.middle = Middle(widths[0], conv, backend)
         self.levels = nn.ModuleList(
             Level(before, width, conv.num_res_blocks + 1, conv.groups, Up(width) if depth < len(widths) else None)
             for depth, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False), 1)

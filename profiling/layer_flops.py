@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from configs import Config
 from configs.architecture import Model, Prototypes, Text, Vit
 from model.block import swiglu_hidden
-from model.latent import moment_channels
+from model.latent import feature_width, moment_channels
 from model.objectives.perceptual import GROUPS
+from profiling.conv_flops import conv_decoder, conv_encoder
 from profiling.flops import attention, convolution, linear
 
 VGG_CHANNELS = (64, 128, 256, 512, 512)  # of each tap: VGG-16
@@ -67,6 +68,10 @@ def forward_flops_of_tokenizer(config: Config, image_size: int, with_attention_p
     Published figures leave the two attention products out (docs/recipe.md, "Counting FLOPs").
     """
     model, patches = config.model, (image_size // config.model.patch_size) ** 2
+    if model.conv is not None:
+        towers = conv_encoder(model, image_size), conv_decoder(model, image_size)
+        between = linear(patches, feature_width(model), moment_channels(model))
+        return between + sum(each.forward - (0 if with_attention_products else each.scores) for each in towers)
     total = 0.0
     ends = ((model.trunk, 1 + model.registers + patches, moment_channels(model)),
             (model.decoder, patches, model.latent_channels))  # fmt: skip

@@ -14,7 +14,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from configs import Config, load_config
+from configs import Config, UserError, load_config
 from engine.assemble import resolve_compile
 from engine.zero import DTYPES
 from kernels.attention import resolve
@@ -126,6 +126,11 @@ def command_line(arguments: argparse.Namespace, plan: Plan) -> str:
 def run(parsed: argparse.Namespace) -> int:
     """Plans and prints; the exit code: 0, 1 where nothing fits. Raises UserError for a mistake."""
     config = load_config(parsed.config, parsed.overrides)
+    if config.model.conv is not None:
+        raise UserError(
+            f"--config {parsed.config}: the planner's times are of transformers, and model.conv is set; its memory is "
+            "predicted (profiling.step_peak), its time is to be measured"
+        )
     samples = parsed.samples or config.optim.steps * config.batch.clip
     cluster = cluster_of(parsed.gpu, parsed.gpus, parsed.link, config)
     return _write(config, search(config, cluster, samples, parsed.all), parsed)

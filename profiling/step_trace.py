@@ -44,6 +44,7 @@ from profiling.pretend import Pretend, clip_outputs, corruption, fake, frozen_en
 from profiling.workload import imagined_batch
 
 RUN = 3  # blocks of a tower that are run: the first, one for all in the middle, the last
+FIRST = 0  # a block's number in its tower; from 1 on the events of one may be repeated
 TOWERS = {"trunk": "trunk.blocks", "teacher": "teacher.trunk.blocks", "text": "text.resblocks",
           "decoder": "decoder.blocks"}  # fmt: skip
 HEADS, OBJECTIVES, BACKWARD, GRADIENTS = "heads", "objectives", "backward", "micro-batch gradients"
@@ -147,9 +148,7 @@ class _Watch:
             if tower is not None:
                 tower.register_forward_pre_hook(partial(self._is_running, name))
                 tower.register_forward_hook(partial(self._is_running, HEADS))
-                blocks = model.get_submodule(TOWERS[name])
-                assert isinstance(blocks, nn.ModuleList)
-                for number, block in enumerate(blocks):
+                for number, block in self._blocks(model, name):
                     block.register_forward_pre_hook(partial(self._enter, name, number))
                     block.register_forward_hook(partial(self._leave, name, number))
         leaves = [module for module in model.modules() if isinstance(module, tuple(LEAVES))]
@@ -158,6 +157,16 @@ class _Watch:
             if parameter.requires_grad:
                 take = self._keep if keeps else partial(self._take, parameter in in_leaf)
                 parameter.register_post_accumulate_grad_hook(take)
+
+    @staticmethod
+    def _blocks(model: Pretrainer, tower: str) -> list[tuple[int, nn.Module]]:
+        """Numbered where one stands for others; of convolutions each is alone of its shape, and the first of none."""
+        if model.model.conv is not None:
+            inside: nn.Module = getattr(model, tower)
+            return [(FIRST, leaf) for leaf in inside.modules() if isinstance(leaf, tuple(LEAVES))]
+        blocks = model.get_submodule(TOWERS[tower])
+        assert isinstance(blocks, nn.ModuleList)
+        return list(enumerate(blocks))
 
     def release(self) -> None:
         """The leaf is done: its gradients go into the bucket."""
@@ -210,11 +219,15 @@ def _unrolled(events: list[Event], repeats: dict[str, int]) -> Iterator[Event]:
 
 def _depths(config: Config) -> dict[str, int]:
     model = config.model
+    if model.conv is not None:
+        return {}
     return {"trunk": model.trunk.depth, "teacher": model.trunk.depth, "text": model.text.depth,
             "decoder": model.decoder.depth}  # fmt: skip
 
 
 def _shallow(config: Config, run: int) -> Config:
+    if config.model.conv is not None:
+        return config
     towers = {name: getattr(config.model, name) for name in ("trunk", "text", "decoder")}
     fewer = {name: tower.model_copy(update={"depth": min(tower.depth, run)}) for name, tower in towers.items()}
     return config.model_copy(update={"model": config.model.model_copy(update=fewer)})

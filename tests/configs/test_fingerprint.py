@@ -24,11 +24,17 @@ def variants(section: S, prefix: str = "") -> Iterator[tuple[str, S]]:
         if name == "kind":
             continue  # another kind has another schema
         value = getattr(section, name)
+        if value is None and any(issubclass(kind, Section) for kind in _classes(field.annotation)):
+            continue  # a section that is left out has no settings
         if isinstance(value, Section):
             for key, changed in variants(value, f"{prefix}{name}."):
                 yield key, section.model_copy(update={name: changed})
         else:
             yield prefix + name, section.model_copy(update={name: another(value, field.annotation)})
+
+
+def _classes(annotation: Any) -> list[type]:
+    return [kind for kind in typing.get_args(annotation) if isinstance(kind, type)]
 
 
 def another(value: Any, annotation: Any) -> Any:

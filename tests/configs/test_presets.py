@@ -21,7 +21,7 @@ from profiling.step_flops import step_flops
 pytestmark = pytest.mark.L0
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
-BASELINES = ("ae_only", "va_vae")
+BASELINES = ("ae_only", "va_vae", "ldm_kl")
 REC_ALONE = (*BASELINES, "ldetok_b")
 LARGE = ("vtp_s", "vtp_b", "vtp_l", "vtp_1b", "vtp_7b", *REC_ALONE)
 GENERATORS = ("lightningdit_b", "lightningdit_xl", "sit_b", "dit_b", "mar_b")
@@ -60,6 +60,7 @@ TRUNKS = {
     "vtp_l": 303.5,
     "ae_only": 303.5,
     "va_vae": 303.5,
+    "ldm_kl": 26.6,
     "vtp_1b": 1132,
     "vtp_7b": 8053,
     "ldetok_b": 85.7,
@@ -140,6 +141,21 @@ def test_the_aligned_baseline_differs_from_the_plain_one_in_the_alignment_alone(
     encoder = aligned.objectives.rec.align
     assert encoder is not None
     assert encoder.encoder == preset("vtp_l").model.trunk, "whose released weights the header names"
+
+
+def test_the_convolutional_baseline_differs_from_the_plain_one_in_architecture_and_kl_alone() -> None:
+    plain, convolutional = preset("ae_only"), preset("ldm_kl")
+    rec = convolutional.objectives.rec.model_copy(update={"kl": 0.0})
+    objectives = convolutional.objectives.model_copy(update={"rec": rec})
+    model = convolutional.model.model_copy(
+        update={"trunk": plain.model.trunk, "decoder": plain.model.decoder, "conv": None, "latent": "deterministic"}
+    )
+    assert convolutional.model_copy(update={"name": plain.name, "objectives": objectives, "model": model}) == plain
+    f8 = load_config(
+        FOLDER / "ldm_kl.yaml",
+        ["model.patch_size=8", "model.latent_channels=4", "model.conv.multipliers=[1,2,4,4]"],
+    )
+    assert count_parameters(f8, Rows.per_rank(f8, 32))["trunk"] == 34_163_592, "Stable Diffusion's encoder"
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -31,10 +31,10 @@ def write_labelled_corpus(folder: Path) -> Path:
     return folder
 
 
-def run_config(corpus: Path) -> Config:
+def run_config(corpus: Path, *overrides: str) -> Config:
     return tiny_config(
         f"data.train=['{corpus}/train/*.tar']", f"data.held_out=['{corpus}/held_out/*.tar']",
-        f"data.tokenizer={corpus}/tokenizer.json", "model.text.vocab=300",
+        f"data.tokenizer={corpus}/tokenizer.json", "model.text.vocab=300", *overrides,
     )  # fmt: skip
 
 

@@ -202,7 +202,7 @@ def test_the_count_is_torchs_own(variant: str) -> None:
 def test_a_presets_count_is_torchs_own(name: str) -> None:
     """Every layer and size of the preset, few rows, on the meta device; the perceptual network included."""
     few = ("data.streams=1", "batch.clip=4", "batch.ssl=2", "batch.rec=1")
-    if name in ("ae_only", "va_vae", "ldetok_b"):
+    if name in ("ae_only", "va_vae", "ldm_kl", "ldetok_b"):
         few = ("data.streams=1", "batch.clip=1", "batch.rec=1")
     counted = Counted(load_config(FOLDER / f"{name}.yaml", (*few, "optim.precision=fp32")), "meta")
     _, whole = counted.take()
@@ -278,8 +278,9 @@ def test_a_tokenizer_costs_what_was_published(name: str) -> None:
         assert ours / 1e9 == pytest.approx(gflop, rel=0.0015)
 
 
-def test_a_tokenizers_count_is_torchs_own() -> None:
-    config = tiny_config("model.registers=11")  # 36 patches, CLS and registers: 48 tokens, without padding
+@pytest.mark.parametrize("overrides", [("model.registers=11",), (*CONV, "model.latent=gaussian")])
+def test_a_tokenizers_count_is_torchs_own(overrides: tuple[str, ...]) -> None:
+    config = tiny_config(*overrides)  # 36 patches, CLS and registers: 48 tokens, without padding
     tokenizer = VisualTokenizer(config.model, frozenset({"bottleneck", "decoder"}), attention="matmul")
     with Counter() as counter, torch.no_grad():
         tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, 48, 48)))

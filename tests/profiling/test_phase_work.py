@@ -21,7 +21,7 @@ from profiling.phase_work import logits_work, phase_work, update_work
 from profiling.roofline import Work
 from profiling.step_flops import step_flops
 from tests.engine.ranks import DEEPSPEED
-from tests.tiny import model_inputs, random_batch, tiny_config
+from tests.tiny import CONV, model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
 
@@ -38,6 +38,7 @@ VARIANTS = {
     "disturbed": (
         "objectives.rec.mask=[-0.1,0.7]", "model.latent=gaussian", "objectives.rec.noise.kind=interpolative",
     ),
+    "convolutions": (*CONV, "model.latent=gaussian", "system.activation_checkpointing=full"),
     "aligned": ("objectives.rec.align={weights: unread, encoder: {width: 48, depth: 1, heads: 2}, patch_size: 8}",),
     "selective": ("system.activation_checkpointing=selective",),
 }  # fmt: skip

@@ -21,7 +21,7 @@ from profiling.layer_flops import VGG_CHANNELS, perceptual_parameters
 from profiling.live_bytes import Event, LiveBytes, peak
 from profiling.pretend import frozen_encoder
 from profiling.step_trace import step_events
-from tests.tiny import corruption, model_inputs, random_batch, step_that_hides, tiny_config
+from tests.tiny import CONV, corruption, model_inputs, random_batch, step_that_hides, tiny_config
 
 pytestmark = pytest.mark.L0
 
@@ -82,6 +82,8 @@ CASES: dict[str, tuple[str, ...]] = {
         "model.latent=gaussian", "objectives.rec.kl=1", "objectives.rec.mask=[0.2,0.7]", "objectives.clip.weight=0",
     ),
     "centering": ("objectives.ssl.targets=centering", "objectives.clip.kind=sigmoid"),
+    "convolutions": (*CONV, "model.latent=gaussian", "objectives.rec.kl=1"),
+    "convolutions, full": (*CONV, "system.activation_checkpointing=full"),
     "aligned": (
         "objectives.rec.align={weights: unread, encoder: {width: 192, depth: 2, heads: 2}, patch_size: 8}",
         "objectives.clip.weight=0", "objectives.ssl.weight=0", "batch.ssl=0",

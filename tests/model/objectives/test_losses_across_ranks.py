@@ -115,7 +115,7 @@ def share_of(outputs: Outputs, crop_of_patch_M: Tensor, sizes: Sizes, comm: Comm
 
 def with_leaves(outputs: Outputs) -> tuple[Outputs, dict[str, Tensor]]:
     """A copy whose tensors with a gradient in training are leaves, and those leaves by name."""
-    fixed = ("teacher_global_GE", "teacher_patch_ME", "teacher_KE", "patch_weight_M", "target", "posterior")
+    fixed = ("teacher_global_GE", "teacher_patch_ME", "teacher_KE", "patch_weight_M", "target", "posterior", "align")
     leaves: dict[str, Tensor] = {}
 
     def copy(part: Any) -> Any:
