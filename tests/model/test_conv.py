@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,22 @@ from torch import Tensor
 
 from configs import Config, UserError, load_config, to_yaml
 from engine.corruption import corruptor
+from engine.initial import initial_weights
 from model.conv import ConvDecoder, ConvEncoder, PositionAttention
 from model.describe import describe
+from model.frozen import FrozenEncoder
 from model.initialise import initialise
 from model.pretrainer import Pretrainer
+from model.programs import write_programs
 from model.rows import Rows
 from model.tokenizer import VisualTokenizer
+from profiling import plan
 from tests.model.tiny_weights import build, tokenizer_of, write_run
 from tests.tiny import CONV, model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
 
+PRESET = Path(__file__).resolve().parents[2] / "configs" / "ldm_kl.yaml"
 F8 = "model.conv={channels: 8, multipliers: [1, 2, 2, 4], groups: 4, num_res_blocks: 1}"
 F16 = "model.conv={channels: 8, multipliers: [1, 1, 2, 2, 4], groups: 4, num_res_blocks: 1}"
 
@@ -185,3 +191,36 @@ def refused(*overrides: str) -> Config:
 def test_what_convolutions_cannot_do_is_one_clear_error(overrides: tuple[str, ...], says: str) -> None:
     with pytest.raises(UserError, match=says):
         refused(*overrides)
+
+
+def test_the_planner_says_that_it_knows_no_times_of_convolutions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--config", str(PRESET), "--gpus", "32"]) == 2
+    assert "the planner's times are of transformers, and model.conv is set" in capsys.readouterr().err
+
+
+def test_weights_of_convolutions_are_no_start_for_a_transformer_nor_its_frozen_encoder(tmp_path: Path) -> None:
+    weights = write_run(tmp_path / "run", tiny_config(*CONV)) / "weights.safetensors"
+    other = "model.conv={channels: 8, multipliers: [1, 2, 2, 4], groups: 2, num_res_blocks: 1}"
+    for overrides, says in ((CONV, None), ((*CONV, other), "trained with model.conv="), ((), "has no place|not there")):
+        config = tiny_config(*overrides, f"init.weights={weights}")
+        shapes = {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
+        with (
+            pytest.raises(UserError, match=says) if says else nullcontext(),
+            initial_weights(config, shapes) as initial,
+        ):
+            assert initial.summary.endswith("trunk, bottleneck, decoder")
+    encoder = "objectives.rec.align.encoder={width: 32, depth: 2, heads: 2}"
+    align = tiny_config(f"objectives.rec.align.weights={weights}", encoder).objectives.rec.align
+    assert align is not None
+    with pytest.raises(UserError, match="holds no transformer's trunk"):
+        FrozenEncoder.load(align, "sdpa", torch.float32)
+
+
+@pytest.mark.parametrize("latent", ["deterministic", "gaussian"])
+def test_its_programs_run_without_this_code(latent: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tiny_config(*CONV, f"model.latent={latent}"))
+    write_programs(tokenizer, tmp_path)
+    encode, decode = (torch.export.load(tmp_path / f"{name}.pt2").module() for name in ("encode", "decode"))
+    images = torch.rand(3, 3, 48, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(encode(images), tokenizer.encode(images), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(decode(encode(images)), tokenizer.decode(tokenizer.encode(images)), rtol=1e-5, atol=1e-5)
