@@ -104,7 +104,7 @@ CASES = {
     ),
     "changed science": Case(
         (*GOOD, "name=trained", "--resume", "optim.lr=2e-3", "batch.rec=12"),
-        ("optim.lr: 0.001 -> 0.002; batch.rec: 6 -> 12", "--allow-change batch.rec,optim.lr"),
+        ("optim.lr: 0.001 -> 0.002; batch.rec: 6 -> 12", "--allow-change optim.lr,batch.rec"),
     ),
     "missing tokenizer": Case((*GOOD, "data.tokenizer=none.json"), ("data.tokenizer=none.json is no file",)),
     "large vocabulary": Case((*GOOD, "model.text.vocab=64"), ("tokenizer.json has 2", "model.text.vocab=64")),
