@@ -40,8 +40,8 @@ class Source:
         """Class prompts -> token ids. Raises UserError where nothing says which tokenizer it was."""
         if self.caption_tokenizer is None:
             raise UserError(
-                "zero_shot embeds the classes' prompts, and a weights file does not say with which tokenizer its text "
-                "tower was trained: give --tokenizer, a tokenizer.json or a hub name"
+                "zero_shot embeds the classes' prompts, and neither a weights file nor a run of stage 2 says with "
+                "which tokenizer the text tower was trained: give --tokenizer, a tokenizer.json or a hub name"
             )
         return CaptionEncoder(self.caption_tokenizer, self.tokenizer.model.text.context)
 

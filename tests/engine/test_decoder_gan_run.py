@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from configs import Config, DecoderGan
+from configs import Config, DecoderGan, UserError
 from configs.data import ImageView, Pictures
 from configs.ds import load_ds_config
 from configs.system import Loader
@@ -80,13 +80,13 @@ def stage_2(place: Path) -> DecoderGan:
     )
 
 
-def launched(comm: Comm, config: DecoderGan) -> int:
-    return run.train(config, load_ds_config(DEEPSPEED / "zero3.json", config, comm.world_size), comm, resume=False)
+def launched(comm: Comm, config: DecoderGan, stage: str, resume: bool) -> int:
+    return run.train(config, load_ds_config(DEEPSPEED / f"{stage}.json", config, comm.world_size), comm, resume)
 
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> Path:
-    assert run_ranks(launched, 2, stage_2(place)) == [0, 0]
+    assert run_ranks(launched, 2, stage_2(place), "zero3", False) == [0, 0]
     return place / "run"
 
 
@@ -121,3 +121,16 @@ def test_the_run_directory_tells_what_happened(trained: Path) -> None:
     log = (trained / "log.txt").read_text()
     assert "trunk and bottleneck, frozen; decoder" in log
     assert "discriminator: drawn (seed=0)" in log
+
+
+def test_a_finished_run_taken_up_again_by_one_rank_writes_the_same_weights(place: Path, trained: Path) -> None:
+    first = load_file(trained / "weights.safetensors")
+    (trained / "weights.safetensors").unlink()
+    assert run_ranks(launched, 1, stage_2(place), "zero2", True) == [0]
+    again = load_file(trained / "weights.safetensors")
+    assert [name for name in first if not torch.equal(first[name], again[name])] == []
+
+
+def test_zero_shot_asks_for_the_captions_tokenizer_which_stage_2_does_not_know(place: Path, trained: Path) -> None:
+    with pytest.raises(UserError, match="nor a run of stage 2 says with which tokenizer"):
+        evaluate(trained, Options(tasks=("zero_shot",)), out=place / "results")
