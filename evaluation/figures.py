@@ -74,10 +74,14 @@ def curves(lines: Mapping[str, Points], xlabel: str, ylabel: str, path: Path, is
     with matplotlib.rc_context(_STYLE):
         figure = _figure(5.4, 3.4)
         axes = figure.add_subplot()
-        for name, points in lines.items():
+        for number, (name, points) in enumerate(lines.items()):  # a name keeps its colour where others have no points
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=f"C{number}")
         axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if is_log else "linear")
+        if is_log:  # ticks where the points are, to two digits
+            ticks = sorted({f"{x:.1e}" for points in lines.values() for x, _ in points}, key=float)
+            axes.set_xticks([float(tick) for tick in ticks], ticks)
+            axes.minorticks_off()
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=150)

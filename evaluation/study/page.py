@@ -7,6 +7,7 @@ write_page(layout, found, Path("docs/scaling_study.md"))       # and docs/images
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,11 @@ def page(found: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     """The Markdown of the page; `pictures` are files in IMAGES and what to say above them."""
     rows = found["cells"]
     drawn = [_image(file, caption) for file, _, caption in DRAWN.values()] + [_image(*BOTH)]
-    shown = [f"### {title}\n\n{_image(file, title)}" for file, title in pictures.items()]
+    shown = [f"### {title}\n\n{_image(file, title)}\n" for file, title in pictures.items()]
     parts = [
-        HEAD.format(preset=found["preset"]), *(f"- {sentence}" for sentence in answer(rows)), "", *drawn, "",
-        "## Every cell", "", _about(found), "", _table(rows), "", *_undone(rows),
-        *(["## Pictures", "", *shown, ""] if shown else []), LIMITS.format(**_setting(found)),
+        HEAD.format(preset=found["preset"]), *(_wrapped(sentence, "- ") for sentence in answer(rows)), "", *drawn, "",
+        "## Every cell", "", _wrapped(_about(found)), "", _table(rows), "", *_undone(rows),
+        *(["## Pictures", "", *shown] if shown else []), LIMITS.format(**_setting(found)),
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -116,7 +117,7 @@ def _undone(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not gaps:
         return []
     named = ", ".join(f"`{row['cell']}` ({row['state']})" for row in gaps)
-    return [f"Not done when this page was written: {named}.", ""]
+    return [_wrapped(f"Not done when this page was written: {named}."), ""]
 
 
 def _copy_pictures(layout: Layout, cells: Sequence[Cell], folder: Path) -> dict[str, str]:
@@ -136,6 +137,18 @@ def _copy_pictures(layout: Layout, cells: Sequence[Cell], folder: Path) -> dict[
                 shutil.copyfile(layout.cell(cell) / place, folder / file)
                 found[file] = f"{cell.objective.title}, {cell.flops:.1e} FLOPs, {kind}"
     return found
+
+
+def _wrapped(text: str, mark: str = "") -> str:
+    """A paragraph, or an item of a list, in lines of 120 characters."""
+    return textwrap.fill(
+        text,
+        120,
+        initial_indent=mark,
+        subsequent_indent=" " * len(mark),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _image(file: str, caption: str) -> str:

@@ -65,14 +65,15 @@ def test_the_page_carries_answer_figures_table_and_limits(tmp_path: Path) -> Non
     made[-1] |= {"state": "failed"}
     found = {"preset": "mini", "cells": made, "corpus": {"train": 12000, "classes": 100}, "image_size": 32}
     text = page(found, {"rec_generated.png": "rec, generated"})
+    flowing = " ".join(text.split())
     for sentence in answer(made):
-        assert f"- {sentence}" in text
+        assert f"- {sentence}" in flowing
     assert "| clip + ssl + rec | 8.0e+12 | 10 | 30.00 |  | 6.00 | 23.00 | 40.0% | 40.0% |  |" in text
-    assert "Not done when this page was written: `clip_rec-1` (failed)." in text
+    assert "Not done when this page was written: `clip_rec-1` (failed)." in flowing
     assert "corpus:1" in text
     assert "(images/study/rec_generated.png)" in text
     assert "12000 drawn scenes of 32 pixels" in text
-    assert all(len(line) <= 120 or line.startswith(("|", "- ", "gFID", "![", "Not")) for line in text.splitlines())
+    assert all(len(line) <= 120 or line.startswith(("|", "![")) for line in text.splitlines())
 
 
 def test_the_page_is_written_with_its_figures_and_pictures(tmp_path: Path) -> None:
