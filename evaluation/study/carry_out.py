@@ -108,9 +108,21 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     for wish in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, wish)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
-            return
+        until = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < until:
+            if process.poll() is not None and not _is_anyone_left(process.pid):
+                return
+            time.sleep(POLL_SECONDS)
+
+
+def _is_anyone_left(group: int) -> bool:
+    """Whether a process of the group is still at work; one that has ended and that nobody has asked about is not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = path.read_text().rsplit(")", 1)[1].split()[:3]
+            if int(its_group) == group and state != "Z":
+                return True
+    return False
 
 
 def _free_port() -> int:

@@ -111,9 +111,8 @@ class Layout:
 
     def _training(self, name: str, config: Path, folder: Path, needs: Iterable[Stage], overrides: list[str]) -> Stage:
         command = (
-            _deepspeed(), "--num_accelerators", str(self.ranks), "--master_port", PORT, str(ROOT / "engine/launch.py"),
-            "--config", str(config), "--ds_config", str(ROOT / "configs/deepspeed/zero1.json"),
-            _path("system.run_dir", folder), *overrides,
+            *_launcher(self.ranks), str(ROOT / "engine/launch.py"), "--config", str(config),
+            "--ds_config", str(ROOT / "configs/deepspeed/zero1.json"), _path("system.run_dir", folder), *overrides,
         )  # fmt: skip
         science = (fingerprint(load_run(config)), *overrides)
         return self._stage(name, command, folder / "weights.safetensors", needs, science)
@@ -142,7 +141,10 @@ def _path(key: str, path: Path) -> str:
     return f"{key}={json.dumps(str(path))}"
 
 
-def _deepspeed() -> str:
-    """The launcher that belongs to this interpreter."""
+def _launcher(ranks: int) -> tuple[str, ...]:
+    """DeepSpeed's, of this interpreter; a rank alone needs none, and is told at first hand when it is to stop."""
+    if ranks == 1:
+        return (sys.executable,)
     beside = Path(sys.executable).parent / "deepspeed"
-    return str(beside) if beside.is_file() else shutil.which("deepspeed") or "deepspeed"
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed") or "deepspeed"
+    return (found, "--num_accelerators", str(ranks), "--master_port", PORT)

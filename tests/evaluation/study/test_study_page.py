@@ -125,7 +125,10 @@ def layout(tmp_path: Path) -> Layout:
 def test_the_commands_of_a_cell_name_each_others_results(layout: Layout) -> None:
     cell = cells(layout.preset)[3]
     tokenizer, evaluation, latents, generator, generation = layout.stages(cell)
-    assert tokenizer.command[1:5] == ("--num_accelerators", "1", "--master_port", "{port}")
+    launched = replace(layout, ranks=2).stages(cell)[0].command
+    assert tokenizer.command[1].endswith("engine/launch.py"), "a rank alone needs no launcher"
+    assert launched[1:5] == ("--num_accelerators", "2", "--master_port", "{port}")
+    assert launched[5:] == tokenizer.command[1:]
     assert f"optim.steps={cell.steps}" in tokenizer.command
     assert str(tokenizer.folder) in evaluation.command
     assert "linear_probe,reconstruction,zero_shot" in evaluation.command
