@@ -79,7 +79,7 @@ def test_a_file_that_is_missing_or_has_no_trunk_or_half_of_one_is_one_clear_erro
     text, half = tmp_path / "text.safetensors", tmp_path / "half.safetensors"
     write_weights(text, {name: x for name, x in state.items() if name.startswith("text.")}, model)
     write_weights(half, {name: x for name, x in state.items() if "blocks.1" not in name}, model)
-    with pytest.raises(UserError, match=r"text\.safetensors holds no trunk"):
+    with pytest.raises(UserError, match=r"text\.safetensors holds no transformer's trunk"):
         FrozenEncoder.load(align_of(text), "sdpa", torch.float32)
     with pytest.raises(UserError, match=r"its trunk is not the one that it describes.*blocks\.1"):
         FrozenEncoder.load(align_of(half), "sdpa", torch.float32)
