@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs import UserError
+from configs.permissions import follow_umask
 from data.latent_files import FLIPPED, LABELS, LATENTS, POSITIONS, shard_name
 
 SHARD_SIZE = 10_000  # pictures a file, as the public extraction has it
@@ -97,6 +98,7 @@ class LatentWriter:
         described = {"total_size": str(self._count), "dtype": str(tensors[LATENTS].dtype), "device": "cpu"}
         try:
             save_file(tensors, self._directory / name, described)
+            follow_umask(self._directory / name)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self._directory / name} cannot be written ({error}): see whether the disk is full; "

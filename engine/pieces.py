@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs import UserError
+from configs.permissions import follow_umask
 
 MASTER, TEACHER, AVERAGE, WHOLE = "fp32", "teacher", "average", "whole"  # the keys a checkpoint has
 MOMENTS = ("exp_avg", "exp_avg_sq")  # and those of AdamW
@@ -50,6 +51,7 @@ def write_pieces(path: Path, pieces: list[Piece]) -> None:
     tensors = {f"{piece.key}/{piece.name}": piece.values.detach().cpu().contiguous() for piece in pieces}
     starts = {f"{piece.key}/{piece.name}": piece.start for piece in pieces}
     save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    follow_umask(path)
     sync(path)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs import UserError
+from configs.permissions import follow_umask
 
 WIDTHS = (16, 32, 64, 64)  # channels after each halving; the last is the width of the features
 KEY = "feature_network"
@@ -57,6 +58,7 @@ def write_corpus_network(path: Path, network: CorpusNetwork, accuracy: float, co
         "num_classes": network.num_classes, "size": network.size, "held_out_accuracy": accuracy, "corpus": corpus,
     }  # fmt: skip
     save_file(network.state_dict(), path, metadata={KEY: json.dumps(described)})
+    follow_umask(path)
 
 
 def read_corpus_network(path: str | Path) -> tuple[CorpusNetwork, float]:

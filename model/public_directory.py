@@ -16,6 +16,7 @@ from torch import Tensor
 
 from configs import UserError
 from configs.architecture import Model
+from configs.permissions import follow_umask
 from model.origin import METADATA, Origin
 from model.public_config import read_key
 from model.public_layout import from_public, to_public
@@ -61,6 +62,7 @@ def write_public(directory: Path, state: dict[str, Tensor], model: Model, origin
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in public.items()}
     save_file(tensors, directory / WEIGHTS, {"format": "pt", METADATA: origin.to_json()})
+    follow_umask(directory / WEIGHTS)
     (directory / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from configs import UserError, load_config
 from configs.architecture import Model
+from configs.permissions import follow_umask
 from model.origin import METADATA, Origin
 
 
@@ -31,6 +32,7 @@ def write_weights(path: str | Path, state: dict[str, Tensor], model: Model, orig
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     metadata = {"model": model.model_dump_json()} | ({} if origin is None else {METADATA: origin.to_json()})
     save_file(tensors, path, metadata)
+    follow_umask(path)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Model]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from configs import UserError
 from configs.generator import Generator
+from configs.permissions import follow_umask
 from model.generator.build import AnyGenerator, build
 from model.generator.shape import LatentShape
 from model.weights import opened
@@ -69,6 +70,7 @@ def write_generator(
     }
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, path, {METADATA: json.dumps(described)})
+    follow_umask(path)
 
 
 def read_generator(path: str | Path, attention: str = "sdpa") -> LoadedGenerator:

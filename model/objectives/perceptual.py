@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import UserError
+from configs.permissions import follow_umask
 
 # Convolutions before each tap; a 2x2 max pool stands between one tap and the next group.
 GROUPS = (2, 2, 3, 3, 3)
@@ -134,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         weights = convert(_read(given.vgg16), _read(given.lpips))
         Perceptual(weights, source=f"{given.vgg16} and {given.lpips}")
         save_file(weights, given.out)
+        follow_umask(given.out)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
