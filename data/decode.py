@@ -71,6 +71,11 @@ class Decoder:
         with self._lock, self._context, dali.EvalMode.sync_cpu:
             return self._decode([np.frombuffer(data, np.uint8) for data in encoded])
 
+    def tensor(self, picture: Picture) -> torch.Tensor:
+        """(height, width, 3) uint8 on the decoder's device."""
+        with self._lock:
+            return torch.from_dlpack(picture.pixels)
+
     def render(self, pictures: Sequence[Picture], numbers: ViewNumbers) -> torch.Tensor:
         """(n, 3, size, size) uint8 RGB: row i shows view i of `numbers` on picture i mod len(pictures).
 

@@ -5,9 +5,8 @@
         batch.images, batch.labels            # (128, 3, 256, 256) uint8, (128,) int64
 
 A label is the integer in field `label` of a sample's .json member, or in its .cls member, as webdataset writes it.
-Captions are not read. The picture is its centred square, resized with an antialiased bilinear filter (data/views.py,
-`centred`); the published figures of the field use ADM's crop of the same square, which halves by box filter and ends
-with a bicubic one.
+Captions are not read. The picture is its centred square, cut and resized as the field's published figures have it
+(data/adm_crop.py).
 
 Ranks share the work: rank r of W reads the samples r, r + W, ... of the same list, so `positions` says where a row
 belongs among all of them.
@@ -24,9 +23,9 @@ import torch
 
 from configs import UserError
 from configs.system import System
-from data import views
+from data.adm_crop import adm_crop
 from data.decode import Decoder, Picture
-from data.reading import read_sample, sides
+from data.reading import read_sample
 from data.shards import BadCaption, Sample, Shards
 from data.storage import expand
 
@@ -122,9 +121,8 @@ class HeldOut:
             return str(error)
 
     def _batch(self, rows: Sequence[_Row]) -> LabelledBatch:
-        pictures = [row.picture for row in rows]
         return LabelledBatch(
-            images=self._decoder.render(pictures, views.centred(self.size, *sides(pictures))),
+            images=torch.stack([adm_crop(self._decoder.tensor(row.picture), self.size) for row in rows]),
             labels=torch.tensor([row.label for row in rows], dtype=torch.int64),
             positions=torch.tensor([row.position for row in rows], dtype=torch.int64),
             keys=tuple(row.sample.key for row in rows),

@@ -108,16 +108,6 @@ def random_windows(base: NDArray[np.uint64], scale: Range, heights: ArrayLike, w
     return np.stack([top, left, top + tall, left + wide], axis=1)
 
 
-def centred(size: int, heights: ArrayLike, widths: ArrayLike) -> ViewNumbers:
-    """The evaluation view: short side to `size`, centre crop. The same as the centred square, resized."""
-    height, width = np.asarray(heights, np.float64), np.asarray(widths, np.float64)
-    side = np.minimum(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    no, zero, one = np.zeros(len(side), bool), np.zeros(len(side)), np.ones(len(side))
-    windows = np.stack([top, left, top + side, left + side], axis=1)
-    return ViewNumbers(size, windows, no, no, one, one, one, zero, no, zero, no)
-
-
 def whole_pixels(windows: Floats, heights: ArrayLike, widths: ArrayLike) -> NDArray[np.int64]:
     """(n, 4) windows with edges at the nearest pixels, inside pictures of these sides; at least one pixel remains.
 

@@ -11,6 +11,7 @@ from configs import UserError
 from configs.data import Views
 from data import views
 from data.decode import Decoder, Picture
+from tests.data.plain_views import centred
 from tests.data.tar_shards import encoded, picture
 
 pytestmark = pytest.mark.L0
@@ -121,7 +122,7 @@ def test_a_crop_has_the_same_bytes_alone_and_inside_any_batch(decoder: Decoder, 
 
 def plain(size: int, windows: list[list[float]], **changes: np.ndarray) -> views.ViewNumbers:
     n = len(windows)
-    numbers = views.centred(size, [2] * n, [2] * n)
+    numbers = centred(size, [2] * n, [2] * n)
     fields = {name: getattr(numbers, name) for name in views.ViewNumbers.__dataclass_fields__}
     return views.ViewNumbers(**fields | {"windows": np.array(windows, float)} | changes)
 

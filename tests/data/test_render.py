@@ -16,6 +16,7 @@ from configs.data import Views
 from data import views
 from data.decode import Decoder
 from data.render import Renderer, gaussian
+from tests.data.plain_views import centred
 from tests.data.tar_shards import picture
 
 pytestmark = pytest.mark.L0
@@ -94,14 +95,14 @@ def test_bytes_depend_neither_on_the_batch_nor_on_the_threads(renderer: Renderer
 
 
 def test_a_window_of_one_pixel_fills_its_crop(renderer: Renderer) -> None:
-    numbers = views.centred(16, [8], [8])
+    numbers = centred(16, [8], [8])
     shown = pixels(0, 8, 8)
     crop = renderer.render([shown], np.array([[2, 5, 3, 6]]), numbers)[0]
     assert crop.equal(shown[2, 5][:, None, None].expand(3, 16, 16))
 
 
 def test_a_blur_wider_than_its_crop_averages_it(renderer: Renderer) -> None:
-    numbers = replace(views.centred(4, [4], [4]), blur_sigma=np.array([100.0]))
+    numbers = replace(centred(4, [4], [4]), blur_sigma=np.array([100.0]))
     shown = torch.zeros(4, 4, 3, dtype=torch.uint8)
     shown[:2] = 200
     crop = renderer.render([shown], np.array([[0, 0, 4, 4]]), numbers).float()

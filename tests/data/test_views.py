@@ -98,11 +98,6 @@ def test_colour_numbers_stay_in_their_ranges() -> None:
     assert abs(np.corrcoef(numbers.brightness, numbers.contrast)[0, 1]) < 0.03  # measured 0.009
 
 
-def test_the_evaluation_view_is_the_centred_square() -> None:
-    numbers = views.centred(256, [300, 400, 256], [400, 301, 256])
-    assert numbers.windows.tolist() == [[0, 50, 300, 350], [49, 0, 350, 301], [0, 0, 256, 256]]
-
-
 def test_views_are_named_in_crop_order_and_concatenate_view_major() -> None:
     names = views.names(Views(num_locals=2))
     assert names == ["global0", "global1", "local0", "local1"]
