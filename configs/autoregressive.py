@@ -22,7 +22,10 @@ from configs.section import Positive, Section, Share
 
 
 class MaskRatio(Section):
-    """Share of a sample's tokens that are hidden in training: a normal around 1 of which [low, 1] is kept."""
+    """Share of a sample's tokens that are hidden in training: a normal around 1 of which [low, 1] is kept.
+
+    A lower `low` costs more: the encoder has room for the share 1 - low of the tokens.
+    """
 
     low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7  # [P]
     std: float = Field(0.25, gt=0)  # [P]

@@ -3,13 +3,14 @@
     initialise(generator, section, seed)                                        # whole parameters
     initialise_parameter("backbone.embed.linear.weight", tensor, section, seed)     # one, while ZeRO-3 has it gathered
 
-The table, first match wins; all of it as DiT, LightningDiT and MAR start [C].
+The table, first match wins; as DiT, LightningDiT and MAR start [C], but for one line.
 
     *.bias                                            0
     norms' weight                                     1
     *.modulation, backbone.final.linear,
     head.end.linear                                   0: blocks begin as the identity, the output as zeros
-    label.table, time.*, *positions, mask_token       normal 0.02
+    label.table, time.*                               normal 0.02
+    *positions, mask_token                            normal 0.2: with MAR's 0.02 places are learnt late [D]
     every other                                       uniform within sqrt(6 / (inputs + outputs)) (Glorot)
 """
 
@@ -29,7 +30,7 @@ _CONSTANTS = {
     r"norm\d?\.weight$": 1.0,
     r"\.modulation\.weight$|^(backbone\.final|head\.end)\.linear\.weight$": 0.0,
 }
-_STDS = {r"\.(label\.table|time\.linear\d)\.weight$|positions$|mask_token$": 0.02}
+_STDS = {r"\.(label\.table|time\.linear\d)\.weight$": 0.02, r"positions$|mask_token$": 0.2}
 
 
 @torch.no_grad()

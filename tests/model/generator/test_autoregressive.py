@@ -14,6 +14,7 @@ from kernels.attention import attend, resolve
 from kernels.dense_attention import reference
 from model.generator import token_process
 from model.generator.build import build
+from model.generator.initialise import initialise
 from model.generator.masked_backbone import known_spans
 from model.generator.sampling import Sampling
 from tests.model.generator.tiny_autoregressive import CLASSES, SHAPE, drawn, tiny
@@ -142,6 +143,19 @@ def test_a_loss_depends_on_a_rows_own_numbers_alone(order: str) -> None:
     torch.testing.assert_close(
         generator(latents(4), labels_B, whole)["total"], torch.stack(losses).mean(), atol=2e-6, rtol=0
     )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_fresh_generator_is_filled_and_predicts_zeros(order: str) -> None:
+    generator = tiny(order)
+    for parameter in generator.parameters():
+        parameter.data.fill_(torch.nan)
+    initialise(generator, generator.section, seed=0)
+    draws = drawn(generator.needs)
+    loss = generator(latents(), torch.tensor([0, 1]), draws)["total"]
+    torch.testing.assert_close(loss, draws.normal_BN.square().mean())  # exact but for the order of the sum
+    places = generator.backbone.end.positions
+    assert places.std().item() == pytest.approx(0.2, rel=0.15)
 
 
 @pytest.mark.parametrize("order", ORDERS)
