@@ -21,7 +21,7 @@ from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.model.tiny_weights import write_run
 from tests.profiling import test_communication, test_footprint
-from tests.tiny import random_batch, tiny_config
+from tests.tiny import CONV, random_batch, tiny_config
 
 REC_ALONE = ("objectives.clip.weight=0", "objectives.ssl.weight=0", "batch.ssl=0")
 ENCODER = "objectives.rec.align.encoder={width: 48, depth: 1, heads: 2}"
@@ -54,7 +54,11 @@ def frozen_bytes(encoder: torch.nn.Module | None) -> str:
 
 
 @pytest.mark.L1
-@pytest.mark.parametrize("overrides", [REC_ALONE, ("model.bottleneck_ae_only=false",)], ids=["rec alone", "joint"])
+@pytest.mark.parametrize(
+    "overrides",
+    [REC_ALONE, ("model.bottleneck_ae_only=false",), (*CONV, "model.latent=gaussian", "objectives.rec.kl=1e-6")],
+    ids=["rec alone", "joint", "convolutions, Gaussian latents, as VA-VAE's own"],
+)
 def test_two_ranks_balance_the_gradients_of_the_whole_batch_as_one_does(
     encoder: Path, overrides: tuple[str, ...]
 ) -> None:
