@@ -21,7 +21,7 @@ from torch import Tensor
 def cosine_loss(
     projected_RPW: Float[Tensor, "R P W"], feature_RPW: Float[Tensor, "R P W"], margin: float
 ) -> Float[Tensor, ""]:
-    """L = 1 / (RP) * sum relu(1 - margin - cos(W z, f)), paper eq. 5.
+    """L = 1 / (RP) * sum relu(1 - margin - cos(W z, f)), the marginal cosine similarity loss.
 
     for each image and patch: how far its cosine is below 1 - margin; 0 where it is not
     divide by their number
@@ -33,7 +33,7 @@ def cosine_loss(
 def distance_loss(
     latent_RPL: Float[Tensor, "R P L"], feature_RPW: Float[Tensor, "R P W"], margin: float
 ) -> Float[Tensor, ""]:
-    """L = 1 / (RPP) * sum relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin), paper eq. 6.
+    """L = 1 / (RPP) * sum relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin), the marginal distance matrix loss.
 
     for each image and ordered pair of its patches, a patch with itself among them:
         how far the two cosines are apart, beyond the margin
