@@ -25,7 +25,7 @@ demo-seeds: setup
 	python -m pytest -m demo -s
 
 test: checks
-	python -m pytest -m "L0 or L1"
+	python -m pytest -n 2 --dist loadfile -m "L0 or L1"
 
 checks: setup
 	ruff format --check .

@@ -11,8 +11,9 @@ setup(
     packages=[
         "configs", "kernels", "data", "data.emoji", "model", "model.generator", "model.objectives", "engine",
         "engine.zero", "evaluation", "evaluation.study", "profiling", "profiling.benches", "profiling.checks",
+        "profiling.plan", "profiling.report", "profiling.step",
     ],
-    package_data={"configs": ["*.yaml", "deepspeed/*.json"], "profiling": ["*.j2"]},
+    package_data={"configs": ["*.yaml", "deepspeed/*.json"], "profiling.report": ["*.j2"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8",
@@ -38,8 +39,9 @@ setup(
     extras_require={
         "gpu": ["flash-attn", "xformers", "transformer-engine[pytorch]", "torchao"],
         "dev": [
-            "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "beartype", "scikit-image",
-            "scikit-learn", "torchao", "triton",  # both run on the CPU too: real float8, interpreted kernels
+            "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "beartype",
+            "scikit-image", "scikit-learn",
+            "torchao", "triton",  # both run on the CPU too: real float8, interpreted kernels
         ],
     },
 )  # fmt: skip

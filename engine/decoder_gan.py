@@ -40,9 +40,8 @@ from model.objectives.comm import Comm
 from model.objectives.perceptual import Perceptual
 from model.tokenizer import pixels_of
 from model.weights import opened
-from profiling.decoder_gan_flops import decoder_gan_flops
 from profiling.flops import StepFlops
-from profiling.phases import Phases
+from profiling.step.decoder_gan_flops import decoder_gan_flops
 
 DISCRIMINATOR = "discriminator"
 SHOWN = 8  # pictures
@@ -60,19 +59,8 @@ class DecoderTraining:
         loader: PictureLoader,
     ) -> None:
         self.config, self.model, self.parts, self.choices, self.loader = config, model, parts, choices, loader
+        self.comm, self.device, self.phases = parts.comm, parts.device, parts.phases
         self._shown: StageOutputs | None = None  # of the last step
-
-    @property
-    def comm(self) -> Comm:
-        return self.parts.comm
-
-    @property
-    def device(self) -> torch.device:
-        return self.parts.device
-
-    @property
-    def phases(self) -> Phases:
-        return self.parts.phases
 
     @property
     def backend(self) -> str:

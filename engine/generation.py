@@ -34,8 +34,8 @@ from model.generator.initialise import initialise_parameter
 from model.generator.shape import LatentShape
 from model.objectives.comm import Comm
 from profiling.flops import Component, StepFlops
-from profiling.generator_flops import generator_flops
 from profiling.phases import Phases
+from profiling.step.generator_flops import generator_flops
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
         train_step(...)
 
 A run that asks for more than there is ends with one error instead of a traceback into a kernel: every change that would
-lower the peak and leave the results alone, the largest saving first, predicted (profiling/savings.py). Beside the run
+lower the peak and leave the results alone, the largest saving first, predicted (profiling/step/savings.py). Beside the
+run
 
     runs/NAME/out_of_memory/rank3.json       what was held, predicted, advised
     runs/NAME/out_of_memory/rank3.pickle     on CUDA, the allocator's segments, for https://pytorch.org/memory_viz
@@ -27,10 +28,10 @@ from configs.load import one_line
 from engine.zero import DTYPES
 from kernels.attention import resolve
 from kernels.dense_attention import DENSE
-from profiling.footprint import Footprint
 from profiling.memory import held
-from profiling.savings import Saving, largest_parts, savings
-from profiling.step_peak import predict_peak
+from profiling.step.footprint import Footprint
+from profiling.step.peak import predict_peak
+from profiling.step.savings import Saving, largest_parts, savings
 
 # torch's allocator on the host, the kernel, CUDA and NCCL outside torch's allocator, cuBLAS.
 WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

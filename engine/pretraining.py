@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from configs import Config, UserError
@@ -30,8 +29,7 @@ from model.objectives.total import Centres
 from model.outputs import RecOutputs
 from model.rows import Rows
 from profiling.flops import StepFlops
-from profiling.phases import Phases
-from profiling.step_flops import step_flops
+from profiling.step.flops import step_flops
 
 SAVED = "speed/caption_tokens_saved"
 
@@ -41,25 +39,10 @@ class Pretraining:
 
     def __init__(self, config: Config, parts: Assembly, loader: Loader) -> None:
         self.config, self.parts, self.loader = config, parts, loader
+        self.comm, self.device, self.phases, self.choices = parts.comm, parts.device, parts.phases, parts.choices
         self.rows: Rows = parts.engine.module.rows
         self._centres = parts.centres
         self._shown: RecOutputs | None = None  # of the last step
-
-    @property
-    def comm(self) -> Comm:
-        return self.parts.comm
-
-    @property
-    def device(self) -> torch.device:
-        return self.parts.device
-
-    @property
-    def phases(self) -> Phases:
-        return self.parts.phases
-
-    @property
-    def choices(self) -> dict[str, str]:
-        return self.parts.choices
 
     @property
     def backend(self) -> str:

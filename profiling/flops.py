@@ -1,6 +1,6 @@
 """What a step computes, as a table: FLOPs of matrix products by component and pass, and what was left out.
 
-    flops = step_flops(config, rows)         # profiling/step_flops.py: which layers meet how many tokens
+    flops = step_flops(config, rows)         # profiling/step/flops.py: which layers meet how many tokens
     flops.model_flops                        # forward + backward, each product once: the numerator of MFU
     flops.hardware_flops                     # with what is computed again: the numerator of HFU
     flops.as_table()                         # a rich table: component, objective, forward, backward, again, saved

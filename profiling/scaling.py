@@ -5,8 +5,8 @@
 weak      every GPU keeps its rows, the global batch grows with the GPUs
 strong    the preset's global batch is dealt to more and more GPUs, as long as each has a row of every objective
 
-Each line is the fastest plan of profiling/plan.py's search. "Breaks first" names the first of the planner's assumptions
-that no longer holds there, in the order in which they are listed in `limits`.
+Each line is the fastest plan of profiling/plan/command.py's search. "Breaks first" names the first of the planner's
+assumptions that no longer holds there, in the order in which they are listed in `limits`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 import configs
 from configs import Config, UserError, load_config
-from profiling.rates import DEFAULT_LINKS, GPUS
+from profiling.plan.rates import DEFAULT_LINKS, GPUS
 
 if TYPE_CHECKING:
-    from profiling.plan_search import Plan
+    from profiling.plan.search import Plan
 
 # Preset, and the GPUs of its header: their rows a GPU are what weak scaling keeps.
 PRESETS = {"vtp_l": 128, "vtp_1b": 512, "vtp_7b": 1024}
@@ -66,8 +66,8 @@ def limits(config: Config, plan: Plan) -> Iterator[str]:
 
 def table(preset: str, gpu: str, link: str, is_weak: bool) -> Iterator[str]:
     """Markdown, a line at a time."""
-    from profiling.plan_page import cluster_of
-    from profiling.plan_search import search
+    from profiling.plan.page import cluster_of
+    from profiling.plan.search import search
 
     yield "| GPUs | batch | layout | GiB | step ms | exposed | samples/s | a GPU | efficiency | MFU | breaks first |"
     yield "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---|"

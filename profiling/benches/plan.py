@@ -2,7 +2,8 @@
 
 Each case is a whole step of one process, forward to EMA, eager or compiled. In every round the machine's rates are
 measured, then the step: on a shared machine both see the same moment. The published figures are of hardware that is not
-here; their predictions use data sheets and the assumptions of profiling/rates.py, none of which was fitted to them.
+here; their predictions use data sheets and the assumptions of profiling/plan/rates.py, none of which was fitted to
+them.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from kernels.attention import resolve
 from model.pretrainer import Pretrainer
 from model.rows import Rows
 from profiling.benches.step import Step, shared_loss
-from profiling.calibration import measured_rates
 from profiling.clock import Times, alternate
 from profiling.machine import device
 from profiling.measurement import Measurement, Row
-from profiling.plan_page import cluster_of
-from profiling.plan_search import Plan, search
-from profiling.step_time import step_time
-from profiling.work import Build, step_work
+from profiling.plan.calibration import measured_rates
+from profiling.plan.page import cluster_of
+from profiling.plan.search import Plan, search
+from profiling.plan.step_time import step_time
+from profiling.plan.work import Build, step_work
 from profiling.workload import random_batch, small_step
 
 PRESETS = Path(configs.__file__).parent

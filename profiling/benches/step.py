@@ -1,7 +1,7 @@
 """One whole step, shared and packed, against the same step in three passes: eager and compiled, forward to EMA.
 
 Both sides train the same weights on the same batch, in bf16, without ZeRO (one process). The reference computes what
-the public model class would (profiling/three_pass.py).
+the public model class would (profiling/step/three_pass.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from model.pretrainer import Pretrainer, teacher_pairs
 from model.rows import Rows
 from profiling.machine import device, matmul_peak
 from profiling.measurement import Measurement, measure
-from profiling.three_pass import ThreePass, padded_inputs, written_out_loss
+from profiling.step.three_pass import ThreePass, padded_inputs, written_out_loss
 from profiling.workload import random_batch, small_step
 
 TEMPERATURE, MOMENTUM = 0.07, 0.999

@@ -161,7 +161,7 @@ def _rank(case: Case, rank: int, rounds: int, folder: str, results: Queue[Found]
     from engine import world
     from engine.assemble import assemble
     from engine.step import train_step
-    from profiling.step_peak import predict_peak
+    from profiling.step.peak import predict_peak
 
     comm = world.start(TIMEOUT / 60, rendezvous=f"file://{folder}/rendezvous")
     config, ds_config = case.config(), case.ds_config()

@@ -14,9 +14,9 @@ from model.describe import count_parameters, step_layout
 from model.generator.build import build
 from model.generator.shape import LatentShape
 from model.rows import Rows
-from profiling.decoder_gan_flops import decoder_gan_flops
-from profiling.generator_flops import generator_flops
-from profiling.step_flops import step_flops
+from profiling.step.decoder_gan_flops import decoder_gan_flops
+from profiling.step.flops import step_flops
+from profiling.step.generator_flops import generator_flops
 
 pytestmark = pytest.mark.L0
 

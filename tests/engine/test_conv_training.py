@@ -13,9 +13,9 @@ from configs import Config
 from engine import archive, checkpoint
 from engine.step import train_step
 from model.objectives.comm import Comm
-from profiling.communication import by_kind
-from profiling.communication import predict as communication
-from profiling.footprint import predict as footprint
+from profiling.step.communication import by_kind
+from profiling.step.communication import predict as communication
+from profiling.step.footprint import predict as footprint
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.profiling import test_communication, test_footprint

@@ -18,8 +18,8 @@ from engine import out_of_memory, run
 from engine.out_of_memory import Memory
 from engine.world import RankError
 from model.objectives.comm import Solo
-from profiling.savings import Saving, savings
-from profiling.step_peak import predict_peak
+from profiling.step.peak import predict_peak
+from profiling.step.savings import Saving, savings
 from tests.engine.ranks import DEEPSPEED
 from tests.tiny import tiny_config
 

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data import corpus
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights
-from profiling.report import write_report
+from profiling.report.page import write_report
 
 pytestmark = pytest.mark.L1
 

@@ -18,7 +18,7 @@ from model.outputs import Outputs
 from model.rows import Rows
 from profiling.flops import StepFlops
 from profiling.peaks import Peak
-from profiling.step_flops import step_flops
+from profiling.step.flops import step_flops
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.autoregressive import Autoregressive, MaskRatio
 from model.generator.build import build
 from model.generator.shape import LatentShape
-from profiling.autoregressive_flops import autoregressive_flops
-from profiling.generator_flops import generator_flops
+from profiling.step.autoregressive_flops import autoregressive_flops
+from profiling.step.generator_flops import generator_flops
 from tests.model.generator.tiny_autoregressive import drawn, section, tiny
 
 pytestmark = pytest.mark.L0

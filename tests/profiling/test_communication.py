@@ -13,7 +13,7 @@ from engine.assemble import assemble
 from engine.step import train_step
 from engine.traffic import counting
 from model.objectives.comm import Comm
-from profiling.communication import Collective, by_kind, predict, table
+from profiling.step.communication import Collective, by_kind, predict, table
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import random_batch, tiny_config

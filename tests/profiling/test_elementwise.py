@@ -14,8 +14,8 @@ from torch._inductor import metrics
 
 from configs.architecture import Text, Vit
 from engine.zero import DTYPES
-from profiling import elementwise
-from profiling.elementwise import Counting, block_traffic, kept_bytes
+from profiling.step import elementwise
+from profiling.step.elementwise import Counting, block_traffic, kept_bytes
 
 pytestmark = pytest.mark.L0
 

@@ -33,9 +33,9 @@ from model.rows import Rows
 from model.text import TextBlock
 from model.tokenizer import VisualTokenizer
 from profiling.flops import StepFlops
-from profiling.layer_flops import forward_flops_of_tokenizer
-from profiling.pretend import frozen_encoder, perceptual_network
-from profiling.step_flops import step_flops
+from profiling.step.flops import step_flops
+from profiling.step.layer_flops import forward_flops_of_tokenizer
+from profiling.step.pretend import frozen_encoder, perceptual_network
 from tests.tiny import CONV, model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0

@@ -10,8 +10,8 @@ from configs import Config
 from configs.ds import load_ds_config
 from engine.assemble import assemble
 from model.objectives.comm import Comm
-from profiling.footprint import predict
 from profiling.memory import tensor_bytes
+from profiling.step.footprint import predict
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config

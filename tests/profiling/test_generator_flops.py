@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.generator import DIT, SIT, Diffusion
 from model.generator.build import build
 from model.generator.shape import LatentShape
-from profiling.generator_flops import generator_flops
+from profiling.step.generator_flops import generator_flops
 
 pytestmark = pytest.mark.L0
 B, XL = {"width": 768, "depth": 12, "heads": 12}, {"width": 1152, "depth": 28, "heads": 16}

@@ -17,9 +17,9 @@ from model.objectives.comm import Solo
 from model.objectives.total import Centres, compute
 from model.pretrainer import Pretrainer
 from model.rows import Rows
-from profiling.phase_work import logits_work, phase_work, update_work
-from profiling.roofline import Work
-from profiling.step_flops import step_flops
+from profiling.step.flops import step_flops
+from profiling.step.phase_work import logits_work, phase_work, update_work
+from profiling.step.roofline import Work
 from tests.engine.ranks import DEEPSPEED
 from tests.tiny import CONV, model_inputs, random_batch, tiny_config
 

@@ -9,13 +9,16 @@ import pytest
 
 from configs import load_config
 from configs.ds import load_ds_config
-from profiling import plan, plan_search, rates, scaling
+from profiling import scaling
 from profiling.benches import plan as bench
 from profiling.clock import Comparison, Times
-from profiling.plan_search import Cluster, Variant, as_compiled, search
-from profiling.rates import Gpu, parse_links, rates_of
-from profiling.step_peak import predict_peak
-from profiling.work import Build
+from profiling.plan import command as plan
+from profiling.plan import rates
+from profiling.plan import search as plan_search
+from profiling.plan.rates import Gpu, parse_links, rates_of
+from profiling.plan.search import Cluster, Variant, as_compiled, search
+from profiling.plan.work import Build
+from profiling.step.peak import predict_peak
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0

@@ -16,13 +16,13 @@ from configs import UserError, to_yaml
 from engine.pictures import write_png
 from engine.report import Log
 from model.rows import Rows
-from profiling.report import main, write_report
-from profiling.report_blocks import Line, Plot, Stack, as_json, shown
-from profiling.report_data import read_run
-from profiling.report_figures import MOST_POINTS, labels, thinned
-from profiling.report_plots import line_plot, stacked_bars
-from profiling.report_sections import sections
-from profiling.step_flops import step_flops
+from profiling.report.blocks import Line, Plot, Stack, as_json, shown
+from profiling.report.data import read_run
+from profiling.report.figures import MOST_POINTS, labels, thinned
+from profiling.report.page import main, write_report
+from profiling.report.plots import line_plot, stacked_bars
+from profiling.report.sections import sections
+from profiling.step.flops import step_flops
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0

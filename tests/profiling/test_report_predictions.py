@@ -10,12 +10,12 @@ import pytest
 
 from configs.ds import load_ds_config
 from model.rows import Rows
-from profiling.communication import by_kind, predict
-from profiling.phase_work import phase_work
-from profiling.report import write_report
-from profiling.report_blocks import Roofline
-from profiling.report_plots import roofline_plot
-from profiling.step_peak import predict_peak
+from profiling.report.blocks import Roofline
+from profiling.report.page import write_report
+from profiling.report.plots import roofline_plot
+from profiling.step.communication import by_kind, predict
+from profiling.step.peak import predict_peak
+from profiling.step.phase_work import phase_work
 from tests.engine.ranks import DEEPSPEED
 from tests.profiling.test_report import blocks, facts_of, figures, make_run, read, sentences
 from tests.tiny import tiny_config

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from model.block import Block, swiglu_hidden
-from profiling.layer_flops import vit_block
-from profiling.roofline import Counted, Roof, Work
+from profiling.step.layer_flops import vit_block
+from profiling.step.roofline import Counted, Roof, Work
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0

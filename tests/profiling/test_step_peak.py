@@ -14,7 +14,7 @@ from engine.assemble import assemble
 from engine.step import train_step
 from model.objectives.comm import Comm
 from profiling.memory import peak_bytes, tensor_bytes
-from profiling.step_peak import predict_peak
+from profiling.step.peak import predict_peak
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import random_batch, tiny_config

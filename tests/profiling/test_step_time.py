@@ -8,11 +8,11 @@ import pytest
 
 from configs import Config, UserError, load_config
 from model.rows import Rows
-from profiling.communication import Collective
-from profiling.rates import LAUNCH, OF_BF16, Links, Rates, parse_links, rates_of
-from profiling.step_flops import step_flops
-from profiling.step_time import HIDDEN_BY, seconds, step_time
-from profiling.work import Build, Work, step_work
+from profiling.plan.rates import LAUNCH, OF_BF16, Links, Rates, parse_links, rates_of
+from profiling.plan.step_time import HIDDEN_BY, seconds, step_time
+from profiling.plan.work import Build, Work, step_work
+from profiling.step.communication import Collective
+from profiling.step.flops import step_flops
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0

@@ -17,10 +17,10 @@ from model.objectives.perceptual import GROUPS, Perceptual
 from model.objectives.total import Centres, compute
 from model.pretrainer import Pretrainer
 from model.rows import Rows
-from profiling.layer_flops import VGG_CHANNELS, perceptual_parameters
-from profiling.live_bytes import Event, LiveBytes, peak
-from profiling.pretend import frozen_encoder
-from profiling.step_trace import step_events
+from profiling.step.layer_flops import VGG_CHANNELS, perceptual_parameters
+from profiling.step.live_bytes import Event, LiveBytes, peak
+from profiling.step.memory_trace import step_events
+from profiling.step.pretend import frozen_encoder
 from tests.tiny import CONV, corruption, model_inputs, random_batch, step_that_hides, tiny_config
 
 pytestmark = pytest.mark.L0

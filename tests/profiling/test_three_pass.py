@@ -10,7 +10,7 @@ from model.initialise import initialise
 from model.pretrainer import Pretrainer
 from model.rows import Rows
 from profiling.benches.step import shared_loss
-from profiling.three_pass import ThreePass, padded_inputs, written_out_loss
+from profiling.step.three_pass import ThreePass, padded_inputs, written_out_loss
 from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0

@@ -6,7 +6,7 @@
 
 A step has three moments in which it may need the most (deepspeed 0.19.8):
 
-    computing    activations and what backward takes beside them (profiling/step_trace.py), gathered parameters,
+    computing    activations and what backward takes beside them (profiling/step/memory_trace.py), gathered parameters,
                  and the buckets in which gradients wait for their reduction
     reducing     the last bucket, when backward is over; with micro-batches after all gradients were kept until here
     stepping     the gradient's norm in float64, a tensor at a time; then a group's gradients in float32
@@ -31,7 +31,7 @@ from typing import Any
 from configs import Config
 from configs.ds import zero_stage
 from data.batch import Batch
-from profiling.communication import (
+from profiling.step.communication import (
     ALIGN,
     BUCKET,
     COMM_DTYPE_BYTES,
@@ -40,9 +40,9 @@ from profiling.communication import (
     meta_model,
     optimizer_groups,
 )
-from profiling.footprint import Component, Footprint, predict
-from profiling.live_bytes import Event
-from profiling.step_trace import GRADIENTS, HEADS, OBJECTIVES, TOWERS, step_events
+from profiling.step.footprint import Component, Footprint, predict
+from profiling.step.live_bytes import Event
+from profiling.step.memory_trace import GRADIENTS, HEADS, OBJECTIVES, TOWERS, step_events
 
 NORM_BYTES = 8  # gradients are squared in float64
 PREFIX, ACTIVATIONS = "activations: ", (*TOWERS, HEADS, OBJECTIVES)

@@ -11,7 +11,7 @@
     product_bytes   operands and results of these products, each once: what is left when all between them is fused
     bytes           operands and results of every operator that is no view: what eager steps ask of caches and memory
 
-Works on tensors without memory as well; what a step's phases do is profiling/phase_work.py's matter.
+Works on tensors without memory as well; what a step's phases do is profiling/step/phase_work.py's matter.
 """
 
 from __future__ import annotations

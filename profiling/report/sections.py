@@ -13,13 +13,13 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from profiling.report_blocks import Block, Cell, Listing, Pictures, Section, Sentence, Stack, Table
-from profiling.report_data import Run
-from profiling.report_figures import figures, labels, plots, remarks
-from profiling.report_flops import flops_table
-from profiling.report_predictions import memory_tables, traffic_table
-from profiling.report_roofline import rooflines
-from profiling.report_summary import summary
+from profiling.report.blocks import Block, Cell, Listing, Pictures, Section, Sentence, Stack, Table
+from profiling.report.data import Run
+from profiling.report.figures import figures, labels, plots, remarks
+from profiling.report.flops_table import flops_table
+from profiling.report.predictions import memory_tables, traffic_table
+from profiling.report.roofline_section import rooflines
+from profiling.report.summary import summary
 
 FIRST_BAD_SAMPLES = 20
 MOST_LINES = 300  # of log.txt

@@ -2,7 +2,7 @@
 
     decoder_gan_flops(config, model, world_size=8, listens=1.0, judges=1.0).as_table()
 
-Rules as in profiling/step_flops.py; held against torch's FlopCounterMode in tests/profiling/test_decoder_gan_flops.py.
+Rules as in profiling/step/flops.py; held against torch's FlopCounterMode in tests/profiling/test_decoder_gan_flops.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from configs.decoder_gan import Discriminator
 from model.discriminator import PatchGan
 from model.pack import pack
 from profiling.flops import Component, StepFlops, convolution, linear
-from profiling.layer_flops import patch_edge, perceptual_forward, tokens_and_squares, vit_block
+from profiling.step.layer_flops import patch_edge, perceptual_forward, tokens_and_squares, vit_block
 
 
 def decoder_gan_flops(

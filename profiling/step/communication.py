@@ -15,8 +15,9 @@ nothing: each rank's shards follow its own. The model of ZeRO is deepspeed 0.19.
 
     ZeRO-1, 2   gradients are all-reduced, whole, in buckets (use_multi_rank_bucket_allreduce is on: on the wire twice
                 a reduce-scatter, in both stages); after the step each rank's part of the weights is gathered
-    ZeRO-3      parameters are gathered by profiling/gathers.py's rules, gradients reduce-scattered; small parameters,
-                the teacher's too, are gathered again after the step, and the teacher's once more when it has moved
+    ZeRO-3      parameters are gathered by profiling/step/gathers.py's rules, gradients reduce-scattered; small
+                parameters, the teacher's too, are gathered again after the step, and the teacher's once more when it
+                has moved
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from engine.optim import parameter_groups
 from model.latent import feature_width, moment_channels
 from model.pretrainer import Pretrainer, head_width
 from model.rows import Rows
-from profiling.gathers import Gathers, Settings, Visit
+from profiling.step.gathers import Gathers, Settings, Visit
 
 FP32_BYTES = 4
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}

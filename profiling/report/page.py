@@ -17,11 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from configs import UserError
-from profiling.report_blocks import Line, Plot, Roofline, Section, Stack, as_json, shown
-from profiling.report_data import read_run
-from profiling.report_figures import labels
-from profiling.report_plots import line_plot, part_colour, part_sign, roofline_plot, stacked_bars
-from profiling.report_sections import sections
+from profiling.report.blocks import Line, Plot, Roofline, Section, Stack, as_json, shown
+from profiling.report.data import read_run
+from profiling.report.figures import labels
+from profiling.report.plots import line_plot, part_colour, part_sign, roofline_plot, stacked_bars
+from profiling.report.sections import sections
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -48,7 +48,7 @@ def write_report(run: Path, compare: Path | None = None, out: Path | None = None
 def render(title: str, content: list[Section]) -> str:
     """The page. Everything a run wrote is escaped; the plots' SVG holds no word of it."""
     environment = Environment(
-        loader=PackageLoader("profiling", "."),
+        loader=PackageLoader("profiling.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -122,7 +122,3 @@ def main(arguments: list[str]) -> int:
         return 2
     print(page)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """What was predicted beside what was measured: memory of a rank, and bytes of collectives.
 
-memory_tables(run, "demo")      # states by profiling/footprint.py, and the measured peak of every rank
-traffic_table(run, "demo")      # collectives by profiling/communication.py, and what the run counted
+memory_tables(run, "demo")      # states by profiling/step/footprint.py, and the measured peak of every rank
+traffic_table(run, "demo")      # collectives by profiling/step/communication.py, and what the run counted
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs import Config, UserError
-from profiling.report_blocks import Block, Cell, Sentence, Table
-from profiling.report_data import Run
+from profiling.report.blocks import Block, Cell, Sentence, Table
+from profiling.report.data import Run
 
 if TYPE_CHECKING:
-    from profiling.footprint import Component
+    from profiling.step.footprint import Component
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
 T = TypeVar("T")
@@ -24,7 +24,7 @@ _DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 def memory_tables(run: Run, label: str) -> list[Block]:
     """What a rank holds at a step's worst moment by prediction, and under it what ranks held at most."""
-    from profiling.step_peak import predict_peak  # imports DeepSpeed, which talks
+    from profiling.step.peak import predict_peak  # imports DeepSpeed, which talks
 
     machine = run.machine or {}
     attention = "matmul" if machine.get("attention") == "matmul" else "sdpa"
@@ -80,7 +80,7 @@ def _compared(device: str, measured_gib: float | None, predicted_gib: float) -> 
 
 def traffic_table(run: Run, label: str) -> list[Block]:
     """MB a step and rank of every kind: predicted for a steady step, counted in the median report, and their ratio."""
-    from profiling import communication  # as above
+    from profiling.step import communication  # as above
 
     counted = {kind: run.median(f"comm/{kind}_mb") for kind in KINDS}
     try:

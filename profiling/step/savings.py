@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from configs import Config, UserError
 from configs.ds import offloads_optimizer, zero_stage
-from profiling.communication import BUCKET
-from profiling.footprint import Footprint
-from profiling.step_peak import predict_peak
+from profiling.step.communication import BUCKET
+from profiling.step.footprint import Footprint
+from profiling.step.peak import predict_peak
 
 LEAST = 0.01  # of the peak: less is no advice
 SMALL_BUCKET = 50_000_000  # elements; below it reductions become too many

@@ -2,10 +2,11 @@
 
     compute   = sum over components of  FLOPs / products  +  scores / attention  +  bytes / memory
     host      = operations * operation + passes through blocks * block_hooks
-    exposed   = what waits  +  max(0, what does not wait - 0.8 compute)      (collectives; profiling/communication.py)
+    exposed   = what waits  +  max(0, what does not wait - 0.8 compute)      (collectives)
     step      = max(compute, host) + exposed        on a GPU, where the host goes ahead
               = compute + operations * operation + all collectives               on a CPU
 
+Collectives are those of profiling/step/communication.py.
 Products and memory do not overlap inside a component: kernels run one after the other. What it leaves out: waiting for
 data and decoding on the GPU, stragglers, collectives that slow the products beside them, reports and checkpoints.
 
@@ -18,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from profiling.communication import Collective
-from profiling.rates import Links, Rates
-from profiling.work import Work
+from profiling.plan.rates import Links, Rates
+from profiling.plan.work import Work
+from profiling.step.communication import Collective
 
 HIDDEN_BY = 0.8  # share of compute beside which collectives can run [assumed]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from configs import UserError
 from model.rows import Rows
-from profiling.report_blocks import Block, Cell, Roofline, Sentence, Table
-from profiling.report_data import Run, number
-from profiling.report_figures import labels, side_by_side
-from profiling.roofline import Roof, Work
+from profiling.report.blocks import Block, Cell, Roofline, Sentence, Table
+from profiling.report.data import Run, number
+from profiling.report.figures import labels, side_by_side
+from profiling.step.roofline import Roof, Work
 
 COUNTED = (
     "FLOPs are those of products, as in the table of FLOPs; AdamW counts with 15 operations a weight, the EMA with 3. "
@@ -99,7 +99,7 @@ def _roof(run: Run) -> Roof:
 
 def _work(run: Run) -> tuple[dict[str, Work], dict[str, Work]]:
     """Of the phases, and of the logits within them."""
-    from profiling.phase_work import logits_work, phase_work, update_work  # imports DeepSpeed, which talks
+    from profiling.step.phase_work import logits_work, phase_work, update_work  # imports DeepSpeed, which talks
 
     config, ranks, ds_config = run.pretraining, run.world_size, run.ds_config
     if config is None or ranks is None or ds_config is None:

@@ -31,9 +31,9 @@ from model.objectives.targets import ITERATIONS
 from model.pack import ALIGN, Group, Layout, pack
 from model.pretrainer import head_width
 from model.rows import Rows
-from profiling.conv_flops import ConvFlops, conv_decoder, conv_encoder
 from profiling.flops import Component, StepFlops, linear
-from profiling.layer_flops import (
+from profiling.step.conv_flops import ConvFlops, conv_decoder, conv_encoder
+from profiling.step.layer_flops import (
     Block,
     patch_edge,
     perceptual_forward,

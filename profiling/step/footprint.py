@@ -18,11 +18,11 @@ each stage against the tensors of a real engine. For N trained and F frozen para
     frozen encoder         its own, whole                  its own, whole    with objectives.rec.align
 
 and while a step runs
-    gathered parameters    -                               the most that is whole at once, by profiling/gathers.py
+    gathered parameters    -                               the most that is whole at once, by profiling/step/gathers.py
     micro-batch gradients  N b                             N b               with system.clip.micro_batches > 1
 
 A lone rank gathers nothing: its shard is the parameter. What a step holds beside all this, activations above all, and
-when, is added by profiling/step_peak.py: its sum is the peak, this one's is a floor.
+when, is added by profiling/step/peak.py: its sum is the peak, this one's is a floor.
 """
 
 from __future__ import annotations
@@ -35,10 +35,18 @@ import torch
 from configs import Config
 from configs.ds import offloads_optimizer, zero_stage
 from model.pretrainer import Pretrainer
-from profiling.communication import ALIGN, BUCKET, DTYPE_BYTES, FP32_BYTES, meta_model, optimizer_groups, steady_gathers
-from profiling.gathers import Settings
-from profiling.layer_flops import perceptual_parameters
-from profiling.pretend import frozen_encoder
+from profiling.step.communication import (
+    ALIGN,
+    BUCKET,
+    DTYPE_BYTES,
+    FP32_BYTES,
+    meta_model,
+    optimizer_groups,
+    steady_gathers,
+)
+from profiling.step.gathers import Settings
+from profiling.step.layer_flops import perceptual_parameters
+from profiling.step.pretend import frozen_encoder
 
 OPTIMIZER_BYTES = 3 * FP32_BYTES  # weights and two moments
 MANY_PARTS = 2  # micro-batches from which gradients wait whole for their one reduction

@@ -14,8 +14,8 @@ from configs.generator import Diffusion, Generator
 from model.block import swiglu_hidden
 from model.generator.conditioning import FREQUENCIES
 from model.generator.shape import LatentShape
-from profiling.autoregressive_flops import autoregressive_flops
 from profiling.flops import attention, linear
+from profiling.step.autoregressive_flops import autoregressive_flops
 
 
 def generator_flops(section: Generator, shape: LatentShape, num_classes: int, batch: int) -> float:

@@ -3,7 +3,7 @@
     for each in step_work(config, rows, Build(attention="flash", is_compiled=True), shards=256):
         each.name, each.products["bf16"], each.scores, each.bytes, each.operations
 
-FLOPs are profiling/step_flops.py's, exact. Bytes are counted for the blocks (profiling/elementwise.py), for the
+FLOPs are profiling/step/flops.py's, exact. Bytes are counted for the blocks (profiling/step/elementwise.py), for the
 perceptual network, and for optimizer and EMA; edges, heads and losses move few beside them and are left out.
 """
 
@@ -20,10 +20,10 @@ from kernels.fp8 import Linears
 from model.block import swiglu_hidden
 from model.describe import count_parameters, step_layout
 from model.rows import Rows
-from profiling.elementwise import BlockTraffic, block_traffic
 from profiling.flops import Component
-from profiling.layer_flops import text_block, vit_block
-from profiling.step_flops import step_flops
+from profiling.step.elementwise import BlockTraffic, block_traffic
+from profiling.step.flops import step_flops
+from profiling.step.layer_flops import text_block, vit_block
 
 FP8_GATE = Linears("fp8_torchao", "planned", is_gated_by_speed=True)
 CAST_BYTES = 6  # an element of an FP8 product's operands: find the maximum, read, write (kernels/fp8.py's rule)

@@ -25,7 +25,7 @@ from model.frozen import FrozenEncoder
 from model.objectives.perceptual import GROUPS, Perceptual
 from model.outputs import ClipOutputs
 from model.pretrainer import Rows
-from profiling.layer_flops import VGG_CHANNELS
+from profiling.step.layer_flops import VGG_CHANNELS
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs, Outputs
 from model.pretrainer import Pretrainer
 from model.rows import Rows
-from profiling.live_bytes import Event, LiveBytes
-from profiling.pretend import Pretend, clip_outputs, corruption, fake, frozen_encoder, kept_idx, perceptual_network
+from profiling.step.live_bytes import Event, LiveBytes
+from profiling.step.pretend import Pretend, clip_outputs, corruption, fake, frozen_encoder, kept_idx, perceptual_network
 from profiling.workload import imagined_batch
 
 RUN = 3  # blocks of a tower that are run: the first, one for all in the middle, the last

@@ -28,7 +28,7 @@ from configs.architecture import Text, Vit
 from kernels.dense_attention import Spans
 from model.block import Block, swiglu_hidden
 from model.text import TextBlock
-from profiling.roofline import work_of
+from profiling.step.roofline import work_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SEGMENTS, LENGTH = 64, 64  # of the traced run: many tokens, so that what goes with weights does not show

@@ -3,7 +3,7 @@
     vit_block(Vit(width=1024, depth=24, heads=16), *tokens_and_squares(64, 257), 64 * 257).forward
     forward_flops_of_tokenizer(config, 256)       # ViT-L: 324.1e9; without attention products 311.1e9
 
-How many tokens they meet in a step is profiling/step_flops.py's matter; conventions are in profiling/flops.py.
+How many tokens they meet in a step is profiling/step/flops.py's matter; conventions are in profiling/flops.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from configs.architecture import Model, Prototypes, Text, Vit
 from model.block import swiglu_hidden
 from model.latent import feature_width, moment_channels
 from model.objectives.perceptual import GROUPS
-from profiling.conv_flops import conv_decoder, conv_encoder
 from profiling.flops import attention, convolution, linear
+from profiling.step.conv_flops import conv_decoder, conv_encoder
 
 VGG_CHANNELS = (64, 128, 256, 512, 512)  # of each tap: VGG-16
 

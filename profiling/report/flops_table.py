@@ -5,9 +5,9 @@ from __future__ import annotations
 from configs import UserError
 from model.rows import Rows
 from profiling.flops import PASSES
-from profiling.report_blocks import Block, Cell, Sentence, Table
-from profiling.report_data import Run
-from profiling.step_flops import step_flops
+from profiling.report.blocks import Block, Cell, Sentence, Table
+from profiling.report.data import Run
+from profiling.step.flops import step_flops
 
 _WHY = "Captions count with their whole context: how many slots packing takes, only the run's batches know."
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
-from profiling.report_blocks import Block, Cell, Sentence
-from profiling.report_data import Run, number
-from profiling.report_figures import labels, side_by_side
+from profiling.report.blocks import Block, Cell, Sentence
+from profiling.report.data import Run, number
+from profiling.report.figures import labels, side_by_side
 
 
 def summary(runs: list[Run]) -> list[Block]:

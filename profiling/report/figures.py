@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from profiling.report_blocks import Block, Cell, Line, Plot, Plots, Sentence, Table
-from profiling.report_data import Run
+from profiling.report.blocks import Block, Cell, Line, Plot, Plots, Sentence, Table
+from profiling.report.data import Run
 
 MOST_POINTS = 500  # of a line; a plot is 400 pixels wide
 

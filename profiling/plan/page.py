@@ -20,13 +20,13 @@ from engine.zero import DTYPES
 from kernels.attention import resolve
 from model.describe import count_parameters
 from model.rows import Rows
-from profiling import rates
-from profiling.calibration import measured_rates
 from profiling.machine import device
-from profiling.plan_search import CAPTIONS_FILLED, Cluster, Plan, search
-from profiling.rates import THIS, parse_links, rates_of
-from profiling.step_time import HIDDEN_BY
-from profiling.work import Build
+from profiling.plan import rates
+from profiling.plan.calibration import measured_rates
+from profiling.plan.rates import THIS, parse_links, rates_of
+from profiling.plan.search import CAPTIONS_FILLED, Cluster, Plan, search
+from profiling.plan.step_time import HIDDEN_BY
+from profiling.plan.work import Build
 
 SHOWN = 8
 GIB = 2**30
@@ -129,7 +129,7 @@ def run(parsed: argparse.Namespace) -> int:
     if config.model.conv is not None:
         raise UserError(
             f"--config {parsed.config}: the planner's times are of transformers, and model.conv is set; its memory is "
-            "predicted (profiling.step_peak), its time is to be measured"
+            "predicted (profiling.step.peak), its time is to be measured"
         )
     samples = parsed.samples or config.optim.steps * config.batch.clip
     cluster = cluster_of(parsed.gpu, parsed.gpus, parsed.link, config)

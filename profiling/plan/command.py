@@ -7,9 +7,9 @@ Builds the model on the meta device, so that no preset is too large for any mach
 micro-batches of the gradient cache, activation checkpointing and FP8 by speed; what does not fit is refused with what
 it would need. `--gpu this` takes this machine's own measured rates, for `--gpus` ranks on it.
 
-The model of time: profiling/step_time.py, and what it assumes of GPUs: profiling/rates.py. Memory and bytes sent are
-predicted by profiling/step_peak.py and profiling/communication.py, which are held against real runs; docs/planner.md
-shows every prediction that could be checked beside what was measured or published.
+The model of time: profiling/plan/step_time.py, and what it assumes of GPUs: profiling/plan/rates.py. Memory and bytes
+sent are predicted by profiling/step/peak.py and profiling/step/communication.py, which are held against real runs;
+docs/planner.md shows every prediction that could be checked beside what was measured or published.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from configs import UserError
-from profiling.rates import DEFAULT_LINKS, GPUS, THIS
+from profiling.plan.rates import DEFAULT_LINKS, GPUS, THIS
 
 
 def main(arguments: list[str]) -> int:
@@ -39,14 +39,10 @@ def main(arguments: list[str]) -> int:
     if parsed.gpus < 1 or (parsed.samples is not None and parsed.samples <= 0):
         parser.error(f"--gpus {parsed.gpus}, --samples {parsed.samples}: both count something; give at least 1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says here that it has found no GPU; nothing runs
-    from profiling.plan_page import run
+    from profiling.plan.page import run
 
     try:
         return run(parsed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from profiling.report_blocks import Plot, Roofline, Stack
+from profiling.report.blocks import Plot, Roofline, Stack
 
 COLOURS = (
     "#2f7ebc", "#d9762b", "#3d9a5f", "#a565b8", "#c2485a", "#8a7a2e", "#4aa3a8", "#8c6d5a", "#7a86c2", "#9aa0a6",

@@ -22,10 +22,10 @@ from model.describe import step_layout
 from model.rope import turn
 from model.rows import Rows
 from profiling.clock import alternate
-from profiling.elementwise import DTYPES, Counting
 from profiling.flops import attention, linear
-from profiling.layer_flops import tokens_and_squares
-from profiling.rates import Rates
+from profiling.plan.rates import Rates
+from profiling.step.elementwise import DTYPES, Counting
+from profiling.step.layer_flops import tokens_and_squares
 
 ROUNDS = 5
 MOST_TOKENS = 16_384  # of a timed run

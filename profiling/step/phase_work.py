@@ -38,9 +38,9 @@ from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs
 from model.pretrainer import Pretrainer
 from model.rows import Rows
-from profiling.communication import DTYPE_BYTES, FP32_BYTES, meta_model
-from profiling.pretend import Pretend, corruption, frozen_encoder, perceptual_network
-from profiling.roofline import Counted, Work
+from profiling.step.communication import DTYPE_BYTES, FP32_BYTES, meta_model
+from profiling.step.pretend import Pretend, corruption, frozen_encoder, perceptual_network
+from profiling.step.roofline import Counted, Work
 from profiling.workload import imagined_batch
 
 # Whose products they are, by the file that asks for them, forward and backward.

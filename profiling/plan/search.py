@@ -25,15 +25,15 @@ from configs import Config, UserError
 from configs.architecture import Text, Vit
 from configs.ds import complete
 from model.rows import Rows
-from profiling.communication import Collective, predict
-from profiling.elementwise import kept_bytes
 from profiling.flops import StepFlops
-from profiling.footprint import Footprint
-from profiling.rates import Links, Rates
-from profiling.step_flops import step_flops
-from profiling.step_peak import predict_peak
-from profiling.step_time import StepTime, step_time
-from profiling.work import Build, fp8_pays, step_work
+from profiling.plan.rates import Links, Rates
+from profiling.plan.step_time import StepTime, step_time
+from profiling.plan.work import Build, fp8_pays, step_work
+from profiling.step.communication import Collective, predict
+from profiling.step.elementwise import kept_bytes
+from profiling.step.flops import step_flops
+from profiling.step.footprint import Footprint
+from profiling.step.peak import predict_peak
 
 DEEPSPEED = Path(configs.__file__).parent / "deepspeed"
 CAPTIONS_FILLED = 0.3  # share of the slots that packed captions take [assumed: captions of the web]
@@ -268,5 +268,5 @@ class _Planner:
 
     @property
     def _attention(self) -> str:
-        """As profiling.step_peak names it: fused kernels keep no scores."""
+        """As profiling.step.peak names it: fused kernels keep no scores."""
         return "matmul" if self.cluster.build.attention == "matmul" else "sdpa"

@@ -1,0 +1,1 @@
+"""What a run would need of a cluster: `python -m profiling.plan`."""
