@@ -11,13 +11,17 @@ the package of that name on PyPI is another one.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from configs import Run, UserError
 from configs.ds import offloads_optimizer
@@ -25,6 +29,7 @@ from configs.learning import Optim
 from configs.load import one_line
 from engine import zero
 
+LONGEST_BUILD = 20 * 60  # seconds; of one of DeepSpeed's optimizers, a minute or two on a quiet machine
 APEX_SOURCE = "https://github.com/NVIDIA/apex"
 
 
@@ -98,6 +103,7 @@ def _torch(groups: list[dict[str, Any]], optim: Optim, is_fused: bool) -> torch.
 
 
 def _deepspeed(groups: list[dict[str, Any]], optim: Optim, kind: str) -> torch.optim.Optimizer:
+    _refuse_stale_lock("cpu_adam" if kind == "deepspeed_cpu" else "fused_adam")
     try:
         return zero.own_adamw(kind, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     except Exception as error:  # whatever compilers and loaders raise
@@ -107,6 +113,18 @@ def _deepspeed(groups: list[dict[str, Any]], optim: Optim, kind: str) -> torch.o
             f"{one_line(cause)}); it wants a C++ compiler and ninja, kernels for a GPU also nvcc "
             "(`ds_report` shows what is missing), or take system.optimizer=torch_fused"
         ) from error
+
+
+def _refuse_stale_lock(extension: str) -> None:
+    """A build that was killed leaves its lock behind, and torch waits for it without end and without a word."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob(f"**/{extension}/lock"):
+        age = time.time() - lock.stat().st_mtime
+        if age > LONGEST_BUILD:
+            raise UserError(
+                f"system.optimizer: {lock} is {age / 60:.0f} minutes old and no build takes {LONGEST_BUILD // 60}: one "
+                "was killed there, and every start would wait for it; remove the file"
+            )
 
 
 def _apex(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,3 +189,15 @@ def test_what_is_not_installed_or_does_not_compile_is_said(monkeypatch: pytest.M
         UserError, match=r"deepspeed_cpu: .* failed \(OSError: no compiler: g\+\+ not found\); it wants"
     ):
         ten_steps("deepspeed_cpu")
+
+
+def test_the_lock_of_a_killed_build_is_an_error_and_no_endless_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, times=(0, 0))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"cpu_adam/lock is \d+ minutes old .* remove the file"):
+        optim.build(torch.nn.Linear(2, 2), tiny_config().optim, "deepspeed_cpu")
