@@ -4,9 +4,20 @@ where there is no GPU."""
 
 import os
 
+import pytest
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
+
+TIERS = {"L0", "L1", "gpu", "demo"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` asks for tiers: a test that has none would never run, and nobody would notice."""
+    without = [item.nodeid for item in items if not TIERS & {mark.name for mark in item.iter_markers()}]
+    if without:
+        raise pytest.UsageError(f"no tier ({', '.join(sorted(TIERS))}): {', '.join(without)}")

@@ -191,6 +191,7 @@ def test_what_is_not_installed_or_does_not_compile_is_said(monkeypatch: pytest.M
         ten_steps("deepspeed_cpu")
 
 
+@L0
 def test_the_lock_of_a_killed_build_is_an_error_and_no_endless_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
