@@ -62,7 +62,7 @@ class Utilisation:
         }
 
     def __str__(self) -> str:
-        step = f"{self.flops({}).model_flops / 1e9:,.2f} GFLOP a step and rank (captions before packing)"
+        step = f"{self.flops({}).model_flops / 1e9:,.2f} GFLOP a step and rank by the config alone"
         if self.peak is None:
             return f"{step}; no MFU: no data sheet's {self.precision} peak is known for {self.device_name}"
         memory = f"; memory {self.bandwidth}" if self.bandwidth else ""
