@@ -21,7 +21,7 @@ from configs import UserError
 from configs.generation import Generation
 from data.latent_loader import LatentBatch, LatentLoader
 from data.latents import LatentStore
-from data.prefetch import Prefetcher
+from data.prefetch import Ahead
 from engine import assemble, world, zero
 from engine.average import Average
 from engine.optim import set_learning_rate
@@ -70,7 +70,7 @@ class GeneratorTraining:
         )
         samples = config.batch.samples
         self._loader = LatentLoader(store, config.seed, samples, config.latents.flip, comm.rank, comm.world_size)
-        self._made: Prefetcher[Step] | None = None
+        self._steps = Ahead(self._make, config.system.loader.prefetch)
 
     @property
     def backend(self) -> str:
@@ -90,9 +90,7 @@ class GeneratorTraining:
 
     def batches(self, first_step: int) -> Iterator[Step]:
         """Made ahead."""
-        self.close()
-        self._made = Prefetcher(self._ahead, first_step, self.config.system.loader.prefetch)
-        return self._made
+        return self._steps.iterate(first_step)
 
     def step(self, batch: Step) -> GenerationRecord:
         """Forward, backward, AdamW, average. A collective."""
@@ -125,10 +123,7 @@ class GeneratorTraining:
 
     def wait_seconds(self) -> float:
         """Of the step for latents and their numbers."""
-        if self._made is None:
-            return 0.0
-        waited, self._made.wait_seconds = self._made.wait_seconds, 0.0
-        return waited
+        return self._steps.wait_seconds
 
     def health(self) -> dict[str, float]:
         """Nothing beside the losses."""
@@ -155,11 +150,9 @@ class GeneratorTraining:
 
     def close(self) -> None:
         """Ends the thread that makes batches."""
-        if self._made is not None:
-            self._made.close()
-            self._made = None
+        self._steps.close()
 
-    def _ahead(self, step: int) -> Step:
+    def _make(self, step: int) -> Step:
         batch = self._loader.batch(step)
         draws = draw(self._engine.module.needs, self.config.seed, step, batch.positions_B)
         if torch.cuda.is_available():

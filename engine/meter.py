@@ -16,15 +16,10 @@ from engine.training import Record
 from engine.utilisation import Utilisation
 from model.objectives.comm import Comm
 
-HEALTH = (
-    "clip_accuracy",
-    "logit_scale",
-    "logit_bias",
-    "teacher_entropy",
-    "gan_weight",
-    "logits_real",
-    "logits_fake",
-)  # named terms that are no losses
+# Named terms that are no losses.
+_PRETRAINING = ("clip_accuracy", "logit_scale", "logit_bias", "teacher_entropy", "latent_std")
+_STAGE_2 = ("gan_weight", "logits_real", "logits_fake")
+HEALTH = (*_PRETRAINING, *_STAGE_2)
 
 
 class Meter:

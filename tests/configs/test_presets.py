@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from configs import Config, DecoderGan, Run, load_config, load_run
 from configs.generation import Generation
+from configs.generator import DIT, SIT, Diffusion
 from model.describe import count_parameters, step_layout
 from model.generator.build import build
 from model.generator.shape import LatentShape
@@ -101,6 +103,18 @@ def test_a_generator_has_the_published_number_of_parameters(name: str) -> None:
         generator = build(config.generator, LatentShape(16, 16, 16), num_classes=1000)
     count = sum(parameter.numel() for parameter in generator.parameters())
     assert count / 1e6 == pytest.approx(SIZES_OF_GENERATORS[name], abs=0.6)
+
+
+@pytest.mark.parametrize(("name", "differs"), [("lightningdit_b", {}), ("sit_b", SIT), ("dit_b", DIT)])
+def test_the_kinds_of_diffusion_differ_as_their_papers_say(name: str, differs: dict[str, Any]) -> None:
+    config = kind(name)
+    assert isinstance(config, Generation)
+    expected = Diffusion(**{"width": 768, "depth": 12, "heads": 12, **differs})
+    found = config.generator
+    assert isinstance(found, Diffusion)
+    if name == "lightningdit_b":  # whose times VTP chose by tokenizer
+        found = found.model_copy(update={"times": expected.times})
+    assert found == expected
 
 
 @pytest.mark.parametrize("name", LARGE)

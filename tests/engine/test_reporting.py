@@ -51,6 +51,14 @@ def test_a_report_is_the_mean_of_its_steps_and_starts_anew() -> None:
     assert meter.read(3, waited_seconds=0.0)["loss/total"] == 7.0
 
 
+def test_what_is_no_loss_is_reported_as_health() -> None:
+    meter, one = Meter(Solo(), total_steps=1, samples_per_step=1), torch.tensor(1.0)
+    terms = {"total": one, "kl": one, "latent_std": one, "logits_real": one}
+    meter.add(StepRecord(terms, {}, one, {}, Outputs(None, None, None), None))
+    values = meter.read(1, waited_seconds=0.0)
+    assert {"loss/total", "loss/kl", "health/latent_std", "health/logits_real"} <= values.keys()
+
+
 def mean_over_ranks(comm: Comm) -> float:
     meter = Meter(comm, total_steps=1, samples_per_step=1)
     meter.add(record(1.0 + 2 * comm.rank))
