@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs import Config
 from configs.ds import load_ds_config
-from engine import zero
+from engine import archive, checkpoint, zero
 from engine.assemble import Assembly, assemble
 from engine.step import train_step
 from model.objectives.comm import Comm
@@ -101,6 +100,12 @@ def train_plainly(config: Config, steps: int) -> Trained:
     )
 
 
-def results_of(value: Any) -> Any:
-    """Rank 0's result; every rank returned the same gathered tensors."""
-    return value[0]
+def save_and_go_on(comm: Comm, config: Config, root: Path) -> tuple[list[float], list[float]]:
+    """Losses of steps 3 to 5 of a run that never stops and of one that goes on from its checkpoint."""
+    parts = build(config, comm, "zero3")
+    run_steps(parts, config, comm, 0, 3)
+    checkpoint.save(root, 3, parts.kept(None), config)
+    whole, _ = run_steps(parts, config, comm, 3, 6)
+    again = build(config, comm, "zero3")
+    checkpoint.load(archive.find(root), again.kept(None))
+    return whole, run_steps(again, config, comm, 3, 6)[0]

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from configs import Config, UserError, fingerprint
-from engine import archive, checkpoint
 from engine.initial import pinned
 from engine.step import train_step
 from model.frozen import FrozenEncoder
@@ -89,21 +88,10 @@ def test_alignment_moves_the_latents_and_nothing_moves_the_frozen_encoder(encode
     assert set(aligned_run.weights) - set(plain.weights) == {"align.weight"}
 
 
-def save_and_go_on(comm: Comm, config: Config, root: Path) -> tuple[list[float], list[float]]:
-    """Losses of steps 3 to 5 of a run that never stops and of one that goes on from its checkpoint."""
-    parts = ranks.build(config, comm, "zero3")
-    ranks.run_steps(parts, config, comm, 0, 3)
-    checkpoint.save(root, 3, parts.kept(None), config)
-    whole, _ = ranks.run_steps(parts, config, comm, 3, 6)
-    again = ranks.build(config, comm, "zero3")
-    checkpoint.load(archive.find(root), again.kept(None))
-    return whole, ranks.run_steps(again, config, comm, 3, 6)[0]
-
-
 @pytest.mark.L1
 def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(encoder: Path, tmp_path: Path) -> None:
     config = aligned(encoder, *REC_ALONE)
-    whole, resumed = run_ranks(save_and_go_on, 2, config, tmp_path / "checkpoints")[0]
+    whole, resumed = run_ranks(ranks.save_and_go_on, 2, config, tmp_path / "checkpoints")[0]
     assert whole == resumed
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from configs import Config
-from engine import archive, checkpoint
 from engine.step import train_step
 from model.objectives.comm import Comm
 from profiling.step.communication import by_kind
@@ -58,21 +57,10 @@ def test_two_ranks_take_the_steps_that_one_takes() -> None:
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-5)
 
 
-def save_and_go_on(comm: Comm, config: Config, root: Path) -> tuple[list[float], list[float]]:
-    """Losses of steps 3 to 5 of a run that never stops and of one that goes on from its checkpoint."""
-    parts = ranks.build(config, comm, "zero3")
-    ranks.run_steps(parts, config, comm, 0, 3)
-    checkpoint.save(root, 3, parts.kept(None), config)
-    whole, _ = ranks.run_steps(parts, config, comm, 3, 6)
-    again = ranks.build(config, comm, "zero3")
-    checkpoint.load(archive.find(root), again.kept(None))
-    return whole, ranks.run_steps(again, config, comm, 3, 6)[0]
-
-
 @pytest.mark.L1
 def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(tmp_path: Path) -> None:
     config = conv_config("objectives.rec.noise.kind=interpolative")
-    whole, resumed = run_ranks(save_and_go_on, 2, config, tmp_path / "checkpoints")[0]
+    whole, resumed = run_ranks(ranks.save_and_go_on, 2, config, tmp_path / "checkpoints")[0]
     assert whole == resumed
 
 
