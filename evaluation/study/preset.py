@@ -1,9 +1,9 @@
 """What a scaling study consists of: its objectives, its budgets, and what is the same in every cell.
 
-    cells(PRESETS["mini"])[0]          # Cell(objective=rec, budget 0, 4.0e12 FLOPs, 248 steps)
+    cells(PRESETS["mini"])[0]          # Cell(objective=rec, budget 0, 2.0e12 FLOPs, 250 steps)
 
 The axis is compute, so a budget is a number of training FLOPs of the tokenizer (profiling/step/flops.py: forward and
-backward, each product once) and not a number of steps: a step of the joint objective costs nearly three times one of
+backward, each product once) and not a number of steps: a step of the joint objective costs nearly twice one of
 reconstruction alone, and an equal number of steps would credit the joint objective with compute that the others never
 had. Each objective takes as many steps as the budget buys, so a column of the study compares like with like.
 
@@ -33,7 +33,7 @@ class Objective:
     has_clip: bool = True  # else there is no text tower to ask for a zero-shot answer
 
 
-_NO_CLIP = ("objectives.clip.weight=0", "batch.clip=32")  # rows beyond rec's would be decoded in vain
+_NO_CLIP = ("objectives.clip.weight=0",)
 _NO_SSL = ("objectives.ssl.weight=0", "batch.ssl=0")
 REC, JOINT = "rec", "joint"  # those that the study's question is about
 OBJECTIVES = (
@@ -67,14 +67,14 @@ MINI = Preset(
     name="mini",
     tokenizer=CONFIGS / "study_mini.yaml",
     generator=CONFIGS / "generator_mini.yaml",
-    budgets=(4e12, 12e12, 36e12, 108e12),
+    budgets=(2e12, 6e12, 18e12, 54e12),
     corpus=("emoji", "--samples", "12000", "--held-out", "2000", "--size", "32", "--classes", "100"),
     image_size=32,
     features=("--size", "32"),
-    generate=("--num-samples", "2000", "--guidance", "1,2", "--sampler", "euler", "--steps", "25"),
+    generate=("--num-samples=2000", "--guidance=1,4", "--sampler=euler", "--steps=25", "--batch-size=250"),
     caption_slots=14.5,
-    flops_per_second=50e9,
-    seconds={"evaluation": 90, "latents": 40, "generator": 400, "generation": 400},
+    flops_per_second=70e9,
+    seconds={"evaluation": 45, "latents": 25, "generator": 300, "generation": 120},
 )
 PRESETS = {preset.name: preset for preset in (MINI,)}
 

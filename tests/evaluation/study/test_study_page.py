@@ -100,7 +100,7 @@ def test_cells_cost_their_budget_and_come_cheapest_first() -> None:
     for cell in found:
         assert cell.flops == pytest.approx(mini.budgets[cell.budget_idx], rel=0.01)
     steps = {cell.objective.name: cell.steps for cell in found[:5]}
-    assert steps["rec"] > 2 * steps["joint"]
+    assert steps["rec"] > 1.8 * steps["joint"]
     assert steps["joint"] < min(steps["clip_rec"], steps["ssl_rec"])
 
 
@@ -108,8 +108,8 @@ def test_the_objectives_of_a_study_differ_in_their_objectives_alone() -> None:
     configs = {objective.name: preset.config_of(PRESETS["mini"], objective) for objective in OBJECTIVES}
     weights = {name: (c.objectives.clip.weight > 0, c.batch.ssl > 0, c.batch.rec) for name, c in configs.items()}
     assert weights == {
-        "rec": (False, False, 32), "clip_rec": (True, False, 32), "ssl_rec": (False, True, 32),
-        "joint": (True, True, 32), "joint_noise": (True, True, 32),
+        "rec": (False, False, 64), "clip_rec": (True, False, 64), "ssl_rec": (False, True, 64),
+        "joint": (True, True, 64), "joint_noise": (True, True, 64),
     }  # fmt: skip
     assert len({config.model for config in configs.values()}) == 1
     assert configs["joint_noise"].objectives.rec.noise.kind == "interpolative"
@@ -174,7 +174,10 @@ def test_a_dry_run_shows_cells_and_the_command_works_through_them(
     shown = capsys.readouterr().out
     assert "clip_rec-1" in shown
     assert "missing" in shown
-    assert sum(f"{minutes:.1f}" in shown for minutes in (1e12 / 50e9 / 60 + 930 / 60, 2e12 / 50e9 / 60 + 930 / 60)) == 2
+    mini = PRESETS["mini"]
+    behind = sum(mini.seconds.values())
+    minutes = [(budget / mini.flops_per_second + behind) / 60 for budget in (1e12, 2e12)]
+    assert all(f"{each:.1f}" in shown for each in minutes)
     assert made_up(out).ran() == []
     assert command.main(["--out", str(out), "--only", "rec-*,clip_rec-0"]) == 0
     shown = capsys.readouterr().out
