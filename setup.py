@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.10,<3.15",  # 3.15 brings a standard module called `profiling`
     packages=[
         "configs", "kernels", "data", "data.emoji", "model", "model.generator", "model.objectives", "engine",
-        "engine.zero", "evaluation", "evaluation.study", "profiling", "profiling.benches", "profiling.checks",
+        "engine.checkpoint", "engine.zero", "evaluation", "evaluation.study", "profiling", "profiling.benches", "profiling.checks",
         "profiling.plan", "profiling.report", "profiling.step",
     ],
     package_data={"configs": ["*.yaml", "deepspeed/*.json"], "profiling.report": ["*.j2"]},

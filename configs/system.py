@@ -28,11 +28,19 @@ class ContrastiveBatch(Section):
     micro_batches: Positive = 1
 
 
+class Checkpoint(Section):
+    """When a run is saved, what is kept, and whether the steps go on meanwhile (engine/checkpoint/)."""
+
+    every: Count = 0  # steps; 0: only at the end
+    keep_last: Positive = 3
+    keep_every: Count = 0  # steps: the first at or after each multiple is kept for good; 0: none
+    background: bool = True  # a copy in host memory, as large as this rank's share, is what the steps wait for
+
+
 class System(Section):
     run_dir: str | None = None  # runs/NAME when not given
     report_every: Positive = 10  # steps between two host syncs
     images_every: Count = 0  # steps between two picture reports; 0: only at the end
-    checkpoint_every: Count = 0  # steps; 0: only at the end
     phases: bool = True  # reports say where a step's time goes (engine/timing.py)
     compile: Literal["auto", "on", "off"] = "auto"
     attention: Literal["auto", "flash3", "varlen", "flash2", "xformers", "sdpa", "matmul"] = "auto"
@@ -42,6 +50,7 @@ class System(Section):
     timeout_minutes: Positive = 60  # of a collective, before a rank counts as lost
     loader: Loader = Loader()
     clip: ContrastiveBatch = ContrastiveBatch()
+    checkpoint: Checkpoint = Checkpoint()
 
     @model_validator(mode="after")
     def _te_is_not_compiled(self) -> System:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from configs import Config, DecoderGan, Run, UserError, fingerprint, load_run
 from configs.generation import Generation
 from configs.load import science_changes
+from engine.checkpoint.directory import SUMS, candidates, sync
+from engine.checkpoint.pieces import AVERAGE, MASTER, WHOLE, Pieces
 from engine.frozen_tokenizer import write_with_decoder
-from engine.pieces import AVERAGE, MASTER, WHOLE, Pieces, sync
 from model.generator.shape import LatentShape
 from model.generator.weights import write_generator
 from model.origin import Origin
@@ -36,14 +38,18 @@ class State:
 
 
 def find(root: Path) -> Path:
-    """The checkpoint `latest` names. Raises UserError when there is none."""
-    pointer = root / "latest"
-    if not pointer.exists():
-        raise UserError(f"--resume: {root} has no checkpoint (no file 'latest'); start without --resume")
-    path = root / pointer.read_text().strip()
-    if not (path / "state.json").exists():
-        raise UserError(f"--resume: {pointer} names {path.name}, which is not a complete checkpoint")
-    return path
+    """The checkpoint `latest` names, or where that is damaged at first sight the one before it.
+
+    Raises UserError when there is none. Sums are not looked at (engine/checkpoint/verified.py does).
+    """
+    there = candidates(root)
+    for path in there:
+        with suppress(UserError):
+            read_state(path)
+            return path
+    for path in there:
+        read_state(path)  # says what is wrong with it
+    raise UserError(f"--resume: {root} has no complete checkpoint (a directory with {SUMS}); start without --resume")
 
 
 def run_directory(config: Run) -> Path:
@@ -56,9 +62,9 @@ def check_start(config: Run, resume: bool, allowed_changes: tuple[str, ...]) -> 
     checkpoints = run_directory(config) / "checkpoints"
     if resume:
         check_science(find(checkpoints), config, allowed_changes)
-    elif (checkpoints / "latest").exists():
+    elif there := candidates(checkpoints):
         raise UserError(
-            f"{run_directory(config)} already holds a run ({(checkpoints / 'latest').read_text().strip()}): go on "
+            f"{run_directory(config)} already holds a run ({there[0].name}): go on "
             "with --resume, choose another name=..., or remove the directory"
         )
 

@@ -29,11 +29,11 @@ from configs.ds import zero_stage
 from configs.learning import Align, Optim
 from engine import linears, optim, world, zero
 from engine.average import Average
+from engine.checkpoint.pieces import MAIN
 from engine.corruption import Corruptor, corruptor
 from engine.drop_path import DropPath, drop_path
 from engine.host_memory import keep_freed_blocks
 from engine.initial import initial_weights
-from engine.pieces import MAIN
 from engine.recompute import recompute_blocks
 from engine.teacher import Teacher
 from engine.timing import TimedComm, time_calls, time_children

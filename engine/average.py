@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from engine import zero
-from engine.pieces import AVERAGE, MASTER, Piece, Pieces, label
+from engine.checkpoint.pieces import AVERAGE, MASTER, Piece, Pieces, label
 
 
 class Average:

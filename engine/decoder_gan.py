@@ -24,11 +24,11 @@ from data.picture_loader import PictureBatch, PictureLoader
 from engine import world
 from engine.assemble import fill_parameters, start, timed
 from engine.average import Average
+from engine.checkpoint.pieces import MAIN
 from engine.decoder_step import JUDGES, LISTENS, DecoderAssembly, DecoderRecord, decoder_step
 from engine.frozen_tokenizer import described, initial_decoder
 from engine.health import bad_samples
 from engine.pictures import reconstructions
-from engine.pieces import MAIN
 from engine.timing import TimedComm
 from engine.training import Kept
 from model.block import Block

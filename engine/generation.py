@@ -24,8 +24,8 @@ from data.latents import LatentStore
 from data.prefetch import Ahead
 from engine import assemble, world, zero
 from engine.average import Average
+from engine.checkpoint.pieces import MAIN
 from engine.optim import set_learning_rate
-from engine.pieces import MAIN
 from engine.schedule import learning_rate
 from engine.training import Kept
 from model.generator.build import build, leaves

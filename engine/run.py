@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from configs import Run, to_yaml
-from engine import archive, checkpoint, kinds, world
+from engine import archive, kinds, world
+from engine.checkpoint.contents import load
+from engine.checkpoint.saver import News, Saver
+from engine.checkpoint.verified import newest_good
 from engine.garbage import collected_by_hand
 from engine.guard import STOPPED, Guard
 from engine.instruments import Instruments, watching
@@ -38,17 +41,22 @@ def train(config: Run, ds_config: dict[str, Any], comm: Comm, resume: bool) -> i
     with memory.explained("assembling"):
         training = kinds.assemble(config, ds_config, comm, run_dir, resume)
     with closing(training):
-        first_step = _restore(training, run_dir) if resume else 0
+        first_step, passed_over = _restore(training, run_dir / "checkpoints") if resume else (0, [])
         if world.is_first():
             _describe(run_dir, config, ds_config, training.choices)
         guard = Guard(comm, training.device)
         guard.listen()
         with open_reporter(run_dir, config.optim.steps, first_step, world.is_first()) as reporter, collected_by_hand():
+            for words in passed_over:
+                reporter.say(words)
             reporter.say(training.describe())
             for name, choice in training.choices.items():
                 reporter.say(f"{name}: {choice}")
-            with watching(training, run_dir, first_step, reporter.say) as instruments:
-                return Loop(training, guard, reporter, instruments, memory, run_dir).go(first_step)
+            with (
+                watching(training, run_dir, first_step, reporter.say) as instruments,
+                closing(Saver(run_dir / "checkpoints", config)) as saver,
+            ):
+                return Loop(training, guard, reporter, instruments, memory, saver, run_dir).go(first_step)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Loop:
     reporter: Reporter
     instruments: Instruments
     memory: Memory
+    saver: Saver
     directory: Path
 
     def go(self, first_step: int) -> int:
@@ -98,14 +107,23 @@ class Loop:
         beside = self.instruments.read(done, meter.num_steps)
         self.guard.check(done)
         gc.collect()
-        self.reporter.scalars(done, meter.read(done, training.wait_seconds()) | beside | training.health())
+        scalars = meter.read(done, training.wait_seconds()) | beside | training.health()
+        self.reporter.scalars(done, scalars | self._tell(self.saver.news()))
         is_stopping, is_last = self.guard.should_stop(), done == config.optim.steps
-        if is_stopping or is_last or is_due(done, system.images_every, system.report_every):
+        is_leaving = is_stopping or is_last
+        if is_leaving or is_due(done, system.images_every, system.report_every):
             self._show(done)
-        if is_stopping or is_last or is_due(done, system.checkpoint_every, system.report_every):
-            saved = checkpoint.save(self.directory / "checkpoints", done, training.kept(), config)
-            self.reporter.say(f"saved {saved}")
+        if is_leaving or is_due(done, system.checkpoint.every, system.report_every):
+            self.saver.save(done, training.kept())
+        if is_leaving:
+            self._tell(self.saver.finish())
         return is_stopping and not is_last
+
+    def _tell(self, news: list[News]) -> dict[str, float]:
+        """Says what became of checkpoints; the last one's scalars."""
+        for each in news:
+            self.reporter.say(each.words)
+        return dict(news[-1].scalars) if news else {}
 
     def _show(self, done: int) -> None:
         """What the first rank's last step looks like, as files and in TensorBoard."""
@@ -123,10 +141,12 @@ def is_due(done: int, every: int, report_every: int) -> bool:
     return every > 0 and done // every > (done - report_every) // every
 
 
-def _restore(training: Training, run_dir: Path) -> int:
-    state, whole = checkpoint.load(archive.find(run_dir / "checkpoints"), training.kept())
+def _restore(training: Training, checkpoints: Path) -> tuple[int, list[str]]:
+    """Steps done, and what is to be said of checkpoints that were passed over."""
+    passed_over: list[str] = []
+    state, whole = load(newest_good(checkpoints, passed_over.append), training.kept())
     training.restored(whole)
-    return state.step
+    return state.step, passed_over
 
 
 def _describe(run_dir: Path, config: Run, ds_config: dict[str, Any], choices: dict[str, str]) -> None:

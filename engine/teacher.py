@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import world, zero
-from engine.pieces import MASTER, TEACHER, Piece, Pieces
+from engine.checkpoint.pieces import MASTER, TEACHER, Piece, Pieces
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configs import Run
-from engine.pieces import Piece, Pieces
+from engine.checkpoint.pieces import Piece, Pieces
 from model.objectives.comm import Comm
 from profiling.flops import StepFlops
 from profiling.phases import Phases

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from configs import UserError
 from engine import world
-from evaluation.agreement import with_one_answer
+from engine.agreement import with_one_answer
 from evaluation.command import check_counts, run_command
 from evaluation.generation import Generation, Options
 from evaluation.results import words

@@ -19,7 +19,7 @@ import numpy as np
 from configs import UserError
 from data.held_out import HeldOut
 from engine import world
-from evaluation.agreement import with_one_answer
+from engine.agreement import with_one_answer
 from evaluation.classes import ClassTable
 from evaluation.command import with_progress
 from evaluation.feature_network import open_network

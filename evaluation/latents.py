@@ -28,7 +28,7 @@ from data.latent_writer import LatentWriter, Tally
 from data.latents import LatentStore
 from data.manifest import PARTIAL, is_published, staged, write_manifest
 from engine import world
-from evaluation.agreement import on_first, with_one_answer
+from engine.agreement import on_first, with_one_answer
 from evaluation.command import check_counts, run_command, with_progress
 from evaluation.source import Source, open_source
 

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from configs import UserError
-from evaluation.agreement import on_first
+from engine.agreement import on_first
 from evaluation.bank import Bank, Features
 from evaluation.outcome import Figure, Outcome
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from engine import world
+from engine.agreement import in_order
 from engine.pictures import latent_colours, reconstructions, write_png
-from evaluation.agreement import in_order
 from evaluation.feature_network import FeatureNetwork
 from evaluation.fidelity import Fid, ssim
 from evaluation.outcome import Figure, Outcome

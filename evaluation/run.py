@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from engine import world
+from engine.agreement import with_one_answer
 from evaluation import results
-from evaluation.agreement import with_one_answer
 from evaluation.command import check_counts, run_command
 from evaluation.outcome import Outcome
 from evaluation.source import open_source

@@ -18,7 +18,7 @@ import torch
 from configs import UserError
 from data.held_out import HeldOut
 from engine import world
-from evaluation.agreement import with_one_answer
+from engine.agreement import with_one_answer
 from evaluation.bank import Bank
 from evaluation.classes import ClassTable
 from evaluation.command import with_progress

@@ -16,7 +16,7 @@ import torch
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor
 
-from engine.pieces import MOMENTS
+from engine.checkpoint.pieces import MOMENTS
 
 
 def own_adamw(kind: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:

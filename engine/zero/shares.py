@@ -28,7 +28,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from engine import world
-from engine.pieces import MASTER
+from engine.checkpoint.pieces import MASTER
 from engine.zero.optimizer import link_moments
 
 

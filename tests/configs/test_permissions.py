@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.permissions import follow_umask
-from engine.pieces import Piece, write_pieces
+from engine.checkpoint.pieces import Piece, write_pieces
 from model.weights import write_weights
 from tests.tiny import tiny_config
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from configs import Config
 from configs.ds import load_ds_config
-from engine import archive, checkpoint, zero
+from engine import archive, zero
 from engine.assemble import Assembly, assemble
+from engine.checkpoint.contents import load
+from engine.checkpoint.saver import save
 from engine.step import train_step
 from model.objectives.comm import Comm
 from model.objectives.total import Centres
@@ -104,8 +106,8 @@ def save_and_go_on(comm: Comm, config: Config, root: Path) -> tuple[list[float],
     """Losses of steps 3 to 5 of a run that never stops and of one that goes on from its checkpoint."""
     parts = build(config, comm, "zero3")
     run_steps(parts, config, comm, 0, 3)
-    checkpoint.save(root, 3, parts.kept(None), config)
+    save(root, 3, parts.kept(None), config)
     whole, _ = run_steps(parts, config, comm, 3, 6)
     again = build(config, comm, "zero3")
-    checkpoint.load(archive.find(root), again.kept(None))
+    load(archive.find(root), again.kept(None))
     return whole, run_steps(again, config, comm, 3, 6)[0]

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import DecoderGan, UserError
-from engine import archive, checkpoint
-from engine.pieces import AVERAGE
+from engine import archive
+from engine.checkpoint.contents import load
+from engine.checkpoint.pieces import AVERAGE
+from engine.checkpoint.saver import save
 from model.objectives.comm import Comm
 from model.tokenizer import VisualTokenizer
 from tests.engine import decoder_gan_runs as runs
@@ -87,7 +89,7 @@ def train_and_save(comm: Comm, config: DecoderGan, root: Path, stage: str, point
     for last in points:
         training = runs.build(config, comm, stage)
         losses = runs.run_steps(training, comm, 0, last)
-        checkpoint.save(root / str(last), last, training.kept(), config)
+        save(root / str(last), last, training.kept(), config)
         found.append(runs.outcome(training.parts, losses))
     return found
 
@@ -96,9 +98,9 @@ def resume(comm: Comm, config: DecoderGan, root: Path, stage: str, points: tuple
     found = []
     for first in points:
         training = runs.build(config, comm, stage)
-        state, _ = checkpoint.load(archive.find(root / str(first)), training.kept())
+        state, _ = load(archive.find(root / str(first)), training.kept())
         losses = runs.run_steps(training, comm, state.step, runs.STEPS)
-        checkpoint.save(root / f"{first}-resumed", runs.STEPS, training.kept(), config)
+        save(root / f"{first}-resumed", runs.STEPS, training.kept(), config)
         found.append(runs.outcome(training.parts, losses))
     return found
 

@@ -13,7 +13,7 @@ from configs.generation import Generation
 from configs.load import validate
 from data.latents import LatentStore
 from engine import archive, latents
-from engine.pieces import AVERAGE
+from engine.checkpoint.pieces import AVERAGE
 from model.generator.draws import draw
 from model.generator.sampling import Sampling
 from model.generator.weights import read_generator

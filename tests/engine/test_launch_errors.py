@@ -20,6 +20,7 @@ import pytest
 from configs import fingerprint, to_yaml
 from data.captions import train_bpe
 from engine.archive import State
+from engine.checkpoint.directory import SUMS, sum_of
 from tests.data.tar_shards import write_corpus
 from tests.tiny import TINY, tiny_config
 
@@ -98,9 +99,10 @@ CASES = {
         (*GOOD, "system.run_dir=tokenizer.json/run"), ("tokenizer.json is not a directory that can be written",)
     ),
     "existing run": Case((*GOOD, "name=trained"), ("runs/trained already holds a run (step-00000003)", "--resume")),
-    "nothing to resume": Case((*GOOD, "name=fresh", "--resume"), ("--resume: ", "has no checkpoint")),
+    "nothing to resume": Case((*GOOD, "name=fresh", "--resume"), ("--resume: ", "has no complete checkpoint")),
     "half a checkpoint": Case(
-        (*GOOD, "name=half", "--resume"), ("names step-00000003, which is not a complete checkpoint",)
+        (*GOOD, "name=half", "--resume"),
+        ("half/checkpoints/step-00000003/state.json cannot be read", "the checkpoint is damaged"),
     ),
     "changed science": Case(
         (*GOOD, "name=trained", "--resume", "optim.lr=2e-3", "batch.rec=12"),
@@ -158,6 +160,7 @@ def write_checkpoint(run_dir: Path) -> None:
     (step / "config.yaml").write_text(to_yaml(config))
     state = State(step=3, optimizer_steps={"model": 3}, world_size=1, fingerprint=fingerprint(config), shapes={})
     (step / "state.json").write_text(json.dumps(asdict(state)))
+    (step / SUMS).write_text("".join(sum_of(step / name) for name in ("config.yaml", "state.json")))
 
 
 def launch(case: Case, here: Path) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from configs import UserError
-from engine import archive, checkpoint, linears
+from engine import archive, linears
+from engine.checkpoint.contents import load
+from engine.checkpoint.saver import save
 from engine.recompute import recompute_blocks
 from engine.step import model_inputs
 from kernels.fp8 import E4M3, E5M2
@@ -102,7 +104,7 @@ def train_both_ways(comm: Comm, root: str) -> dict[str, Any]:
         parts = ranks.build(config, comm, "zero3")
         with float8_products() as products:
             first, centres = ranks.run_steps(parts, config, comm, 0, 10)
-        checkpoint.save(Path(root) / kind, 10, parts.kept(centres), config)
+        save(Path(root) / kind, 10, parts.kept(centres), config)
         half = ranks.outcome(parts, first)
         rest, _ = ranks.run_steps(parts, config, comm, 10, 20, centres)
         found[kind] = {"losses": first + rest, "half": half, "products": products, "choice": parts.choices["linear"]}
@@ -110,7 +112,7 @@ def train_both_ways(comm: Comm, root: str) -> dict[str, Any]:
         config = kinds[kind]
         parts = ranks.build(config, comm, "zero3")
         archive.check_science(archive.find(Path(root) / other), config)
-        state, whole = checkpoint.load(archive.find(Path(root) / other), parts.kept(parts.centres))
+        state, whole = load(archive.find(Path(root) / other), parts.kept(parts.centres))
         loaded = ranks.outcome(parts, [])
         rest, _ = ranks.run_steps(parts, config, comm, state.step, 20, Centres(**whole) if whole else None)
         found[kind] |= {"loaded": loaded, "resumed": rest}

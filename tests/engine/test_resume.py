@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from configs import Config
-from engine import archive, checkpoint
+from engine import archive
+from engine.checkpoint.contents import load
+from engine.checkpoint.saver import save
 from model.objectives.comm import Comm
 from model.objectives.total import Centres
 from model.weights import read_weights
@@ -23,7 +25,7 @@ def train_and_save(comm: Comm, config: Config, stage: str, plan: dict[str, int])
     for root, last in plan.items():
         parts = ranks.build(config, comm, stage)
         losses, centres = ranks.run_steps(parts, config, comm, 0, last)
-        checkpoint.save(Path(root), last, parts.kept(centres), config)
+        save(Path(root), last, parts.kept(centres), config)
         results.append(ranks.outcome(parts, losses))
     return results
 
@@ -33,7 +35,7 @@ def resume(comm: Comm, config: Config, stage: str, root: Path, last: int, times:
     results = []
     for _ in range(times):
         parts = ranks.build(config, comm, stage)
-        state, whole = checkpoint.load(archive.find(root), parts.kept(parts.centres))
+        state, whole = load(archive.find(root), parts.kept(parts.centres))
         centres = Centres(**whole) if whole else None
         losses, _ = ranks.run_steps(parts, config, comm, state.step, last, centres)
         results.append(ranks.outcome(parts, losses))
@@ -90,7 +92,7 @@ def test_a_checkpoint_is_whole_and_its_weights_come_together_without_ranks(tmp_p
     [trained] = run_ranks(train_and_save, 3, config, "zero3", {str(root): 2})[0]
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000002"]
     names = {path.name for path in (root / "step-00000002").iterdir()}
-    assert names == {"config.yaml", "state.json", *(f"rank-0000{rank}.safetensors" for rank in range(3))}
+    assert names == {"SHA256SUMS", "config.yaml", "state.json", *(f"rank-0000{rank}.safetensors" for rank in range(3))}
 
     archive.consolidate(archive.find(root), tmp_path / "weights.safetensors")
     weights, model = read_weights(tmp_path / "weights.safetensors")
@@ -109,7 +111,7 @@ def train_with_an_average(comm: Comm, config: Config, root: Path) -> tuple[dict[
             expected[name] = torch.lerp(expected.get(name, weight), weight, 1 - config.ema)
         if step < 3:
             ranks.run_steps(parts, config, comm, step, step + 1)
-    checkpoint.save(root, 3, parts.kept(None), config)
+    save(root, 3, parts.kept(None), config)
     return expected, trained
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from configs import Run
 from configs.ds import load_ds_config
-from engine import archive, checkpoint, kinds, zero
+from engine import archive, kinds, zero
+from engine.checkpoint.contents import load
+from engine.checkpoint.saver import save
 from engine.training import Training
 from model.objectives.comm import Comm
 from tests.engine.ranks import DEEPSPEED
@@ -31,14 +33,14 @@ def train(
     training = build(config, comm, stage, run_dir, is_resumed=start_from is not None)
     first = 0
     if start_from is not None:
-        state, whole = checkpoint.load(archive.find(start_from), training.kept())
+        state, whole = load(archive.find(start_from), training.kept())
         training.restored(whole)
         first = state.step
     batches, losses = training.batches(first), []
     for _ in range(first, last):
         record = training.step(next(batches))
         losses.append(float(comm.all_sum(record.losses["total"])) / comm.world_size)
-    checkpoint.save(run_dir / "checkpoints", last, training.kept(), config)
+    save(run_dir / "checkpoints", last, training.kept(), config)
     training.close()
     return {"losses": losses, "weights": _weights(training)}
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import UserError
-from engine.pieces import Piece, Pieces, write_pieces
+from engine.checkpoint.pieces import Piece, Pieces, write_pieces
 
 pytestmark = pytest.mark.L0
 

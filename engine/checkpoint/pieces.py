@@ -12,7 +12,6 @@ nothing executes on load.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from configs import UserError
 from configs.permissions import follow_umask
+from engine.checkpoint.directory import sync
 
 MASTER, TEACHER, AVERAGE, WHOLE = "fp32", "teacher", "average", "whole"  # the keys a checkpoint has
 MOMENTS = ("exp_avg", "exp_avg_sq")  # and those of AdamW
@@ -53,15 +53,6 @@ def write_pieces(path: Path, pieces: list[Piece]) -> None:
     save_file(tensors, path, metadata={"starts": json.dumps(starts)})
     follow_umask(path)
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Pieces:

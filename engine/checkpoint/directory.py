@@ -1,0 +1,160 @@
+"""The directory of a run's checkpoints, as a protocol that survives a kill at any point.
+
+    root/.step-00000300.tmp/     a draft: every rank writes its file here, and its sum when the file is on disk
+    root/step-00000300/          the same directory, renamed once all sums are there
+    root/latest                  "step-00000300"
+
+What has no SHA256SUMS is no checkpoint. Nothing here knows ranks or tensors; one process commits, any may read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from configs import UserError
+
+LATEST, SUMS = "latest", "SHA256SUMS"
+BLOCK = 1 << 22  # bytes read at once
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def draft_of(root: Path, step: int) -> Path:
+    return root / f".{name_of(step)}.tmp"
+
+
+def clear_drafts(root: Path) -> None:
+    """Throws away what was not committed. Nobody may be writing."""
+    for draft in root.glob(".step-*.tmp"):
+        shutil.rmtree(draft)
+
+
+def sum_of(path: Path) -> str:
+    """One line of SHA256SUMS, as sha256sum(1) writes it. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return f"{digest.hexdigest()}  {path.name}\n"
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes the text under its name at once: whoever sees the file sees all of it, on disk."""
+    pending = path.with_name(f".{path.name}.tmp")
+    pending.write_text(text)
+    sync(pending)
+    pending.replace(path)
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(draft: Path, sums: list[str]) -> Path:
+    """A draft in which every file is on disk becomes a checkpoint, and the one that `latest` names."""
+    step = draft.name.removeprefix(".").removesuffix(".tmp")
+    final = draft.with_name(step)
+    write_file(draft / SUMS, "".join(sums))
+    sync(draft)
+    aside = _put_aside(final) if final.exists() else None  # the same step saved again, after going back
+    draft.rename(final)
+    sync(final.parent)
+    write_file(final.parent / LATEST, final.name)
+    sync(final.parent)
+    if aside:
+        shutil.rmtree(aside)
+    return final
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def complete(root: Path) -> list[Path]:
+    """Committed checkpoints by step."""
+    found = [path for path in root.glob("step-*") if path.name[5:].isdigit() and (path / SUMS).is_file()]
+    return sorted(found, key=step_of)
+
+
+def candidates(root: Path) -> list[Path]:
+    """Where a run may go on, the best first: what `latest` names, then what came before it, newest first.
+
+    Without a `latest` (a kill before the first was written) the newest counts as named.
+    """
+    there = complete(root)
+    pointer = root / LATEST
+    if not pointer.is_file():
+        return there[::-1]
+    named = root / pointer.read_text().strip()
+    last = step_of(named) if named.name[5:].isdigit() else 0
+    return [path for path in (named,) if path in there] + [path for path in there[::-1] if step_of(path) < last]
+
+
+def retain(root: Path, keep_last: int, keep_every: int) -> list[Path]:
+    """Removes old checkpoints; gives those removed.
+
+    Kept are the last `keep_last` up to the one that `latest` names, the first at or after each multiple of
+    `keep_every` steps (0: none), and whatever is newer than `latest`: somebody has gone back, on purpose.
+    """
+    there, named = complete(root), candidates(root)[:1]
+    past = [path for path in there if named and step_of(path) <= step_of(named[0])]
+    before = [0, *map(step_of, past)]
+    landmarks = [
+        path
+        for path, previous in zip(past, before, strict=False)
+        if keep_every and step_of(path) // keep_every > previous // keep_every
+    ]
+    old = [path for path in past[:-keep_last] if path not in landmarks]
+    for path in old:
+        shutil.rmtree(_put_aside(path))
+    return old
+
+
+def check(path: Path, names: list[str] | None = None) -> None:
+    """Holds files of a checkpoint against SHA256SUMS: all, or those of these names.
+
+    Raises UserError that names the first file which is missing or differs.
+    """
+    sums = sums_of(path)
+    for name in sums if names is None else names:
+        try:
+            found = sum_of(path / name).partition("  ")[0]
+        except OSError as error:
+            raise UserError(f"{path}/{name} cannot be read ({error.strerror}): the checkpoint is damaged") from None
+        if found != sums[name]:
+            size = (path / name).stat().st_size
+            raise UserError(
+                f"{path}/{name} is not what was saved ({size} bytes, SHA-256 {found[:16]}, expected {sums[name][:16]}):"
+                " the checkpoint is damaged"
+            )
+
+
+def sums_of(path: Path) -> dict[str, str]:
+    """SHA-256 by file name. Raises UserError for a list that cannot be read or is not that of the files there."""
+    try:
+        pairs = [line.split("  ", 1) for line in (path / SUMS).read_text().splitlines()]
+        sums = {name: digest for digest, name in pairs}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}/{SUMS} cannot be read ({error}): the checkpoint is damaged") from None
+    differ = sums.keys() ^ ({file.name for file in path.iterdir()} - {SUMS})
+    for name in sorted(differ):
+        wrong = "missing" if name in sums else f"not in {SUMS}"
+        raise UserError(f"{path}/{name} is {wrong}: the checkpoint is damaged")
+    return sums
+
+
+def _put_aside(path: Path) -> Path:
+    """No checkpoint any more from one moment to the next; `clear_drafts` finds what a kill leaves of it."""
+    aside = path.with_name(f".{path.name}.old.tmp")
+    path.rename(aside)
+    return aside

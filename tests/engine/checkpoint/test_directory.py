@@ -1,0 +1,116 @@
+"""A checkpoint's directory: there or not there, the newest good one first, old ones gone by the policy."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from configs import UserError
+from engine.checkpoint import directory
+from engine.checkpoint.verified import newest_good
+
+pytestmark = pytest.mark.L0
+
+
+def put(root: Path, step: int) -> Path:
+    """A checkpoint as a save commits it."""
+    draft = directory.draft_of(root, step)
+    draft.mkdir(parents=True)
+    files = {"rank-00000.safetensors": f"weights of {step} " * 100, "state.json": "{}", "config.yaml": "name: a\n"}
+    for name, text in files.items():
+        (draft / name).write_text(text)
+    return directory.commit(draft, [directory.sum_of(draft / name) for name in files])
+
+
+def steps(paths: list[Path]) -> list[int]:
+    return [directory.step_of(path) for path in paths]
+
+
+def test_what_is_committed_is_found_and_sha256sum_agrees(tmp_path: Path) -> None:
+    path = put(tmp_path, 300)
+    assert path == tmp_path / "step-00000300"
+    assert (tmp_path / "latest").read_text() == path.name
+    directory.check(path)
+    found = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True)
+    assert (found.returncode, found.stdout.count(": OK")) == (0, 3), found
+
+
+def test_a_run_goes_on_from_latest_then_from_what_came_before_it(tmp_path: Path) -> None:
+    assert directory.candidates(tmp_path) == []
+    for step in (100, 200, 300):
+        put(tmp_path, step)
+    assert steps(directory.candidates(tmp_path)) == [300, 200, 100]
+    (tmp_path / "latest").write_text("step-00000200")
+    assert steps(directory.candidates(tmp_path)) == [200, 100], "300 is of a way that somebody has left"
+    (tmp_path / "latest").unlink()
+    assert steps(directory.candidates(tmp_path)) == [300, 200, 100]
+    (tmp_path / "step-00000300" / "SHA256SUMS").unlink()
+    assert steps(directory.candidates(tmp_path)) == [200, 100]
+    (tmp_path / "latest").write_text("no name of ours")
+    assert directory.candidates(tmp_path) == []
+
+
+def test_the_same_step_saved_again_replaces_itself(tmp_path: Path) -> None:
+    (put(tmp_path, 100) / "extra").write_text("of the first time")
+    again = put(tmp_path, 100)
+    assert not (again / "extra").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000100"]
+
+
+POLICIES = [(1, 1, 0), (3, 2, 0), (3, 2, 9), (4, 1, 10), (7, 3, 5), (2, 4, 16)]
+
+
+@pytest.mark.parametrize(("every", "keep_last", "keep_every"), POLICIES)
+def test_after_every_save_the_last_k_and_every_nth_are_there(
+    quick_path: Path, every: int, keep_last: int, keep_every: int
+) -> None:
+    saved = [every * (i + 1) for i in range(20)]
+    for done, step in enumerate(saved, 1):
+        put(quick_path, step)
+        directory.retain(quick_path, keep_last, keep_every)
+        multiples = range(keep_every, step + 1, keep_every) if keep_every else ()
+        landmarks = {min(step for step in saved if step >= multiple) for multiple in multiples}
+        assert set(steps(directory.complete(quick_path))) == set(saved[:done][-keep_last:]) | landmarks
+    assert [path for path in quick_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_nothing_newer_than_latest_is_removed(tmp_path: Path) -> None:
+    for step in (100, 200, 300, 400):
+        put(tmp_path, step)
+    (tmp_path / "latest").write_text("step-00000200")
+    assert steps(directory.retain(tmp_path, keep_last=1, keep_every=0)) == [100]
+    assert steps(directory.complete(tmp_path)) == [200, 300, 400]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_off, Path.unlink])
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "state.json", "config.yaml", "SHA256SUMS"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(tmp_path: Path, name: str, damage) -> None:  # type: ignore[no-untyped-def]
+    for step in (100, 200):
+        put(tmp_path, step)
+    damage(tmp_path / "step-00000200" / name)
+    said: list[str] = []
+    assert newest_good(tmp_path, said.append) == tmp_path / "step-00000100"
+    if (name, damage) != ("SHA256SUMS", Path.unlink):  # then it is no checkpoint at first sight
+        [words] = said
+        assert words.startswith("passed over: ")
+        assert "step-00000200/" in words
+        assert "the checkpoint is damaged" in words
+
+
+def test_without_a_good_checkpoint_the_error_says_what_is_wrong_with_each(tmp_path: Path) -> None:
+    for step in (100, 200):
+        cut_off(put(tmp_path, step) / "state.json")
+    with pytest.raises(UserError, match=r"no checkpoint that can be trusted .*00200/state.json.*00100/state.json"):
+        newest_good(tmp_path, lambda _: None)
+    with pytest.raises(UserError, match="none is complete"):
+        newest_good(tmp_path / "elsewhere", lambda _: None)
