@@ -37,6 +37,13 @@ class Checkpoint(Section):
     background: bool = True  # a copy in host memory, as large as this rank's share, is what the steps wait for
 
 
+class Watch(Section):
+    """When a rank counts as lost (engine/watch/): every rank then says which one, and where it was, and ends."""
+
+    silent_seconds: Positive = 60  # not a word from a rank: stopped, or cut off. A dead one is known at once
+    stuck_seconds: Positive = 1800  # no rank has finished a step: longer than the longest step, compiling included
+
+
 class System(Section):
     run_dir: str | None = None  # runs/NAME when not given
     report_every: Positive = 10  # steps between two host syncs
@@ -51,6 +58,7 @@ class System(Section):
     loader: Loader = Loader()
     clip: ContrastiveBatch = ContrastiveBatch()
     checkpoint: Checkpoint = Checkpoint()
+    watch: Watch = Watch()
 
     @model_validator(mode="after")
     def _te_is_not_compiled(self) -> System:

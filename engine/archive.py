@@ -20,6 +20,7 @@ from configs.load import science_changes
 from engine.checkpoint.directory import SUMS, candidates, sync
 from engine.checkpoint.pieces import AVERAGE, MASTER, WHOLE, Pieces
 from engine.frozen_tokenizer import write_with_decoder
+from engine.places import checkpoints, run_directory
 from model.generator.shape import LatentShape
 from model.generator.weights import write_generator
 from model.origin import Origin
@@ -52,17 +53,11 @@ def find(root: Path) -> Path:
     raise UserError(f"--resume: {root} has no complete checkpoint (a directory with {SUMS}); start without --resume")
 
 
-def run_directory(config: Run) -> Path:
-    """Where the run writes: system.run_dir, or runs/NAME below the working directory."""
-    return Path(config.system.run_dir or f"runs/{config.name}")
-
-
 def check_start(config: Run, resume: bool, allowed_changes: tuple[str, ...]) -> None:
     """Refuses to write over a run, or to resume another one, before anything heavy is loaded."""
-    checkpoints = run_directory(config) / "checkpoints"
     if resume:
-        check_science(find(checkpoints), config, allowed_changes)
-    elif there := candidates(checkpoints):
+        check_science(find(checkpoints(config)), config, allowed_changes)
+    elif there := candidates(checkpoints(config)):
         raise UserError(
             f"{run_directory(config)} already holds a run ({there[0].name}): go on "
             "with --resume, choose another name=..., or remove the directory"

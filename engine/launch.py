@@ -1,8 +1,8 @@
 """The command: deepspeed engine/launch.py --config configs/demo.yaml [--ds_config D] [--resume] [key=value ...]
 
 Checks everything a user can get wrong before anything heavy is imported, so that a typo costs a second, not a
-minute. Exit codes: 0 done, 2 a mistake in what was asked (one line says which), 143 stopped by a signal after
-a checkpoint.
+minute. Exit codes are those of engine/exits.py. With --max-restarts it starts the launcher itself, and again when a
+rank is lost (engine/supervise.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any, NoReturn  # noqa: E402
 from configs import Config, DecoderGan, Run, UserError, load_run  # noqa: E402
 from configs.ds import load_ds_config  # noqa: E402
 from configs.generation import Generation  # noqa: E402
+from engine.checkpoint.directory import candidates  # noqa: E402
+from engine.places import checkpoints, run_directory  # noqa: E402
 
 FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
 
@@ -45,7 +47,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=str(ROOT / "configs/deepspeed/zero3.json"),
         help="DeepSpeed JSON (default: ZeRO-3)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the run's latest checkpoint")
+    parser.add_argument(
+        "--resume",
+        choices=("latest", "auto"),
+        help="go on from the run's latest good checkpoint; `--resume auto` starts where there is none",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        metavar="N",
+        help="start the ranks from here, and again from the last checkpoint when one is lost, N times without progress",
+    )
+    parser.add_argument(
+        "--launcher",
+        default="deepspeed",
+        metavar="'COMMAND ...'",
+        help="what starts the ranks, with --max-restarts (default: deepspeed)",
+    )
     parser.add_argument(
         "--allow-change",
         default="",
@@ -54,37 +72,58 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="overrides, for example optim.steps=100")
-    return parser.parse_intermixed_args(arguments)
+    return parser.parse_intermixed_args(_explicit(arguments))
 
 
-def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any]]:
-    """The resolved config and DeepSpeed dictionary, everything checked that needs no model and no pixels."""
+def _explicit(arguments: list[str]) -> list[str]:
+    """`--resume` alone is `--resume latest`: an override may follow it."""
+    modes, following = ("auto", "latest"), [*arguments[1:], ""]
+    pairs = zip(arguments, following, strict=True)
+    return [f"{word}=latest" if word == "--resume" and after not in modes else word for word, after in pairs]
+
+
+def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool]:
+    """The resolved config, DeepSpeed dictionary, and whether the run goes on; all checked that needs no model."""
     config, world_size = load_run(options.config, options.overrides), int(os.environ.get("WORLD_SIZE", 1))
+    resume = options.resume == "latest" or (options.resume == "auto" and bool(candidates(checkpoints(config))))
     ds_config = load_ds_config(options.ds_config, config, world_size)
     _require_profiled_ranks(config, world_size)
     if isinstance(config, Config):
-        config = _check_pretraining(config, options.resume)
+        config = _check_pretraining(config, resume)
     elif isinstance(config, DecoderGan):
         config = _check_decoder_gan(config)
     elif isinstance(config, Generation):
         from engine import latents
 
         config = latents.pinned(config)
-    from engine.archive import check_start, run_directory  # imports torch: after what needs milliseconds
+    from engine.archive import check_start  # imports torch: after what needs milliseconds
 
     _require_writable(run_directory(config))
-    check_start(config, options.resume, tuple(filter(None, options.allow_change.split(","))))
-    return config, ds_config
+    check_start(config, resume, tuple(filter(None, options.allow_change.split(","))))
+    return config, ds_config, resume
 
 
 def main(arguments: list[str]) -> int:
     """Runs one rank; the exit code."""
     try:
         options = parse(arguments)
-        config, ds_config = preflight(options)
-        return _train(config, ds_config, options.resume)
+        if options.max_restarts is not None:
+            return _supervise(options, arguments)
+        return _train(*preflight(options))
     except UserError as error:
         return _refuse(error, int(os.environ.get("RANK", 0)))
+
+
+def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
+    if "RANK" in os.environ:
+        raise UserError(
+            "--max-restarts, but a launcher has started this rank: a rank cannot start the others again; run `python "
+            "engine/launch.py --max-restarts N --launcher 'deepspeed --hostfile ...' ...`"
+        )
+    from engine.supervise import supervise
+
+    config = load_run(options.config, options.overrides)
+    return supervise(options.launcher, Path(__file__).resolve(), arguments, run_directory(config), options.max_restarts)
 
 
 def _train(config: Run, ds_config: dict[str, Any], resume: bool) -> int:

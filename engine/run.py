@@ -28,20 +28,22 @@ from engine.instruments import Instruments, watching
 from engine.meter import Meter
 from engine.out_of_memory import Memory
 from engine.pictures import write_png
+from engine.places import checkpoints, run_directory
 from engine.report import Reporter, open_reporter
 from engine.training import Training
+from engine.watch.watch import Place, watched
 from model.objectives.comm import Comm
 from profiling.memory import process_peak_bytes
 
 
 def train(config: Run, ds_config: dict[str, Any], comm: Comm, resume: bool) -> int:
     """Trains to optim.steps, or to a stop signal; gives the exit code. A collective."""
-    run_dir = archive.run_directory(config)
+    run_dir = run_directory(config)
     memory = Memory(config, ds_config, run_dir, comm.rank, comm.world_size, world.device())
     with memory.explained("assembling"):
         training = kinds.assemble(config, ds_config, comm, run_dir, resume)
     with closing(training):
-        first_step, passed_over = _restore(training, run_dir / "checkpoints") if resume else (0, [])
+        first_step, passed_over = _restore(training, checkpoints(config)) if resume else (0, [])
         if world.is_first():
             _describe(run_dir, config, ds_config, training.choices)
         guard = Guard(comm, training.device)
@@ -53,10 +55,11 @@ def train(config: Run, ds_config: dict[str, Any], comm: Comm, resume: bool) -> i
             for name, choice in training.choices.items():
                 reporter.say(f"{name}: {choice}")
             with (
+                watched(config, run_dir, training.phases) as place,
                 watching(training, run_dir, first_step, reporter.say) as instruments,
-                closing(Saver(run_dir / "checkpoints", config)) as saver,
+                closing(Saver(checkpoints(config), config)) as saver,
             ):
-                return Loop(training, guard, reporter, instruments, memory, saver, run_dir).go(first_step)
+                return Loop(training, guard, reporter, instruments, memory, saver, place, run_dir).go(first_step)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Loop:
     instruments: Instruments
     memory: Memory
     saver: Saver
+    place: Place
     directory: Path
 
     def go(self, first_step: int) -> int:
@@ -85,7 +89,7 @@ class Loop:
             with self.memory.explained(f"in step {step}"):
                 record = self.training.step(batch)
             window.after(step)
-            done = step + 1
+            done = self.place.step = step + 1
             meter.add(record)
             self.guard.watch(record.losses["total"])
             if done % report_every == 0 or done == total:
@@ -96,7 +100,7 @@ class Loop:
                     return STOPPED
         self.reporter.say(f"peak memory of this rank: {process_peak_bytes() / 2**30:.2f} GiB")
         if world.is_first():
-            archive.consolidate(archive.find(self.directory / "checkpoints"), self.directory / "weights.safetensors")
+            archive.consolidate(archive.find(checkpoints(config)), self.directory / "weights.safetensors")
         world.barrier()
         return 0
 
@@ -141,10 +145,10 @@ def is_due(done: int, every: int, report_every: int) -> bool:
     return every > 0 and done // every > (done - report_every) // every
 
 
-def _restore(training: Training, checkpoints: Path) -> tuple[int, list[str]]:
+def _restore(training: Training, root: Path) -> tuple[int, list[str]]:
     """Steps done, and what is to be said of checkpoints that were passed over."""
     passed_over: list[str] = []
-    state, whole = load(newest_good(checkpoints, passed_over.append), training.kept())
+    state, whole = load(newest_good(root, passed_over.append), training.kept())
     training.restored(whole)
     return state.step, passed_over
 

@@ -155,6 +155,11 @@ class Phases:
 
         setattr(owner, method, timed)
 
+    @property
+    def current(self) -> str:
+        """Where the host is now; other threads may ask."""
+        return next((name for name, _ in self._stack[-1:]), "other")
+
     def begin(self, name: str) -> None:
         """Enters the phase; `end` leaves it."""
         if self._clock is not None:

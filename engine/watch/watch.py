@@ -1,0 +1,185 @@
+"""A rank's side: says once a second where it is, and ends the process when a rank is lost.
+
+    with watched(config, run_dir, training.phases) as watch:
+        watch.step = 120                    # finished steps; the phase it finds itself
+
+Alone a rank is not watched: its launcher sees it die, and nobody else waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configs import Run
+from configs.system import Watch as Settings
+from engine import world
+from engine.exits import LOST_RANK
+from engine.failures import Failure, record
+from engine.watch.judge import Beat, Judge, Verdict
+from engine.watch.server import Server
+from profiling.phases import Phases
+
+BEAT_EVERY = 1.0  # seconds; a quarter of silent_seconds where that is shorter
+GRACE_SECONDS = 10.0  # for ranks that fail alike to say so themselves, after one has said it
+# How gloo, NCCL and the operating system say that the other side is gone.
+OF_COLLECTIVES = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "peer")
+Lost = Callable[[Verdict], None]
+
+
+class Place:
+    """Where this rank is: the loop says the step, the phases know the phase."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.step = 0  # finished ones
+        self._phases = phases
+
+    @property
+    def phase(self) -> str:
+        return self._phases.current
+
+
+class Watch:
+    """Of this rank, which is at `place`. `lost` is called once, in the watch's thread."""
+
+    def __init__(self, connection: socket.socket, rank: int, place: Place, settings: Settings, lost: Lost) -> None:
+        self._connection, self._rank, self._place, self._lost = connection, rank, place, lost
+        self._silent = settings.silent_seconds
+        self._every = min(BEAT_EVERY, self._silent / 4)
+        self._host, self._received = socket.gethostname(), b""
+        self._is_closing, self._may_send = threading.Event(), threading.Lock()
+        self._is_idle = False
+        self._left: tuple[float, Verdict] | None = None  # when a rank's own failure is held against all
+        connection.settimeout(self._every)
+        self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
+
+    def start(self, token: str) -> None:
+        self._send({"token": token, "rank": self._rank})
+        self._thread.start()
+
+    def close(self, failed: str = "") -> None:
+        """Says goodbye; with `failed`, that others need not wait for this rank."""
+        self._is_closing.set()
+        with suppress(OSError):
+            self._send({"failed": failed} if failed else {"goodbye": True})
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._connection.close()
+
+    def linger(self) -> None:
+        """This rank has nothing to do any more: waits to hear which rank is lost, in which case it ends there."""
+        self._is_idle = True
+        self._thread.join(self._silent + 2 * GRACE_SECONDS)
+
+    def _beat(self) -> None:
+        heard = time.monotonic()
+        while not self._is_closing.wait(0):
+            began, trouble = time.monotonic(), ""
+            try:
+                self._send(asdict(Beat(self._rank, self._host, self._place.step, self._place.phase)))
+                if self._take():
+                    heard = time.monotonic()
+            except TimeoutError:
+                pass
+            except OSError:
+                trouble = "its connection has ended"
+            if self._is_closing.is_set():
+                return
+            if time.monotonic() - heard > self._silent:
+                trouble = f"not heard of for {self._silent:g} s: stopped, or cut off"
+            if verdict := self._verdict(trouble):
+                self._lost(verdict)
+                return
+            self._is_closing.wait(max(0.0, self._every - (time.monotonic() - began)))
+
+    def _verdict(self, trouble: str) -> Verdict | None:
+        """What this rank has to go by once a rank has left, or rank 0 is not to be heard."""
+        if self._left is not None:
+            due, verdict = self._left
+            return verdict if self._is_idle or time.monotonic() > due else None
+        if not trouble:
+            return None
+        kind = "dead" if "ended" in trouble else "silent"
+        step, phase = self._place.step, self._place.phase
+        own = f"rank {self._rank} is after step {step} in {phase}"
+        return Verdict(kind, (0,), Beat(0, "?", step, "?"), f"{kind}: rank 0, which watches: {trouble}; {own}")
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with self._may_send:
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def _take(self) -> bool:
+        """Whether rank 0 has said anything. Raises TimeoutError, and OSError where the connection has ended."""
+        received = self._connection.recv(1 << 16)
+        if not received:
+            raise ConnectionError("closed")
+        *lines, self._received = (self._received + received).split(b"\n")
+        for message in map(json.loads, lines):
+            if "verdict" in message:
+                found = message["verdict"]
+                beat = Beat(**found["beat"])
+                self._left = (0.0, Verdict(found["kind"], tuple(found["ranks"]), beat, found["message"]))
+            elif "left" in message:
+                beat = Beat(**message["left"])
+                words = f"failed: rank {beat.rank} (host {beat.host}) after step {beat.step} in {beat.phase}"
+                verdict = Verdict("failed", (beat.rank,), beat, f"{words}: {message['why']}")
+                self._left = (time.monotonic() + GRACE_SECONDS, verdict)
+        return True
+
+
+@contextmanager
+def watched(config: Run, run_dir: Path, phases: Phases) -> Iterator[Place]:
+    """Inside, this rank is watched where it is not alone. A collective, also at an end without an exception."""
+    if world.world_size() == 1:
+        yield Place(phases)
+        return
+    settings, server = config.system.watch, None
+    address, token = os.environ.get("MASTER_ADDR", "127.0.0.1"), secrets.token_hex(16)
+    if world.is_first():
+        now = time.monotonic()
+        judge = Judge(world.world_size(), settings.silent_seconds, settings.stuck_seconds, now)
+        server = Server(judge, token, address)
+    port, token = world.broadcast_object((server.port if server else 0, token))
+    connection = socket.create_connection((address, port), timeout=settings.silent_seconds)
+    place = Place(phases)
+    watch = Watch(connection, world.rank(), place, settings, lambda verdict: end(verdict, run_dir))
+    watch.start(token)
+    try:
+        yield place
+    except BaseException as error:
+        if is_of_others(error):
+            watch.linger()
+        record(run_dir, Failure(world.rank(), place.step, place.phase, type(error).__name__, str(error)))
+        watch.close(failed=f"{type(error).__name__}: {error}")
+        raise
+    else:
+        watch.close()
+        world.barrier()  # rank 0 still answers the others until they have said goodbye
+    finally:
+        if server is not None:
+            server.close()
+
+
+def is_of_others(error: BaseException) -> bool:
+    """Whether a collective failed, for which the other side's end is the usual cause."""
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in words for sign in OF_COLLECTIVES)
+
+
+def end(verdict: Verdict, run_dir: Path) -> None:
+    """Says which rank is lost and ends this process at once: its main thread may wait for that rank for ever."""
+    print(f"error: rank {world.rank()} ends, a rank is lost: {verdict.message}", file=sys.stderr, flush=True)
+    if world.rank() == min(set(range(world.world_size())) - set(verdict.ranks), default=0):
+        at = verdict.beat
+        record(run_dir, Failure(verdict.ranks[0], at.step, at.phase, verdict.kind, verdict.message, host=at.host))
+    os._exit(LOST_RANK)

@@ -1,0 +1,131 @@
+"""When a run is started again: back-off, progress, failures that come back; and that signals get through."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from configs import UserError
+from engine import supervise
+from engine.exits import FAILED, STOPPED
+from engine.supervise import End, Patience
+
+pytestmark = pytest.mark.L0
+
+LOST = End(code=75, checkpoint=0, failure="")
+
+
+def waits(patience: Patience, ends: list[End]) -> list[float | None]:
+    return [patience.next_wait(end) for end in ends]
+
+
+def test_waits_double_up_to_a_limit_and_end_after_so_many_restarts() -> None:
+    patience = Patience(max_restarts=8)
+    assert waits(patience, [LOST] * 9) == [5, 10, 20, 40, 80, 160, 300, 300, None]
+    assert patience.why == "8 restarts have brought no new checkpoint"
+    assert waits(Patience(max_restarts=0), [LOST]) == [None]
+
+
+def test_a_new_checkpoint_is_progress() -> None:
+    patience = Patience(max_restarts=2)
+    ends = [End(75, checkpoint, "") for checkpoint in (0, 0, 100, 100, 200, 200, 200)]
+    assert waits(patience, ends) == [5, 10, 5, 10, 5, 10, None]
+
+
+def test_the_same_failure_twice_without_progress_is_given_up_another_is_not() -> None:
+    patience = Patience(max_restarts=9)
+    assert waits(patience, [End(1, 100, "120 ValueError x"), End(1, 100, "130 ValueError x")]) == [5, 10]
+    assert patience.next_wait(End(1, 100, "130 ValueError x")) is None
+    assert patience.why == "it fails the same way each time"
+    patience = Patience(max_restarts=9)
+    assert waits(patience, [End(1, 100, "130 ValueError x"), End(1, 200, "130 ValueError x")]) == [5, 5]
+
+
+# What a launcher does: notes its arguments, and ends as the next line of the plan says.
+LAUNCHER = """
+import json, pathlib, signal, sys, time
+here = pathlib.Path(sys.argv[1])
+with (here / "calls").open("a") as file:
+    file.write(json.dumps(sys.argv[2:]) + "\\n")
+plan = json.loads((here / "plan").read_text())
+act = plan[len((here / "calls").read_text().splitlines()) - 1]
+if act.get("failure"):
+    with (here / "run" / "failures.jsonl").open("a") as file:
+        file.write(json.dumps(act["failure"]) + "\\n")
+if act.get("waits"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    (here / "ready").touch()
+    time.sleep(60)
+sys.exit(act["code"])
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    return tmp_path
+
+
+def start(here: Path, plan: Sequence[Mapping[str, object]], max_restarts: int) -> subprocess.Popen[str]:
+    """A supervisor in a process of its own, with short waits."""
+    (here / "plan").write_text(json.dumps(plan))
+    program = (
+        "import sys, pathlib; from engine import supervise; supervise.BACK_OFF = (0.1, 0.2);"
+        "here = pathlib.Path(sys.argv[1]);"
+        "sys.exit(supervise.supervise(f'{sys.executable} {here}/launcher.py {here}', pathlib.Path('launch.py'),"
+        f"['--max-restarts', '3', '--config', 'a.yaml', '--resume', 'auto', 'name=x'], here / 'run', {max_restarts}))"
+    )
+    return subprocess.Popen([sys.executable, "-c", program, str(here)], stderr=subprocess.PIPE, text=True)
+
+
+def calls(here: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (here / "calls").read_text().splitlines()]
+
+
+def failure(step: int) -> dict[str, object]:
+    return {"rank": 1, "step": step, "phase": "trunk", "kind": "dead", "message": "m", "host": "h", "time": time.time()}
+
+
+def test_a_lost_rank_is_a_restart_and_a_mistake_is_none(here: Path) -> None:
+    plan = [{"code": 75, "failure": failure(step)} for step in (3, 4)] + [{"code": 2}]
+    process = start(here, plan, max_restarts=3)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert calls(here) == [["launch.py", "--config", "a.yaml", "name=x", "--resume=auto"]] * 3
+    assert said.count("supervisor: exit code 75 after the checkpoint of step 0; again in ") == 2
+
+
+def test_a_deterministic_failure_is_given_up_and_says_where_to_look(here: Path) -> None:
+    process = start(here, [{"code": 1, "failure": failure(3) | {"time": i}} for i in range(5)], max_restarts=4)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == FAILED
+    assert len(calls(here)) == 2
+    assert "given up: it fails the same way each time" in said
+    assert "failures.jsonl" in said
+
+
+def test_a_stop_goes_to_the_ranks_and_nothing_is_started_again(here: Path) -> None:
+    process = start(here, [{"code": 0, "waits": True}, {"code": 0}], max_restarts=3)
+    while not (here / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == STOPPED
+    assert len(calls(here)) == 1
+
+
+def test_a_launcher_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
+    for launcher in ("", "no-such-launcher --flag"):
+        with pytest.raises(UserError, match="there is no such command"):
+            supervise.supervise(launcher, tmp_path / "launch.py", [], tmp_path, 1)
+    with pytest.raises(UserError, match="--max-restarts -1: give 0 or more"):
+        supervise.supervise("true", tmp_path / "launch.py", [], tmp_path, -1)
