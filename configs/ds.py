@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from configs import scale_out
 from configs.load import one_line
 from configs.run import Run
 from configs.section import UserError
@@ -35,6 +36,8 @@ ZERO_KEYS = frozenset({
     "use_multi_rank_bucket_allreduce", "zero_hpz_partition_size", "zero_quantized_gradients",
     "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 })  # fmt: skip
+# And below compile, of which all but the first say how.
+COMPILE_KEYS = frozenset({"deepcompile", "debug_log", "double_buffer", "symmetric_memory"})
 # Science DeepSpeed has an own switch for, which this engine decides without it.
 REFUSED_KEYS = frozenset({"optimizer", "scheduler", "amp", "fp16", "torch_autocast"})
 STAGES = (1, 2, 3)  # checkpoints and the teacher speak of a rank's shards, which stage 0 does not have
@@ -43,8 +46,8 @@ STAGES = (1, 2, 3)  # checkpoints and the teacher speak of a rank's shards, whic
 def load_ds_config(path: str | Path, config: Run, world_size: int) -> dict[str, Any]:
     """The dictionary `deepspeed.initialize` gets: the JSON at `path` with the science of `config` filled in.
 
-    Raises UserError for an unreadable file, an unknown key, a science key in conflict with the YAML, or a
-    world size that does not divide data.streams.
+    Raises UserError for an unreadable file, an unknown key, a science key in conflict with the YAML, scale-out keys
+    that cannot work together (configs/scale_out.py), or a world size that does not divide data.streams.
     """
     try:
         found = complete(_read(Path(path)), config, world_size)
@@ -59,6 +62,8 @@ def complete(given: dict[str, Any], config: Run, world_size: int) -> dict[str, A
     science = _science(config, world_size)
     _refuse_unknown(given, SYSTEM_KEYS | REFUSED_KEYS | science.keys())
     _check_zero(given.get("zero_optimization"))
+    _refuse_unknown(given.get("compile") or {}, COMPILE_KEYS, "compile.")
+    scale_out.check(given, config, world_size)
     _refuse_conflicts(given, science)
     ours = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return {**{key: given[key] for key in given if key not in REFUSED_KEYS}, **science, **ours}
@@ -95,6 +100,7 @@ def _check_zero(zero: object) -> None:
     if not isinstance(zero, dict) or zero.get("stage") not in STAGES:
         found = zero.get("stage") if isinstance(zero, dict) else zero
         raise UserError(f"zero_optimization.stage={json.dumps(found)}: this engine runs on ZeRO 1, 2 or 3; choose one")
+    scale_out.refuse_removed(zero)
     _refuse_unknown(zero, ZERO_KEYS, "zero_optimization.")
 
 

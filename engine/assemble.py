@@ -27,6 +27,7 @@ from torch import nn
 from configs import Config, Run, UserError
 from configs.ds import zero_stage
 from configs.learning import Align, Optim
+from configs.scale_out import asks_deepcompile, said_of
 from engine import linears, optim, world, zero
 from engine.average import Average
 from engine.checkpoint.pieces import MAIN
@@ -155,6 +156,9 @@ def start(
     optimizer = optim.resolve(config, ds_config, device)
     attention = _attention(config, device)
     is_compiled, why = resolve_compile(config, device)
+    is_whole = asks_deepcompile(ds_config)
+    if is_whole:
+        is_compiled, why = False, "the whole model by DeepCompile (--ds_config)"
     with zero.construction(ds_config, config.optim.precision, device):
         model = make(attention.name)
     origin = fill(model)
@@ -162,7 +166,8 @@ def start(
     recompute_blocks(model, config.system.activation_checkpointing, leaves)
     if is_compiled:
         compile_blocks(model, leaves)
-    zero.mark_leaves(model, [kind for kind in leaves if any(isinstance(m, kind) for m in model.modules())])
+    if not is_whole:
+        zero.mark_leaves(model, [kind for kind in leaves if any(isinstance(m, kind) for m in model.modules())])
     engine = zero.start(model, optim.build(model, settings, optimizer.name), ds_config)
     return Started(
         engine,
@@ -172,7 +177,7 @@ def start(
             "linear": products,
             "compile": f"{'on' if is_compiled else 'off'} ({why})",
             "optimizer": f"{settings.kind} by {optimizer.name} ({optimizer.reason})",
-            "zero": f"stage {zero_stage(ds_config)} (--ds_config)",
+            "zero": f"stage {zero_stage(ds_config)}{said_of(ds_config)} (--ds_config)",
             "activation checkpointing": f"{config.system.activation_checkpointing} (system.activation_checkpointing)",
             "precision": f"{config.optim.precision} (optim.precision)",
             "host memory": keep_freed_blocks(device),

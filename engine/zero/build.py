@@ -18,10 +18,13 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import logger, set_z3_leaf_modules
+from deepspeed.utils import groups, logger, set_z3_leaf_modules
 from torch import nn
 
+from configs import UserError
 from configs.ds import zero_stage
+from configs.scale_out import GRADIENTS, WEIGHTS, asks_deepcompile, is_asked
+from engine.zero import quantise
 from engine.zero.optimizer import skip_on_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -31,9 +34,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def construction(ds_config: dict[str, Any], precision: str, device: torch.device) -> Iterator[None]:
     """Parameters made inside have the run's dtype and device; with ZeRO-3 they are partitioned as they are made.
 
-    torch.distributed must be up.
+    torch.distributed must be up. Raises UserError where the DeepSpeed JSON needs another device.
     """
+    _require_device(ds_config, device)
     _prepare()
+    if is_asked(ds_config["zero_optimization"], WEIGHTS):
+        quantise.take_over()
     deepspeed.init_distributed(dist_init_required=False)  # takes over the group engine.world formed
     default = torch.get_default_dtype()
     with ExitStack() as stack:
@@ -43,7 +49,13 @@ def construction(ds_config: dict[str, Any], precision: str, device: torch.device
         if zero_stage(ds_config) == 3:
             # No tensor_overrides: a buffer keeps the dtype it asks for. No mem_efficient_linear: F.linear stays.
             stack.enter_context(
-                deepspeed.zero.Init(config_dict_or_path=ds_config, mem_efficient_linear=False, tensor_overrides=[])
+                deepspeed.zero.Init(
+                    config_dict_or_path=ds_config,
+                    mem_efficient_linear=False,
+                    tensor_overrides=[],
+                    # A process's second engine finds the groups of the first; DeepSpeed would fail to make them again.
+                    zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+                )
             )
         yield
 
@@ -67,6 +79,8 @@ def start(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[st
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
         skip_on_device(engine.optimizer, optimizer)
+    if asks_deepcompile(ds_config):
+        engine.compile()
     return engine
 
 
@@ -77,6 +91,21 @@ def one_reduction(engine: Any, num_backwards: int) -> AbstractContextManager[Non
     The price is a whole gradient in the model's dtype on every rank until the end, whatever the stage.
     """
     return nullcontext() if num_backwards == 1 else engine.coalesce_grad_reduction()
+
+
+def _require_device(ds_config: dict[str, Any], device: torch.device) -> None:
+    if device.type == "cuda":
+        return
+    if is_asked(ds_config["zero_optimization"], GRADIENTS):
+        raise UserError(
+            f"zero_optimization.{GRADIENTS}=true on {device.type}: DeepSpeed reduces int4 gradients by CUDA kernels "
+            "alone; remove it from --ds_config, or run on GPUs"
+        )
+    if asks_deepcompile(ds_config):
+        raise UserError(
+            f"compile.deepcompile=true on {device.type}: DeepCompile's collectives are a CUDA extension; remove it "
+            "from --ds_config, or run on GPUs"
+        )
 
 
 def _prepare() -> None:

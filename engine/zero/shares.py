@@ -111,10 +111,18 @@ def shard(parameter: nn.Parameter) -> Tensor:
 
 
 def release(parameters: Iterable[nn.Parameter]) -> None:
-    """Drops the gathered copies of persistent parameters whose shards were written; the next forward gathers anew."""
+    """Drops every other copy of parameters whose shards were written; the next forward gathers anew.
+
+    A persistent parameter has its gathered copy, which `partition` frees. With hierarchical partition a host has a
+    second shard of it, filled when it was last freed: DeepSpeed drops those of what it trains after its own step, and
+    never a frozen parameter's, so a teacher would stay what it was at the first one.
+    """
     for parameter in parameters:
-        if is_partitioned(parameter) and parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+        if not is_partitioned(parameter):
+            continue
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
             parameter.partition()  # type: ignore[attr-defined]
+        parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
 
 
 def publish(engine: Any) -> None:

@@ -34,16 +34,18 @@ def refusal(tmp_path: Path, given: Any, world_size: int = 2) -> str:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_file_loads_and_carries_the_science(path: Path) -> None:
-    given = load_ds_config(path, CONFIG, world_size=3)
+    config = tiny_config("batch.clip=48", "batch.ssl=16", "batch.rec=16", "data.streams=16")
+    given = load_ds_config(path, config, world_size=16)  # two hosts of eight
     assert zero_stage(given) == int(path.stem[4])
-    assert (given["train_batch_size"], given["train_micro_batch_size_per_gpu"]) == (12, 4)
+    assert (given["train_batch_size"], given["train_micro_batch_size_per_gpu"]) == (48, 3)
     assert given["gradient_accumulation_steps"] == 1
     assert given["gradient_clipping"] == 1.0
     assert given["bf16"] == {"enabled": False}
 
 
-def test_four_files_are_shipped() -> None:
-    assert [path.stem for path in SHIPPED] == ["zero1", "zero2", "zero3", "zero3_offload"]
+def test_the_files_that_are_shipped() -> None:
+    plain, scale_out = ["zero1", "zero2", "zero3"], ["zero3_hpz", "zero3_offload", "zero3_plus", "zero3_qwz"]
+    assert [path.stem for path in SHIPPED] == plain + scale_out
 
 
 def test_precision_follows_the_config(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_a_mistake_is_one_line(given: Any, message: str, tmp_path: Path) -> None
 
 
 def test_a_missing_file_names_what_is_shipped(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot be read .*zero1.json, zero2.json, zero3.json, zero3_offload.json"):
+    with pytest.raises(UserError, match=r"cannot be read .*zero1.json, zero2.json, zero3.json, zero3_hpz.json"):
         load_ds_config(tmp_path / "no.json", CONFIG, 1)
 
 
