@@ -54,6 +54,7 @@ class System(Section):
     activation_checkpointing: Literal["off", "selective", "full"] = "off"  # engine/recompute.py
     optimizer: Literal["auto", "torch", "torch_fused", "deepspeed", "deepspeed_cpu", "apex"] = "auto"
     linear: Literal["bf16", "fp8_torchao", "fp8_te"] = "bf16"  # of the blocks; FP8 rounds more, the run is the same
+    gather: Literal["flat", "by_host"] = "flat"  # the objectives' features between ranks (engine/hosts.py)
     timeout_minutes: Positive = 60  # of a collective, before a rank counts as lost
     loader: Loader = Loader()
     clip: ContrastiveBatch = ContrastiveBatch()

@@ -34,6 +34,7 @@ from engine.checkpoint.pieces import MAIN
 from engine.corruption import Corruptor, corruptor
 from engine.drop_path import DropPath, drop_path
 from engine.host_memory import keep_freed_blocks
+from engine.hosts import across_hosts
 from engine.initial import initial_weights
 from engine.recompute import recompute_blocks
 from engine.teacher import Teacher
@@ -96,6 +97,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
     `comm` is what `world.start` gave. With `resume` the caller loads a checkpoint next.
     """
     device, drops = world.device(), drop_path(config, comm.rank, comm.world_size)
+    comm, gathers = across_hosts(comm, config.system.gather, config.system.timeout_minutes)
     disturbs = corruptor(config, comm.rank, comm.world_size)
     rows = Rows.per_rank(config, comm.world_size)
     started = start(
@@ -112,6 +114,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
     followers = {} if teacher is None else {"ema": (teacher, "follow")}
     phases = timed(config, device, engine, CHILDREN, followers)
     options = {
+        "gather of features": gathers,
         "drop path": f"a branch sees {drops}" if drops else "off (model.trunk.drop_path=0)",
         "rec": f"a step {disturbs}" if disturbs else "from whole images and exact latents (objectives.rec)",
         "weights of the run": "the last step's (ema=null)"

@@ -68,17 +68,34 @@ class Ranks:
 class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        gathered = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-        with _named(f"gather of {tuple(x.shape)}"):
-            _all_gather(gathered, x.contiguous())
-        return gathered
+        return gather_rows(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
-        with _named(f"backward of a gather of {tuple(own.shape)}"):
-            _reduce_scatter(own, grad.contiguous())
-        return own
+        return scatter_rows(grad)
+
+
+def gather_rows(x: Tensor, among: Any = None) -> Tensor:
+    """(B, ...) of each rank -> (ranks * B, ...), in the order of the ranks of a group (`join_group`), or of all."""
+    gathered = x.new_empty((dist.get_world_size(among) * x.shape[0], *x.shape[1:]))
+    with _named(f"gather of {tuple(x.shape)}"):
+        _all_gather(gathered, x.contiguous(), group=among)
+    return gathered
+
+
+def scatter_rows(x: Tensor, among: Any = None) -> Tensor:
+    """(ranks * B, ...) -> (B, ...): of each rank's rows, the sum of what the ranks of a group, or all, have of them."""
+    own = x.new_empty((x.shape[0] // dist.get_world_size(among), *x.shape[1:]))
+    with _named(f"backward of a gather of {tuple(own.shape)}"):
+        _reduce_scatter(own, x.contiguous(), group=among)
+    return own
+
+
+def join_group(partition: list[list[int]], timeout_minutes: float) -> Any:
+    """The group of this rank in a partition of all ranks; a collective of all of them."""
+    timeout = timedelta(minutes=timeout_minutes)
+    groups = [dist.new_group(members, timeout=timeout) for members in partition]
+    return next(group for group, members in zip(groups, partition, strict=True) if rank() in members)
 
 
 def start(timeout_minutes: float, rendezvous: str = "env://") -> Ranks:
@@ -152,6 +169,11 @@ def is_first() -> bool:
 def is_first_here() -> bool:
     """Whether this is the first rank of its machine: the one that does what a machine does once."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def ranks_here() -> int:
+    """How many ranks the launcher started on this machine; 1 without one. DeepSpeed's calls it LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def group() -> Any:
@@ -233,8 +255,7 @@ def _take_device(local_rank: int) -> None:
     """
     if not torch.cuda.is_available():
         if "OMP_NUM_THREADS" not in os.environ:
-            ranks_here = int(os.environ.get("LOCAL_SIZE", 1))  # what the DeepSpeed launcher calls it
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
         return
     if local_rank >= torch.cuda.device_count():
         raise UserError(

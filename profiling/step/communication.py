@@ -82,7 +82,7 @@ def predict(config: Config, ds_config: dict[str, Any], world_size: int, is_separ
     `is_separate`: the same step with a trunk pass for each of clip, ssl global, ssl local and rec: the difference is
     what sharing one pass saves (without micro-batches). Raises UserError for a DeepSpeed setting that is not modelled.
     """
-    _refuse_other_traffic(ds_config)
+    _refuse_other_traffic(config, ds_config)
     if world_size == 1:
         return []
     model = meta_model(config, world_size)
@@ -128,7 +128,12 @@ def _built(config: Config, rows: Rows) -> Pretrainer:
         return Pretrainer(config, rows)
 
 
-def _refuse_other_traffic(ds_config: dict[str, Any]) -> None:
+def _refuse_other_traffic(config: Config, ds_config: dict[str, Any]) -> None:
+    if config.system.gather != "flat":
+        raise UserError(
+            f"system.gather={config.system.gather} sends features across hosts and then inside them, and the prediction "
+            "knows no hosts: set it to flat, or measure (comm/*_mb in the reports)"
+        )
     zero = ds_config["zero_optimization"]
     for key, modelled in AS_MODELLED.items():
         if zero.get(key, modelled) != modelled:
