@@ -116,7 +116,7 @@ def _assumptions(cluster: Cluster) -> str:
 
 def command_line(arguments: argparse.Namespace, plan: Plan) -> str:
     """The run that this plan is."""
-    is_shipped = plan.variant.persistence is None
+    is_shipped = plan.variant.is_shipped
     shipped = f"configs/deepspeed/zero{plan.variant.stage}.json"
     ds_config = arguments.ds_config_out or (shipped if is_shipped else "FILE")
     parts = [f"--config {arguments.config}", f"--ds_config {ds_config}", *arguments.overrides, *plan.variant.overrides]
@@ -150,7 +150,7 @@ def _write(config: Config, plans: list[Plan], parsed: argparse.Namespace) -> int
         return 1
     if parsed.ds_config_out:
         parsed.ds_config_out.write_text(json.dumps(best.variant.ds_json(), indent=2) + "\n")
-    elif best.variant.persistence is not None:
+    elif not best.variant.is_shipped:
         console.print("Its DeepSpeed JSON is none of the shipped ones: write it with --ds_config-out FILE.")
     console.print(command_line(parsed, best), markup=False, soft_wrap=True)
     return 0

@@ -5,8 +5,9 @@
     plans[0].variant, plans[0].samples_per_second         # the fastest that fits; those that do not fit come last
 
 All variants are system: none changes what is learnt. ZeRO 1, 2 and 3 as configs/deepspeed has them, ZeRO-3 also without
-small parameters that stay whole (each of them is a message of its own after every step); micro-batches of the gradient
-cache; activation checkpointing; FP8 in the blocks where the GPU has it.
+small parameters that stay whole (each of them is a message of its own after every step), and with a second copy on each
+host (zero_hpz_partition_size) where communication shows; micro-batches of the gradient cache; activation checkpointing;
+FP8 in the blocks where the GPU has it. What changes the numbers that travel (int8 weights, int4 gradients) is left out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import configs
 from configs import Config, UserError
 from configs.architecture import Text, Vit
 from configs.ds import complete
+from configs.scale_out import HPZ, SHARDED
 from model.rows import Rows
 from profiling.flops import StepFlops
 from profiling.plan.rates import Links, Rates
@@ -41,6 +43,7 @@ Stage = tuple[int, int | None]  # of ZeRO, and the persistence threshold
 STAGES: tuple[Stage, ...] = ((1, None), (2, None), (3, None), (3, 0))
 PARTS = (1, 2, 4, 8, 16, 32, 64)
 MODES = ("off", "selective", "full")
+SHOWS = 0.01  # of a step that waits for communication, from which a second copy is tried
 HELPS = 0.95  # of the memory with half the micro-batches, at most: less is no help
 
 
@@ -64,6 +67,7 @@ class Variant:
     micro_batches: int
     checkpointing: str
     linear: str
+    hpz: int = 1  # zero_hpz_partition_size: the GPUs of a host, or none
 
     @property
     def overrides(self) -> list[str]:
@@ -76,13 +80,21 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return f"ZeRO-{self.stage}" + ("" if self.persistence is None else " all sharded")
+        second = "" if self.hpz == 1 else f", a copy a host of {self.hpz}"
+        return f"ZeRO-{self.stage}" + ("" if self.persistence is None else " all sharded") + second
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether configs/deepspeed has it."""
+        return self.persistence is None and self.hpz == 1
 
     def ds_json(self) -> dict[str, Any]:
         """What --ds_config reads: the shipped file of the stage, changed."""
         found: dict[str, Any] = json.loads((DEEPSPEED / f"zero{self.stage}.json").read_text())
         if self.persistence is not None:
             found["zero_optimization"]["stage3_param_persistence_threshold"] = self.persistence
+        if self.hpz > 1:
+            found["zero_optimization"][HPZ] = self.hpz
         return found
 
     def ds_config(self, config: Config, world_size: int) -> dict[str, Any]:
@@ -194,6 +206,13 @@ def as_compiled(footprint: Footprint, config: Config) -> Footprint:
     return Footprint(tuple(scaled))
 
 
+def _latency(collectives: list[Collective], cluster: Cluster) -> float:
+    """Seconds that messages of no size would take."""
+    if cluster.links is None:
+        return 0.0
+    return sum(cluster.links.seconds(0, each.num_messages, each.ranks(cluster.gpus)) for each in collectives)
+
+
 @dataclass(frozen=True)
 class _Planner:
     config: Config
@@ -232,9 +251,20 @@ class _Planner:
         return True
 
     def plans(self, stage: Stage, parts: int, mode: str) -> Iterator[Plan]:
-        """A layout with every kind of product that blocks can have."""
+        """A layout with every kind of product that blocks can have; and with a second copy on each host where the step
+        waits for communication and something is gathered twice."""
         variant = Variant(*stage, parts, mode, "bf16")
-        config = variant.apply(self.config)
+        found = list(self._with_products(variant))
+        yield from found
+        links, gpus = self.cluster.links, self.cluster.gpus
+        if links is None or stage[0] != SHARDED or gpus <= links.per_node or gpus % links.per_node:
+            return
+        if any(plan.time.exposed > SHOWS * plan.time.seconds for plan in found):
+            second = self._with_products(replace(variant, hpz=links.per_node))
+            yield from (copy for copy, plan in zip(second, found, strict=True) if copy.time.exposed < plan.time.exposed)
+
+    def _with_products(self, variant: Variant) -> Iterator[Plan]:
+        config, mode = variant.apply(self.config), variant.checkpointing
         ds_config = variant.ds_config(config, self.cluster.gpus)
         footprint = predict_peak(config, ds_config, self.cluster.gpus, self._attention, self.cluster.build.device)
         if self.cluster.build.is_compiled and mode == "off":
@@ -256,7 +286,7 @@ class _Planner:
             step_time(work, cluster.rates, collectives, cluster.links, cluster.gpus),
             step_flops(config, rows, captions, backend=cluster.build.attention, device=cluster.build.device),
             sum(each.wire_bytes(cluster.gpus) for each in collectives),
-            sum(cluster.links.seconds(0, each.num_messages, cluster.gpus) for each in collectives if cluster.links),
+            _latency(collectives, cluster),
             self.samples,
         )
 

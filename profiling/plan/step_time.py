@@ -70,5 +70,5 @@ def _sent(collectives: Sequence[Collective], links: Links | None, world_size: in
         return 0.0, 0.0
     spent = {False: 0.0, True: 0.0}
     for each in collectives:
-        spent[each.waits] += links.seconds(each.wire_bytes(world_size), each.num_messages, world_size)
+        spent[each.waits] += links.seconds(each.wire_bytes(world_size), each.num_messages, each.ranks(world_size))
     return spent[False], spent[True]

@@ -33,13 +33,15 @@ from torch import nn
 
 from configs import Config, UserError
 from configs.ds import zero_stage
+from configs.scale_out import HPZ, WEIGHTS, is_asked
 from configs.system import System
 from engine.assemble import LEAVES
 from engine.optim import parameter_groups
+from engine.zero.quantise import RUN
 from model.latent import feature_width, moment_channels
 from model.pretrainer import Pretrainer, head_width
 from model.rows import Rows
-from profiling.step.gathers import Gathers, Settings, Visit
+from profiling.step.gathers import INSIDE, Gathers, Settings, Visit
 
 FP32_BYTES = 4
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -49,12 +51,14 @@ ALIGN = 2
 SINKHORN_PASSES = 4  # over K numbers: a maximum and a sum, then a sum for each of two more iterations
 BUCKET = 500_000_000  # elements, DeepSpeed's default for reducing and for gathering
 STEADY = 3  # steps after which the trace of ZeRO-3 no longer changes
+QUANTISED = 1 + FP32_BYTES / RUN  # bytes of a weight sent as int8, with its part of a scale
+AFTER = "after the step"  # a gather that waits, and is of small weights in full precision
 # What enters these has no gradient, so DeepSpeed does not see their backward end.
 ENDS_UNSEEN = ("trunk", "trunk.patch_embed", "trunk.patch_embed.proj", "text", "text.token_embedding")
 # Settings that change what is sent in ways this model does not follow: value that leaves it as modelled.
 AS_MODELLED = {
-    "use_multi_rank_bucket_allreduce": True, "allgather_partitions": True, "zero_hpz_partition_size": 1,
-    "zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False, "zero_quantized_gradients": False,
+    "use_multi_rank_bucket_allreduce": True, "allgather_partitions": True,
+    "zero_quantized_nontrainable_weights": False, "zero_quantized_gradients": False,
     "stage3_use_all_reduce_for_fetch_params": False, "stage3_module_granularity_threshold": 0,
 }  # fmt: skip
 
@@ -62,18 +66,23 @@ AS_MODELLED = {
 @dataclass(frozen=True)
 class Collective:
     """All messages of one kind and purpose in a step, on one rank. `num_messages` go one after the other, each with
-    its own latency. `waits`: nothing computes beside."""
+    its own latency. `waits`: nothing computes beside. `among` so many ranks of one host, where not among all."""
 
     kind: str  # "all_gather", "reduce_scatter" or "all_reduce"
     purpose: str
     message_bytes: int
     num_messages: int = 1
     waits: bool = True
+    among: int | None = None
 
     def wire_bytes(self, world_size: int) -> float:
         """What a rank sends around a ring."""
-        passes = 2 if self.kind == "all_reduce" else 1
-        return passes * self.message_bytes * (world_size - 1) / world_size
+        passes, ranks = 2 if self.kind == "all_reduce" else 1, self.ranks(world_size)
+        return passes * self.message_bytes * (ranks - 1) / ranks
+
+    def ranks(self, world_size: int) -> int:
+        """How many take part."""
+        return world_size if self.among is None else self.among
 
 
 def predict(config: Config, ds_config: dict[str, Any], world_size: int, is_separate: bool = False) -> list[Collective]:
@@ -131,8 +140,8 @@ def _built(config: Config, rows: Rows) -> Pretrainer:
 def _refuse_other_traffic(config: Config, ds_config: dict[str, Any]) -> None:
     if config.system.gather != "flat":
         raise UserError(
-            f"system.gather={config.system.gather} sends features across hosts and then inside them, and the prediction "
-            "knows no hosts: set it to flat, or measure (comm/*_mb in the reports)"
+            f"system.gather={config.system.gather} sends features across hosts and then inside them, and the "
+            "prediction knows no hosts: set it to flat, or measure (comm/*_mb in the reports)"
         )
     zero = ds_config["zero_optimization"]
     for key, modelled in AS_MODELLED.items():
@@ -189,12 +198,17 @@ def _stage_3(
     padded = {name: -(-p.numel() // world_size) * world_size for name, p in model.named_parameters()}
     trained = sum(padded[name] for name, p in model.named_parameters() if p.requires_grad)
     sizes: Counter[str] = Counter()
-    gathers = steady_gathers(config, ds_config, model, is_separate)
+    gathers, zero = steady_gathers(config, ds_config, model, is_separate), ds_config["zero_optimization"]
     for (purpose, name), count in gathers.parameters.items():
-        sizes[purpose] += count * padded[name] * DTYPE_BYTES[config.optim.precision]
+        sizes[purpose] += count * padded[name]
     for purpose, size in sizes.items():
-        waits = purpose == "after the step"
-        yield Collective("all_gather", f"parameters, {purpose}", size, gathers.messages[purpose], waits)
+        is_quantised = is_asked(zero, WEIGHTS) and purpose != AFTER
+        each = QUANTISED if is_quantised else DTYPE_BYTES[config.optim.precision]
+        messages = gathers.messages[purpose] * (2 if is_quantised else 1)  # scales travel by themselves
+        among = zero[HPZ] if purpose.endswith(INSIDE) else None
+        yield Collective(
+            "all_gather", f"parameters, {purpose}", round(size * each), messages, waits=purpose == AFTER, among=among
+        )
     buckets = -(-trained // _elements(ds_config, "reduce_bucket_size"))
     gradients = trained * _gradient_bytes(config, ds_config)
     yield Collective("reduce_scatter", "gradients", gradients, buckets, waits=not _overlaps(ds_config))

@@ -19,6 +19,7 @@ each stage against the tensors of a real engine. For N trained and F frozen para
 
 and while a step runs
     gathered parameters    -                               the most that is whole at once, by profiling/step/gathers.py
+    second copies          -                               (N + F) b / zero_hpz_partition_size
     micro-batch gradients  N b                             N b               with system.clip.micro_batches > 1
 
 A lone rank gathers nothing: its shard is the parameter. What a step holds beside all this, activations above all, and
@@ -34,6 +35,7 @@ import torch
 
 from configs import Config
 from configs.ds import offloads_optimizer, zero_stage
+from configs.scale_out import HPZ, is_asked
 from model.pretrainer import Pretrainer
 from profiling.step.communication import (
     ALIGN,
@@ -49,6 +51,7 @@ from profiling.step.layer_flops import perceptual_parameters
 from profiling.step.pretend import frozen_encoder
 
 OPTIMIZER_BYTES = 3 * FP32_BYTES  # weights and two moments
+GATHERED, SECOND = "gathered parameters", "second copies"
 MANY_PARTS = 2  # micro-batches from which gradients wait whole for their one reduction
 
 
@@ -121,6 +124,8 @@ def _stage_3(config: Config, ds_config: dict[str, Any], model: Pretrainer, world
     if world_size == 1:  # a lone rank's shard is the parameter: gathering copies nothing
         whole = most_live = 0
     bucket = int(zero.get("reduce_bucket_size", BUCKET))
+    freed = sum(p.numel() for p in model.parameters()) - sum(shards[name] for name in small) * world_size
+    second = freed // zero[HPZ] if is_asked(zero, HPZ) else 0
     return [
         Component("parameters", (trained + whole) * each),
         Component("frozen teacher", frozen * each),
@@ -129,7 +134,8 @@ def _stage_3(config: Config, ds_config: dict[str, Any], model: Pretrainer, world
         _average(config, ds_config, trained),
         Component("gradients", trained * each),
         Component("reduce bucket", bucket * each),
-        Component("gathered parameters", most_live * each, is_static=False),
+        Component(GATHERED, most_live * each, is_static=False),
+        Component(SECOND, max(0, second) * each, is_static=False),
     ]
 
 

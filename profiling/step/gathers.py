@@ -4,7 +4,8 @@ A module's parameters are gathered before its forward and its backward and freed
 parameters (`stage3_param_persistence_threshold`) stay between passes. Of what the last trace says comes next, up to
 `stage3_prefetch_bucket_size` elements are gathered ahead. What is used again within `stage3_max_reuse_distance`
 elements is not freed: below half a billion trained parameters DeepSpeed's default, 1e9, keeps the whole student from
-its forward to its backward, and nothing is gathered twice.
+its forward to its backward, and nothing is gathered twice. With zero_hpz_partition_size what is freed leaves a second
+copy on its host, and until the step is over the next gather of it stays INSIDE the host.
 
     gathers = Gathers(sizes, Settings.of(ds_config))
     gathers.run([Visit("forward", "trunk.blocks.0", ...), ...])      # a pass of the engine and its backward
@@ -21,6 +22,10 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from configs.scale_out import HPZ, is_asked
+
+INSIDE = ", inside the host"  # ends the purpose of a gather from second copies
 
 
 class Visit(NamedTuple):
@@ -56,6 +61,7 @@ class Settings:
     reuse: int
     max_live: int
     persistence: int
+    has_second: bool  # copies of the weights on every host
 
     @classmethod
     def of(cls, ds_config: Mapping[str, Any]) -> Settings:
@@ -66,6 +72,7 @@ class Settings:
             reuse=int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
             max_live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
             persistence=int(zero.get("stage3_param_persistence_threshold", 100_000)),
+            has_second=is_asked(zero, HPZ),
         )
 
 
@@ -79,6 +86,7 @@ class Gathers:
         self._available: set[str] = set()
         self._size = 0  # elements of all that are available
         self._ahead: set[str] = set()  # prefetched and not yet used
+        self._second: set[str] = set()  # with a copy on the host
         self._trace: list[Visit] = []
         self._mode = "invalid"  # then "record", then "complete"
         self._queue: deque[Use] = deque()
@@ -95,8 +103,10 @@ class Gathers:
             self._enter(visit) if visit.enters else self._leave(visit)
 
     def end_step(self) -> None:
-        """After the optimizer: small parameters are gathered anew, all of them, each by itself."""
+        """After the optimizer: small parameters are gathered anew, all of them, each by itself. All weights have moved,
+        so second copies are void."""
         self._remove(self.persistent)
+        self._second = set()
         for name in sorted(self.persistent):
             self._gather_together({name: "after the step"})
 
@@ -185,19 +195,25 @@ class Gathers:
         return self._reuse_cache[key]
 
     def _gather_together(self, wanted: Mapping[str, str]) -> None:
-        """Parameter -> purpose, in one message, which counts for the first of its purposes."""
+        """Parameter -> purpose, in one message, which counts for the first of its purposes; another for what has second
+        copies."""
         missing = {name: purpose for name, purpose in wanted.items() if name not in self._available}
         if not missing:
             return
         size = sum(self._sizes[name] for name in missing)
         self._available |= set(missing)
-        self._gathered.update((purpose, name) for name, purpose in missing.items())
-        self._messages[next(iter(missing.values()))] += 1
+        near = {name: purpose + INSIDE for name, purpose in missing.items() if name in self._second}
+        far = {name: purpose for name, purpose in missing.items() if name not in self._second}
+        for part in (part for part in (near, far) if part):
+            self._gathered.update((purpose, name) for name, purpose in part.items())
+            self._messages[next(iter(part.values()))] += 1
         self._num_live += size
         self._size += size
         self.most_live = max(self.most_live, self._size)
 
     def _free(self, names: set[str] | frozenset[str]) -> None:
+        if self._settings.has_second:
+            self._second |= names & self._available
         self._num_live -= self._remove(names)
 
     def _remove(self, names: set[str] | frozenset[str]) -> int:

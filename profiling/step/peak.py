@@ -40,7 +40,7 @@ from profiling.step.communication import (
     meta_model,
     optimizer_groups,
 )
-from profiling.step.footprint import Component, Footprint, predict
+from profiling.step.footprint import GATHERED, SECOND, Component, Footprint, predict
 from profiling.step.live_bytes import Event
 from profiling.step.memory_trace import GRADIENTS, HEADS, OBJECTIVES, TOWERS, step_events
 
@@ -64,7 +64,7 @@ def predict_peak(
     """
     predicted = predict(config, ds_config, world_size)
     states = [each for each in predicted.components if each.is_static]
-    gathered = sum(each.bytes for each in predicted.components if each.name == "gathered parameters")
+    gathered = {each.name: each.bytes for each in predicted.components if each.name in (GATHERED, SECOND)}
     zero = _Zero.of(config, ds_config, world_size)
     events = step_events(config, world_size, attention, device, zero.stage == 3, batch)
     moments = [_computing(events, zero, gathered), _reducing(events, zero), _stepping(events, zero)]
@@ -147,7 +147,7 @@ class _Buckets:
         return self.zero.own * self.zero.each if self.has_reduced else 0
 
 
-def _computing(events: tuple[Event, ...], zero: _Zero, gathered: int) -> Counter[str]:
+def _computing(events: tuple[Event, ...], zero: _Zero, gathered: dict[str, int]) -> Counter[str]:
     """Forward, objectives and backward."""
     buckets, live = _Buckets(zero), 0
     best, place, worst = -1, 0, Counter[str]()
@@ -160,7 +160,7 @@ def _computing(events: tuple[Event, ...], zero: _Zero, gathered: int) -> Counter
             worst = Counter(
                 {"reduce buckets in use": buckets.bucket_bytes + copied, "own gradients": buckets.own_bytes}
             )
-    return _held(events[: place + 1]) + worst + Counter({"gathered parameters": gathered})
+    return _held(events[: place + 1]) + worst + Counter(gathered)
 
 
 def _reducing(events: tuple[Event, ...], zero: _Zero) -> Counter[str]:

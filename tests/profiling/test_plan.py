@@ -15,8 +15,8 @@ from profiling.clock import Comparison, Times
 from profiling.plan import command as plan
 from profiling.plan import rates
 from profiling.plan import search as plan_search
-from profiling.plan.rates import Gpu, parse_links, rates_of
-from profiling.plan.search import Cluster, Variant, as_compiled, search
+from profiling.plan.rates import Gpu, Links, parse_links, rates_of
+from profiling.plan.search import Cluster, Plan, Variant, as_compiled, search
 from profiling.plan.work import Build
 from profiling.step.peak import predict_peak
 from tests.tiny import tiny_config
@@ -99,6 +99,34 @@ def test_a_mistake_is_one_line(
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_copy_a_host_is_advised_where_weights_are_gathered_twice_and_the_link_is_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan_search, "STAGES", ((3, 0),))
+    freed = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    ds_json = Variant.ds_json
+    config = tiny_config("optim.precision=bf16", "batch.clip=16", "batch.ssl=16", "batch.rec=16", "data.streams=16")
+
+    def plans(gpus: int) -> dict[int, Plan]:
+        slow = Links(intra=450e9, inter=1e6)
+        cluster = Cluster(gpus, rates_of("h100"), slow, Build("flash3", is_compiled=True))
+        return {each.variant.hpz: each for each in search(config, cluster, samples=1e6)}
+
+    assert set(plans(16)) == {1}, "the tiny student stays whole from forward to backward"
+    monkeypatch.setattr(
+        Variant,
+        "ds_json",
+        lambda self: {**ds_json(self), "zero_optimization": ds_json(self)["zero_optimization"] | freed},
+    )
+    found = plans(16)
+    assert found[8].time.seconds < found[1].time.seconds
+    assert found[8].memory > found[1].memory
+    assert found[8].variant.ds_json()["zero_optimization"]["zero_hpz_partition_size"] == 8
+    assert "a copy a host of 8" in found[8].variant.name
+    assert not found[8].variant.is_shipped
+    assert set(plans(8)) == {1}, "one host has all of it anyway"
 
 
 def test_no_gpus_are_no_plan(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
