@@ -44,7 +44,7 @@ def run_ranks(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
     with tempfile.TemporaryDirectory() as name:
-        folder, port = Path(name), _free_port()
+        folder, port = Path(name), free_port()
         # Pickled by plain pickle: multiprocessing would share tensor memory with processes that end first.
         task = pickle.dumps((function, arguments))
         ranks = [
@@ -113,7 +113,8 @@ def _describe(ranks: Sequence[BaseProcess], folder: Path) -> str:
     return "\n".join(reports)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from data.captions import train_bpe
 from engine.archive import State
 from engine.checkpoint.directory import SUMS, sum_of
 from tests.data.tar_shards import write_corpus
+from tests.harness import free_port
 from tests.tiny import TINY, tiny_config
 
 pytestmark = pytest.mark.L1
@@ -178,13 +178,6 @@ def launch(case: Case, here: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=HANG_SECONDS,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
