@@ -98,9 +98,9 @@ def test_the_command_of_a_manifest_is_one_that_launch_takes(name: str, monkeypat
     monkeypatch.chdir(ROOT)
     for pod in pod_specs(name):
         [script] = pod["containers"][0]["args"]
-        words = shlex.split(script.split("exec torchrun")[1].replace("\\\n", " ").replace("$resume", "--resume"))
+        words = shlex.split(script.split("exec torchrun")[1].replace("\\\n", " "))
         options = launch.parse(words[words.index("engine/launch.py") + 1 :])
-        assert options.resume
+        assert options.resume == "auto"
         assert Path(options.ds_config).is_file()
         load_run(options.config, options.overrides)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.exits import FAILED, LOST_RANK, MISTAKE, STOPPED
 from tests.clusters.slurm import JOB_ID, Slurm
 from tests.engine.small_runs import (
     ROOT,
@@ -73,16 +74,18 @@ def test_a_job_saves_before_its_limit_and_goes_on_after_the_requeue(slurm: Slurm
 
 
 def ending_with(code: int, here: Path) -> Path:
-    """A directory in which engine/launch.py does nothing but end; its run has one checkpoint."""
+    """A directory in which engine/launch.py does nothing but end."""
     (here / "engine").mkdir(exist_ok=True)
     (here / "engine" / "launch.py").write_text(f"import os; os.kill(os.getpid(), 9) if {code} == 137 else exit({code})")
-    (here / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
     return here
 
 
 @pytest.mark.L0
-@pytest.mark.parametrize(("code", "is_requeued"), [(75, True), (137, True), (1, False), (70, False), (143, False)])
-def test_only_a_lost_rank_is_worth_another_start(slurm: Slurm, tmp_path: Path, code: int, is_requeued: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "is_requeued"),
+    [(LOST_RANK, True), (137, True), (1, True), (FAILED, False), (MISTAKE, False), (STOPPED, False)],
+)
+def test_a_lost_rank_is_worth_another_start(slurm: Slurm, tmp_path: Path, code: int, is_requeued: bool) -> None:
     """143 without Slurm's signal: somebody stopped the run, and wants it stopped."""
     job = slurm.started(SCRIPT, "run", cwd=ending_with(code, tmp_path))
     assert job.wait(WAIT_SECONDS) == code, slurm.log.read_text()
@@ -91,32 +94,26 @@ def test_only_a_lost_rank_is_worth_another_start(slurm: Slurm, tmp_path: Path, c
 
 @pytest.mark.L0
 def test_a_rank_lost_three_times_at_one_checkpoint_is_not_started_again(slurm: Slurm, tmp_path: Path) -> None:
-    latest = ending_with(75, tmp_path) / "run" / "checkpoints" / "latest"
-    counts = []
-    for checkpoint in ("", "step-2", "step-2", "step-4", "step-4", "step-4"):
-        latest.write_text(f"{checkpoint}\n")
-        assert slurm.started(SCRIPT, "run", cwd=tmp_path).wait(WAIT_SECONDS) == 75
+    latest, counts = ending_with(LOST_RANK, tmp_path) / "run" / "checkpoints" / "latest", []
+    for checkpoint in (None, None, None, "step-2", "step-4", "step-4", "step-4"):
+        if checkpoint is not None:
+            latest.parent.mkdir(parents=True, exist_ok=True)
+            latest.write_text(checkpoint)
+        assert slurm.started(SCRIPT, "run", cwd=tmp_path).wait(WAIT_SECONDS) == LOST_RANK
         counts.append(len(slurm.requeued))
-    assert counts == [1, 2, 3, 4, 5, 5]
+    assert counts == [1, 2, 2, 3, 4, 5, 5]
 
 
 @pytest.mark.L0
-def test_a_task_is_a_rank_and_resumes_where_there_is_a_checkpoint(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_task_is_a_rank_that_goes_on_where_it_can(slurm: Slurm, tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     show = (
         "import os, sys; print([os.environ[n] for n in {names}], os.environ['MASTER_ADDR'], sys.argv[1:], flush=True)"
     )
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     (tmp_path / "engine" / "launch.py").write_text(show.format(names=names))
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    given = ("run", "--config", "a b.yaml", "data.train=[x, y]")
-    for has_checkpoint in (False, True):
-        if has_checkpoint:
-            (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000002")
-        assert slurm.started(SCRIPT, *given, cwd=tmp_path).wait(WAIT_SECONDS) == 0
-    expected = [
-        f"{[str(rank), '0', '2', '24711']} localhost {[*given[1:], 'system.run_dir=run', *resume]}"
-        for resume in ([], ["--resume"])
-        for rank in range(2)
-    ]
-    assert sorted(slurm.log.read_text().splitlines()) == sorted(expected)
+    given = ["--config", "a b.yaml", "data.train=[x, y]"]
+    assert slurm.started(SCRIPT, "run", *given, cwd=tmp_path).wait(WAIT_SECONDS) == 0
+    received = [*given, "--resume", "auto", "system.run_dir=run"]
+    expected = [f"{[str(rank), '0', '2', '24711']} localhost {received}" for rank in range(2)]
+    assert sorted(slurm.log.read_text().splitlines()) == expected

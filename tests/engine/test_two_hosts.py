@@ -1,12 +1,13 @@
 """A run over two hosts, as `deepspeed --hostfile` starts it, and what becomes of it when it is disturbed.
 
 The hosts are namespaces of this machine with a cable between them (tests/engine/hosts.py); runner, launcher and ranks
-are the real ones. One run is told, in order: it is asked to stop, goes on, a host crashes, it goes on, and ends with
-the weights of a run that nobody disturbed.
+are the real ones. One run is told, in order: it is asked to stop, goes on, a host crashes, it goes on, supervised, the
+cable is cut and mended, and it ends with the weights of a run that nobody disturbed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -34,11 +35,13 @@ from tests.harness import run_ranks
 
 pytestmark = [pytest.mark.L1, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
-STEPS = 32
-TRAINING = (f"optim.steps={STEPS}", "optim.warmup=0.0", "system.checkpoint.every=6")
+STEPS = 48
+TRAINING = (f"optim.steps={STEPS}", "optim.warmup=0.0", "system.checkpoint.every=6", "system.watch.silent_seconds=10")
 # docs/clusters/ssh.md: what the launcher does not send by itself.
 DEEPSPEED_ENV = "DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n"
 RANK = "[e]ngine/launch.py --local_rank"  # a pattern that does not match the command it stands in
+BY_HAND = (str(Path(sys.executable).parent / "deepspeed"), "--hostfile", "hosts", str(LAUNCH))
+SUPERVISED = (str(LAUNCH), "--max-restarts", "2", "--launcher", "deepspeed --hostfile hosts")
 STOP = f"pkill -USR1 -f '{RANK}'"
 
 
@@ -70,15 +73,14 @@ class Place:
         return self.here / "launcher.log"
 
     @contextmanager
-    def launched(self, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-        """The command of docs/clusters/ssh.md, running."""
-        launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--hostfile", "hosts", str(LAUNCH)]
+    def launched(self, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+        """One of the commands of docs/clusters/ssh.md, running."""
         path = f"{self.hosts.bin}:{os.environ['PATH']}"
         environment = {"PATH": path, "HOME": str(self.here), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
         environment |= {"NCCL_DEBUG": "WARN", "NOT_NAMED": "1"}
-        command = [*launcher, *arguments(self.shards, self.run_dir), *TRAINING, *more]
+        whole = [sys.executable, *command, *arguments(self.shards, self.run_dir), *TRAINING, "--resume", "auto"]
         with self.log.open("wb") as log:
-            process = subprocess.Popen(command, cwd=self.here, env=environment, stdout=log, stderr=log)
+            process = subprocess.Popen(whole, cwd=self.here, env=environment, stdout=log, stderr=log)
         try:
             yield process
         finally:
@@ -123,7 +125,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 @pytest.fixture(scope="module")
 def stopped(place: Place) -> Ended:
     """One rank was asked to stop."""
-    with place.launched() as process:
+    with place.launched(*BY_HAND) as process:
         place.wait_for_step(4, process)
         environments = {name: environment_of_rank(place.hosts, name) for name in NAMES}
         place.hosts.run(NAMES[1], STOP)
@@ -133,7 +135,7 @@ def stopped(place: Place) -> Ended:
 @pytest.fixture(scope="module")
 def crashed(place: Place, stopped: Ended) -> Ended:
     """It went on, until the second host lost its power; then the host came back."""
-    with place.launched("--resume") as process:
+    with place.launched(*BY_HAND) as process:
         place.wait_for_step(stopped.last_step + 8, process)
         place.hosts.crash(NAMES[1])
         ended = place.ended(process)
@@ -142,9 +144,13 @@ def crashed(place: Place, stopped: Ended) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def finished(place: Place, crashed: Ended) -> Ended:
-    """It went on to its end."""
-    with place.launched("--resume") as process:
+def cut_off(place: Place, crashed: Ended) -> Ended:
+    """It went on, supervised, until the cable was cut; the cable was mended, and it went on by itself to its end."""
+    with place.launched(*SUPERVISED) as process:
+        place.wait_for_step(crashed.last_step + 2, process)
+        place.hosts.link("down")
+        wait_until(lambda: "supervisor: " in place.log.read_text(), "the launcher's end", place.log.read_text)
+        place.hosts.link("up")
         return place.ended(process)
 
 
@@ -152,6 +158,12 @@ def environment_of_rank(hosts: Hosts, name: str) -> dict[str, str]:
     """The variables with which the rank on that host was started."""
     told = hosts.run(name, f"cat /proc/$(pgrep -f '{RANK}')/environ")
     return dict(entry.split("=", 1) for entry in told.split("\0") if entry)
+
+
+def lost(ended: Ended, name: str) -> list[str]:
+    """What the rank on that host said of the rank that it misses, its host."""
+    line = rf"^{name}: error: rank \d ends, a rank is lost: (\w+: rank \d(?: \(host [\w-]+\)|, which watches))"
+    return re.findall(line, ended.said, re.MULTILINE)
 
 
 def test_a_run_over_two_hosts_stops_when_one_rank_is_asked(place: Place, stopped: Ended) -> None:
@@ -164,25 +176,34 @@ def test_a_run_over_two_hosts_stops_when_one_rank_is_asked(place: Place, stopped
 def test_ranks_are_given_what_deepspeed_sends_and_what_its_file_names(stopped: Ended) -> None:
     for number, name in enumerate(NAMES):
         given = stopped.environments[name]
-        assert (given["RANK"], given["LOCAL_RANK"], given["WORLD_SIZE"]) == (str(number), "0", "2")
-        assert given["MASTER_ADDR"] == ADDRESSES[NAMES[0]]
-        assert [given[key] for key in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")] == [
-            "cpu",
-            "1",
-            "eth0",
-        ]
+        from_deepspeed = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[NAMES[0]]}
+        from_file = dict(line.split("=") for line in DEEPSPEED_ENV.split())
+        assert given | from_deepspeed | from_file == given
         assert str(ROOT) in given["PYTHONPATH"].split(":"), "DeepSpeed sends what starts with PYTHON"
         assert not {"NCCL_DEBUG", "NOT_NAMED"} & given.keys(), "a machine without a GPU sends no NCCL_*, see ssh.md"
 
 
 def test_a_crashed_host_ends_the_run_on_the_other(crashed: Ended) -> None:
+    """Its own launch ends with the signal's code, the other with 75; pdsh gives the larger of both."""
     assert crashed.exit_code not in (0, 143), crashed.said[-4000:]
-    assert re.search(rf"{NAMES[0]}: .*\[{ADDRESSES[NAMES[1]]}\].*(closed|reset)", crashed.said), crashed.said[-4000:]
+    assert lost(crashed, NAMES[0]) == [f"dead: rank 1 (host {NAMES[1]})"], crashed.said[-4000:]
 
 
-def test_the_run_goes_on_and_ends_with_the_weights_of_an_undisturbed_one(
-    place: Place, finished: Ended, undisturbed: Path
+def test_a_cut_cable_ends_the_ranks_on_both_sides_of_it(place: Place, crashed: Ended, cut_off: Ended) -> None:
+    """No process has ended and no connection is closed: each side has only the other's silence to go by."""
+    assert lost(cut_off, NAMES[0]) == [f"silent: rank 1 (host {NAMES[1]})"], cut_off.said[-4000:]
+    assert lost(cut_off, NAMES[1]) == ["silent: rank 0, which watches"], cut_off.said[-4000:]
+    told = [json.loads(line) for line in (place.run_dir / "failures.jsonl").read_text().splitlines()]
+    [failure] = [failure for failure in told if failure["kind"] == "silent" and failure["rank"] == 1]
+    assert failure["host"] == NAMES[1]
+    assert failure["step"] > 0
+    assert failure["phase"]
+
+
+def test_a_supervised_run_goes_on_by_itself_to_the_weights_of_an_undisturbed_one(
+    place: Place, cut_off: Ended, undisturbed: Path
 ) -> None:
-    assert finished.exit_code == 0, finished.said[-4000:]
+    assert cut_off.exit_code == 0, cut_off.said[-4000:]
+    assert cut_off.said.count("supervisor: exit code 75 after the checkpoint of step") == 1
     assert sorted(set(reported(place.run_dir))) == list(range(2, STEPS + 1, 2)), "those after a checkpoint twice"
     assert differing_weights(place.run_dir, undisturbed) == []
