@@ -19,6 +19,7 @@ class Loader(Section):
     prefetch: Positive = 2  # batches decoded ahead of the step
     device: Literal["auto", "cpu", "gpu"] = "auto"
     cache_dir: str | None = None  # where remote shards are kept; required for remote URLs
+    tries: Positive = 6  # of what storage fails, after 1, 2, 4, 8, 16 s; then the sample is skipped (data/patience.py)
 
 
 class ContrastiveBatch(Section):

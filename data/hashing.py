@@ -32,7 +32,7 @@ def uniform(words: Words) -> NDArray[np.float64]:
 
 def hash_text(text: str) -> int:
     """64 bits of BLAKE2b: the same on every machine, unlike `hash`."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def permutation(length: int, *words: ArrayLike) -> NDArray[np.int64]:

@@ -2,7 +2,8 @@
 
 A bad sample is no reason to stop a run of weeks; a corpus that is mostly bad is. The share is that of the
 whole corpus as far as it is known: what the index left out counts from the start, what only reading shows
-counts as it is met.
+counts as it is met, by its share of what was met, and what storage lost (data/losses.py) by its own size: a shard that
+is gone is many positions in a row, and says nothing of the other shards.
 
     health = Health(max_bad_share=0.02, corpus_size=1000, left_out=Counter({"missing caption": 3}), log=None)
     health.met(BadSample("00000/000000123", "truncated image", position=4711))
@@ -58,7 +59,7 @@ class Health:
         )
         self._met: Counter[str] = Counter()
         self._known: set[str] = set()
-        self._num_positions = self._num_bad_positions = 0
+        self._num_positions = self._num_bad_positions = self._num_lost = 0
         self._logged: set[tuple[str, str]] = set()
         self._read_bytes = 0
         self._lock = threading.Lock()
@@ -75,7 +76,8 @@ class Health:
         """The bad share of the corpus: exact for what the index shows, by positions met for the rest."""
         num_left_out = self.left_out.total()
         share_left_out = num_left_out / max(num_left_out + self.corpus_size, 1)
-        return share_left_out + (1 - share_left_out) * self._num_bad_positions / max(self._num_positions, 1)
+        share_met = self._num_bad_positions / max(self._num_positions, 1)
+        return share_left_out + (1 - share_left_out) * min(1.0, share_met + self._share_lost)
 
     def served(self, num_positions: int, num_bad: int) -> None:
         """Notes positions served and how many had a bad sample of their own.
@@ -85,8 +87,14 @@ class Health:
         with self._lock:
             self._num_positions += num_positions
             self._num_bad_positions += num_bad
-        if num_bad and self._num_bad_positions >= _MIN_MET and self.share > self.max_bad_share:
+        says_something = num_bad and self._num_bad_positions >= _MIN_MET
+        if (says_something or self._share_lost > self.max_bad_share) and self.share > self.max_bad_share:
             raise self._stop()
+
+    def lost(self, num_samples: int) -> None:
+        """Notes samples that storage does not give, each once."""
+        with self._lock:
+            self._num_lost += num_samples
 
     def met(self, sample: BadSample) -> None:
         """Counts and logs a bad sample that reading showed; a known one changes nothing."""
@@ -95,6 +103,10 @@ class Health:
                 self._known.add(sample.key)
                 self._met[sample.reason] += 1
                 self._append([sample])
+
+    @property
+    def _share_lost(self) -> float:
+        return self._num_lost / max(self.corpus_size, 1)
 
     def note_left_out(self, samples: Iterable[BadSample]) -> None:
         """Logs bad samples of the index; they are counted already."""

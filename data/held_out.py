@@ -25,8 +25,9 @@ from configs import UserError
 from configs.system import System
 from data.adm_crop import adm_crop
 from data.decode import Decoder, Picture
+from data.patience import Unreadable
 from data.reading import read_sample
-from data.shards import BadCaption, Sample, Shards
+from data.shards import BadMember, Sample, Shards
 from data.storage import expand
 
 
@@ -67,7 +68,7 @@ class HeldOut:
     ) -> None:
         self.size, self.max_pixels = size, max_pixels
         cache_dir = system.loader.cache_dir
-        self.shards = Shards(expand(patterns, cache_dir, key), None, cache_dir)
+        self.shards = Shards(expand(patterns, cache_dir, key), None, cache_dir, tries=system.loader.tries)
         self.bad: Counter[str] = Counter()
         self._decoder = Decoder(system.loader.device, system.loader.threads)
         self._starts = np.concatenate([[0], np.cumsum(self.shards.sizes)])
@@ -114,10 +115,10 @@ class HeldOut:
         """The sample and its label, or the reason why it is bad."""
         shard_idx = int(np.searchsorted(self._starts, place, side="right")) - 1
         sample_idx = place - int(self._starts[shard_idx])
-        sample = read_sample(self.shards, shard_idx, sample_idx, self.max_pixels)
         try:
+            sample = read_sample(self.shards, shard_idx, sample_idx, self.max_pixels)
             return sample if isinstance(sample, str) else (sample, self.shards.label(shard_idx, sample_idx))
-        except BadCaption as error:
+        except (BadMember, Unreadable) as error:
             return str(error)
 
     def _batch(self, rows: Sequence[_Row]) -> LabelledBatch:

@@ -96,6 +96,7 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads."""
+        self.reader.give_up()
         self._ahead.close()
         self.reader.close()
 

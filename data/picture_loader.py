@@ -72,6 +72,7 @@ class PictureLoader:
 
     def close(self) -> None:
         """Ends the threads."""
+        self.reader.give_up()
         self._ahead.close()
         self.reader.close()
 

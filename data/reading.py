@@ -5,11 +5,13 @@
     images = reader.render(rows, ["image"], config.views)          # (4, 3, 256, 256) uint8
 
 A bad sample's place is taken by another of the same stream and block (Order.substitute), found anew and
-identically by every run; data/health.py counts it.
+identically by every run; data/health.py counts it. What storage does not give is filled in the same way, and told from
+what is bad: data/losses.py keeps it to the epoch in which it happened.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,10 +27,14 @@ from data import headers, views
 from data.decode import Decoder, Picture
 from data.hashing import hash_text
 from data.health import BadSample, Health
+from data.losses import Losses, StorageFails
 from data.order import Order, Place
-from data.shards import BadCaption, Exchange, Sample, Shards
+from data.patience import Unreadable
+from data.shards import BadMember, Exchange, Sample, Shards
 from data.storage import expand
 
+_OVERHEAD_BYTES = 1 << 20  # of an encoded picture: metadata, colour profiles, a thumbnail
+_PIXEL_BYTES = 8  # the most a pixel takes: four channels of 16 bits, not compressed
 _MAX_ATTEMPTS = 1000  # fills tried for one position: beyond, its stream has next to no readable sample
 
 
@@ -68,12 +74,13 @@ class SampleReader:
         self.rank, self.world_size, self.seed, self._max_pixels = rank, world_size, seed, data.max_pixels
         open_indexes = (data.streams // world_size + 1) * data.block_shards + 8
         names = expand(data.train, loader.cache_dir)
-        self.shards = Shards(names, caption, loader.cache_dir, open_indexes, rank, world_size, exchange)
+        self.shards = Shards(names, caption, loader.cache_dir, open_indexes, rank, world_size, exchange, loader.tries)
         self.health = Health(data.max_bad_share, int(self.shards.sizes.sum()), self.shards.bad, bad_log)
         self.order = Order(self.shards.sizes, data.streams, data.block_shards, seed)
         self._decoder = Decoder(loader.device, loader.threads)
         self._threads = ThreadPoolExecutor(loader.threads, thread_name_prefix="read")
         self._bad: set[tuple[int, int]] = set()  # (shard, sample) known to be bad: never tried again
+        self.losses = Losses(self.shards.sizes, self.health)
         self._opened: set[int] = set()  # shards whose left-out samples are written down
 
     def positions(self, step: int, batch: int) -> np.ndarray:
@@ -81,19 +88,25 @@ class SampleReader:
         return step * batch + np.arange(batch // self.world_size) * self.world_size + self.rank
 
     def rows(self, positions: np.ndarray) -> list[Row]:
-        """A good row for each global position; whatever is bad is filled, attempt by attempt."""
+        """A good row for each global position; whatever is bad or lost is filled, attempt by attempt.
+
+        Raises TooManyBadSamples, and StorageFails where next to nothing can be read.
+        """
         places = [self.order.locate(int(position)) for position in positions]
         rows: list[Row | None] = [None] * len(places)
         attempts = [0] * len(places)
+        num_bad = sum((place.shard_idx, place.sample_idx) in self._bad for place in places)
         while empty := [i for i, row in enumerate(rows) if row is None]:
             for i in empty:
                 places[i], attempts[i] = self._skip_known(int(positions[i]), places[i], attempts[i])
-            for i, found in zip(empty, self._try([places[i] for i in empty]), strict=True):
+            tried = self._try([(int(positions[i]), places[i]) for i in empty])
+            for i, found in zip(empty, tried, strict=True):
                 if isinstance(found, Row):
                     rows[i] = found
-                else:
+                elif found is not None:
+                    num_bad += not attempts[i]
                     self._note(places[i], found, int(positions[i]))
-        self.health.served(len(rows), sum(attempt > 0 for attempt in attempts))
+        self.health.served(len(rows), num_bad)
         return [row for row in rows if row is not None]
 
     def render(self, rows: Sequence[Row], names: Sequence[str], config: Views) -> torch.Tensor:
@@ -107,56 +120,72 @@ class SampleReader:
         drawn = [views.draw(name, config, self.seed, keys, epochs, height, width) for name in names]
         return self._decoder.render(pictures, views.concatenate(drawn))
 
+    def give_up(self) -> None:
+        """Nobody waits for storage any more: before whoever waits for this reader is waited for."""
+        self.shards.patience.end()
+
     def close(self) -> None:
         """Ends the threads."""
+        self.give_up()
         self._threads.shutdown()
         self._decoder.close()
 
     def _skip_known(self, position: int, place: Place, attempt: int) -> tuple[Place, int]:
-        while (place.shard_idx, place.sample_idx) in self._bad:
+        while (place.shard_idx, place.sample_idx) in self._bad or self.losses.holds(place, position):
+            if self.losses.holds(place, position):
+                self.losses.met(place, self.shards.key(place.shard_idx, place.sample_idx), position)
             attempt += 1
             if attempt > _MAX_ATTEMPTS:
-                raise UserError(
+                kind = StorageFails if self.losses.holds(place, position) else UserError
+                raise kind(
                     f"position {position}: no readable sample among {_MAX_ATTEMPTS} of its stream "
-                    f"(bad so far: {dict(self.health.counts)}); mend the corpus or lower data.streams"
+                    f"(bad so far: {dict(self.health.counts)}); mend the corpus or the storage, or lower data.streams"
                 )
             place = self.order.substitute(position, attempt)
         return place, attempt
 
-    def _try(self, places: Sequence[Place]) -> list[Row | str]:
-        """Each place's row, or the reason why its sample is bad."""
-        self._write_left_out({place.shard_idx for place in places})
-        read = list(self._threads.map(self._read, places))
+    def _try(self, wanted: Sequence[tuple[int, Place]]) -> list[Row | str | None]:
+        """For each (position, place) its row, the reason why its sample is bad, or None: it is lost."""
+        read = list(self._threads.map(lambda pair: self._read(*pair), wanted))
         decoded = iter(self._decoder.decode([item.image for item in read if isinstance(item, Sample)]))
-        rows: list[Row | str] = []
-        for place, item in zip(places, read, strict=True):
-            found = item if isinstance(item, str) else next(decoded)
+        rows: list[Row | str | None] = []
+        for (_, place), item in zip(wanted, read, strict=True):
+            found = next(decoded) if isinstance(item, Sample) else item
             if isinstance(item, Sample) and isinstance(found, Picture):
                 rows.append(Row(place.epoch, item, found))
             else:
-                rows.append(str(found))
+                rows.append(None if found is None else str(found))
+        self._write_left_out({place.shard_idx for (_, place), item in zip(wanted, read, strict=True) if item})
         return rows
 
-    def _read(self, place: Place) -> Sample | str:
-        return read_sample(self.shards, place.shard_idx, place.sample_idx, self._max_pixels)
+    def _read(self, position: int, place: Place) -> Sample | str | None:
+        if self.losses.holds(place, position):  # since another thread found out
+            return None
+        try:
+            found = read_sample(self.shards, place.shard_idx, place.sample_idx, self._max_pixels)
+        except Unreadable as error:
+            self.losses.add(place, position, error)
+            return None
+        self.losses.storage_answered()
+        return found
 
     def _note(self, place: Place, reason: str, position: int) -> None:
         self._bad.add((place.shard_idx, place.sample_idx))
-        key = self.shards.index(place.shard_idx).key(place.sample_idx)
-        self.health.met(BadSample(key, reason, position))
+        self.health.met(BadSample(self.shards.key(place.shard_idx, place.sample_idx), reason, position))
 
     def _write_left_out(self, shards: set[int]) -> None:
         for shard_idx in shards - self._opened:
-            index = self.shards.index(shard_idx)
-            self.health.note_left_out(BadSample(f"{index.name}/{key}", reason, None) for key, reason in index.bad)
-            self._opened.add(shard_idx)
+            with contextlib.suppress(OSError, UserError):  # it went away just now: another time
+                index = self.shards.index(shard_idx)
+                self.health.note_left_out(BadSample(f"{index.name}/{key}", reason, None) for key, reason in index.bad)
+                self._opened.add(shard_idx)
 
 
 def read_sample(shards: Shards, shard_idx: int, sample_idx: int, max_pixels: int) -> Sample | str:
-    """The sample's bytes, or the reason why it is bad as far as a look at them shows."""
+    """The sample's bytes, or the reason why it is bad as far as a look at them shows. Raises Unreadable."""
     try:
-        sample = shards.read(shard_idx, sample_idx)
-    except BadCaption as error:
+        sample = shards.read(shard_idx, sample_idx, _PIXEL_BYTES * max_pixels + _OVERHEAD_BYTES)
+    except BadMember as error:
         return str(error)
     return headers.refusal(sample.image, max_pixels) or sample
 

@@ -14,7 +14,6 @@ is not writable.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -24,24 +23,32 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from configs import UserError
-from data import sidecar, storage
-from data.sidecar import Member
+from data import storage
+from data.indexes import Indexes, ShardIndex, ensure_sidecar
+from data.listing import Member, image_of, is_header_of, key_of
+from data.patience import Patience, Unreadable
+from data.recent import Recent
+from data.tar_headers import BLOCK
 
 Exchange = Callable[[Any], list[Any]]
+T = TypeVar("T")
 _OPEN_FILES = 128  # tar files kept open; the usual limit of a process is 1,024
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _INDEX_THREADS = 16  # opening many sidecars waits for the disk or the network
+_TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise: 31 s of waiting
+# A caption may be megabytes long. No row of tokens holds more than a part of this: the rest is not even read.
+_MOST_CAPTION_BYTES = 1 << 18
+_MOST_JSON_BYTES = 1 << 22  # half of a record cannot be parsed: it is whole, or it is refused
 
 
-class BadCaption(ValueError):
-    """The sample's caption cannot be read; the text is the reason that is counted."""
+class BadMember(ValueError):
+    """What the shard holds of a sample is of no use; the text is the reason that is counted."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +60,8 @@ class Sample:
     caption: str  # empty when the corpus is read without captions
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """The usable samples of one shard, as lines of its sidecar: parsed when read, a sixth of the memory."""
-
-    name: str
-    lines: tuple[str, ...]
-    bad: tuple[tuple[str, str], ...]  # (key, reason) of what was left out
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def members(self, sample_idx: int) -> tuple[Member, ...]:
-        """Where the sample's bytes lie in the tar."""
-        return sidecar.parse(self.lines[sample_idx])
-
-    def key(self, sample_idx: int) -> str:
-        """The name of a sample, as Sample.key has it."""
-        return f"{self.name}/{sidecar.key_of(self.members(sample_idx)[0].name)}"
+class _Changed(Exception):
+    """The shard is not what its index says."""
 
 
 class Shards:
@@ -79,6 +70,10 @@ class Shards:
     `open_indexes` indexes are kept in memory. With an `exchange`, which gives every rank's argument on every rank
     in order, rank r of W opens (and where needed indexes) the shards r, r + W ... only and learns the other
     counts from the others. Thread-safe. Raises UserError for a shard that is missing or no tar, on all ranks.
+
+    What storage fails is asked for `tries` times (data/patience.py). Once the corpus is open, a shard that vanishes or
+    fails costs its samples, which are Unreadable. One that changes is indexed anew: the order stays that of the
+    sizes at the start, and a sample that is no longer there is Unreadable too.
     """
 
     def __init__(
@@ -90,12 +85,14 @@ class Shards:
         rank: int = 0,
         world_size: int = 1,
         exchange: Exchange | None = None,
+        tries: int = _TRIES,
     ) -> None:
-        self.names, self.caption, self.cache_dir = tuple(names), caption, cache_dir
+        self.names, self.caption = tuple(names), caption
+        self.patience = Patience(tries)
+        disk = storage.Disk(cache_dir)
         self._caption_ext = caption and caption.partition(":")[0]
-        self._labels = _labels(self.names)
-        self._descriptor = lru_cache(_OPEN_FILES)(self._open)
-        self.index = lru_cache(open_indexes)(self._load_index)
+        self._indexes = Indexes(self.names, self._caption_ext, disk, cache_dir, open_indexes)
+        self._files = Recent(lambda shard_idx: disk.open(self.names[shard_idx]), _OPEN_FILES)
         step = world_size if exchange else 1
         own = self._count_all(range(rank if exchange else 0, len(self.names), step))
         parts: list[Any] = exchange(own) if exchange else [own]
@@ -107,62 +104,124 @@ class Shards:
             self.sizes[start::step] = sizes
         self.bad: Counter[str] = sum((reasons for _, reasons in parts), Counter())
 
-    def read(self, shard_idx: int, sample_idx: int) -> Sample:
-        """The bytes of one sample. Raises BadCaption when its caption cannot be read."""
-        index = self.index(shard_idx)
-        members = index.members(sample_idx)
-        image = self._bytes(shard_idx, sidecar.image_of(members))
-        return Sample(index.key(sample_idx), image, self._caption(shard_idx, members))
+    def index(self, shard_idx: int) -> ShardIndex:
+        """The index of a shard as it was when it was last looked at. Raises OSError, without trying twice."""
+        return self._indexes.of(shard_idx)
 
-    def field(self, shard_idx: int, sample_idx: int, key: str) -> object:
-        """A field of the sample's .json member, or None when either is missing."""
-        members = [m for m in self.index(shard_idx).members(sample_idx) if m.ext == "json"]
-        return _json_field(self._bytes(shard_idx, members[0]), key) if members else None
+    def read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None = None) -> Sample:
+        """The bytes of one sample. Raises BadMember, and Unreadable where storage does not give them."""
+        return self._patiently(shard_idx, lambda: self._read(shard_idx, sample_idx, most_image_bytes))
 
     def label(self, shard_idx: int, sample_idx: int) -> int:
         """The class: field `label` of the .json member, else the .cls member; -1 where neither holds an integer.
 
-        Raises BadCaption for a .json member that is none.
+        Raises BadMember for a .json member that is none, and Unreadable.
         """
-        label = self.field(shard_idx, sample_idx, "label")
+        return self._patiently(shard_idx, lambda: self._label(shard_idx, sample_idx))
+
+    def field(self, shard_idx: int, sample_idx: int, key: str) -> object:
+        """A field of the sample's .json member, or None when either is missing. Raises as `label` does."""
+        return self._patiently(shard_idx, lambda: self._field(shard_idx, sample_idx, key))
+
+    def key(self, shard_idx: int, sample_idx: int) -> str:
+        """The name of a sample, as Sample.key has it; its number where the index cannot be read now."""
+        try:
+            return self.index(shard_idx).key(sample_idx)
+        except (OSError, ValueError, IndexError):
+            return f"{self._indexes.labels[shard_idx]}/#{sample_idx}"
+
+    def _patiently(self, shard_idx: int, read: Callable[[], T]) -> T:
+        """read(), tried again where storage fails, and once more with a new index where the shard has changed."""
+        try:
+            return self.patience(lambda: self._indexed_anew(shard_idx, read))
+        except FileNotFoundError:
+            raise Unreadable("vanished shard", is_waited_for=True, is_whole_shard=True) from None
+        except OSError as error:
+            raise Unreadable(
+                "storage error", is_waited_for=True, is_whole_shard=not self._is_open(shard_idx)
+            ) from error
+
+    def _indexed_anew(self, shard_idx: int, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except OSError:
+            self._files.drop(shard_idx)  # a handle can be what is broken
+            raise
+        except (_Changed, UserError):  # UserError: it is no tar any more
+            self._files.drop(shard_idx)
+            self._indexes.forget(shard_idx)
+        try:
+            return read()
+        except (_Changed, UserError):
+            raise Unreadable("changed shard") from None
+
+    def _members(self, shard_idx: int, sample_idx: int) -> tuple[Member, ...]:
+        index = self.index(shard_idx)
+        if sample_idx >= len(index):
+            raise _Changed
+        try:
+            return index.members(sample_idx)
+        except ValueError:
+            raise BadMember("corrupt index") from None
+
+    def _read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None) -> Sample:
+        members = self._members(shard_idx, sample_idx)
+        image = image_of(members)
+        if most_image_bytes is not None and image.size > most_image_bytes:
+            raise BadMember("too many bytes")
+        key = f"{self._indexes.labels[shard_idx]}/{key_of(members[0].name)}"
+        return Sample(key, self._bytes(shard_idx, image), self._caption(shard_idx, members))
+
+    def _field(self, shard_idx: int, sample_idx: int, key: str) -> object:
+        members = [m for m in self._members(shard_idx, sample_idx) if m.ext == "json"]
+        return _json_field(self._json(shard_idx, members[0]), key) if members else None
+
+    def _label(self, shard_idx: int, sample_idx: int) -> int:
+        label = self._field(shard_idx, sample_idx, "label")
         if label is None:
-            members = [m for m in self.index(shard_idx).members(sample_idx) if m.ext == "cls"]
-            text = self._bytes(shard_idx, members[0]).decode(errors="replace").strip() if members else ""
-            label = int(text) if _INTEGER.fullmatch(text) else -1
-        return label if type(label) is int else -1
+            members = [m for m in self._members(shard_idx, sample_idx) if m.ext == "cls"]
+            text = self._bytes(shard_idx, members[0], _MOST_CAPTION_BYTES) if members else b""
+            digits = text.decode(errors="replace").strip()
+            label = int(digits) if _INTEGER.fullmatch(digits) else -1
+        return label if type(label) is int and abs(label) < 2**63 else -1
 
     def _caption(self, shard_idx: int, members: Sequence[Member]) -> str:
         if self.caption is None:
             return ""
-        data = self._bytes(shard_idx, next(m for m in members if m.ext == self._caption_ext))
+        member = next(m for m in members if m.ext == self._caption_ext)
         key = self.caption.partition(":")[2]
-        text = _json_field(data, key) if key else data.decode(errors="replace")
+        text = (
+            _json_field(self._json(shard_idx, member), key)
+            if key
+            else self._bytes(shard_idx, member, _MOST_CAPTION_BYTES).decode(errors="replace")
+        )
         if text is None:
-            raise BadCaption("missing caption")
+            raise BadMember("missing caption")
         if not isinstance(text, str) or not text.strip():
-            raise BadCaption("empty caption")
+            raise BadMember("empty caption")
         return text.strip()
 
-    def _bytes(self, shard_idx: int, member: Member) -> bytes:
-        descriptor = self._descriptor(shard_idx)  # held for the read: its last owner closes the file
-        data = os.pread(descriptor.number, member.size, member.offset)
-        if len(data) != member.size:
-            raise UserError(
-                f"{self.names[shard_idx]} gives {len(data)} of {member.size} bytes at {member.offset}: it "
-                "changed since it was indexed; leave shards alone during a run, or remove its .idx"
-            )
-        return data
+    def _json(self, shard_idx: int, member: Member) -> bytes:
+        if member.size > _MOST_JSON_BYTES:
+            raise BadMember("overlong json")
+        return self._bytes(shard_idx, member)
 
-    def _open(self, shard_idx: int) -> _Descriptor:
-        return _Descriptor(self._fetch(self.names[shard_idx]))
+    def _bytes(self, shard_idx: int, member: Member, most: int | None = None) -> bytes:
+        """The member's data, or its first `most` bytes. Its header is read too: it tells a shard that has changed."""
+        wanted = member.size if most is None else min(member.size, most)
+        data = self._files(shard_idx).read(BLOCK + wanted, member.offset - BLOCK)
+        if len(data) != BLOCK + wanted or not is_header_of(data[:BLOCK], member):
+            raise _Changed
+        return data[BLOCK:]
 
-    def _fetch(self, name: str) -> Path:
+    def _is_open(self, shard_idx: int) -> bool:
+        """Whether the shard and its index can be opened: then only a part of it cannot be read."""
         try:
-            return storage.fetch(name, self.cache_dir)
-        except FileNotFoundError:
-            raise UserError(
-                f"{name} does not exist: every named shard must; correct the pattern or upload it"
-            ) from None
+            self._files(shard_idx)
+            self.index(shard_idx)
+        except (OSError, UserError):
+            return False
+        return True
 
     def _count_all(self, shards: Sequence[int]) -> tuple[list[int], Counter[str]] | UserError:
         """(usable samples of each shard, bad samples by reason); an error is a result, to be told to all ranks."""
@@ -174,79 +233,27 @@ class Shards:
         return [count for count, _ in counts], sum((reasons for _, reasons in counts), Counter())
 
     def _count(self, shard_idx: int) -> tuple[int, Counter[str]]:
-        """(usable samples, bad samples by reason), from the sidecar's last line where it knows."""
-        _, trailer = self._sidecar(shard_idx)
-        counted = trailer["usable"].get(self._caption_ext or "")
-        if counted is None:
-            index = self.index(shard_idx)
-            return len(index), Counter(reason for _, reason in index.bad)
-        return counted[0], Counter(counted[1])
-
-    def _load_index(self, shard_idx: int) -> ShardIndex:
-        usable = sidecar.read(self._sidecar(shard_idx)[0], self._caption_ext)
-        return ShardIndex(self._labels[shard_idx], usable.lines, usable.bad)
-
-    def _sidecar(self, shard_idx: int) -> tuple[Path, dict]:
+        """Whatever cannot be counted is an error: the order of all samples hangs on the sizes."""
         name = self.names[shard_idx]
-        if storage.is_remote(name) and (found := self._remote_sidecar(name)):
-            return found
-        return ensure_sidecar(self._fetch(name), self.cache_dir)
-
-    def _remote_sidecar(self, name: str) -> tuple[Path, dict] | None:
-        """The .idx lying beside a remote shard spares copying the shard before its first sample is wanted."""
         try:
-            path = storage.fetch(name.removesuffix(".tar") + ".idx", self.cache_dir)
-            trailer = sidecar.read_trailer(path, None, storage.remote_bytes(name))
+            return self.patience(lambda: self._indexes.count(shard_idx), at_once=(FileNotFoundError,))
         except FileNotFoundError:
-            return None
-        return (path, trailer) if trailer else None
-
-
-def ensure_sidecar(tar: Path, cache_dir: str | Path | None = None) -> tuple[Path, dict]:
-    """(path, last line) of the sidecar of a local tar, written first when missing, stale or foreign."""
-    beside = tar.with_suffix(".idx")
-    elsewhere = _index_folder(cache_dir) / f"{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}.idx"
-    for path in (beside, elsewhere):
-        if trailer := sidecar.read_trailer(path, tar):
-            return path, trailer
-    path = beside if os.access(tar.parent, os.W_OK) else elsewhere
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sidecar.write(sidecar.scan(tar), tar.stat().st_size, path)
-    trailer = sidecar.read_trailer(path, tar)
-    assert trailer is not None, f"{path} was just written"
-    return path, trailer
-
-
-class _Descriptor:
-    """A file open for pread; closed when its last reader lets go, so eviction never cuts a read short."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-
-def _labels(names: Sequence[str]) -> list[str]:
-    """Short shard names for keys: the stem, or the path below the common folder where stems repeat."""
-    stems = [os.path.basename(name).removesuffix(".tar") for name in names]
-    if len(set(stems)) == len(stems):
-        return stems
-    common = os.path.commonpath(names)
-    return [os.path.relpath(name, common).removesuffix(".tar") for name in names]
+            raise UserError(
+                f"{name} does not exist: every named shard must; correct the pattern or upload it"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{name} cannot be read ({error}), tried {self.patience.tries} times: every named shard must be read "
+                "once before a run; mend the storage, or leave the shard out"
+            ) from None
 
 
 def _json_field(data: bytes, key: str) -> object:
     try:
         record = json.loads(data)
-    except ValueError:
-        raise BadCaption("corrupt json") from None
+    except (ValueError, RecursionError):
+        raise BadMember("corrupt json") from None
     return record.get(key) if isinstance(record, dict) else None
-
-
-def _index_folder(cache_dir: str | Path | None) -> Path:
-    return Path(cache_dir) if cache_dir else Path.home() / ".cache" / "vtp-engine" / "index"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,15 +1,15 @@
-"""A tar shard -> its sidecar index: where each sample's bytes lie, and what was set aside and why.
+"""The sidecar index of a tar shard: where each sample's bytes lie, and what was set aside and why.
 
 The format is DALI's `wds2idx` v1.2, so one file serves this loader and DALI's own webdataset reader. With one
 sample of a 12 kB picture and a 30-byte caption:
 
     v1.2 1
     jpg 512 12000 000000000.jpg txt 13312 30 000000000.txt
-    # {"tar_bytes": 20480, "set_aside": [["000000001", "empty image"]], "usable": {"txt": ...}}
+    # {"crc32": [..., ...], "of": {"tar_bytes": 20480, "set_aside": [["000000001", "empty image"]], "usable": ...}}
 
 DALI reads as many lines as the first one says; the last line is ours. It makes a stale index visible
 (tar_bytes) and gives the counts of a shard from the file's end, so that opening thousands of shards does not
-parse them.
+parse them. Its checksums, of the lines above and of itself, make a damaged index visible: it is written anew.
 
 White space and % in names are written as %20 and so on, because DALI separates fields by spaces.
 """
@@ -19,8 +19,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import tarfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,31 +28,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from configs import UserError
+from data.listing import IMAGE_EXTS, Listing, Member, key_of
 
-IMAGE_EXTS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # in order of preference within a sample
-# members of other kinds hint at a picture in a format we cannot read
-_NOT_IMAGES = frozenset(["txt", "json", "cls", "caption", "csv", "xml", "url"])
 _VERSION = "v1.2"
 _TAIL_BYTES = 1 << 14
 
 
-@dataclass(frozen=True)
-class Member:
-    """One file of a sample: `size` bytes of the tar from byte `offset` on; `ext` is what follows the key in `name`."""
-
-    ext: str
-    offset: int
-    size: int
-    name: str
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The samples of a tar whose picture can be read at all, and the bad ones as (key, reason)."""
-
-    samples: tuple[tuple[Member, ...], ...]
-    set_aside: tuple[tuple[str, str], ...]
+class Damaged(ValueError):
+    """An index that does not say what it said when it was written."""
 
 
 @dataclass(frozen=True)
@@ -63,45 +46,22 @@ class Usable:
     bad: tuple[tuple[str, str], ...]
 
 
-def key_of(name: str) -> str:
-    """webdataset's key: the path up to the first dot of the base name. `./a/000.seg.png` -> `a/000`"""
-    name = name.removeprefix("./")
-    dot = name.find(".", name.rfind("/") + 1)
-    return name if dot < 0 else name[:dot]
-
-
-def image_of(sample: Iterable[Member]) -> Member:
-    """The sample's picture; of several the one whose extension comes first in IMAGE_EXTS. ValueError without one."""
-    return min((m for m in sample if m.ext in IMAGE_EXTS), key=lambda m: IMAGE_EXTS.index(m.ext))
-
-
 def parse(line: str) -> tuple[Member, ...]:
-    """The members of a sample from its sidecar line."""
-    fields = zip(*[iter(line.split(" "))] * 4, strict=True)
-    return tuple(Member(_unquote(ext), int(offset), int(size), _unquote(name)) for ext, offset, size, name in fields)
+    """The members of a sample from its sidecar line. Raises Damaged where it is none."""
+    try:
+        fields = zip(*[iter(line.split(" "))] * 4, strict=True)
+        return tuple(
+            Member(_unquote(ext), int(offset), int(size), _unquote(name)) for ext, offset, size, name in fields
+        )
+    except ValueError:
+        raise Damaged(f"not a line of an index: {line[:80]!r}") from None
 
 
-def scan(tar: Path) -> Listing:
-    """Walks the headers of a tar (not its data). Raises UserError when it is no uncompressed tar file."""
-    infos, cut_key = _walk(tar)
-    refused = {} if cut_key is None else {cut_key: "truncated tar"}
-    groups: list[list[Member]] = []
-    for info in infos:
-        key = key_of(info.name)
-        ext = info.name[info.name.rfind("/") + 1 :].partition(".")[2].lower()
-        if not key or key.endswith("/") or (info.isdir() and ext not in IMAGE_EXTS):
-            continue  # hidden files and plain directories are no samples
-        if reason := _refusal(info):
-            refused.setdefault(key, reason)
-            continue
-        if not groups or key != key_of(groups[-1][0].name) or ext in {m.ext for m in groups[-1]}:
-            groups.append([])
-        groups[-1].append(Member(ext, info.offset_data, info.size, info.name))
-    return _sort_out(groups, refused)
+def write(listing: Listing, tar_bytes: int, target: Path) -> dict[str, Any]:
+    """Writes the sidecar under a temporary name and renames it: several ranks may index one shard at once.
 
-
-def write(listing: Listing, tar_bytes: int, target: Path) -> None:
-    """Writes the sidecar under a temporary name and renames it: several ranks may index one shard at once."""
+    Gives what `read_trailer` will.
+    """
     lines = [
         " ".join(f"{_quote(m.ext)} {m.offset} {m.size} {_quote(m.name)}" for m in sample) for sample in listing.samples
     ]
@@ -111,25 +71,36 @@ def write(listing: Listing, tar_bytes: int, target: Path) -> None:
         "set_aside": listing.set_aside,
         "usable": {ext: [len(u.lines), Counter(reason for _, reason in u.bad)] for ext, u in counts.items()},
     }
-    text = "\n".join([f"{_VERSION} {len(lines)}", *lines, f"# {json.dumps(trailer)}", ""])
+    text = "".join(f"{line}\n" for line in (f"{_VERSION} {len(lines)}", *lines)).encode(errors="surrogateescape")
+    last = {"crc32": [zlib.crc32(text), _crc32_of(trailer)], "of": trailer}
     partial = target.with_name(f"{target.name}.{os.getpid()}.{time.monotonic_ns()}.part")
     try:
-        partial.write_text(text, errors="surrogateescape")
+        with partial.open("xb") as file:
+            file.write(text + f"# {json.dumps(last)}\n".encode())
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+    return trailer
 
 
 def read(sidecar: Path, caption_ext: str | None) -> Usable:
-    """A sidecar that `read_trailer` accepts; `caption_ext` None: no caption is needed."""
-    first, *lines = sidecar.read_text(errors="surrogateescape").split("\n")
-    num_samples = int(first.split()[1])
-    trailer = json.loads(lines[num_samples].removeprefix("# "))
-    return _usable(lines[:num_samples], trailer["set_aside"], caption_ext)
+    """A sidecar that `read_trailer` accepts; `caption_ext` None: no caption is needed.
+
+    Raises Damaged, and FileNotFoundError where another process is writing it anew.
+    """
+    text, mark, last = sidecar.read_bytes().rpartition(b"\n# ")
+    last_line = _last_line(last)
+    if not mark or last_line is None or zlib.crc32(text + b"\n") != last_line["crc32"][0]:
+        raise Damaged(f"{sidecar} is damaged")
+    lines = text.decode(errors="surrogateescape").split("\n")[1:]
+    try:
+        return _usable(lines, last_line["of"]["set_aside"], caption_ext)
+    except (ValueError, IndexError):
+        raise Damaged(f"{sidecar} holds lines that are none") from None
 
 
 def read_trailer(sidecar: Path, tar: Path | None, tar_bytes: int | None = None) -> dict[str, Any] | None:
-    """Our last line of a sidecar; None when there is no such file, it is foreign, or older than its tar."""
+    """Our last line of a sidecar; None when there is no such file, it is foreign, damaged, or older than its tar."""
     try:
         with sidecar.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -138,12 +109,13 @@ def read_trailer(sidecar: Path, tar: Path | None, tar_bytes: int | None = None) 
             if b"\n# " not in tail:  # a long list of bad samples
                 file.seek(0)
                 tail = file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return None
-    _, mark, line = tail.rpartition(b"\n# ")
-    if not mark or not line.endswith(b"}\n"):
+    _, mark, last = tail.rpartition(b"\n# ")
+    last_line = _last_line(last) if mark else None
+    if last_line is None:
         return None
-    trailer: dict[str, Any] = json.loads(line)
+    trailer: dict[str, Any] = last_line["of"]
     if tar is not None:
         status = tar.stat()
         if status.st_mtime_ns > sidecar.stat().st_mtime_ns:
@@ -152,54 +124,34 @@ def read_trailer(sidecar: Path, tar: Path | None, tar_bytes: int | None = None) 
     return trailer if tar_bytes in (None, trailer["tar_bytes"]) else None
 
 
-def _walk(tar: Path) -> tuple[list[tarfile.TarInfo], str | None]:
-    """The members that are wholly there, and the key at which the tar breaks off (None: it is complete)."""
-    tar_bytes = tar.stat().st_size
-    if tar_bytes == 0:
-        return [], tar.stem
+def _last_line(line: bytes) -> dict[str, Any] | None:
+    """What stands behind the mark on the last line; None for anything but a whole one."""
     try:
-        archive = tarfile.open(tar, "r:")  # noqa: SIM115 - only opening it says whether it is a tar
-    except tarfile.ReadError as error:
-        raise UserError(
-            f"{tar} is not an uncompressed tar file ({error}): samples are read from the middle of a shard; "
-            "unpack it, or write it again"
-        ) from None
-    infos: list[tarfile.TarInfo] = []
-    with archive:
-        try:
-            infos.extend(archive)  # what came before the break stays in the list
-        except tarfile.ReadError:
-            return infos, key_of(infos[-1].name)
-    return infos, key_of(infos[-1].name) if tar_bytes % tarfile.BLOCKSIZE and infos else None
+        last = json.loads(line) if line.endswith(b"}\n") else None
+        if not isinstance(last, dict) or last["crc32"][1] != _crc32_of(last["of"]) or not _is_trailer(last["of"]):
+            return None
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None
+    return last
 
 
-def _refusal(info: tarfile.TarInfo) -> str | None:
-    if info.name.startswith("/") or ".." in info.name.split("/"):
-        return "unsafe member name"
-    return None if info.isreg() and not info.issparse() else "wrong member type"
+def _crc32_of(trailer: object) -> int:
+    return zlib.crc32(json.dumps(trailer).encode())
 
 
-def _sort_out(groups: list[list[Member]], refused: dict[str, str]) -> Listing:
-    samples: list[tuple[Member, ...]] = []
-    aside: list[tuple[str, str]] = []
-    seen: set[str] = set()
-    for group in groups:
-        key = key_of(group[0].name)
-        if key in refused:
-            continue
-        if reason := "duplicate key" if key in seen else _picture_fault(group):
-            aside.append((key, reason))
-        else:
-            samples.append(tuple(group))
-        seen.add(key)
-    return Listing(tuple(samples), (*aside, *refused.items()))
+def _is_trailer(trailer: Any) -> bool:
+    """A checksum tells damage, not who wrote it: an index from elsewhere may say anything."""
+    set_aside, usable = trailer["set_aside"], trailer["usable"]
+    return (
+        is_count(trailer["tar_bytes"])
+        and all(isinstance(text, str) for key, reason in set_aside for text in (key, reason))
+        and all(is_count(kept) and all(map(is_count, bad.values())) for kept, bad in usable.values())
+    )
 
 
-def _picture_fault(group: list[Member]) -> str | None:
-    exts = {m.ext for m in group}
-    if exts.isdisjoint(IMAGE_EXTS):
-        return "missing image" if exts <= _NOT_IMAGES else "unsupported image type"
-    return None if image_of(group).size else "empty image"
+def is_count(value: object) -> bool:
+    """0, 1, 2 ... that fits 64 bits; True is none."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _usable(lines: Sequence[str], set_aside: Iterable[tuple[str, str]], caption_ext: str | None) -> Usable:

@@ -1,10 +1,14 @@
-"""Where shards lie: patterns from the config -> a sorted list of shard names, and a local file for each.
+"""Where shards lie: patterns from the config -> a sorted list of shard names, and an open file for each.
 
 A pattern is a file, a directory (all its .tar), a glob, a brace range or a URL that fsspec can open (s3://,
 gs://, hf://, https://). Remote shards are copied once into the cache directory, whole: training reads them in
 random order.
 
     expand(["data/{00000..00009}.tar", "s3://bucket/extra/*.tar"], cache_dir="/scratch/shards")
+    Disk("/scratch/shards").open("data/00003.tar").read(512, offset=1024)
+
+Nothing here tries twice: what storage refuses is an OSError, and data/patience.py says what becomes of it. `Disk` is
+all that stands between the reader and the storage: a test that puts another in its place injects any trouble there is.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ import itertools
 import os
 import re
 import shutil
+import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -26,8 +31,8 @@ from configs import UserError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
-_WAITS_SECONDS = (1.0, 4.0, 0.0)  # after each failed try to copy a remote file
 _SHOWN = 3  # missing files named in an error
+T = TypeVar("T")
 
 
 def expand(patterns: Sequence[str], cache_dir: str | Path | None = None, key: str = "data.train") -> list[str]:
@@ -59,12 +64,42 @@ def is_remote(name: str) -> bool:
     return "://" in name
 
 
-def fetch(name: str, cache_dir: str | Path | None) -> Path:
-    """A local file with the contents of `name`: itself when local, else the cached copy (made when missing).
+class Disk:
+    """Local files as they are, remote ones by their copy in `cache_dir`. Thread-safe. All trouble is an OSError."""
 
-    Raises FileNotFoundError when there is no such remote file and UserError when it cannot be read after 3
-    tries.
-    """
+    def __init__(self, cache_dir: str | Path | None = None) -> None:
+        self._cache_dir = cache_dir
+
+    def fetch(self, name: str) -> Path:
+        """A local file with the contents of `name`: itself when local, else the cached copy (made when missing)."""
+        return fetch(name, self._cache_dir)
+
+    def open(self, name: str) -> OpenFile:
+        """The shard, copied first where it is remote and has no copy yet."""
+        return OpenFile(self.fetch(name))
+
+
+class OpenFile:
+    """A file open for reading anywhere in it; closed when its last reader lets go, so none is cut short."""
+
+    def __init__(self, path: Path) -> None:
+        # Without waiting: a pipe in a shard's place would hold the reader until somebody wrote to it.
+        self._number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(self._number).st_mode):
+            raise OSError(f"{path} is no regular file")
+
+    def read(self, num_bytes: int, offset: int) -> bytes:
+        """The bytes there are of the `num_bytes` from `offset` on: fewer at the end of the file."""
+        there = os.fstat(self._number).st_size - offset  # an index from elsewhere may ask for any number
+        return os.pread(self._number, min(num_bytes, there), offset) if there > 0 <= offset else b""
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            os.close(self._number)
+
+
+def fetch(name: str, cache_dir: str | Path | None) -> Path:
+    """A local file with the contents of `name`. Raises OSError; FileNotFoundError: there is no such remote file."""
     if not is_remote(name):
         return Path(name)
     assert cache_dir is not None, "expand has refused remote names without a cache"
@@ -77,9 +112,10 @@ def fetch(name: str, cache_dir: str | Path | None) -> Path:
 
 
 def remote_bytes(name: str) -> int | None:
-    """The size of a remote file, or None where the server does not tell."""
+    """The size of a remote file, or None where the server does not tell. Raises OSError."""
     filesystem, path = _filesystem(name)
-    return filesystem.info(path).get("size")
+    size: int | None = _asked(name, lambda: filesystem.info(path)).get("size")
+    return size
 
 
 def _choices(inside: str) -> list[str]:
@@ -95,11 +131,22 @@ def _local(pattern: str, names: list[str], key: str) -> set[str]:
         if os.path.isdir(name):
             found |= set(glob.glob(os.path.join(glob.escape(name), "*.tar")))
         elif glob.has_magic(name):
-            found |= set(glob.glob(name, recursive=True))
+            found |= _globbed(name)
         else:
             found.add(name)
     _refuse_missing(pattern, sorted(name for name in found if not os.path.isfile(name)), len(found), key)
     return found
+
+
+def _globbed(name: str) -> set[str]:
+    """Below ** a file is taken once, however many links lead to it: one to a folder above itself, forty times."""
+    matches = sorted(glob.glob(name, recursive=True), key=lambda match: (match.count(os.sep), match))
+    if "**" not in name:
+        return set(matches)
+    by_file: dict[str, str] = {}
+    for match in matches:
+        by_file.setdefault(os.path.realpath(match), match)
+    return set(by_file.values())
 
 
 def _remote(pattern: str, names: list[str], cache_dir: str | Path | None, key: str) -> set[str]:
@@ -112,7 +159,7 @@ def _remote(pattern: str, names: list[str], cache_dir: str | Path | None, key: s
     for name in names:
         if glob.has_magic(name):
             filesystem, path = _filesystem(name)
-            found |= {filesystem.unstrip_protocol(match) for match in filesystem.glob(path)}
+            found |= {filesystem.unstrip_protocol(match) for match in _listed(name, filesystem, path)}
         else:
             found.add(name)  # whether it exists shows when its index is read: one request less a shard
     _refuse_missing(pattern, [], len(found), key)
@@ -140,29 +187,40 @@ def _filesystem(name: str) -> tuple[Any, str]:
         raise UserError(f"{name} cannot be opened: {error}; install the fsspec back end for this protocol") from None
 
 
+def _listed(name: str, filesystem: Any, path: str) -> list[str]:
+    try:
+        return list(_asked(name, lambda: filesystem.glob(path)))
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be listed ({error}): see whether the storage answers, then start again"
+        ) from None
+
+
+def _asked(name: str, request: Callable[[], T]) -> T:
+    """What a remote storage answers. Back ends raise errors of their own libraries: all become OSError."""
+    try:
+        return request()
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{name}: {type(error).__name__}: {error}") from error
+
+
 def _download(name: str, copy: Path) -> None:
     """Copies to a temporary name first, so that another process never sees half a shard."""
     filesystem, path = _filesystem(name)
     partial = copy.with_name(f"{copy.name}.{os.getpid()}.{time.monotonic_ns()}.part")
     try:
-        for wait_seconds in _WAITS_SECONDS:
-            error = _copied(filesystem, path, partial)
-            if error is None:
-                partial.replace(copy)
-                return
-            time.sleep(wait_seconds)
+        _asked(name, lambda: _copy(filesystem, path, partial))
+        partial.replace(copy)
     finally:
         partial.unlink(missing_ok=True)
-    raise UserError(f"{name} cannot be copied to {copy.parent} ({error}), tried {len(_WAITS_SECONDS)} times")
 
 
-def _copied(filesystem: Any, path: str, target: Path) -> OSError | None:
-    """None on success, else what went wrong. Raises FileNotFoundError, which trying again does not mend."""
-    try:
-        with filesystem.open(path, "rb") as source, target.open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        return error
-    return None
+def _copy(filesystem: Any, path: str, target: Path) -> None:
+    """Raises OSError for a copy that ends early: a connection that is cut off can look like the end of the file."""
+    with filesystem.open(path, "rb") as source, target.open("xb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+        expected, copied = getattr(source, "size", None), file.tell()
+    if isinstance(expected, int) and copied != expected:
+        raise OSError(f"{path} gave {copied} of {expected} bytes")

@@ -58,6 +58,7 @@ def write_tar(path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, byt
 
 def write_corpus(folder: Path, num_shards: int, per_shard: int, **size: int) -> None:
     """Shards 00000.tar ... of good samples with captions `sample N` and labels N mod 5."""
+    folder.mkdir(exist_ok=True)
     for shard in range(num_shards):
         members: list[tuple[str, bytes]] = []
         for i in range(shard * per_shard, (shard + 1) * per_shard):

@@ -13,7 +13,8 @@ import pytest
 
 from configs import UserError
 from data import sidecar
-from data.shards import BadCaption, Shards, ensure_sidecar, main
+from data.indexes import ensure_sidecar
+from data.shards import BadMember, Shards, main
 from data.storage import expand
 from tests.data.tar_shards import encoded, write_corpus, write_tar
 
@@ -51,7 +52,7 @@ def test_captions_come_from_a_json_field_when_told_so(tmp_path: Path) -> None:
 )
 def test_a_json_caption_that_cannot_be_read_says_why(tmp_path: Path, record: bytes, reason: str) -> None:
     tar = write_tar(tmp_path / "a.tar", {"0.jpg": encoded(0), "0.json": record})
-    with pytest.raises(BadCaption, match=reason):
+    with pytest.raises(BadMember, match=reason):
         open_one(tar, "json:alt").read(0, 0)
 
 
@@ -177,15 +178,6 @@ def test_the_sidecar_lists_what_dalis_tool_lists(tmp_path: Path) -> None:
     path, _ = ensure_sidecar(tar)
     subprocess.run([sys.executable, "-m", "wds2idx", str(tar), str(tmp_path / "theirs.idx")], check=True, timeout=60)
     assert path.read_text().splitlines()[:-1] == (tmp_path / "theirs.idx").read_text().splitlines()
-
-
-def test_a_shard_that_changes_under_the_run_is_a_user_error(tmp_path: Path) -> None:
-    write_corpus(tmp_path, num_shards=1, per_shard=4)
-    shards = open_one(tmp_path / "00000.tar")
-    shards.index(0)
-    os.truncate(tmp_path / "00000.tar", 1024)
-    with pytest.raises(UserError, match="changed since it was indexed"):
-        shards.read(0, 3)
 
 
 def test_many_threads_read_many_shards_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

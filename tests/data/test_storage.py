@@ -1,13 +1,15 @@
 """Patterns name shards, or one clear error says what is missing; remote shards are copied once."""
 
 import io
+import os
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from configs import UserError
-from data.shards import Shards, ensure_sidecar
+from data.indexes import ensure_sidecar
+from data.shards import Shards
 from data.storage import braces, expand, fetch
 from tests.data.tar_shards import write_corpus
 
@@ -81,25 +83,66 @@ def test_remote_mistakes_are_user_errors(tmp_path: Path) -> None:
         Shards(expand(["memory://nowhere/0.tar"], tmp_path), "txt", tmp_path)
 
 
-def test_a_failing_copy_is_tried_again_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Breaking(io.BytesIO):
+    """What a connection that is cut off gives: an error, or an early end."""
+
+    def __init__(self, whole: bytes, error: Exception | None) -> None:
+        super().__init__(whole[: len(whole) // 2])
+        self.size, self._error = len(whole), error
+
+    def read(self, *arguments: int) -> bytes:
+        if self._error is not None:
+            raise self._error
+        return super().read(*arguments)
+
+
+@pytest.mark.parametrize("error", [OSError("connection reset"), ValueError("503 of a client library"), None])
+def test_a_copy_that_fails_or_ends_early_is_an_os_error_and_leaves_nothing(
+    error: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     remote = fsspec.filesystem("memory")
     remote.pipe("/flaky/0.tar", b"whole")
-    tries: list[int] = []
-    opened = type(remote).open
-
-    class Breaking(io.BytesIO):
-        def read(self, *_: object) -> bytes:
-            raise OSError("connection reset")
-
-    def flaky(self: object, path: str, mode: str = "rb", **options: object) -> object:
-        tries.append(1)
-        return Breaking() if len(tries) < 3 else opened(self, path, mode, **options)
-
-    monkeypatch.setattr("data.storage._WAITS_SECONDS", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(type(remote), "open", flaky)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(remote), "open", lambda *_, **__: Breaking(b"whole", error))
+        with pytest.raises(OSError, match=r"connection reset|503 of a client library|2 of 5 bytes"):
+            fetch("memory://flaky/0.tar", tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert fetch("memory://flaky/0.tar", tmp_path).read_bytes() == b"whole"
-    tries.clear()
-    monkeypatch.setattr("data.storage._WAITS_SECONDS", (0.0, 0.0))
-    with pytest.raises(UserError, match=r"connection reset\), tried 2 times"):
-        fetch("memory://flaky/0.tar", tmp_path / "again")
-    assert not [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
+
+
+def test_a_storage_that_fails_while_the_corpus_is_opened_is_a_user_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = fsspec.filesystem("memory")
+    remote.pipe("/down/0.tar", b"whole")
+    monkeypatch.setattr("data.patience._FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(type(remote), "open", lambda *_, **__: Breaking(b"whole", OSError("no route")))
+    with pytest.raises(UserError, match=r"memory://down/0\.tar cannot be read \(no route\), tried 2 times"):
+        Shards(["memory://down/0.tar"], "txt", tmp_path, tries=2)
+
+
+# --- links
+
+
+def test_links_are_followed_and_what_is_no_file_is_refused_by_name(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "real", num_shards=1, per_shard=2)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "a.tar").symlink_to(tmp_path / "real" / "00000.tar")
+    assert expand([f"{linked}/*.tar"]) == [str(linked / "a.tar")]
+    assert Shards(expand([str(linked)]), "txt").read(0, 1).key == "a/000001"
+    for target in ("nowhere.tar", "circle.tar", "/dev/zero", str(tmp_path)):
+        link = linked / "circle.tar"
+        link.symlink_to(target)
+        with pytest.raises(UserError, match=rf"1 of 2 shards are missing \({linked}/circle\.tar\)"):
+            expand([str(linked)])
+        link.unlink()
+    os.mkfifo(linked / "pipe.tar")
+    with pytest.raises(UserError, match=r"pipe\.tar"):
+        expand([str(linked)])
+
+
+def test_below_two_stars_a_link_to_a_folder_above_itself_leads_to_no_shard_twice(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", num_shards=2, per_shard=1)
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    assert expand([f"{tmp_path}/**/*.tar"]) == [str(tmp_path / "a" / f"0000{i}.tar") for i in range(2)]
