@@ -9,7 +9,6 @@ Source: extract_features.py and its data set class in github.com/hustvl/Lightnin
 
 from __future__ import annotations
 
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ def read_statistics(directory: Path, channels: int) -> tuple[Tensor, Tensor]:
             f"{path} does not exist: training normalises latents by it; measure them with "
             f"`python -m data.latent_statistics {directory}`"
         ) from None
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # torch.load raises whatever the unpickler met
         raise UserError(
             f"{path} holds no statistics ({' '.join(str(error).split())[:120]}): it is a dictionary of the tensors "
             f"mean and std; {REMEDY}"
