@@ -1,7 +1,8 @@
 """A look at an encoded picture before it is decoded: is it one we can read, whole, and not too large?
 
 Decoding is the dear part, and one undecodable picture fails a whole decoder batch. Most bad files show it in
-their first and last bytes, at about 0.1 ms each.
+their first and last bytes, at about 0.1 ms each. A file of a few bytes can claim any number of pixels, and decoders
+take memory for what is claimed: the limit is held against the header, before anything is decoded.
 
     refusal(b"<!DOCTYPE html>...", max_pixels=50_000_000)     # "web page"
 """
@@ -13,6 +14,9 @@ from collections.abc import Callable
 
 from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
+from data.claimed_sizes import claimed_pixels
+
+_MOST_SCANS = 64  # of a JPEG: honest ones have about ten, and every one goes through all of the picture
 _TAIL_BYTES = 1 << 16  # where a PNG's end chunk is looked for: some writers append their own data
 
 
@@ -22,6 +26,10 @@ def refusal(data: bytes, max_pixels: int) -> str | None:
     if kind not in _OPENERS:
         return kind
     opener, is_whole = _OPENERS[kind]
+    if claimed_pixels(kind, data) > max_pixels:
+        return "too many pixels"
+    if kind == "jpeg" and data.count(b"\xff\xda") > _MOST_SCANS:
+        return "too many scans"
     try:
         width, height = opener(io.BytesIO(data)).size
     except Exception:  # the plugins raise anything on hostile bytes, and all of it means this

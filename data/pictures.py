@@ -46,6 +46,8 @@ def load_picture(path: Path, max_side: int | None) -> Picture:
 
 def _read(path: Path) -> bytes:
     try:
+        if not path.is_file():  # a pipe would be waited for, and a device read without end
+            raise Unusable("not a regular file")
         return path.read_bytes()
     except OSError as error:
         raise Unusable(f"cannot be read: {error.strerror}") from None
