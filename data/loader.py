@@ -50,12 +50,14 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         bad_log: Path | None = None,
+        corpus_file: Path | None = None,
+        is_resumed: bool = False,
         exchange: Exchange | None = None,
     ) -> None:
         self.config, self.encoder = config, encoder
         self.reader = SampleReader(
             config.data, config.system.loader, config.seed, _caption(config), rank=rank, world_size=world_size,
-            bad_log=bad_log, exchange=exchange,
+            bad_log=bad_log, corpus_file=corpus_file, is_resumed=is_resumed, exchange=exchange,
         )  # fmt: skip
         self.health = self.reader.health
         self._masker = Masker(

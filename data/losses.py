@@ -18,7 +18,6 @@ import threading
 from collections import Counter
 from typing import NamedTuple
 
-from configs import UserError
 from data.health import BadSample, Health
 from data.order import Ints, Place
 from data.patience import Unreadable
@@ -28,8 +27,8 @@ _MOST_IN_A_ROW = 8  # shards lost with nothing read in between: it is not the sh
 _MOST_SAMPLES = 1  # refused in a shard before it counts as lost
 
 
-class StorageFails(UserError):
-    """Storage gives next to nothing: no fault of the corpus, and worth another try later."""
+class StorageFails(OSError):
+    """Storage gives next to nothing: no mistake of the user's, and worth a restart."""
 
 
 class Loss(NamedTuple):
@@ -60,15 +59,19 @@ class Losses:
         return any(loss is not None and loss.position <= position for loss in lost)
 
     def add(self, place: Place, position: int, error: Unreadable) -> None:
-        """Notes that a sample could not be read. Raises StorageFails when it is one too many in a row."""
+        """Notes that a sample cannot be read from `position` on, the first one of a batch.
+
+        Raises StorageFails when it is one shard too many in a row.
+        """
         with self._lock:
             shard = (place.epoch, place.shard_idx)
             self._refused[shard] += error.is_waited_for
             is_whole = error.is_whole_shard or self._refused[shard] > _MOST_SAMPLES
             sample_idx = WHOLE if is_whole else place.sample_idx
+            is_new = (*shard, sample_idx) not in self._by_place  # threads may find out at once
             self._by_place.setdefault((*shard, sample_idx), Loss(position, *shard, sample_idx, str(error)))
             self._count(place.shard_idx, sample_idx)
-            self._num_in_a_row += is_whole
+            self._num_in_a_row += is_whole and is_new
         if self._num_in_a_row >= _MOST_IN_A_ROW:
             raise StorageFails(
                 f"{self._num_in_a_row} shards in a row cannot be read ({error}; the last is shard "

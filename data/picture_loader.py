@@ -46,11 +46,14 @@ class PictureLoader:
         rank: int = 0,
         world_size: int = 1,
         bad_log: Path | None = None,
+        corpus_file: Path | None = None,
+        is_resumed: bool = False,
         exchange: Exchange | None = None,
     ) -> None:
         self.reader = SampleReader(
-            data, loader, seed, None, rank=rank, world_size=world_size, bad_log=bad_log, exchange=exchange
-        )
+            data, loader, seed, None, rank=rank, world_size=world_size, bad_log=bad_log,
+            corpus_file=corpus_file, is_resumed=is_resumed, exchange=exchange,
+        )  # fmt: skip
         self.health = self.reader.health
         self._views, self._batch = Views(image_size=view.image_size, image_scale=view.image_scale), batch
         self._ahead: Ahead[PictureBatch] = Ahead(self._made_ahead, loader.prefetch)

@@ -23,7 +23,8 @@ import torch
 from configs import UserError
 from configs.data import Pictures, Views
 from configs.system import Loader as LoaderSettings
-from data import headers, views
+from data import corpus_of_a_run, headers, views
+from data.corpus_of_a_run import Found
 from data.decode import Decoder, Picture
 from data.hashing import hash_text
 from data.health import BadSample, Health
@@ -51,7 +52,8 @@ class SampleReader:
     """The training samples of one rank. Raises UserError for a corpus or world size that cannot serve them.
 
     `caption` is as of data.shards.Shards; None: captions are neither read nor required. `health` has the bad samples so
-    far. With an `exchange` (data/shards.py) ranks share the work of opening the corpus, and making one is a collective.
+    far. A run that goes on takes its corpus as `corpus_file` has it (data/corpus_of_a_run.py). With an `exchange`
+    (data/shards.py) ranks share the work of opening the corpus, and making one is a collective.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class SampleReader:
         rank: int = 0,
         world_size: int = 1,
         bad_log: Path | None = None,
+        corpus_file: Path | None = None,
+        is_resumed: bool = False,
         exchange: Exchange | None = None,
     ) -> None:
         if data.streams % world_size:
@@ -73,9 +77,17 @@ class SampleReader:
             )
         self.rank, self.world_size, self.seed, self._max_pixels = rank, world_size, seed, data.max_pixels
         open_indexes = (data.streams // world_size + 1) * data.block_shards + 8
-        names = expand(data.train, loader.cache_dir)
-        self.shards = Shards(names, caption, loader.cache_dir, open_indexes, rank, world_size, exchange, loader.tries)
-        self.health = Health(data.max_bad_share, int(self.shards.sizes.sum()), self.shards.bad, bad_log)
+        known = _known(corpus_file, data, caption, exchange) if is_resumed and corpus_file else None
+        self.shards = Shards(
+            list(known.shards) if known else expand(data.train, loader.cache_dir), caption, loader.cache_dir,
+            open_indexes, rank, world_size, exchange, loader.tries,
+            np.array(list(known.shards.values()), np.int64) if known else None,
+        )  # fmt: skip
+        left_out = known.bad if known else self.shards.bad
+        self.health = Health(data.max_bad_share, int(self.shards.sizes.sum()), left_out, bad_log)
+        if corpus_file and not known and rank == 0:
+            sizes = dict(zip(self.shards.names, self.shards.sizes.tolist(), strict=True))
+            corpus_of_a_run.write(corpus_file, data.train, caption, Found(sizes, left_out))
         self.order = Order(self.shards.sizes, data.streams, data.block_shards, seed)
         self._decoder = Decoder(loader.device, loader.threads)
         self._threads = ThreadPoolExecutor(loader.threads, thread_name_prefix="read")
@@ -99,7 +111,7 @@ class SampleReader:
         while empty := [i for i, row in enumerate(rows) if row is None]:
             for i in empty:
                 places[i], attempts[i] = self._skip_known(int(positions[i]), places[i], attempts[i])
-            tried = self._try([(int(positions[i]), places[i]) for i in empty])
+            tried = self._try([places[i] for i in empty], int(positions[0]))
             for i, found in zip(empty, tried, strict=True):
                 if isinstance(found, Row):
                     rows[i] = found
@@ -144,27 +156,27 @@ class SampleReader:
             place = self.order.substitute(position, attempt)
         return place, attempt
 
-    def _try(self, wanted: Sequence[tuple[int, Place]]) -> list[Row | str | None]:
-        """For each (position, place) its row, the reason why its sample is bad, or None: it is lost."""
-        read = list(self._threads.map(lambda pair: self._read(*pair), wanted))
+    def _try(self, places: Sequence[Place], first: int) -> list[Row | str | None]:
+        """Each place's row, the reason why its sample is bad, or None: it is lost. `first`: position of the batch."""
+        read = list(self._threads.map(lambda place: self._read(place, first), places))
         decoded = iter(self._decoder.decode([item.image for item in read if isinstance(item, Sample)]))
         rows: list[Row | str | None] = []
-        for (_, place), item in zip(wanted, read, strict=True):
+        for place, item in zip(places, read, strict=True):
             found = next(decoded) if isinstance(item, Sample) else item
             if isinstance(item, Sample) and isinstance(found, Picture):
                 rows.append(Row(place.epoch, item, found))
             else:
                 rows.append(None if found is None else str(found))
-        self._write_left_out({place.shard_idx for (_, place), item in zip(wanted, read, strict=True) if item})
+        self._write_left_out({place.shard_idx for place, item in zip(places, read, strict=True) if item})
         return rows
 
-    def _read(self, position: int, place: Place) -> Sample | str | None:
-        if self.losses.holds(place, position):  # since another thread found out
+    def _read(self, place: Place, first: int) -> Sample | str | None:
+        if self.losses.holds(place, first):  # since another thread found out
             return None
         try:
             found = read_sample(self.shards, place.shard_idx, place.sample_idx, self._max_pixels)
         except Unreadable as error:
-            self.losses.add(place, position, error)
+            self.losses.add(place, first, error)
             return None
         self.losses.storage_answered()
         return found
@@ -179,6 +191,13 @@ class SampleReader:
                 index = self.shards.index(shard_idx)
                 self.health.note_left_out(BadSample(f"{index.name}/{key}", reason, None) for key, reason in index.bad)
                 self._opened.add(shard_idx)
+
+
+def _known(path: Path, data: Pictures, caption: str | None, exchange: Exchange | None) -> Found | None:
+    """The corpus as the run wrote it down, where every rank reads the same; else it is opened anew, by all of them."""
+    read = corpus_of_a_run.read(path, data.train, caption)
+    found, mark = read or (None, None)
+    return found if exchange is None or set(exchange(mark)) == {mark} else None
 
 
 def read_sample(shards: Shards, shard_idx: int, sample_idx: int, max_pixels: int) -> Sample | str:

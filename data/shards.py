@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs import UserError
 from data import storage
@@ -71,6 +72,8 @@ class Shards:
     in order, rank r of W opens (and where needed indexes) the shards r, r + W ... only and learns the other
     counts from the others. Thread-safe. Raises UserError for a shard that is missing or no tar, on all ranks.
 
+    With the `sizes` of an earlier opening nothing is looked at before it is read, and `bad` stays empty.
+
     What storage fails is asked for `tries` times (data/patience.py). Once the corpus is open, a shard that vanishes or
     fails costs its samples, which are Unreadable. One that changes is indexed anew: the order stays that of the
     sizes at the start, and a sample that is no longer there is Unreadable too.
@@ -86,6 +89,7 @@ class Shards:
         world_size: int = 1,
         exchange: Exchange | None = None,
         tries: int = _TRIES,
+        sizes: NDArray[np.int64] | None = None,
     ) -> None:
         self.names, self.caption = tuple(names), caption
         self.patience = Patience(tries)
@@ -93,6 +97,10 @@ class Shards:
         self._caption_ext = caption and caption.partition(":")[0]
         self._indexes = Indexes(self.names, self._caption_ext, disk, cache_dir, open_indexes)
         self._files = Recent(lambda shard_idx: disk.open(self.names[shard_idx]), _OPEN_FILES)
+        self.bad: Counter[str] = Counter()
+        if sizes is not None:
+            self.sizes = sizes
+            return
         step = world_size if exchange else 1
         own = self._count_all(range(rank if exchange else 0, len(self.names), step))
         parts: list[Any] = exchange(own) if exchange else [own]
@@ -102,7 +110,7 @@ class Shards:
         self.sizes = np.empty(len(self.names), np.int64)
         for start, (sizes, _) in enumerate(parts):
             self.sizes[start::step] = sizes
-        self.bad: Counter[str] = sum((reasons for _, reasons in parts), Counter())
+        self.bad = sum((reasons for _, reasons in parts), Counter())
 
     def index(self, shard_idx: int) -> ShardIndex:
         """The index of a shard as it was when it was last looked at. Raises OSError, without trying twice."""

@@ -1,6 +1,6 @@
 """Stage 2 as the loop sees it: pictures in, engine/decoder_step.py's step, reconstructions before and after.
 
-training = decoder_gan(config, ds_config, comm, run_dir)
+training = decoder_gan(config, ds_config, comm, run_dir, is_resumed=False)
 record = training.step(next(training.batches(first_step=0)))
 
 Two DeepSpeed engines of one ZeRO stage: encoder, bottleneck and decoder in the first, of which the decoder alone is
@@ -115,7 +115,9 @@ class DecoderTraining:
         self.loader.close()
 
 
-def decoder_gan(config: DecoderGan, ds_config: dict[str, Any], comm: Comm, run_dir: Path) -> DecoderTraining:
+def decoder_gan(
+    config: DecoderGan, ds_config: dict[str, Any], comm: Comm, run_dir: Path, is_resumed: bool
+) -> DecoderTraining:
     """Assembled on this rank, the decoder as stage 1 left it; a collective. A resumed run loads a checkpoint next."""
     loader = PictureLoader(
         config.data,
@@ -126,6 +128,8 @@ def decoder_gan(config: DecoderGan, ds_config: dict[str, Any], comm: Comm, run_d
         rank=comm.rank,
         world_size=comm.world_size,
         bad_log=run_dir / "bad_samples.jsonl",
+        corpus_file=run_dir / "corpus.json",
+        is_resumed=is_resumed,
         exchange=world.gather_objects,
     )
     try:

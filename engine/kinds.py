@@ -22,6 +22,6 @@ def assemble(config: Run, ds_config: dict[str, Any], comm: Comm, run_dir: Path, 
     if isinstance(config, Generation):
         return generation(config, ds_config, comm)
     if isinstance(config, DecoderGan):
-        return decoder_gan(config, ds_config, comm, run_dir)
+        return decoder_gan(config, ds_config, comm, run_dir, is_resumed)
     assert isinstance(config, Config), "there is no other kind"
     return pretraining(config, ds_config, comm, run_dir, is_resumed)

@@ -91,7 +91,7 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool]:
     if isinstance(config, Config):
         config = _check_pretraining(config, resume)
     elif isinstance(config, DecoderGan):
-        config = _check_decoder_gan(config)
+        config = _check_decoder_gan(config, resume)
     elif isinstance(config, Generation):
         from engine import latents
 
@@ -141,7 +141,8 @@ def _check_pretraining(config: Config, resume: bool) -> Config:
     """The config with init's digest filled in; its files are there."""
     from data.storage import expand
 
-    expand(config.data.train, config.system.loader.cache_dir)
+    if not resume:  # a run that goes on skips what vanished since
+        expand(config.data.train, config.system.loader.cache_dir)
     rec = config.objectives.rec
     if rec.weight and rec.perceptual:
         _require_perceptual_weights(str(rec.lpips_weights))
@@ -150,11 +151,12 @@ def _check_pretraining(config: Config, resume: bool) -> Config:
     return pinned(config, resume)
 
 
-def _check_decoder_gan(config: DecoderGan) -> DecoderGan:
+def _check_decoder_gan(config: DecoderGan, resume: bool) -> DecoderGan:
     """The config with the tokenizer's digest filled in; its files are there."""
     from data.storage import expand
 
-    expand(config.data.train, config.system.loader.cache_dir)
+    if not resume:  # a run that goes on skips what vanished since
+        expand(config.data.train, config.system.loader.cache_dir)
     if config.objectives.rec.perceptual:
         _require_perceptual_weights(str(config.objectives.rec.lpips_weights))
     from engine.frozen_tokenizer import pinned

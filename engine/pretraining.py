@@ -113,6 +113,8 @@ def pretraining(config: Config, ds_config: dict[str, Any], comm: Comm, run_dir: 
         rank=comm.rank,
         world_size=comm.world_size,
         bad_log=run_dir / "bad_samples.jsonl",
+        corpus_file=run_dir / "corpus.json",
+        is_resumed=is_resumed,
         exchange=world.gather_objects,
     )
     try:

@@ -20,7 +20,7 @@ import torch
 from configs import UserError, load_run
 from data.latent_files import STATISTICS, read_statistics
 from data.latents import LatentStore
-from engine.pieces import Pieces
+from engine.checkpoint.pieces import Pieces
 from evaluation.inception import read_inception
 from model.generator.weights import read_generator
 from model.objectives import perceptual

@@ -13,12 +13,13 @@ import pytest
 
 from configs import Config
 from data.health import TooManyBadSamples
+from data.loader import Loader
 from data.losses import WHOLE, StorageFails
 from data.patience import Patience, wait_seconds
 from data.reading import SampleReader
 from data.storage import Disk, OpenFile
 from tests.data.faulty_storage import Outage, Schedule, faults
-from tests.data.tar_shards import encoded, write_corpus, write_tar
+from tests.data.tar_shards import LetterEncoder, encoded, write_corpus, write_tar
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -205,12 +206,13 @@ def test_a_bad_sector_costs_its_sample_and_a_second_one_the_shard(
 
 
 def test_an_outage_ends_the_run_with_one_error(corpus: Path) -> None:
-    outage = Outage("", first=9, error=errno.ETIMEDOUT)
-    with faults(Schedule(outages=(outage,))):
+    with faults(Schedule(outages=(Outage("", error=errno.ETIMEDOUT),))):
         reader = reader_of(corpus, "data.max_bad_share=1.0", "data.streams=1", "data.block_shards=12")
         with pytest.raises(StorageFails, match=r"8 shards in a row cannot be read .*go on with --resume"):
             keys_of(reader)
-    with faults(Schedule(outages=(outage,))):  # streams of two shards each are at their end before that
+    with faults(
+        Schedule(outages=(Outage("", first=9, error=errno.ETIMEDOUT),))
+    ):  # streams of two shards each are at their end before that
         reader = reader_of(corpus, "data.max_bad_share=1.0", "system.loader.threads=1")
         with pytest.raises(StorageFails, match=r"8 shards in a row|no readable sample among 1000 .*storage error"):
             keys_of(reader)
