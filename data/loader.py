@@ -94,6 +94,8 @@ class Loader:
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from `start_step` on, without end, made ahead; one iteration at a time."""
+        self._ahead.close()
+        self.reader.losses.begin(start_step * self.config.batch.clip)
         return self._ahead.iterate(start_step)
 
     def close(self) -> None:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import NamedTuple
 
 from data.health import BadSample, Health
+from data.loss_log import Loss, LossLog
 from data.order import Ints, Place
 from data.patience import Unreadable
 
@@ -31,21 +31,12 @@ class StorageFails(OSError):
     """Storage gives next to nothing: no mistake of the user's, and worth a restart."""
 
 
-class Loss(NamedTuple):
-    """From `position` on, in `epoch`, a sample is skipped, or with sample_idx WHOLE all of its shard."""
-
-    position: int
-    epoch: int
-    shard_idx: int
-    sample_idx: int
-    reason: str
-
-
 class Losses:
-    """The losses of one rank. Thread-safe. `health` counts every sample skipped, and a lost shard by its size."""
+    """The losses of one rank. Thread-safe. `health` counts every sample skipped, and a lost shard by its size; `log`
+    keeps them for a run that goes on."""
 
-    def __init__(self, shard_sizes: Ints, health: Health) -> None:
-        self._sizes, self._health = shard_sizes, health
+    def __init__(self, shard_sizes: Ints, health: Health, log: LossLog | None = None) -> None:
+        self._sizes, self._health, self._log = shard_sizes, health, log
         self._by_place: dict[tuple[int, int, int], Loss] = {}  # (epoch, shard, sample or WHOLE)
         self._refused: Counter[tuple[int, int]] = Counter()  # samples that storage refused, by (epoch, shard)
         self._counted: set[tuple[int, int]] = set()  # (shard, sample or WHOLE) that health knows
@@ -69,8 +60,12 @@ class Losses:
             is_whole = error.is_whole_shard or self._refused[shard] > _MOST_SAMPLES
             sample_idx = WHOLE if is_whole else place.sample_idx
             is_new = (*shard, sample_idx) not in self._by_place  # threads may find out at once
-            self._by_place.setdefault((*shard, sample_idx), Loss(position, *shard, sample_idx, str(error)))
-            self._count(place.shard_idx, sample_idx)
+            if is_new:
+                loss = Loss(position, *shard, sample_idx, str(error))
+                self._by_place[loss[1:4]] = loss
+                self._count(place.shard_idx, sample_idx)
+                if self._log is not None:
+                    self._log.add(loss)
             self._num_in_a_row += is_whole and is_new
         if self._num_in_a_row >= _MOST_IN_A_ROW:
             raise StorageFails(
@@ -89,17 +84,18 @@ class Losses:
         """A sample was read: what failed before was not everything."""
         self._num_in_a_row = 0
 
-    def before(self, position: int) -> list[Loss]:
-        """What a run that goes on at `position` has to skip; later losses get another try."""
+    def begin(self, position: int) -> None:
+        """Data is read from `position` on: losses before it stay, also those of earlier sessions and of all ranks."""
+        past = self._log.begin(position) if self._log is not None else []
         with self._lock:
-            return sorted(loss for loss in self._by_place.values() if loss.position < position)
-
-    def restore(self, losses: list[Loss]) -> None:
-        """Takes over `before` of another process, of any rank."""
-        with self._lock:
-            for loss in losses:
+            self._by_place = {place: loss for place, loss in self._by_place.items() if loss.position < position}
+            for loss in past:
                 self._by_place.setdefault(loss[1:4], loss)
                 self._count(loss.shard_idx, loss.sample_idx)
+
+    def all(self) -> list[Loss]:
+        """What has been lost, by position."""
+        return sorted(self._by_place.values())
 
     def _count(self, shard_idx: int, sample_idx: int) -> None:
         if (shard_idx, sample_idx) not in self._counted:

@@ -71,6 +71,8 @@ class PictureLoader:
 
     def iterate(self, start_step: int = 0) -> Iterator[PictureBatch]:
         """The batches from `start_step` on, without end, made ahead; one iteration at a time."""
+        self._ahead.close()
+        self.reader.losses.begin(start_step * self._batch)
         return self._ahead.iterate(start_step)
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from data.corpus_of_a_run import Found
 from data.decode import Decoder, Picture
 from data.hashing import hash_text
 from data.health import BadSample, Health
+from data.loss_log import LossLog
 from data.losses import Losses, StorageFails
 from data.order import Order, Place
 from data.patience import Unreadable
@@ -52,7 +53,8 @@ class SampleReader:
     """The training samples of one rank. Raises UserError for a corpus or world size that cannot serve them.
 
     `caption` is as of data.shards.Shards; None: captions are neither read nor required. `health` has the bad samples so
-    far. A run that goes on takes its corpus as `corpus_file` has it (data/corpus_of_a_run.py). With an `exchange`
+    far. A run that goes on takes its corpus as `corpus_file` has it (data/corpus_of_a_run.py), and from beside it what
+    was lost (data/loss_log.py). With an `exchange`
     (data/shards.py) ranks share the work of opening the corpus, and making one is a collective.
     """
 
@@ -92,7 +94,8 @@ class SampleReader:
         self._decoder = Decoder(loader.device, loader.threads)
         self._threads = ThreadPoolExecutor(loader.threads, thread_name_prefix="read")
         self._bad: set[tuple[int, int]] = set()  # (shard, sample) known to be bad: never tried again
-        self.losses = Losses(self.shards.sizes, self.health)
+        log = LossLog(corpus_file.with_name("lost_shards.jsonl"), rank) if corpus_file else None
+        self.losses = Losses(self.shards.sizes, self.health, log)
         self._opened: set[int] = set()  # shards whose left-out samples are written down
 
     def positions(self, step: int, batch: int) -> np.ndarray:

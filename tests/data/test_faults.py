@@ -14,8 +14,10 @@ import pytest
 from configs import Config
 from data.health import TooManyBadSamples
 from data.loader import Loader
+from data.loss_log import LossLog
 from data.losses import WHOLE, StorageFails
-from data.patience import Patience, wait_seconds
+from data.order import Place
+from data.patience import Patience, Unreadable, wait_seconds
 from data.reading import SampleReader
 from data.storage import Disk, OpenFile
 from tests.data.faulty_storage import Outage, Schedule, faults
@@ -81,7 +83,7 @@ def test_a_slow_storage_that_fails_now_and_then_changes_nothing(
         assert keys_of(reader) == undisturbed
     assert storage.num_faults > 50
     assert reader.health.counts == {}
-    assert reader.losses.before(10**9) == []
+    assert reader.losses.all() == []
 
 
 def test_waits_double_up_to_a_minute_and_end_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,24 +155,64 @@ def test_a_lost_shard_costs_one_row_of_tries_an_epoch(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_run_that_goes_on_skips_what_it_skipped_before(corpus: Path, world_size: int) -> None:
-    """Losses before the cursor are those of the checkpoint; what came after it is tried again."""
-    schedule = Schedule(outages=(Outage(LOST, first=9, last=14),))
-    with faults(schedule):
-        reader = reader_of(corpus)
+def test_a_run_that_goes_on_skips_what_it_skipped_before(corpus: Path, tmp_path: Path, world_size: int) -> None:
+    """What was lost before its first position: what came after is tried again."""
+    file = tmp_path / "corpus.json"
+    with faults(Schedule(outages=(Outage(LOST, first=9, last=14),))):
+        reader = reader_of(corpus, corpus_file=file)
+        reader.losses.begin(0)
         whole = keys_of(reader)
-    [(position, *_)] = reader.losses.before(10**9)
+    [(position, *_)] = reader.losses.all()
     cursor = position // 12 + 1
-    assert reader.losses.before(position) == []
-    losses = reader.losses.before(cursor * 12)
-    assert [loss.sample_idx for loss in losses] == [WHOLE]
     later = []
     for rank in range(world_size):  # the storage is well again
-        resumed = reader_of(corpus, rank=rank, world_size=world_size)
-        resumed.losses.restore(losses)
+        resumed = reader_of(
+            corpus, corpus_file=file, is_resumed=True, rank=rank, world_size=world_size, exchange=lambda own: [own]
+        )
+        resumed.losses.begin(cursor * 12)
+        assert [loss.sample_idx for loss in resumed.losses.all()] == [WHOLE]
         later.append(keys_of(resumed, range(cursor, STEPS)))
     for step, ranks in enumerate(zip(*later, strict=True), start=cursor):
         assert tuple(ranks[i % world_size][i // world_size] for i in range(12)) == whole[step]
+    rolled_back = reader_of(corpus, corpus_file=file, is_resumed=True)
+    rolled_back.losses.begin(position)
+    assert rolled_back.losses.all() == []
+    rolled_back.close()
+    forward = reader_of(corpus, corpus_file=file, is_resumed=True)  # that session served the shard: so does this one
+    forward.losses.begin(cursor * 12 + 120)
+    assert forward.losses.all() == []
+    forward.close()
+
+
+def test_sessions_are_told_apart_whatever_order_their_lines_are_in(tmp_path: Path) -> None:
+    path = tmp_path / "lost_shards.jsonl"
+    lines = [
+        {"session": 2, "loss": [60, 0, 2, WHOLE, "vanished shard"]},  # of another rank, before the first one's line
+        {"session": 1, "start": 0},
+        {"session": 1, "loss": [40, 0, 1, WHOLE, "vanished shard"]},
+        {"session": 1, "loss": [70, 0, 3, WHOLE, "vanished shard"]},  # thrown away: the next began at 50
+        {"session": 2, "start": 50},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"session": 2, "loss": [80')
+    assert [loss.position for loss in LossLog(path, rank=1).begin(100)] == [60, 40]
+    assert [loss.position for loss in LossLog(path, rank=1).begin(55)] == [40]
+    assert [loss.position for loss in LossLog(path, rank=1).begin(0)] == []
+    LossLog(path, rank=0).begin(50)  # after half a line
+    assert [loss.position for loss in LossLog(path, rank=1).begin(100)] == [40]
+
+
+def test_a_loader_begins_where_it_iterates_and_forgets_what_lay_ahead(corpus: Path, tmp_path: Path) -> None:
+    loader = Loader(config_for(corpus), LetterEncoder(), corpus_file=tmp_path / "corpus.json")
+    losses = loader.reader.losses
+    for step in (3, 1):
+        next(loader.iterate(step))
+        assert losses.all() == []
+        losses.add(Place(0, 4, 0), 2 * 12, Unreadable("vanished shard", is_whole_shard=True))
+    loader.iterate(1)
+    assert losses.all() == []
+    loader.close()
+    starts = [json.loads(line).get("start") for line in (tmp_path / "lost_shards.jsonl").read_text().splitlines()]
+    assert starts == [36, None, 12, None, 12]
 
 
 class Scratched:
@@ -197,7 +239,7 @@ def test_a_bad_sector_costs_its_sample_and_a_second_one_the_shard(
     reader = reader_of(corpus)
     offsets |= {reader.shards.index(4).members(sample_idx)[0].offset for sample_idx in (7, 2)[:num_bad]}
     keys_of(reader)
-    losses = reader.losses.before(10**9)
+    losses = reader.losses.all()
     epochs = {loss.epoch for loss in losses}
     assert len(epochs) >= 3
     assert {loss.reason for loss in losses} == {"storage error"}
