@@ -4,9 +4,9 @@
     headers.entries[0]          # Entry("000000000.jpg", is_file=True, is_folder=False, offset=512, size=12000)
     headers.damage              # {}, or where headers were lost: {"00000@1048576": "corrupt tar"}
 
-Python's tarfile ends a listing at the first damaged header as if the archive ended there, follows a size below 0
-backwards and chains of long names into recursion, and reads extended headers of any size at once. Here a walk only goes
-forward, holds a header at a time, and after damage goes on at the next block that is one (ustar's magic and checksum).
+Python's tarfile ends a listing at the first damaged header as if the archive ended there, follows chains of long names
+into recursion, and reads extended headers of any size, some in quadratic time. Here a walk only goes forward, holds a
+header at a time, and after damage goes on at the next block that is one (ustar's magic and checksum).
 
 Formats: v7, ustar, GNU (long names, sizes in base 256, sparse files), pax. Names are UTF-8, odd bytes as surrogates.
 Source: POSIX.1-2017 pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format". tests/data holds it against

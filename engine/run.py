@@ -1,7 +1,8 @@
 """A run from its first step, or from a checkpoint, to its weights, whatever it trains (engine/training.py).
 
     runs/NAME/  config.yaml  ds_config.json  choices.json  machine.json  log.txt  log.jsonl  tensorboard/  checkpoints/
-                pictures/  bad_samples.jsonl  weights.safetensors  profile/ (with profile.steps)
+                pictures/  bad_samples.jsonl  corpus.json  lost_shards.jsonl  weights.safetensors
+                profile/ (with profile.steps)
                 out_of_memory/ (when it did)
 
 The loop reads as the data's way: batch, step, meter; and every report_every steps the one moment in which the host
