@@ -10,8 +10,8 @@ setup(
     python_requires=">=3.10,<3.15",  # 3.15 brings a standard module called `profiling`
     packages=[
         "configs", "kernels", "data", "data.emoji", "model", "model.generator", "model.objectives", "engine",
-        "engine.checkpoint", "engine.watch", "engine.zero", "evaluation", "evaluation.study", "profiling",
-        "profiling.benches", "profiling.checks", "profiling.plan", "profiling.report", "profiling.step",
+        "engine.checkpoint", "engine.health", "engine.watch", "engine.zero", "evaluation", "evaluation.study",
+        "profiling", "profiling.benches", "profiling.checks", "profiling.plan", "profiling.report", "profiling.step",
     ],
     package_data={"configs": ["*.yaml", "deepspeed/*.json"], "profiling.report": ["*.j2"]},
     install_requires=[

@@ -143,4 +143,5 @@ class DecoderGan(Run):
                 f"system.clip.micro_batches={self.system.clip.micro_batches}: there is no clip batch to cut; leave it "
                 "at 1"
             )
+        self.system.checks.refuse_pretraining()
         return self

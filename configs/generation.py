@@ -62,4 +62,5 @@ class Generation(Run):
         for key, (value, only) in found.items():
             if value != only:
                 raise ValueError(f"{key}={value} is for pre-training tokenizers, generators know {only}; remove it")
+        self.system.checks.refuse_pretraining()
         return self

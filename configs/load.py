@@ -104,7 +104,7 @@ def validate(tree: dict[str, Any], source: str, kind: type[R] = Config) -> R:  #
 def to_yaml(config: Run) -> str:
     """The resolved config, defaults written out; `load_run` reads it back to an equal one."""
     tree = config.model_dump(mode="json")
-    tree |= {key: tree.pop(key) for key in ("optim", "system", "profile")}  # what a kind adds is read first
+    tree |= {key: tree.pop(key) for key in ("optim", "health", "system", "profile")}  # what a kind adds is read first
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from configs.health import Health
 from configs.learning import Optim
 from configs.section import Count, Section
 from configs.system import Profile, System
@@ -25,6 +26,7 @@ class Run(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     seed: Count = 0
     optim: Optim
+    health: Health = Health()
     system: System = System()
     profile: Profile = Profile()
 

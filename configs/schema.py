@@ -1,8 +1,9 @@
 """The schema of pre-training: every setting, its default (here and nowhere else) and its rule.
 
-Two halves. *Science* (`seed`, `data`, `batch`, `views`, `masks`, `model`, `init`, `objectives`, `optim`, `teacher`)
-changes results and is fingerprinted; *system* (`system`, `profile`) must not change them. All batch sizes are global:
-what one rank gets is a division by the world size, so a preset means the same run on 2 CPU ranks and on 256 GPUs.
+Two halves. *Science* (`seed`, `data`, `batch`, `views`, `masks`, `model`, `init`, `objectives`, `optim`, `teacher`,
+`health`) changes results and is fingerprinted; *system* (`system`, `profile`) must not change them. All batch sizes are
+global: what one rank gets is a division by the world size, so a preset means the same run on 2 CPU ranks and on 256
+GPUs.
 
     load_config("configs/demo.yaml").batch.clip        # 64 images a step, over all ranks
 

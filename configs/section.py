@@ -52,6 +52,7 @@ AreaRange = Annotated[tuple[Area, Area], AfterValidator(_ordered)]
 ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
 # From which a share is drawn, what is below 0 counting as 0; 1 would leave nothing.
 MaskRange = Annotated[tuple[float, Annotated[float, Field(gt=0.0, lt=1.0)]], AfterValidator(_ordered)]
+AmountRange = Annotated[tuple[Amount, Amount], AfterValidator(_ordered)]
 PixelRange = Annotated[tuple[Amount, Amount], AfterValidator(_ordered)]
 StepSpan = Annotated[str, BeforeValidator(_steps_in_order)]
 Paths = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from configs.section import Count, Positive, Section, StepSpan
+from configs.section import AmountRange, Count, Positive, Section, Share, ShareRange, StepSpan
 
 
 class Loader(Section):
@@ -45,6 +45,34 @@ class Watch(Section):
     stuck_seconds: Positive = 1800  # no rank has finished a step: longer than the longest step, compiling included
 
 
+class Alarms(Section):
+    """Where a report's figure raises an alarm (engine/health/alarms.py): a line in the log, and no more. All [D]."""
+
+    # As a share of ln K: below, the teacher is sure of everything, as it is after a collapse; above, of nothing.
+    teacher_entropy: ShareRange = (0.02, 0.98)
+    prototype_share: Share = 0.5  # of the teacher's word on a rank's crops, on one prototype; above, it has collapsed
+    latent_std: AmountRange = (0.01, 100.0)  # of each latent channel, over images and places
+
+
+class Checks(Section):
+    """What is looked at beside the losses: none of it changes a step."""
+
+    # Steps between two comparisons of what ranks should hold alike (engine/health/replicas.py); 0: none. [D]
+    replicas_every: Count = 1000
+    # Steps of which the last is asked for objectives' shares of the gradient (engine/health/shares.py); 0: none. [D]
+    shares_every: Count = 100
+    alarms: Alarms = Alarms()
+
+    def refuse_pretraining(self) -> None:
+        """Raises ValueError for what looks at the objectives of pre-training, where a run of another kind sets it."""
+        for key in ("shares_every", "alarms"):
+            if getattr(self, key) != getattr(Checks(), key):
+                raise ValueError(
+                    f"system.checks.{key} is set, which looks at what pre-training alone has: here it does nothing; "
+                    "remove it"
+                )
+
+
 class System(Section):
     run_dir: str | None = None  # runs/NAME when not given
     report_every: Positive = 10  # steps between two host syncs
@@ -56,8 +84,11 @@ class System(Section):
     optimizer: Literal["auto", "torch", "torch_fused", "deepspeed", "deepspeed_cpu", "apex"] = "auto"
     linear: Literal["bf16", "fp8_torchao", "fp8_te"] = "bf16"  # of the blocks; FP8 rounds more, the run is the same
     gather: Literal["flat", "by_host"] = "flat"  # the objectives' features between ranks (engine/hosts.py)
+    # Two runs are the same bits; a few per cent slower on GPUs (engine/deterministic.py). Rounds otherwise, no more.
+    deterministic: bool = False
     timeout_minutes: Positive = 60  # of a collective, before a rank counts as lost
     loader: Loader = Loader()
+    checks: Checks = Checks()
     clip: ContrastiveBatch = ContrastiveBatch()
     checkpoint: Checkpoint = Checkpoint()
     watch: Watch = Watch()
@@ -68,6 +99,20 @@ class System(Section):
             raise ValueError(
                 "linear=fp8_te but compile=on: Transformer Engine's modules cannot be traced into a block's graph; set "
                 "system.compile=off, or system.linear=fp8_torchao"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_same_pictures_twice(self) -> System:
+        if self.deterministic and self.loader.device == "gpu":
+            raise ValueError(
+                "deterministic=true but loader.device=gpu: nobody promises that decoding on a GPU gives the same bits "
+                "twice; set system.loader.device=cpu"
+            )
+        if self.deterministic and self.linear == "fp8_te":
+            raise ValueError(
+                "deterministic=true but linear=fp8_te: Transformer Engine makes no such promise; set "
+                "system.linear=bf16 or fp8_torchao"
             )
         return self
 

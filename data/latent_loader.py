@@ -23,6 +23,7 @@ from torch import Tensor
 from configs import UserError
 from data.hashing import hash_words, permutation
 from data.latents import LatentStore
+from data.sequence import LOOKED_AT, chained
 
 Ints = NDArray[np.int64]
 _EPOCH, _FLIP = 1, 2  # what a hash is for
@@ -86,6 +87,12 @@ class LatentLoader:
             indices[of_epoch] = self._permutation(int(epoch))[within[of_epoch]]
         is_flipped = (hash_words(self.seed, _FLIP, positions_B) >> np.uint64(63)).astype(bool)
         return indices, is_flipped & self.flip
+
+    def facts(self, position: int) -> dict[str, str]:
+        """As data.sequence.CorpusFacts has them, of the store."""
+        indices, is_flipped = self.locate(position + np.arange(LOOKED_AT))
+        order = chained("", map(int, hash_words(indices, is_flipped)))
+        return {"samples": str(self.store.num_samples), "order of the next samples": order}
 
     def _permute(self, epoch: int) -> Ints:
         return permutation(self.store.num_samples, self.seed, _EPOCH, epoch)

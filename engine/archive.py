@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -31,11 +31,14 @@ from model.weights import write_weights
 class State:
     """What a checkpoint knows besides its pieces."""
 
-    step: int  # steps finished; the data cursor is step * samples_per_step
+    step: int  # steps finished; the data cursor is (step + skipped_steps) * samples_per_step
     optimizer_steps: dict[str, int]  # by engine: steps taken; fewer where non-finite gradients were skipped
     world_size: int
     fingerprint: str
     shapes: dict[str, list[int]]
+    skipped_steps: int = 0  # whose data roll-backs left out (engine/health/rollback.py)
+    samples_digest: str = ""  # of all samples that made these weights, step by step (data/sequence.py)
+    corpus: dict[str, str] = field(default_factory=dict)  # facts about it, to be compared at a resume
 
 
 def find(root: Path) -> Path:

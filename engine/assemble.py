@@ -25,14 +25,16 @@ import torch
 from torch import nn
 
 from configs import Config, Run, UserError
-from configs.ds import zero_stage
+from configs.ds import offloads_optimizer, zero_stage
 from configs.learning import Align, Optim
 from configs.scale_out import asks_deepcompile, said_of
-from engine import linears, optim, world, zero
+from engine import deterministic, linears, optim, world, zero
 from engine.average import Average
 from engine.checkpoint.pieces import MAIN
 from engine.corruption import Corruptor, corruptor
 from engine.drop_path import DropPath, drop_path
+from engine.health.judge import Judge
+from engine.health.shares import GradientShares
 from engine.host_memory import keep_freed_blocks
 from engine.hosts import across_hosts
 from engine.initial import initial_weights
@@ -65,6 +67,7 @@ class Started:
     """A model under DeepSpeed."""
 
     engine: Any
+    judge: Judge  # of its steps
     choices: dict[str, str]  # what every "auto" became, and why
 
 
@@ -73,6 +76,8 @@ class Assembly:
     """Everything a step of pre-training needs on this rank."""
 
     engine: Any  # DeepSpeed's
+    judge: Judge
+    shares: GradientShares
     teacher: Teacher | None
     average: Average | None
     comm: Comm
@@ -87,7 +92,7 @@ class Assembly:
 
     def kept(self, centres: Centres | None) -> Kept:
         """What a checkpoint holds, with the centres of now."""
-        followers = [each for each in (self.teacher, self.average) if each is not None]
+        followers = [each for each in (self.teacher, self.average, self.judge) if each is not None]
         return Kept({MAIN: self.engine}, followers, {} if centres is None else vars(centres))
 
 
@@ -124,6 +129,8 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
     }
     return Assembly(
         engine=engine,
+        judge=started.judge,
+        shares=GradientShares(config.system.checks.shares_every, device),
         teacher=teacher,
         average=None if config.ema is None else Average(engine, MAIN),
         comm=TimedComm(comm, phases),
@@ -148,13 +155,15 @@ def start(
     leaves: tuple[type[nn.Module], ...],
     convert: Callable[[Any], str] | None = None,
     learning: Optim | None = None,
+    name: str = MAIN,
 ) -> Started:
     """Steps 1 to 8 of the module's table; a collective.
 
     `make` gives the model for the name of a resolved attention backend; `fill` its first values, with words on whose
     they are; `leaves` are its kinds of blocks; `convert` puts FP8 into them, with words on what it did; `learning` is
-    this engine's optimizer where config.optim is another's.
+    this engine's optimizer where config.optim is another's; `name` is what a checkpoint calls it.
     """
+    determinism = deterministic.enforce(config, device)
     settings = config.optim if learning is None else learning
     optimizer = optim.resolve(config, ds_config, device)
     attention = _attention(config, device)
@@ -171,9 +180,11 @@ def start(
         compile_blocks(model, leaves)
     if not is_whole:
         zero.mark_leaves(model, [kind for kind in leaves if any(isinstance(m, kind) for m in model.modules())])
-    engine = zero.start(model, optim.build(model, settings, optimizer.name), ds_config)
+    judge = Judge(config.health, torch.device("cpu") if offloads_optimizer(ds_config) else device, name)
+    engine = zero.start(model, optim.build(model, settings, optimizer.name), ds_config, judge)
     return Started(
         engine,
+        judge,
         {
             "weights": origin,
             "attention": f"{attention.name} ({attention.reason})",
@@ -184,6 +195,7 @@ def start(
             "activation checkpointing": f"{config.system.activation_checkpointing} (system.activation_checkpointing)",
             "precision": f"{config.optim.precision} (optim.precision)",
             "host memory": keep_freed_blocks(device),
+            "deterministic": determinism,
         },
     )
 
@@ -229,7 +241,9 @@ def fill_parameters(parameters: Iterable[tuple[str, nn.Parameter]], fill: Callab
 
 def _attention(config: Run, device: torch.device) -> Backend:
     try:
-        return resolve(config.system.attention, device, zero.DTYPES[config.optim.precision])
+        return resolve(
+            config.system.attention, device, zero.DTYPES[config.optim.precision], config.system.deterministic
+        )
     except ValueError as error:
         raise UserError(f"system.attention={config.system.attention}: {error}") from None
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine import zero
 from engine.checkpoint.pieces import AVERAGE, MASTER, Piece, Pieces, label
@@ -46,3 +47,11 @@ class Average:
         """This rank's share, from a checkpoint."""
         for fragment, values in zip(self._fragments, self._averages, strict=True):
             values.copy_(pieces.read(AVERAGE, label(self._name, fragment.name), fragment.start, fragment.numel))
+
+    def replicas(self) -> list[tuple[str, Tensor]]:
+        """None: each rank has its own share."""
+        return []
+
+    def copies(self) -> list[tuple[str, Tensor, Tensor]]:
+        """None: the average is no module of the model."""
+        return []

@@ -10,7 +10,8 @@ not; checkpoints hold what moves: the decoder, its average, the discriminator, b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from configs import DecoderGan
 from configs.architecture import Model
 from configs.learning import Optim
 from data.picture_loader import PictureBatch, PictureLoader
+from data.sequence import CorpusFacts, sum_of_keys
 from engine import world
 from engine.assemble import fill_parameters, start, timed
 from engine.average import Average
+from engine.bad_samples import bad_samples
 from engine.checkpoint.pieces import MAIN
 from engine.decoder_step import JUDGES, LISTENS, DecoderAssembly, DecoderRecord, decoder_step
 from engine.frozen_tokenizer import described, initial_decoder
-from engine.health import bad_samples
+from engine.health.judge import Judge
 from engine.pictures import reconstructions
 from engine.timing import TimedComm
-from engine.training import Kept
+from engine.training import Kept, renumbered
 from model.block import Block
 from model.decoder_stage import DecoderStage, StageOutputs
 from model.describe import describe_decoder_gan
@@ -71,9 +74,26 @@ class DecoderTraining:
         """The table of model/describe.py."""
         return describe_decoder_gan(self.config, self.model)
 
-    def batches(self, first_step: int) -> Iterator[PictureBatch]:
+    @property
+    def judges(self) -> Sequence[Judge]:
+        """Of the decoder's steps and of the discriminator's: each is judged by its own gradient."""
+        return self.parts.judges
+
+    def batches(self, first_step: int, skipped_steps: int = 0) -> Iterator[PictureBatch]:
         """From the corpus, made ahead."""
-        return self.loader.iterate(first_step)
+        return renumbered(self.loader.iterate(first_step + skipped_steps), skipped_steps)
+
+    def samples(self, batch: PictureBatch) -> int:
+        """By their keys."""
+        return sum_of_keys(batch.keys)
+
+    def corpus(self, place: int) -> dict[str, str]:
+        """By the order of the corpus."""
+        return self._facts.at(place * self.config.samples_per_step)
+
+    @cached_property
+    def _facts(self) -> CorpusFacts:
+        return CorpusFacts(self.loader.reader.shards.names, self.loader.reader.order)
 
     def step(self, batch: PictureBatch) -> DecoderRecord:
         """engine/decoder_step.py's."""
@@ -105,7 +125,8 @@ class DecoderTraining:
 
     def kept(self) -> Kept:
         """Both engines and the decoder's average."""
-        return Kept({MAIN: self.parts.engine, DISCRIMINATOR: self.parts.discriminator}, (self.parts.average,))
+        engines = {MAIN: self.parts.engine, DISCRIMINATOR: self.parts.discriminator}
+        return Kept(engines, (self.parts.average, *self.parts.judges))
 
     def restored(self, whole: Mapping[str, Tensor]) -> None:
         """Nothing: all that moves is in engines and average."""
@@ -154,7 +175,7 @@ def assemble(
         fill=lambda built: _fill_from_file(built, config),
         leaves=(Block,),
     )
-    judge = start(
+    critic = start(
         config,
         ds_config | {"gradient_clipping": config.discriminator.clip_norm},
         device,
@@ -162,25 +183,27 @@ def assemble(
         fill=lambda built: _draw(built, config.seed),
         leaves=(),
         learning=_learning(config),
+        name=DISCRIMINATOR,
     )
     average = Average(stage.engine, MAIN)
     calls = {
         "decoder": (stage.engine.module.decoder, "tokens"),
         "ema": (average, "follow"),
-        "backward": (judge.engine, "backward"),
-        "optimizer": (judge.engine, "step"),
+        "backward": (critic.engine, "backward"),
+        "optimizer": (critic.engine, "step"),
     }
     phases = timed(config, device, stage.engine, {"trunk": "trunk"}, calls)
     parts = DecoderAssembly(
         engine=stage.engine,
-        discriminator=judge.engine,
+        discriminator=critic.engine,
         average=average,
+        judges=(stage.judge, critic.judge),
         comm=TimedComm(comm, phases),
         perceptual=_perceptual(config, device),
         device=device,
         phases=phases,
     )
-    return parts, stage.choices | {"discriminator": judge.choices["weights"]}
+    return parts, stage.choices | {"discriminator": critic.choices["weights"]}
 
 
 def _fill_from_file(stage: DecoderStage, config: DecoderGan) -> str:

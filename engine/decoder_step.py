@@ -25,6 +25,7 @@ from torch import Tensor
 from configs import DecoderGan
 from data.picture_loader import PictureBatch
 from engine.average import Average
+from engine.health.judge import Judge
 from engine.optim import set_learning_rate
 from engine.schedule import learning_rate
 from model.decoder_stage import StageOutputs
@@ -45,6 +46,7 @@ class DecoderAssembly:
     engine: Any  # DeepSpeed's, around model.decoder_stage.DecoderStage
     discriminator: Any  # DeepSpeed's, around model.discriminator.PatchGan
     average: Average  # of the decoder
+    judges: tuple[Judge, Judge]  # of either engine's steps
     comm: Comm
     perceptual: Perceptual | None
     device: torch.device

@@ -2,8 +2,8 @@
 
 On GPUs every rank measures its own. Without, the ranks of a machine share its processors: the first of them measures.
 
-    with metered(device, samples_per_step=64, first_step=0, say=reporter.say) as energy:
-        energy.read(10)            # {"energy/joules": 812.0, "energy/joules_per_sample": 1.27, ...}
+    with metered(device, samples_per_step=64, say=reporter.say) as energy:
+        energy.read(num_steps=10)  # {"energy/joules": 812.0, "energy/joules_per_sample": 1.27, ...}
 """
 
 from __future__ import annotations
@@ -20,30 +20,23 @@ from profiling.energy import EnergyMeter, Reading, over_ranks
 class Energy:
     """The ranks' meters; `meter` is None on a rank whose device another rank measures."""
 
-    def __init__(
-        self, meter: EnergyMeter | None, samples_per_step: int, first_step: int, say: Callable[[str], None]
-    ) -> None:
-        self._meter, self._say = meter, say
-        self._samples_per_step, self._step = samples_per_step, first_step
+    def __init__(self, meter: EnergyMeter | None, samples_per_step: int, say: Callable[[str], None]) -> None:
+        self._meter, self._say, self._samples_per_step = meter, say, samples_per_step
 
-    def read(self, step: int) -> dict[str, float]:
-        """`energy/*` since the last read, at `step` finished steps; nothing where it is not measured. A collective."""
+    def read(self, num_steps: int) -> dict[str, float]:
+        """`energy/*` of the `num_steps` steps since the last read; nothing where it is not measured. A collective."""
         own = None if self._meter is None else self._meter.read()
         readings: list[Reading] = [reading for reading in world.gather_objects(own) if reading is not None]
         for trouble in dict.fromkeys(reading.trouble for reading in readings if reading.trouble):
             self._say(trouble)
         values = over_ranks([reading.values for reading in readings])
         if "energy/joules" in values:
-            samples = (step - self._step) * self._samples_per_step
-            values["energy/joules_per_sample"] = values["energy/joules"] / samples
-        self._step = step
+            values["energy/joules_per_sample"] = values["energy/joules"] / (num_steps * self._samples_per_step)
         return values
 
 
 @contextmanager
-def metered(
-    device: torch.device, samples_per_step: int, first_step: int, say: Callable[[str], None]
-) -> Iterator[Energy]:
+def metered(device: torch.device, samples_per_step: int, say: Callable[[str], None]) -> Iterator[Energy]:
     """Measures while the context is open, and says at its start what is measured, or why not. A collective."""
     with ExitStack() as stack:
         is_measured_here = device.type == "cuda" or world.is_first_here()
@@ -51,4 +44,4 @@ def metered(
         for said in dict.fromkeys(world.gather_objects(None if meter is None else meter.said)):
             if said is not None:
                 say(f"energy: {said}")
-        yield Energy(meter, samples_per_step, first_step, say)
+        yield Energy(meter, samples_per_step, say)

@@ -4,7 +4,7 @@
 |---|---|---|
 | 0 | done | no |
 | 2 | a mistake in what was asked; one line says which | no |
-| 70 | the training cannot go on: losses are no numbers, a checkpoint that was asked for cannot be written | no |
+| 70 | the training cannot go on: losses are no numbers, ranks differ, a last checkpoint cannot be written | no |
 | 75 | a rank was lost: dead, silent, stuck, or it failed by itself | yes |
 | 143 | stopped on request (SIGTERM, SIGUSR1), after a checkpoint | yes, when there is room again |
 | others | an error of a library or of ours, or a signal | yes |

@@ -19,15 +19,17 @@ from torch import Tensor
 
 from configs import UserError
 from configs.generation import Generation
+from data.hashing import hash_words
 from data.latent_loader import LatentBatch, LatentLoader
 from data.latents import LatentStore
 from data.prefetch import Ahead
+from data.sequence import sum_of_words
 from engine import assemble, world, zero
 from engine.average import Average
 from engine.checkpoint.pieces import MAIN
 from engine.optim import set_learning_rate
 from engine.schedule import learning_rate
-from engine.training import Kept
+from engine.training import Kept, renumbered
 from model.generator.build import build, leaves
 from model.generator.draws import Draws, draw
 from model.generator.initialise import initialise_parameter
@@ -54,6 +56,7 @@ class Step:
 
     batch: LatentBatch
     draws: Draws
+    step: int
 
 
 class GeneratorTraining:
@@ -64,7 +67,7 @@ class GeneratorTraining:
     ) -> None:
         self.config, self.comm, self.device, self.choices = config, comm, device, started.choices
         self._store, self._engine = store, started.engine
-        self._average = Average(self._engine, MAIN)
+        self._average, self.judges = Average(self._engine, MAIN), (started.judge,)
         self.phases: Phases = assemble.timed(
             config, device, self._engine, _children(self._engine.module), {"ema": (self._average, "follow")}
         )
@@ -88,15 +91,23 @@ class GeneratorTraining:
             f"{made_by})"
         )
 
-    def batches(self, first_step: int) -> Iterator[Step]:
+    def batches(self, first_step: int, skipped_steps: int = 0) -> Iterator[Step]:
         """Made ahead."""
-        return self._steps.iterate(first_step)
+        return renumbered(self._steps.iterate(first_step + skipped_steps), skipped_steps)
+
+    def samples(self, batch: Step) -> int:
+        """By their positions."""
+        return sum_of_words(hash_words(batch.batch.positions_B))
+
+    def corpus(self, place: int) -> dict[str, str]:
+        """By the order of the store."""
+        return self._loader.facts(place * self.config.batch.samples)
 
     def step(self, batch: Step) -> GenerationRecord:
         """Forward, backward, AdamW, average. A collective."""
         self.phases.next_step()
         given = batch.batch
-        rate = learning_rate(given.step, self.config)
+        rate = learning_rate(batch.step, self.config)
         set_learning_rate(self._engine, rate)
         with self.phases("inputs"):
             latents_BLhw = given.latents_BLhw.to(self.device, non_blocking=True)
@@ -137,7 +148,8 @@ class GeneratorTraining:
         """The engine, the average, and what a file of weights says of its latents."""
         store = self._store
         described = {"shape": torch.tensor(store.shape), "num_classes": torch.tensor([store.num_classes])}
-        return Kept({MAIN: self._engine}, (self._average,), described | {"mean": store.mean, "std": store.std})
+        followers = (self._average, *self.judges)
+        return Kept({MAIN: self._engine}, followers, described | {"mean": store.mean, "std": store.std})
 
     def restored(self, whole: Mapping[str, Tensor]) -> None:
         """Refuses to go on with other latents."""
@@ -156,8 +168,8 @@ class GeneratorTraining:
         batch = self._loader.batch(step)
         draws = draw(self._engine.module.needs, self.config.seed, step, batch.positions_B)
         if torch.cuda.is_available():
-            return Step(batch.pinned(), draws.pinned())  # only from there a copy runs beside the host
-        return Step(batch, draws)
+            return Step(batch.pinned(), draws.pinned(), step)  # only from there a copy runs beside the host
+        return Step(batch, draws, step)
 
 
 def generation(config: Generation, ds_config: dict[str, Any], comm: Comm) -> GeneratorTraining:

@@ -1,9 +1,9 @@
 """What watches a run from beside, put together: none of it changes a step, or waits for the device between reports.
 
-with watching(training, run_dir, first_step, say=reporter.say) as instruments:
+with watching(training, run_dir, say=reporter.say) as instruments:
     instruments.window.before(step)         # profiler window; and .after(step)
     with instruments.phases("data"): ...
-    instruments.read(done, num_steps=10)    # {"phase/trunk_ms": ..., "straggler/rank": ..., "comm/all_gather_mb": ...,
+    instruments.read(num_steps=10)          # {"phase/trunk_ms": ..., "straggler/rank": ..., "comm/all_gather_mb": ...,
                                             #  "memory/peak_max_gib": ..., "energy/joules": ...} since the last read
 
 What a report must know of the machine goes to RUN/machine.json.
@@ -40,14 +40,14 @@ class Instruments:
     energy: Energy
     traffic: Traffic
 
-    def read(self, done: int, num_steps: int) -> dict[str, float]:
-        """What the last `num_steps` steps took and moved, at `done` finished ones. A collective."""
+    def read(self, num_steps: int) -> dict[str, float]:
+        """What the last `num_steps` steps took and moved. A collective."""
         moved = self.traffic.take(num_steps)
-        return phase_times(self.phases, self.comm) | moved | memory_of_ranks(self.comm) | self.energy.read(done)
+        return phase_times(self.phases, self.comm) | moved | memory_of_ranks(self.comm) | self.energy.read(num_steps)
 
 
 @contextmanager
-def watching(training: Training, run_dir: Path, first_step: int, say: Callable[[str], None]) -> Iterator[Instruments]:
+def watching(training: Training, run_dir: Path, say: Callable[[str], None]) -> Iterator[Instruments]:
     """Starts the instruments, says what is measured and against what, and ends them. A collective."""
     config, comm, phases = training.config, training.comm, training.phases
     use = utilisation(training)
@@ -57,7 +57,7 @@ def watching(training: Training, run_dir: Path, first_step: int, say: Callable[[
         (run_dir / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
     with (
         Window(config, phases, run_dir, comm.rank) as window,
-        metered(training.device, config.samples_per_step, first_step, say) as energy,
+        metered(training.device, config.samples_per_step, say) as energy,
         counting() as traffic,
     ):
         phases.read()  # what came before belongs to no step

@@ -82,8 +82,9 @@ def _explicit(arguments: list[str]) -> list[str]:
     return [f"{word}=latest" if word == "--resume" and after not in modes else word for word, after in pairs]
 
 
-def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool]:
-    """The resolved config, DeepSpeed dictionary, and whether the run goes on; all checked that needs no model."""
+def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, tuple[str, ...]]:
+    """The resolved config, DeepSpeed dictionary, whether the run goes on, and what may differ then; all checked that
+    needs no model."""
     config, world_size = load_run(options.config, options.overrides), int(os.environ.get("WORLD_SIZE", 1))
     resume = options.resume == "latest" or (options.resume == "auto" and bool(candidates(checkpoints(config))))
     ds_config = load_ds_config(options.ds_config, config, world_size)
@@ -99,8 +100,9 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool]:
     from engine.archive import check_start  # imports torch: after what needs milliseconds
 
     _require_writable(run_directory(config))
-    check_start(config, resume, tuple(filter(None, options.allow_change.split(","))))
-    return config, ds_config, resume
+    allowed = tuple(filter(None, options.allow_change.split(",")))
+    check_start(config, resume, allowed)
+    return config, ds_config, resume, allowed
 
 
 def main(arguments: list[str]) -> int:
@@ -126,13 +128,19 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
     return supervise(options.launcher, Path(__file__).resolve(), arguments, run_directory(config), options.max_restarts)
 
 
-def _train(config: Run, ds_config: dict[str, Any], resume: bool) -> int:
+def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes: tuple[str, ...]) -> int:
     from engine import run, world
+    from engine.exits import FAILED
+    from engine.health.failure import TrainingFailed
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, also where no launcher has set it
     comm = world.start(config.system.timeout_minutes)
     try:
-        return run.train(config, ds_config, comm, resume)
+        return run.train(config, ds_config, comm, resume, allowed_changes)
+    except TrainingFailed as error:
+        if world.is_first():  # every rank has come to it
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return FAILED
     finally:
         world.stop()
 

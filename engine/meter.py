@@ -17,9 +17,10 @@ from engine.utilisation import Utilisation
 from model.objectives.comm import Comm
 
 # Named terms that are no losses.
-_PRETRAINING = ("clip_accuracy", "logit_scale", "logit_bias", "teacher_entropy", "latent_std")
+_PRETRAINING = ("clip_accuracy", "logit_scale", "logit_bias", "teacher_entropy", "prototype_share")
+_LATENTS = ("latent_std", "latent_std_min", "latent_std_max")
 _STAGE_2 = ("gan_weight", "logits_real", "logits_fake")
-HEALTH = (*_PRETRAINING, *_STAGE_2)
+HEALTH = (*_PRETRAINING, *_LATENTS, *_STAGE_2)
 
 
 class Meter:

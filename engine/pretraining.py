@@ -6,7 +6,8 @@ record = training.step(next(training.batches(first_step=0)))
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from configs import Config, UserError
 from data.batch import Batch
 from data.captions import CaptionEncoder
 from data.loader import Loader
+from data.sequence import CorpusFacts, sum_of_keys
 from engine import world
 from engine.assemble import Assembly, assemble
-from engine.health import bad_samples
+from engine.bad_samples import bad_samples
+from engine.health.judge import Judge
 from engine.pictures import latent_colours, reconstructions
 from engine.step import StepRecord, train_step
-from engine.training import Kept
+from engine.training import Kept, renumbered
 from model.describe import describe
 from model.imagenet import denormalise
 from model.objectives.comm import Comm
@@ -53,9 +56,26 @@ class Pretraining:
         """The table of model/describe.py."""
         return describe(self.config, self.rows)
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
+    @property
+    def judges(self) -> Sequence[Judge]:
+        """Of the one engine's steps."""
+        return (self.parts.judge,)
+
+    def batches(self, first_step: int, skipped_steps: int = 0) -> Iterator[Batch]:
         """From the corpus, made ahead."""
-        return self.loader.iterate(first_step)
+        return renumbered(self.loader.iterate(first_step + skipped_steps), skipped_steps)
+
+    def samples(self, batch: Batch) -> int:
+        """By their keys."""
+        return sum_of_keys(batch.keys)
+
+    def corpus(self, place: int) -> dict[str, str]:
+        """By the order of the corpus."""
+        return self._facts.at(place * self.config.samples_per_step)
+
+    @cached_property
+    def _facts(self) -> CorpusFacts:
+        return CorpusFacts(self.loader.reader.shards.names, self.loader.reader.order)
 
     def step(self, batch: Batch) -> StepRecord:
         """engine/step.py's."""
@@ -73,8 +93,8 @@ class Pretraining:
         return self.loader.wait_seconds
 
     def health(self) -> dict[str, float]:
-        """Bad samples. A collective."""
-        return bad_samples(self.loader.health)
+        """Bad samples, and the objectives' shares of the gradient. A collective."""
+        return bad_samples(self.loader.health) | self.parts.shares.read(self.comm)
 
     def pictures(self) -> dict[str, Tensor]:
         """Reconstructions and latent colours of this rank's rec rows."""

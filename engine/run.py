@@ -6,7 +6,8 @@
                 out_of_memory/ (when it did)
 
 The loop reads as the data's way: batch, step, meter; and every report_every steps the one moment in which the host
-looks at the device: guard, report, collect garbage, stop, checkpoint.
+looks at the device: report, guard, collect garbage, stop, checkpoint. Where the guard says so, the run goes back to its
+last checkpoint and on with other data (engine/health/rollback.py).
 """
 
 from __future__ import annotations
@@ -14,53 +15,64 @@ from __future__ import annotations
 import gc
 import json
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from configs import Run, to_yaml
 from engine import archive, kinds, world
-from engine.checkpoint.contents import load
+from engine.checkpoint.contents import Consumed
 from engine.checkpoint.saver import News, Saver
 from engine.checkpoint.verified import newest_good
+from engine.exits import STOPPED
 from engine.garbage import collected_by_hand
-from engine.guard import STOPPED, Guard
+from engine.health import replicas
+from engine.health.alarms import Alarms, rules
+from engine.health.failure import TrainingFailed
+from engine.health.guard import GoBack, Guard
+from engine.health.rollback import Cursor, Rollbacks, check_corpus, restored
 from engine.instruments import Instruments, watching
 from engine.meter import Meter
 from engine.out_of_memory import Memory
 from engine.pictures import write_png
 from engine.places import checkpoints, run_directory
 from engine.report import Reporter, open_reporter
+from engine.samples import SampleLog
 from engine.training import Training
 from engine.watch.watch import Place, watched
 from model.objectives.comm import Comm
 from profiling.memory import process_peak_bytes
 
 
-def train(config: Run, ds_config: dict[str, Any], comm: Comm, resume: bool) -> int:
-    """Trains to optim.steps, or to a stop signal; gives the exit code. A collective."""
+def train(
+    config: Run, ds_config: dict[str, Any], comm: Comm, resume: bool, allowed_changes: tuple[str, ...] = ()
+) -> int:
+    """Trains to optim.steps, or to a stop signal; gives the exit code. `allowed_changes` are science keys that may
+    differ from the checkpoint's, or sections of them. A collective."""
     run_dir = run_directory(config)
     memory = Memory(config, ds_config, run_dir, comm.rank, comm.world_size, world.device())
     with memory.explained("assembling"):
         training = kinds.assemble(config, ds_config, comm, run_dir, resume)
     with closing(training):
-        first_step, passed_over = _restore(training, checkpoints(config)) if resume else (0, [])
+        begin, passed_over = _resumed(training, allowed_changes) if resume else (Cursor(), [])
         if world.is_first():
             _describe(run_dir, config, ds_config, training.choices)
-        guard = Guard(comm, training.device)
+        guard = Guard(comm, training.device, config.health, training.judges)
         guard.listen()
-        with open_reporter(run_dir, config.optim.steps, first_step, world.is_first()) as reporter, collected_by_hand():
+        with open_reporter(run_dir, config.optim.steps, begin.step, world.is_first()) as reporter, collected_by_hand():
             for words in passed_over:
                 reporter.say(words)
             reporter.say(training.describe())
             for name, choice in training.choices.items():
                 reporter.say(f"{name}: {choice}")
+            rollbacks, alarms = Rollbacks(config.health.most_rollbacks), Alarms(rules(config), reporter.say)
             with (
                 watched(config, run_dir, training.phases) as place,
-                watching(training, run_dir, first_step, reporter.say) as instruments,
+                watching(training, run_dir, reporter.say) as instruments,
                 closing(Saver(checkpoints(config), config)) as saver,
             ):
-                return Loop(training, guard, reporter, instruments, memory, saver, place, run_dir).go(first_step)
+                parts = (training, guard, reporter, instruments, memory, saver, place, rollbacks, alarms, run_dir)
+                return Loop(*parts).go(begin)
 
 
 @dataclass(frozen=True)
@@ -74,16 +86,38 @@ class Loop:
     memory: Memory
     saver: Saver
     place: Place
+    rollbacks: Rollbacks
+    alarms: Alarms
     directory: Path
 
-    def go(self, first_step: int) -> int:
-        """Steps from `first_step` to optim.steps; gives the exit code."""
+    def go(self, begin: Cursor) -> int:
+        """Steps from `begin` to optim.steps, over roll-backs; gives the exit code."""
+        outcome: Cursor | int = begin
+        while isinstance(outcome, Cursor):
+            outcome = self._stretch(outcome)
+        return outcome
+
+    def _stretch(self, begin: Cursor) -> Cursor | int:
+        """Steps to the end, or to where the run goes on after a roll-back."""
+        try:
+            return self._steps(begin)
+        except GoBack as trouble:
+            self._tell(self.saver.settle())
+            cursor = self.rollbacks.go_back(self.training, begin, trouble, self.reporter.say)
+            left_out = cursor.skipped_steps - begin.skipped_steps
+            self.reporter.say(f"{trouble}: back to step {cursor.step}; the data of {left_out} steps is left out")
+            return cursor
+        except TrainingFailed as error:
+            self.reporter.say(f"stopped: {error}")
+            raise
+
+    def _steps(self, begin: Cursor) -> int:
         config = self.training.config
         total, report_every = config.optim.steps, config.system.report_every
         meter = Meter(self.training.comm, total, config.samples_per_step, self.instruments.use)
         window, phases = self.instruments.window, self.instruments.phases
-        batches = self.training.batches(first_step)
-        for step in range(first_step, total):
+        batches, samples = self.training.batches(begin.step, begin.skipped_steps), SampleLog(begin.samples_digest)
+        for step in range(begin.step, total):
             window.before(step)
             with phases("data"):
                 batch = next(batches)
@@ -92,10 +126,11 @@ class Loop:
             window.after(step)
             done = self.place.step = step + 1
             meter.add(record)
+            samples.add(self.training.samples(batch))
             self.guard.watch(record.losses["total"])
             if done % report_every == 0 or done == total:
                 with phases("report"):
-                    is_stopping = self._report(done, meter)
+                    is_stopping = self._report(done, replace(begin, samples_digest=samples.read()), meter)
                 if is_stopping:
                     self.reporter.say(f"asked to stop: {done} of {total} steps are done; go on with --resume")
                     return STOPPED
@@ -105,21 +140,28 @@ class Loop:
         world.barrier()
         return 0
 
-    def _report(self, done: int, meter: Meter) -> bool:
+    def _report(self, done: int, cursor: Cursor, meter: Meter) -> bool:
         """The host looks at the device; pictures and a checkpoint when they are due. Whether to stop before the end."""
         training, config = self.training, self.training.config
         system = config.system
-        beside = self.instruments.read(done, meter.num_steps)
-        self.guard.check(done)
+        beside = self.instruments.read(meter.num_steps)
+        found = self.guard.read(done)
         gc.collect()
-        scalars = meter.read(done, training.wait_seconds()) | beside | training.health()
-        self.reporter.scalars(done, scalars | self._tell(self.saver.news()))
+        values = meter.read(done, training.wait_seconds()) | beside | training.health() | found.values()
+        values |= {"health/steps_of_data_left_out": float(cursor.skipped_steps)} | self._tell(self.saver.news())
+        self.reporter.scalars(done, values | self.alarms.read(done, values))
+        if found.skipped:
+            self.reporter.say(f"{found}: {found.skipped} optimizer steps were left out")
+        self.guard.act(found)
+        if is_due(done, system.checks.replicas_every, system.report_every):
+            replicas.check(training.kept(), training.comm, done)
         is_stopping, is_last = self.guard.should_stop(), done == config.optim.steps
         is_leaving = is_stopping or is_last
         if is_leaving or is_due(done, system.images_every, system.report_every):
             self._show(done)
         if is_leaving or is_due(done, system.checkpoint.every, system.report_every):
-            self.saver.save(done, training.kept())
+            corpus = training.corpus(done + cursor.skipped_steps)
+            self.saver.save(done, training.kept(), Consumed(cursor.skipped_steps, cursor.samples_digest, corpus))
         if is_leaving:
             self._tell(self.saver.finish())
         return is_stopping and not is_last
@@ -146,12 +188,12 @@ def is_due(done: int, every: int, report_every: int) -> bool:
     return every > 0 and done // every > (done - report_every) // every
 
 
-def _restore(training: Training, root: Path) -> tuple[int, list[str]]:
-    """Steps done, and what is to be said of checkpoints that were passed over."""
+def _resumed(training: Training, allowed_changes: tuple[str, ...]) -> tuple[Cursor, list[str]]:
+    """Where the run goes on, and what is to be said of checkpoints that were passed over."""
     passed_over: list[str] = []
-    state, whole = load(newest_good(root, passed_over.append), training.kept())
-    training.restored(whole)
-    return state.step, passed_over
+    path = newest_good(checkpoints(training.config), passed_over.append)
+    check_corpus(training, path, allowed_changes)
+    return restored(training, path), passed_over
 
 
 def _describe(run_dir: Path, config: Run, ds_config: dict[str, Any], choices: dict[str, str]) -> None:

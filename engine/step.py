@@ -11,7 +11,7 @@ Nothing here waits for the device: numbers stay tensors until a report reads the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
             inputs = model_inputs(cache.shared, parts.device)
             corruption = parts.corruptor and to_device(parts.corruptor.draw(batch.step), parts.device)
         outputs = cache.complete(parts.engine(**inputs, kept_idx=kept_idx, corruption=corruption))
+        parts.shares.watch(batch.step, outputs.forks)
         with parts.phases("objectives"):
             losses = compute(
                 outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual, parts.frozen
@@ -78,7 +79,7 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
         schedule={"learning_rate": rate, "teacher_momentum": momentum, "teacher_temperature": temperature},
         grad_norm=parts.engine.get_global_grad_norm(),
         counted={"speed/caption_tokens_saved": inputs["captions"].saved(cache.shared.captions)},
-        outputs=outputs,
+        outputs=replace(outputs, forks={}),  # the next step needs their memory
         centres=losses.centres,
     )
 
@@ -89,6 +90,7 @@ def clip_features(parts: Assembly, part: Batch) -> ClipOutputs:
         inputs = model_inputs(part, parts.device)
     outputs: Outputs = parts.engine(**inputs, clip_only=True)
     assert outputs.clip is not None, "micro-batches are parts of the clip batch"
+    parts.shares.watch(part.step, outputs.forks)
     return outputs.clip
 
 

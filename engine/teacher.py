@@ -63,6 +63,16 @@ class Teacher:
             pair.average.copy_(pieces.read(TEACHER, pair.name, pair.start, pair.average.numel()))
         self._publish()
 
+    def replicas(self) -> list[tuple[str, Tensor]]:
+        """Under ZeRO-1 and 2 the averages, which every rank makes for itself."""
+        whole = [pair for pair in self.pairs if not zero.is_partitioned(pair.teacher)]
+        return [(f"average of teacher.{pair.name}", pair.average) for pair in whole]
+
+    def copies(self) -> list[tuple[str, Tensor, Tensor]]:
+        """The model's teacher, which is the averages rounded."""
+        values = [zero.shard(pair.teacher)[: pair.average.numel()] for pair in self.pairs]
+        return [(f"teacher.{pair.name}", own, pair.average) for pair, own in zip(self.pairs, values, strict=True)]
+
     def _student(self, pair: Pair) -> Tensor:
         if zero.is_partitioned(pair.student):
             return zero.Fragment(pair.name, pair.student, pair.start, pair.average.numel()).read(MASTER)

@@ -11,17 +11,20 @@ checkpoints, instruments, stopping and resuming are the same code for all of the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from configs import Run
 from engine.checkpoint.pieces import Piece, Pieces
+from engine.health.judge import Judge
 from model.objectives.comm import Comm
 from profiling.flops import StepFlops
 from profiling.phases import Phases
+
+N = TypeVar("N", bound="Numbered")
 
 
 class Record(Protocol):
@@ -49,7 +52,7 @@ class Record(Protocol):
 
 
 class Follower(Protocol):
-    """A running average of parameters: what of a run evolves beside its engines."""
+    """What of a run evolves beside its engines: a running average of parameters, a window of norms."""
 
     def pieces(self) -> list[Piece]:
         """This rank's share, to be written."""
@@ -57,6 +60,14 @@ class Follower(Protocol):
 
     def restore(self, pieces: Pieces) -> None:
         """This rank's share, from a checkpoint."""
+        ...
+
+    def replicas(self) -> list[tuple[str, Tensor]]:
+        """What every rank holds whole, and alike."""
+        ...
+
+    def copies(self) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, values, fp32 master): what of this rank is the rounding of something else."""
         ...
 
 
@@ -67,6 +78,18 @@ class Kept:
     engines: Mapping[str, Any]  # DeepSpeed's, by name; MAIN is one of them
     followers: Sequence[Follower] = ()
     whole: Mapping[str, Tensor] = field(default_factory=dict)  # small, and the same on every rank
+
+
+class Numbered(Protocol):
+    """A dataclass with a `step`."""
+
+    @property
+    def step(self) -> int: ...
+
+
+def renumbered(batches: Iterator[N], skipped_steps: int) -> Iterator[N]:
+    """The batches, each numbered by the step that takes it: schedules follow the step, samples their place."""
+    return (replace(batch, step=batch.step - skipped_steps) for batch in batches)  # type: ignore[type-var]
 
 
 class Training(Protocol):
@@ -94,8 +117,22 @@ class Training(Protocol):
         """What is trained, for a person."""
         ...
 
-    def batches(self, first_step: int) -> Iterator[Any]:
-        """This rank's batches from `first_step` on, without end."""
+    @property
+    def judges(self) -> Sequence[Judge]:
+        """Of each engine's steps."""
+        ...
+
+    def batches(self, first_step: int, skipped_steps: int = 0) -> Iterator[Any]:
+        """This rank's batches from `first_step` on, without end: a batch's `step` is the step that takes it, its
+        samples are those of step + skipped_steps. What was asked before ends."""
+        ...
+
+    def samples(self, batch: Any) -> int:
+        """This rank's samples in a batch as a sum of hashes modulo 2^64 (data/sequence.py)."""
+        ...
+
+    def corpus(self, place: int) -> dict[str, str]:
+        """What the samples are drawn from, and which come at that many steps of data: facts by name."""
         ...
 
     def step(self, batch: Any) -> Record:

@@ -46,6 +46,8 @@ NEEDS = {
     "xformers": Need("xformers", (8, 0), "pip install xformers"),
 }
 PREFERENCE = ("flash3", "varlen", "flash2", "xformers")  # what "auto" tries, best first
+# Whose backward adds up in an order of its own each time, and cannot be told otherwise from here.
+NOT_DETERMINISTIC = ("flash3", "xformers")
 TAKES_OFFSETS = ("flash3", "varlen", "flash2")  # xFormers wants lengths as Python numbers, known before the call
 
 
@@ -57,16 +59,25 @@ class Backend:
     reason: str
 
 
-def resolve(name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Backend:
+def resolve(
+    name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, is_deterministic: bool = False
+) -> Backend:
     """The backend that `name` means for `dtype` on `device`; "auto" picks by rule, a name is held to its needs.
+
+    With `is_deterministic` only those whose gradients are the same bits every time, under
+    torch.use_deterministic_algorithms.
 
     Raises ValueError for a name that is no backend or cannot run here: what it needs and how to get it.
     """
     device = torch.device(device)
     if name == "auto":
-        return _pick(device, dtype)
+        return _pick(device, dtype, NOT_DETERMINISTIC if is_deterministic else ())
     if name not in (*DENSE, *NEEDS):
         raise ValueError(f"attention backend {name!r} is not known; choose one of auto, {', '.join((*DENSE, *NEEDS))}")
+    if is_deterministic and name in NOT_DETERMINISTIC:
+        raise ValueError(
+            "its backward is not deterministic, which the run is to be; choose auto, varlen, flash2 or sdpa"
+        )
     obstacle = missing(name, device, dtype) if name in NEEDS else None
     if obstacle:
         raise ValueError(f"it cannot run here: {obstacle}; or choose auto")
@@ -74,14 +85,14 @@ def resolve(name: str, device: torch.device | str, dtype: torch.dtype = torch.bf
     return Backend(name, "named in the config")
 
 
-def _pick(device: torch.device, dtype: torch.dtype) -> Backend:
+def _pick(device: torch.device, dtype: torch.dtype, refused: tuple[str, ...]) -> Backend:
     if device.type == "cpu" and dtype == torch.bfloat16:
         return Backend("matmul", "auto: bf16 on CPU, two batched products take a half to a fifth of sdpa")
     if device.type == "cpu" or dtype == torch.float32:
         return Backend("sdpa", f"auto: torch's fused attention, one call per segment length, serves {dtype} best")
     reasons: list[str] = []
     for name in PREFERENCE:
-        obstacle = missing(name, device, dtype)
+        obstacle = "its backward is not deterministic" if name in refused else missing(name, device, dtype)
         if not obstacle:
             activate(name)
             return Backend(name, "auto: one call for all segments" + "".join(f"; {why}" for why in reasons))
@@ -154,7 +165,10 @@ def _attend_varlen(
     if backend == "flash2":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q_THE, k_THE, v_THE, offsets, offsets, longest, longest, causal=causal)
+        is_fixed = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_varlen_func(
+            q_THE, k_THE, v_THE, offsets, offsets, longest, longest, causal=causal, deterministic=is_fixed
+        )
     from torch.nn.attention.varlen import varlen_attn
 
     window = (-1, 0) if causal else (-1, -1)

@@ -83,12 +83,15 @@ class TeacherColumns:
 
 
 @torch.no_grad()
-def target_entropy(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float, bias_K: Tensor) -> Tensor:
-    """Entropy of each row's target in nats, (R,) float32."""
+def target_health(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float, bias_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy of each row's target in nats, (R,) float32, and each prototype's share of all rows' targets, (K,)."""
     chunk = Logits(prototypes_KE, len(teacher_RE))
-    parts = slices(len(teacher_RE), chunk.num_rows)
-    entropies = [torch.special.entr(chunk.targets(teacher_RE[rows], temp, bias_K)).sum(dim=1) for rows in parts]
-    return torch.cat([bias_K.new_zeros(0), *entropies])
+    entropies, sum_K = [bias_K.new_zeros(0)], torch.zeros_like(bias_K)
+    for rows in slices(len(teacher_RE), chunk.num_rows):
+        target_RK = chunk.targets(teacher_RE[rows], temp, bias_K)
+        entropies.append(torch.special.entr(target_RK).sum(dim=1))
+        sum_K += target_RK.sum(dim=0)
+    return torch.cat(entropies), sum_K / max(1, len(teacher_RE))
 
 
 def prototype_cross_entropy(

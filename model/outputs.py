@@ -13,7 +13,7 @@ None.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -70,8 +70,10 @@ class RecOutputs:
 
 @dataclass(frozen=True)
 class Outputs:
-    """One forward pass of the Pretrainer."""
+    """One forward pass of the Pretrainer. `forks` are the features (T, D) that each objective reads, by its name, all
+    alike: the gradient at one of them is that objective's alone (engine/health/shares.py)."""
 
     clip: ClipOutputs | None
     ssl: SslOutputs | None
     rec: RecOutputs | None
+    forks: dict[str, Tensor] = field(default_factory=dict)

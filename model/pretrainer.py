@@ -120,20 +120,27 @@ class Pretrainer(nn.Module):
         reads = self._reads(layout, masked_idx)
         x_TD = self.trunk(crops, hidden, kept_idx=kept_idx, reads=reads, visible=visible)
         y_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
-        z_TD = self._without_variance(y_TD)
+        forks = self._forks(y_TD)
+        rec_TD = forks.get("rec", y_TD)
         return Outputs(
-            clip=self._clip(layout, z_TD, captions),
-            ssl=None if taught is None else self._ssl(layout, z_TD, masks, masked_idx, taught),
-            rec=self._rec(layout, x_TD, y_TD, crops, corruption),
+            clip=self._clip(layout, forks, captions),
+            ssl=None if taught is None else self._ssl(layout, forks, masks, masked_idx, taught),
+            rec=self._rec(layout, rec_TD if self.bottleneck_ae_only else x_TD, rec_TD, crops, corruption),
+            forks=forks,
         )
+
+    def _forks(self, y_TD: Tensor) -> dict[str, Tensor]:
+        heads = {"clip": self.clip, "ssl": self.teacher, "rec": self.decoder}
+        return {name: y_TD.view_as(y_TD) for name, head in heads.items() if head is not None}
 
     def _clip_alone(self, images: Tensor, captions: PackedCaptions) -> Outputs:
         crops = {"clip": normalise(images)}
         layout = self.trunk.layout(crops)
         reads = reads_of([self._clip_rows(layout, tokens(layout, images.device))])
         x_TD = self.trunk(crops, {}, reads=reads)
-        z_TD = self._without_variance(x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD))
-        return Outputs(clip=self._clip(layout, z_TD, captions), ssl=None, rec=None)
+        y_TD = x_TD if self.bottleneck_ae_only else self._through_bottleneck(x_TD)
+        forks = {"clip": y_TD.view_as(y_TD)}
+        return Outputs(clip=self._clip(layout, forks, captions), ssl=None, rec=None, forks=forks)
 
     def _visible(self, visible_idx_RV: Tensor | None, images: Tensor) -> dict[str, Tensor]:
         """What the trunk leaves out of the group "rec"; nothing where rec sees all that clip does, and needs no group.
@@ -199,17 +206,23 @@ class Pretrainer(nn.Module):
         """(R, V, D): the patches that rec reconstructs from, of rows of its own where patches are hidden from it."""
         return layout.patches(x_TD, "rec") if layout.has("rec") else layout.patches(x_TD, "clip")[self._rec_rows()]
 
-    def _clip(self, layout: Layout, z_TD: Tensor, captions: PackedCaptions) -> ClipOutputs | None:
+    def _clip(self, layout: Layout, forks: dict[str, Tensor], captions: PackedCaptions) -> ClipOutputs | None:
         if self.clip is None or self.text is None:
             return None
+        z_TD = self._without_variance(forks["clip"])
         return ClipOutputs(*self.clip(image_feature(layout, z_TD, self.image_feature), self.text(captions)))
 
     def _ssl(
-        self, layout: Layout, z_TD: Tensor, masks: Tensor, masked_idx: Tensor, taught: tuple[Tensor, Tensor, Tensor]
+        self,
+        layout: Layout,
+        forks: dict[str, Tensor],
+        masks: Tensor,
+        masked_idx: Tensor,
+        taught: tuple[Tensor, Tensor, Tensor],
     ) -> SslOutputs:
         """CLS of global and local crops and the hidden patches, through the prototype head in one call."""
         assert self.prototypes is not None
-        parts = _ssl_rows(layout, z_TD, masked_idx)
+        parts = _ssl_rows(layout, self._without_variance(forks["ssl"]), masked_idx)
         rows_XE, student_KE = self.prototypes(torch.cat(parts))
         global_GE, local_LE, patch_ME = rows_XE.split([part.shape[0] for part in parts])
         num_hidden_G = masks.sum(dim=1).float()

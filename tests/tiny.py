@@ -6,8 +6,9 @@ batch = random_batch(config, step=3, rank=1, world_size=2)     # rows 1, 3, 5 ..
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,12 +18,19 @@ from engine.corruption import corruptor
 from model.captions import pack_captions
 from model.corruption import Corruption
 
+T = TypeVar("T")
 TINY = Path(__file__).parent / "tiny.yaml"
 # Makes it a convolutional autoencoder; its patch size stays 8.
 CONV = (
     "model.trunk=null", "model.decoder=null", "objectives.clip.weight=0", "objectives.ssl.weight=0", "batch.ssl=0",
     "model.conv={channels: 8, multipliers: [1, 2, 2, 4], groups: 4, num_res_blocks: 1}",
 )  # fmt: skip
+
+
+def of_all_rows(named: Mapping[str, T]) -> dict[str, T]:
+    """Less what is said of a rank's own rows, whose mean over ranks is another figure at another world size."""
+    of_a_rank = ("prototype_share", "latent_std_min", "latent_std_max")
+    return {name: value for name, value in named.items() if name not in of_a_rank}
 
 
 def tiny_config(*overrides: str) -> Config:

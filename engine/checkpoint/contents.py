@@ -6,12 +6,14 @@
 
 Everything that evolves by itself is in the pieces (Kept): fp32 weights and AdamW moments of every engine, fp32 running
 averages, small tensors that all ranks share. Everything else is a function of the step (data cursor, view numbers,
-masks, schedules; models draw no random numbers), so `state.json` needs little more than that one integer. Loading at
+masks, schedules; models draw no random numbers), so `state.json` needs little more than that one integer, and which
+samples were taken. Loading at
 another world size or ZeRO stage is the same code: each rank reads the ranges it now owns.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,24 @@ def pieces(kept: Kept) -> list[Piece]:
     return found + [Piece(WHOLE, name, 0, tensor.flatten()) for name, tensor in kept.whole.items() if world.is_first()]
 
 
-def state_of(step: int, kept: Kept, config: Run) -> State:
+@dataclass(frozen=True)
+class Consumed:
+    """What a run has taken of its data; fields as State's."""
+
+    skipped_steps: int = 0
+    samples_digest: str = ""
+    corpus: dict[str, str] = field(default_factory=dict)
+
+
+NOTHING = Consumed()
+
+
+def state_of(step: int, kept: Kept, config: Run, consumed: Consumed = NOTHING) -> State:
     """What a checkpoint of now knows besides its pieces. `step` is how many are finished."""
     trainable = (item for item in kept.engines[MAIN].module.named_parameters() if item[1].requires_grad)
     shapes = {name: list(zero.full_shape(parameter)) for name, parameter in trainable}
     steps = {name: zero.steps_taken(engine) for name, engine in kept.engines.items()}
-    return State(step, steps, world.world_size(), fingerprint(config), shapes)
+    return State(step, steps, world.world_size(), fingerprint(config), shapes, **asdict(consumed))
 
 
 def load(path: Path, kept: Kept) -> tuple[State, dict[str, Tensor]]:

@@ -1,9 +1,9 @@
 """The checkpoint's grain: named ranges of flattened tensors, one safetensors file a rank.
 
 A piece is (key, name, start, values): key says which of a parameter's vectors it is ("fp32", "exp_avg", "exp_avg_sq",
-"teacher", "average"; "whole" is no parameter's), start where the values begin in the flattened tensor. Any rank of any
-world size reads the range it needs from whichever files hold it, so a checkpoint knows no world size. No pickle,
-nothing executes on load.
+"teacher", "average"; "whole" and "recent_norms" are no parameter's), start where the values begin in the flattened
+tensor. Any rank of any world size reads the range it needs from whichever files hold it, so a checkpoint knows no world
+size. No pickle, nothing executes on load.
 
     write_pieces(Path("rank-00000.safetensors"), [Piece("fp32", "trunk.norm.weight", 192, values)])
     Pieces(directory).read("fp32", "trunk.norm.weight", start=0, numel=384)      # out of two files
@@ -27,6 +27,7 @@ from configs.permissions import follow_umask
 from engine.checkpoint.directory import sync
 
 MASTER, TEACHER, AVERAGE, WHOLE = "fp32", "teacher", "average", "whole"  # the keys a checkpoint has
+NORMS = "recent_norms"  # one more, of engines instead of parameters (engine/health/judge.py)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # and those of AdamW
 MAIN = "model"  # the engine whose weights the run is for
 

@@ -48,7 +48,7 @@ class Saver:
         self._news: list[News] = []
         self._step, self._stall = 0, 0.0  # of the save under way: steps finished, seconds that the training waited
 
-    def save(self, step: int, kept: Kept) -> None:
+    def save(self, step: int, kept: Kept, consumed: contents.Consumed = contents.NOTHING) -> None:
         """Begins to save what is after `step` steps; a save under way has to be over first.
 
         The training stands still for a copy in host memory; with system.checkpoint.background=false, for the disk.
@@ -59,7 +59,7 @@ class Saver:
         if trouble := _trouble_of_first(lambda: self._make(draft)):
             self._news.append(self._failure(step, trouble))
             return
-        own, state = contents.pieces(kept), contents.state_of(step, kept, self._config)
+        own, state = contents.pieces(kept), contents.state_of(step, kept, self._config, consumed)
         beside = {"state.json": json.dumps(asdict(state)), "config.yaml": to_yaml(self._config)}
         held = self._copies.take(own) if settings.background else own
         self._writing = Writing(draft, world.rank(), world.world_size(), held, beside, settings)
@@ -76,10 +76,14 @@ class Saver:
         said, self._news = self._news, []
         return said
 
-    def finish(self) -> list[News]:
-        """The news when the save under way is over. Raises CheckpointError, on all ranks, where the last one failed."""
+    def settle(self) -> list[News]:
+        """The news when the save under way is over."""
         self._settle(is_patient=True)
-        news = self.news()
+        return self.news()
+
+    def finish(self) -> list[News]:
+        """As `settle`. Raises CheckpointError, on all ranks, where the last save failed."""
+        news = self.settle()
         if news and not news[-1].is_good:
             raise CheckpointError(news[-1].words)
         return news

@@ -26,6 +26,7 @@ from configs.system import Watch as Settings
 from engine import world
 from engine.exits import LOST_RANK
 from engine.failures import Failure, record
+from engine.health.failure import TrainingFailed
 from engine.watch.judge import Beat, Judge, Verdict
 from engine.watch.server import Server
 from profiling.phases import Phases
@@ -159,7 +160,8 @@ def watched(config: Run, run_dir: Path, phases: Phases) -> Iterator[Place]:
     except BaseException as error:
         if is_of_others(error):
             watch.linger()
-        record(run_dir, Failure(world.rank(), place.step, place.phase, type(error).__name__, str(error)))
+        kind = error.kind if isinstance(error, TrainingFailed) else type(error).__name__
+        record(run_dir, Failure(world.rank(), place.step, place.phase, kind, str(error)))
         watch.close(failed=f"{type(error).__name__}: {error}")
         raise
     else:

@@ -9,7 +9,7 @@ world size.
 
     with zero.construction(ds_config, "bf16", device):       # ZeRO-3: parameters are born partitioned
         model = Pretrainer(config, rows)
-    engine = zero.start(model, optimizer, ds_config)
+    engine = zero.start(model, optimizer, ds_config, is_left_out=judge)
     [f] = [f for f in zero.fragments(engine) if f.name == "trunk.norm.weight"]
 
 What each file says it measured was measured with deepspeed 0.19.8; docs/decisions.md has the story.
@@ -18,7 +18,18 @@ What each file says it measured was measured with deepspeed 0.19.8; docs/decisio
 from engine.zero.build import DTYPES, construction, gathered, mark_leaves, one_reduction, start
 from engine.zero.exchange import collectives, observed
 from engine.zero.optimizer import can_build, make_moments, own_adamw, steps_taken
-from engine.zero.shares import Fragment, fragments, full_shape, is_partitioned, local_range, publish, release, shard
+from engine.zero.shares import (
+    Fragment,
+    copies,
+    fragments,
+    full_shape,
+    is_partitioned,
+    local_range,
+    publish,
+    release,
+    replicas,
+    shard,
+)
 
 __all__ = [
     "DTYPES",
@@ -26,6 +37,7 @@ __all__ = [
     "can_build",
     "collectives",
     "construction",
+    "copies",
     "fragments",
     "full_shape",
     "gathered",
@@ -38,6 +50,7 @@ __all__ = [
     "own_adamw",
     "publish",
     "release",
+    "replicas",
     "shard",
     "start",
     "steps_taken",

@@ -2,7 +2,7 @@
 
     with construction(ds_config, "bf16", device):        # ZeRO-3: a rank holds 1/world_size of each from the start
         model = Pretrainer(config, rows)
-    engine = start(model, optimizer, ds_config)
+    engine = start(model, optimizer, ds_config, judge)
 
 Measured with deepspeed 0.19.8: `zero.Init` must not replace `F.linear`, which it does by default, for the life of the
 process.
@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import groups, logger, set_z3_leaf_modules
-from torch import nn
+from torch import Tensor, nn
 
 from configs import UserError
 from configs.ds import zero_stage
 from configs.scale_out import GRADIENTS, WEIGHTS, asks_deepcompile, is_asked
 from engine.zero import quantise
-from engine.zero.optimizer import skip_on_device
+from engine.zero.optimizer import gate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -74,11 +74,16 @@ def mark_leaves(model: nn.Module, kinds: list[type[nn.Module]]) -> None:
         set_z3_leaf_modules(model, kinds)
 
 
-def start(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
-    """A DeepSpeed engine around the model that was built inside `construction`."""
+def start(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ds_config: dict[str, Any],
+    is_left_out: Callable[[Tensor], Tensor],
+) -> Any:
+    """A DeepSpeed engine around the model that was built inside `construction`. `is_left_out` is as of gate
+    (engine/zero/optimizer.py): which steps the optimizer does not take."""
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
-        skip_on_device(engine.optimizer, optimizer)
+    gate(engine.optimizer, optimizer, is_left_out)
     if asks_deepcompile(ds_config):
         engine.compile()
     return engine

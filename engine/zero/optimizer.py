@@ -1,4 +1,4 @@
-"""What stands between ZeRO and the optimizer it wraps: DeepSpeed's own AdamW, the moments, their count.
+"""What stands between ZeRO and the optimizer it wraps: DeepSpeed's own AdamW, steps left out, the moments, their count.
 
     make_moments(engine, steps_taken=500)        # a resumed run: states to write into before the first step
     steps_taken(engine)                          # 500
@@ -8,6 +8,8 @@ Measured with deepspeed 0.19.8: optimizer moments do not exist before the first 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -47,25 +49,39 @@ def steps_taken(engine: Any) -> int:
     return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
-def skip_on_device(zero: Any, optimizer: torch.optim.AdamW) -> None:
-    """DeepSpeed asks the host in every step whether the gradient's norm is finite, and so waits for the device. torch's
-    fused step can be told by a flag on the device instead: it then changes neither weights nor moments nor its count.
-    """
+def gate(zero: Any, optimizer: torch.optim.Optimizer, is_left_out: Callable[[Tensor], Tensor]) -> None:
+    """From now on `is_left_out` (scalar norm of the whole gradient -> scalar bool; called once a step, on every rank)
+    decides whether a step is taken: if not, weights, moments and their count stay as they are.
 
-    def flag(norm: Tensor | float) -> bool:
-        norm = torch.as_tensor(norm)  # a number where the states are on the host
-        optimizer.found_inf = (~torch.isfinite(norm) | (norm < 0)).float()  # type: ignore[attr-defined]
-        return False
+    DeepSpeed 0.19.8 leaves steps out by itself: under ZeRO-3 by the norm alone; under ZeRO-1 and 2 by the norm, and in
+    bf16 first by a look at the gradients. Each time it asks the host, and so waits for the device. torch's fused step
+    can be told by a flag on the device instead, and nothing waits. Other optimizers keep that one wait.
+    """
+    is_on_device = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+    decided: list[Tensor] = []  # of this step; ZeRO-1 and 2 ask again for every group
+
+    def ask(norm: Tensor | float) -> bool:
+        if not decided:
+            decided.append(is_left_out(torch.as_tensor(norm)))  # a number where the states are on the host
+        if is_on_device:
+            optimizer.found_inf = decided[0].float()  # type: ignore[attr-defined]
+            return False
+        return bool(decided[0])
 
     def step(closure: Any = None) -> Any:
+        decided.clear()
         with ExitStack() as stack:
             for module in (stage3, stage_1_and_2):
                 stack.callback(setattr, module, "is_invalid_grad_norm", module.is_invalid_grad_norm)
-                module.is_invalid_grad_norm = flag
-            return taken(closure)
+                module.is_invalid_grad_norm = ask
+            result = taken(closure)
+        if not decided:  # the look at the gradients was enough, and no norm was taken
+            ask(math.inf)
+        return result
 
     taken, zero.step = zero.step, step
-    zero.check_grad_overflow = False  # ZeRO-1 and 2 ask a second time, of the gradients themselves
+    if is_on_device:
+        zero.check_grad_overflow = False  # the look at the gradients; the norm says as much
 
 
 def link_moments(zero: Any) -> None:

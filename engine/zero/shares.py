@@ -137,6 +137,28 @@ def publish(engine: Any) -> None:
             parameter.data.copy_(safe_get_full_fp32_param(parameter))
 
 
+def replicas(engine: Any) -> list[tuple[str, Tensor]]:
+    """What every rank holds whole, and alike: parameters under ZeRO-1 and 2, frozen ones too; under ZeRO-3 those that
+    stay gathered between steps; buffers. The same names on every rank."""
+    found = [
+        (name, parameter.data)
+        for name, parameter in engine.module.named_parameters()
+        if not is_partitioned(parameter) or parameter.ds_status == ZeroParamStatus.AVAILABLE
+    ]
+    return [*found, *((name, buffer.data) for name, buffer in engine.module.named_buffers())]
+
+
+def copies(engine: Any) -> list[tuple[str, Tensor, Tensor]]:
+    """(name, the model's values, their fp32 masters) of this rank's share, each (numel,). Between steps the first are
+    the second, rounded."""
+    found = []
+    for fragment in fragments(engine):
+        start = 0 if is_partitioned(fragment.parameter) else fragment.start
+        values = shard(fragment.parameter)[start : start + fragment.numel]
+        found.append((fragment.name, values, fragment.read(MASTER)))
+    return found
+
+
 def _padded(value: Tensor, like: Tensor) -> Tensor:
     padded = torch.zeros(like.numel(), dtype=value.dtype, device=like.device)
     padded[: value.numel()].copy_(value)

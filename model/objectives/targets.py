@@ -80,11 +80,13 @@ def follow_centre(
     momentum: float,
     comm: Comm,
 ) -> Float[Tensor, " K"]:
-    """momentum * centre + (1 - momentum) * mean logits of all ranks' rows; the old centre where there are none.
+    """momentum * centre + (1 - momentum) * mean logits of all ranks' rows; the old centre where there are none, and
+    where one is no number: a step that is left out must not stay in the centre.
 
     The mean of the logits is the logits of the mean row, so ranks sum E numbers and no logits are computed.
     """
     num_rows = torch.full_like(centre_K[:1], len(teacher_RE))
     sums = comm.all_sum(torch.cat([teacher_RE.float().sum(dim=0), num_rows]))
     mean_K = teacher_KE.float() @ (sums[:-1] / sums[-1].clamp_min(1))
-    return centre_K * momentum + torch.where(sums[-1] > 0, mean_K, centre_K) * (1 - momentum)
+    has_mean = (sums[-1] > 0) & torch.isfinite(sums).all()
+    return centre_K * momentum + torch.where(has_mean, mean_K, centre_K) * (1 - momentum)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.learning import Align, Clip, Objectives, Rec, Ssl
-from kernels.prototypes import target_entropy
+from kernels.prototypes import target_health
 from model.frozen import FrozenEncoder
 from model.objectives.align import cosine_loss, distance_loss
 from model.objectives.comm import Comm
@@ -161,8 +161,9 @@ def _ssl(ssl: SslOutputs, config: Ssl, cls: Targets, patch: Targets, comm: Comm)
     if config.koleo:
         terms.append(Term("koleo", koleo_loss(ssl.student_cls_GD, comm), config.koleo))
     # ln K: the teacher says nothing; 0: it has collapsed to one prototype or is very sure.
-    entropy = target_entropy(cls.teacher_RE, cls.teacher_KE, cls.temp, cls.bias_K).mean()
-    return Objective("ssl", config.weight, tuple(terms), {"teacher_entropy": entropy})
+    entropy_R, share_K = target_health(cls.teacher_RE, cls.teacher_KE, cls.temp, cls.bias_K)
+    health = {"teacher_entropy": entropy_R.mean(), "prototype_share": share_K.max()}
+    return Objective("ssl", config.weight, tuple(terms), health)
 
 
 def _rec(rec: RecOutputs, config: Rec, perceptual: Perceptual | None, frozen: FrozenEncoder | None) -> Objective:
@@ -172,7 +173,9 @@ def _rec(rec: RecOutputs, config: Rec, perceptual: Perceptual | None, frozen: Fr
         assert perceptual is not None, "rec.perceptual has a weight but no LPIPS network was given"
         distance_R = perceptual(to_signed(rec.recon), to_signed(rec.target))
         terms.append(Term("lpips", distance_R.sum() / len(distance_R), config.perceptual))
-    health = {}
+    # Of this rank's rows: a channel that says nothing, or explodes, does so on every rank.
+    std_L = rec.latent.detach().float().transpose(0, 1).flatten(1).std(dim=1, correction=0)
+    health = {"latent_std_min": std_L.min(), "latent_std_max": std_L.max()}
     if rec.posterior is not None:
         divergence_R, health["latent_std"] = rec.posterior.kl(), rec.posterior.std.mean()
         terms.append(Term("kl", divergence_R.sum() / len(divergence_R), config.kl))

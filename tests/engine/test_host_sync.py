@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 import warnings
 from collections import Counter
@@ -14,12 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import Config
-from engine import zero
-from engine.guard import Guard
+from engine.assemble import Assembly
+from engine.health.guard import Guard
 from engine.meter import Meter
-from engine.step import model_inputs, train_step
+from engine.step import train_step
 from model.objectives.comm import Comm
-from model.objectives.total import compute
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import random_batch, tiny_config
@@ -69,11 +67,15 @@ def _asker() -> str:
     return f"{'/'.join(frames[-1].filename.split('/')[-2:])}:{frames[-1].name}"
 
 
+def guard_of(comm: Comm, config: Config, parts: Assembly) -> Guard:
+    return Guard(comm, parts.device, config.health, [parts.judge])
+
+
 def count_reads(comm: Comm, config: Config, stage: str) -> Counter[str]:
     """Of one step that is not reported, with what the loop does around it; after two steps that set things up."""
     parts = ranks.build(config, comm, stage)
     _, centres = ranks.run_steps(parts, config, comm, 0, 2)
-    meter, guard = Meter(comm, config.optim.steps, config.batch.clip), Guard(comm, parts.device)
+    meter, guard = Meter(comm, config.optim.steps, config.batch.clip), guard_of(comm, config, parts)
     batch = random_batch(config, 2, comm.rank, comm.world_size)
     with HostReads() as reads:
         record = train_step(parts, batch, centres, config)
@@ -84,12 +86,18 @@ def count_reads(comm: Comm, config: Config, stage: str) -> Counter[str]:
 
 
 EVERYTHING = ("optim.precision=bf16", "model.trunk.drop_path=0.4", "system.activation_checkpointing=selective")
+EVERYTHING += ("system.checks.shares_every=1",)
 
 
 @pytest.mark.L1
 @pytest.mark.parametrize(
     ("stage", "overrides"),
-    [("zero3", ()), ("zero3", (*EVERYTHING, "objectives.ssl.targets=centering")), ("zero2", EVERYTHING[:1])],
+    [
+        ("zero3", ()),
+        ("zero3", (*EVERYTHING, "objectives.ssl.targets=centering")),
+        ("zero2", EVERYTHING[:1]),
+        ("zero2", ("health.spike=skip", "health.nonfinite=skip")),
+    ],
 )
 def test_a_step_between_reports_reads_nothing_back(stage: str, overrides: tuple[str, ...]) -> None:
     for seen in run_ranks(count_reads, 2, tiny_config(*overrides), stage):
@@ -98,36 +106,11 @@ def test_a_step_between_reports_reads_nothing_back(stage: str, overrides: tuple[
 
 @pytest.mark.L1
 def test_other_optimizers_wait_once_a_step_for_deepspeeds_finite_check() -> None:
-    for seen in run_ranks(count_reads, 2, tiny_config("system.optimizer=torch"), "zero3"):
+    config = tiny_config("system.optimizer=torch", "health.spike=skip")
+    for seen in run_ranks(count_reads, 2, config, "zero3"):
         # torch's plain AdamW reads its step count as well, once a group; that tensor lives on the host.
         assert seen.pop("_local_scalar_dense in zero/stage3.py:step_with_gradscaler") == 2
-        assert seen == {"_local_scalar_dense in runtime/utils.py:is_invalid_grad_norm": 1}
-
-
-def skip_a_step(comm: Comm, stage: str, precision: str) -> tuple[ranks.Trained, ranks.Trained, int]:
-    """Two steps, and two steps with one between them whose gradient is not a number."""
-    config, outcomes = tiny_config(f"optim.precision={precision}", "objectives.ssl.weight=0", "batch.ssl=0"), []
-    for has_bad_step in (False, True):
-        parts = ranks.build(config, comm, stage)
-        losses, _ = ranks.run_steps(parts, config, comm, 0, 1)
-        if has_bad_step:
-            batch = random_batch(config, 7, comm.rank, comm.world_size)
-            outputs = parts.engine(**model_inputs(batch, parts.device))
-            total = compute(outputs, config.objectives, 0.1, comm, None, None).total
-            parts.engine.backward(total * math.nan)
-            parts.engine.step()
-        more, _ = ranks.run_steps(parts, config, comm, 1, 2)
-        outcomes.append(ranks.outcome(parts, losses + more))
-    return outcomes[0], outcomes[1], zero.steps_taken(parts.engine)
-
-
-@pytest.mark.L1
-@pytest.mark.parametrize(("stage", "precision"), [("zero3", "bf16"), ("zero2", "fp32")])
-def test_a_step_with_a_gradient_that_is_no_number_is_skipped_on_the_device(stage: str, precision: str) -> None:
-    plain, skipped, steps = run_ranks(skip_a_step, 2, stage, precision)[0]
-    assert steps == 2
-    assert skipped.losses == plain.losses
-    assert [name for name, weight in plain.weights.items() if not torch.equal(weight, skipped.weights[name])] == []
+        assert seen == {"_local_scalar_dense in zero/optimizer.py:ask": 1}
 
 
 def syncs_of_a_step(comm: Comm) -> list[str]:

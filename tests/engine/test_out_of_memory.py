@@ -15,6 +15,7 @@ import torch
 from configs import Config, UserError
 from configs.ds import load_ds_config
 from engine import out_of_memory, run
+from engine.health.rollback import Cursor, Rollbacks
 from engine.out_of_memory import Memory
 from engine.world import RankError
 from model.objectives.comm import Solo
@@ -110,8 +111,9 @@ def test_a_step_of_a_run_is_explained(tmp_path: Path) -> None:
     window = SimpleNamespace(before=lambda step: None)
     instruments = SimpleNamespace(use=None, window=window, phases=lambda name: nullcontext())
     nobody: Any = SimpleNamespace()
-    batches = lambda first: iter([None])  # noqa: E731
+    batches = lambda first, skipped: iter([None])  # noqa: E731
     training: Any = SimpleNamespace(config=CONFIG, comm=Solo(), step=no_memory, batches=batches)
-    looped = run.Loop(training, nobody, nobody, instruments, memory(tmp_path), tmp_path)  # type: ignore[arg-type]
+    parts: Any = (training, nobody, nobody, instruments, memory(tmp_path), nobody, nobody, Rollbacks(1), nobody)
+    looped = run.Loop(*parts, tmp_path)
     with pytest.raises(UserError, match="in step 4: CUDA out of memory"):
-        looped.go(4)
+        looped.go(Cursor(4))

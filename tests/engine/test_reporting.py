@@ -1,15 +1,11 @@
-"""Meter, guard, reporter, parameter groups: the small parts around a step."""
+"""Meter, reporter, parameter groups: the small parts around a step."""
 
 import json
-import math
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.guard import Guard, NonFiniteLoss
 from engine.meter import Meter
 from engine.optim import parameter_groups
 from engine.report import open_reporter, plain_line
@@ -72,39 +68,13 @@ def data_wait_share(comm: Comm) -> float:
     return meter.read(1, waited_seconds=50.0 * comm.rank)["speed/data_wait_share"]
 
 
-def stop_when_one_is_asked(comm: Comm) -> list[bool]:
-    guard = Guard(comm, torch.device("cpu"))
-    guard.listen()
-    answers = [guard.should_stop()]
-    if comm.rank == 1:
-        os.kill(os.getpid(), signal.SIGUSR1)
-    answers.append(guard.should_stop())
-    guard.watch(torch.tensor(math.nan if comm.rank == 1 else 1.0))
-    try:
-        guard.check(7)
-    except NonFiniteLoss as error:
-        return [*answers, "1 non-finite losses up to step 7" in str(error)]
-    return [*answers, False]
-
-
-def test_ranks_report_one_mean_and_stop_together() -> None:
+def test_ranks_report_one_mean() -> None:
     assert run_ranks(mean_over_ranks, 2) == [2.0, 2.0]
-    assert run_ranks(stop_when_one_is_asked, 2) == [[False, True, True]] * 2
 
 
 def test_the_wait_for_data_is_that_of_the_rank_that_waited_longest() -> None:
     shares = run_ranks(data_wait_share, 2)
     assert shares == pytest.approx([0.5, 0.5], rel=0.1)  # of 100 s and what reading takes
-
-
-def test_the_guard_lets_finite_losses_pass() -> None:
-    guard = Guard(Solo(), torch.device("cpu"))
-    guard.watch(torch.tensor(1e30))
-    guard.check(1)
-    guard.watch(torch.tensor(math.inf))
-    with pytest.raises(NonFiniteLoss):
-        guard.check(2)
-    guard.check(3)  # counted once
 
 
 def test_reports_are_lines_of_json_and_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from kernels.prototypes import (
     TeacherColumns,
     prototype_cross_entropy,
     reference,
-    target_entropy,
+    target_health,
 )
 
 pytestmark = pytest.mark.L0
@@ -164,11 +164,11 @@ def test_passes_over_the_teacher_equal_their_formulas(keep_bytes: int, rows: int
         patch.setitem(prototypes.KEEP_BYTES, "cpu", keep_bytes)
         columns = TeacherColumns(teacher_RE, case.teacher_KE, temp)
     found = {"logsumexp": columns.logsumexp(), "mass": columns.mass(bias_K), "mass again": columns.mass(bias_K)}
-    found["entropy"] = target_entropy(teacher_RE, case.teacher_KE, temp, bias_K)
+    found["entropy"], found["share"] = target_health(teacher_RE, case.teacher_KE, temp, bias_K)
     mass_K, entropy_R = target_RK.sum(dim=0), torch.special.entr(target_RK).sum(dim=1)
     lowest_K = torch.full((num,), torch.finfo(torch.float32).min)
     log_mass_K = score_RK.logsumexp(dim=0) if rows else lowest_K
-    for name, expected in zip(found, (log_mass_K, mass_K, mass_K, entropy_R), strict=True):
+    for name, expected in zip(found, (log_mass_K, mass_K, mass_K, entropy_R, mass_K / max(1, rows)), strict=True):
         assert error(found[name], expected) < TOLERANCE, name
 
 

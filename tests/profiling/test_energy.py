@@ -262,21 +262,21 @@ def test_joules_of_ranks_add_up_and_the_worst_is_shown() -> None:
 def test_joules_per_sample_are_of_the_steps_since_the_last_report(nvml: FakeNvml) -> None:
     said: list[str] = []
     with still() as meter:
-        energy = Energy(meter, samples_per_step=8, first_step=100, say=said.append)
+        energy = Energy(meter, samples_per_step=8, say=said.append)
         nvml.answers["nvmlDeviceGetTotalEnergyConsumption"] = 5_800_000
-        assert energy.read(110)["energy/joules_per_sample"] == pytest.approx(800 / 80)
+        assert energy.read(10)["energy/joules_per_sample"] == pytest.approx(800 / 80)
         nvml.answers["nvmlDeviceGetTotalEnergyConsumption"] = 6_000_000
-        assert energy.read(115)["energy/joules_per_sample"] == pytest.approx(200 / 40)
+        assert energy.read(5)["energy/joules_per_sample"] == pytest.approx(200 / 40)
         nvml.fail("nvmlDeviceGetPowerUsage", "NVMLError_GpuIsLost")  # not asked: there is a counter
         nvml.fail("nvmlDeviceGetTemperature", "NVMLError_GpuIsLost")
-        assert energy.read(120) == energy.read(125) == {}
+        assert energy.read(5) == energy.read(5) == {}
     assert len(said) == 1
 
 
 def report_of(comm: Comm, powercap: Path) -> tuple[dict[str, float], list[str]]:
     vars(engine.energy)["EnergyMeter"] = partial(EnergyMeter, interval=1000.0, powercap=powercap)
     said: list[str] = []
-    with metered(torch.device("cpu"), samples_per_step=4, first_step=0, say=said.append) as energy:
+    with metered(torch.device("cpu"), samples_per_step=4, say=said.append) as energy:
         if comm.rank == 0:
             (powercap / "intel-rapl:0" / "energy_uj").write_text("8000000")
         return energy.read(1), said

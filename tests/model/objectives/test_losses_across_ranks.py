@@ -19,6 +19,7 @@ from model.objectives.comm import Comm, Solo
 from model.objectives.total import Centres, compute
 from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs
 from tests.harness import run_ranks
+from tests.tiny import of_all_rows
 
 pytestmark = pytest.mark.L1
 # Relative to the largest entry. Measured worst case 1.3e-5: the scale gradient of softmax, where pairs are nearly
@@ -162,7 +163,7 @@ def test_several_ranks_equal_one_rank_in_loss_gradient_and_state(world_size: int
         of_kind = [share[kind] for share in shares]
         assert whole.centres is not None
         assert whole.grads, f"{kind} trains nothing"
-        for name, value in whole.named.items():
+        for name, value in of_all_rows(whole.named).items():
             errors[kind, name] = error(torch.stack([share.named[name] for share in of_kind]).mean(), value)
         for name, grad in whole.grads.items():
             errors[kind, f"grad of {name}"] = error(

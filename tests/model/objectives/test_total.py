@@ -60,7 +60,7 @@ def test_total_is_the_weighted_sum_of_every_named_term() -> None:
     named = run(objectives).named()
     assert list(named) == [
         "clip", "logit_scale", "clip_accuracy", "ssl", "dino_local", "dino_global", "mim", "koleo",
-        "teacher_entropy", "rec", "l1", "lpips", "total",
+        "teacher_entropy", "prototype_share", "rec", "l1", "lpips", "latent_std_min", "latent_std_max", "total",
     ]  # fmt: skip
     assert all(value.shape == () and not value.requires_grad for value in named.values())
     ssl = named["dino_local"] + named["dino_global"] + named["mim"] + 0.3 * named["koleo"]
@@ -76,9 +76,9 @@ def test_total_is_the_weighted_sum_of_every_named_term() -> None:
         (Objectives(clip=Clip(weight=0), rec=Rec(perceptual=0)), {"clip", "logit_scale", "lpips"}),
         (
             Objectives(ssl=Ssl(weight=0), rec=Rec(perceptual=0)),
-            {"ssl", "mim", "koleo", "teacher_entropy", "lpips"},
+            {"ssl", "mim", "koleo", "teacher_entropy", "prototype_share", "lpips"},
         ),
-        (Objectives(ssl=Ssl(koleo=0), rec=Rec(weight=0)), {"koleo", "rec", "l1", "lpips"}),
+        (Objectives(ssl=Ssl(koleo=0), rec=Rec(weight=0)), {"koleo", "rec", "l1", "lpips", "latent_std_min"}),
     ],
 )
 def test_what_has_no_weight_is_neither_named_nor_computed(objectives: Objectives, absent: set[str]) -> None:
@@ -91,7 +91,7 @@ def test_an_objective_the_model_does_not_train_needs_no_outputs() -> None:
     given = outputs()
     objectives = Objectives(clip=Clip(weight=0), ssl=Ssl(weight=0), rec=Rec(perceptual=0))
     named = run(objectives, Outputs(None, None, given.rec)).named()
-    assert list(named) == ["rec", "l1", "total"]
+    assert list(named) == ["rec", "l1", "latent_std_min", "latent_std_max", "total"]
 
 
 @pytest.mark.parametrize(("num_locals", "num_masked"), [(0, M), (N, 0), (0, 0)])

@@ -1,0 +1,115 @@
+"""Watching a run without slowing it: what went wrong in its steps, and a polite stop.
+
+Both are read only at reports: counts are kept on the device and the stop flag is agreed between ranks, so no step waits
+for either.
+
+    guard = Guard(comm, device, config.health, training.judges)
+    guard.watch(losses.total)          # every step, no sync
+    found = guard.read(step)           # at reports; the same on every rank
+    guard.act(found)                   # raises on all ranks or on none: TrainingFailed, or GoBack
+    if guard.should_stop(): ...        # at reports; the same answer on every rank
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from configs.health import Health
+from engine import world
+from engine.health.failure import TrainingFailed
+from engine.health.judge import Judge
+from model.objectives.comm import Comm
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What went wrong since the last report, which came after `step` steps. Over all engines."""
+
+    step: int
+    losses: int  # no numbers, over all ranks
+    gradients: int  # of steps: no numbers; their optimizer steps were left out
+    spikes: int  # of steps: of the gradient's norm
+    skipped: int  # optimizer steps left out
+
+    def values(self) -> dict[str, float]:
+        """For a report."""
+        return {
+            "health/nonfinite_losses": float(self.losses),
+            "health/nonfinite_gradients": float(self.gradients),
+            "health/spikes": float(self.spikes),
+            "health/skipped_steps": float(self.skipped),
+        }
+
+    def __str__(self) -> str:
+        counts = {"non-finite losses": self.losses, "non-finite gradients": self.gradients, "spikes": self.spikes}
+        return f"{', '.join(f'{n} {name}' for name, n in counts.items() if n) or 'nothing'} up to step {self.step}"
+
+
+class GoBack(Exception):
+    """The run is to go back to its last checkpoint, and on with other data. Raised on every rank."""
+
+    def __init__(self, kind: str, found: Found) -> None:
+        super().__init__(str(found))
+        self.kind, self.found = kind, found
+
+
+class Guard:
+    """Counts what goes wrong on the device and remembers a stop signal."""
+
+    def __init__(self, comm: Comm, device: torch.device, health: Health, judges: Sequence[Judge]) -> None:
+        self._comm, self._health, self._judges = comm, health, judges
+        self._non_finite = torch.zeros((), device=device)
+        self._was_asked = False
+
+    def listen(self) -> None:
+        """From now on SIGTERM and SIGUSR1 ask the run to save and leave."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._ask)
+
+    def watch(self, loss: Tensor) -> None:
+        """Counts the step's loss if it is not finite; no host sync."""
+        self._non_finite += (~torch.isfinite(loss.detach())).sum()
+
+    def read(self, step: int) -> Found:
+        """What there was since the last read, and a new start. A collective; waits for the device."""
+        losses = int(self._comm.all_sum(self._non_finite))
+        counts = [judge.counts.tolist() for judge in self._judges]
+        self.forget()
+        gradients, spikes = (sum(int(count[place]) for count in counts) for place in (0, 1))
+        skipped = gradients + (spikes if self._health.spike == "skip" else 0)
+        return Found(step, losses, gradients, spikes, skipped)
+
+    def forget(self) -> None:
+        """Counts from 0 again."""
+        self._non_finite.zero_()
+        for judge in self._judges:
+            judge.forget()
+
+    def act(self, found: Found) -> None:
+        """Raises TrainingFailed or GoBack where health.nonfinite or health.spike asks for it."""
+        if found.losses and self._health.nonfinite == "stop":
+            raise TrainingFailed(
+                "nonfinite",
+                f"{found}: the steps after the last checkpoint cannot be trusted; resume from it with a lower optim.lr "
+                "or with health.nonfinite=skip (--allow-change), or look in runs/NAME/log.jsonl for the term that blew "
+                "up first",
+            )
+        if self._health.nonfinite == "rollback" and (found.losses or found.gradients):
+            raise GoBack("nonfinite", found)
+        if self._health.spike == "rollback" and found.spikes:
+            raise GoBack("spike", found)
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to stop. A collective: call it on every rank at the same step."""
+        return world.any_rank(self._was_asked)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._was_asked = True
