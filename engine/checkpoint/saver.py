@@ -140,8 +140,8 @@ def save(root: Path, step: int, kept: Kept, config: Run) -> Path:
 
 
 def _trouble(told: list[Told]) -> str:
-    """What went wrong on the first rank that says so; nothing where none does."""
-    said = [(rank, words) for rank, each in enumerate(told) for words in (each.share, each.outcome)]
+    """What went wrong, as the rank says whose it was: rank 0 gives up because of another. Nothing where all is well."""
+    said = [*enumerate(each.share for each in told), *enumerate(each.outcome for each in told)]
     return next((f"rank {rank}: {words}" for rank, words in said if words not in (RUNNING, DONE)), "")
 
 
