@@ -114,6 +114,7 @@ class Loop:
     def _steps(self, begin: Cursor) -> int:
         config = self.training.config
         total, report_every = config.optim.steps, config.system.report_every
+        self.place.step = begin.step
         meter = Meter(self.training.comm, total, config.samples_per_step, self.instruments.use)
         window, phases = self.instruments.window, self.instruments.phases
         batches, samples = self.training.batches(begin.step, begin.skipped_steps), SampleLog(begin.samples_digest)

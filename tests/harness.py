@@ -79,6 +79,7 @@ def _rank(rank: int, world_size: int, port: int, folder: Path, task: bytes, time
             function, arguments = pickle.loads(task)
             if join:
                 comm = world.start(timeout / 60, rendezvous=f"file://{folder}/rendezvous")
+                world.barrier()  # a rank that is done at once must not leave while others still connect to it
                 arguments = (comm, *arguments)
             result = pickle.dumps(function(*arguments))
             (folder / f"{rank}.result").write_bytes(result)

@@ -42,12 +42,12 @@ class Judge:
         self._silent, self._stuck = silent_seconds, stuck_seconds
         self._beats = {rank: Beat(rank, "?", 0, "starting") for rank in range(world_size)}
         self._heard = dict.fromkeys(range(world_size), now)
-        self._advanced = now  # when the last rank said that it had finished another step
+        self._advanced = now  # when a rank last said another step than before; after a roll-back it is a lower one
         self._present = set(range(world_size))
         self._closed: list[int] = []
 
     def heard(self, beat: Beat, now: float) -> None:
-        if beat.step > self._beats[beat.rank].step or self._beats[beat.rank].phase == "starting":
+        if beat.step != self._beats[beat.rank].step or self._beats[beat.rank].phase == "starting":
             self._advanced = now
         self._beats[beat.rank], self._heard[beat.rank] = beat, now
 

@@ -38,8 +38,10 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     def flash_attn_varlen_func(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
         max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+        deterministic: bool = False,
     ) -> Tensor:  # fmt: skip
         assert cu_seqlens_q is cu_seqlens_k
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert max_seqlen_q == max_seqlen_k >= int(cu_seqlens_q.diff().max())
         return by_offsets(q, k, v, cu_seqlens_q, causal)
 

@@ -32,6 +32,13 @@ def test_while_all_speak_and_advance_nobody_is_lost() -> None:
         assert judge.verdict(second) is None
 
 
+def test_a_run_that_went_back_advances_from_there() -> None:
+    judge = judge_of()
+    for second in range(101, 200):
+        hear(judge, second, *((rank, second % 5, "trunk") for rank in range(3)))
+        assert judge.verdict(second) is None
+
+
 def test_a_closed_connection_is_a_death_at_once_and_a_goodbye_is_none() -> None:
     judge = judge_of()
     judge.goodbye(1)
