@@ -4,8 +4,9 @@
 
 Between two starts it waits, twice as long each time (BACK_OFF). A new checkpoint is progress: the count and the wait
 begin anew. A failure that comes back at the same step with the same words and no progress in between is deterministic,
-and another start would be wasted. SIGTERM and SIGUSR1 go to the launcher's processes, which save and end; a supervisor
-that was asked to stop starts nothing again. Imports no torch: it outlives what it starts by weeks.
+and another start would be wasted. SIGTERM and SIGUSR1 go to the launcher's processes of this machine; on several hosts
+signal a rank instead (docs/clusters/ssh.md). A supervisor that was asked to stop starts nothing again. Imports no
+torch: it outlives what it starts by weeks.
 """
 
 from __future__ import annotations

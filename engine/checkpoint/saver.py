@@ -22,11 +22,15 @@ from engine import world
 from engine.checkpoint import contents, directory
 from engine.checkpoint.copies import Copies
 from engine.checkpoint.writing import DONE, RUNNING, Told, Writing
+from engine.health.failure import TrainingFailed
 from engine.training import Kept
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(TrainingFailed):
     """A checkpoint that was asked for is not on disk. The one before it is."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("checkpoint", message)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ raise TrainingFailed("nonfinite", "3 non-finite losses up to step 120: ...")    
 
 
 class TrainingFailed(RuntimeError):
-    """`kind` is one word for what keeps count of failures: "nonfinite", "spike", "replicas"."""
+    """`kind` is one word for what keeps count of failures: "nonfinite", "spike", "replicas", "checkpoint"."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

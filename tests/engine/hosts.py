@@ -14,7 +14,6 @@ not send along is not there. Needs root; `why_not()` says what is missing.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -106,11 +105,6 @@ class Hosts:
     def run(self, name: str, command: str) -> str:
         """What a command prints on a host; CalledProcessError when it fails."""
         return subprocess.run([self.bin / "ssh", name, command], check=True, capture_output=True, text=True).stdout
-
-    def bytes_received(self, name: str) -> int:
-        """What came over the cable since the host was connected."""
-        [interface] = json.loads(self.run(name, "ip -json -statistics link show eth0"))
-        return int(interface["stats64"]["rx"]["bytes"])
 
     def _first_process(self, name: str) -> int:
         """The host's number of its first process here, once the host answers to its name."""

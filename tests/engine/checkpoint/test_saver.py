@@ -13,8 +13,9 @@ from engine.archive import find
 from engine.checkpoint import directory, writing
 from engine.checkpoint.contents import load
 from engine.checkpoint.pieces import Pieces
-from engine.checkpoint.saver import CheckpointError, News, Saver, save
+from engine.checkpoint.saver import News, Saver, save
 from engine.checkpoint.verified import newest_good
+from engine.health.failure import TrainingFailed
 from model.objectives.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
@@ -95,8 +96,9 @@ def save_where_one_cannot(comm: Comm, config: Config, root: Path) -> tuple[list[
     saver.save(1, kept)
     said = [each.words for each in saver.news()]
     saver.save(2, kept)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(TrainingFailed) as caught:  # so the run's exit code is FAILED
         saver.finish()
+    assert caught.value.kind == "checkpoint"
     return said, str(caught.value)
 
 
