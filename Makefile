@@ -9,7 +9,7 @@ DEMO_DATA := demo_data
 # One rank per GPU, two at most (the demo deals its data to two streams); two ranks on a machine without a GPU.
 RANKS = $(shell $(BIN)/python -c "import torch; print(min(torch.cuda.device_count(), 2) or 2)")
 
-.PHONY: demo demo-seeds test fuzz checks setup format clean
+.PHONY: demo demo-seeds test fuzz soak checks setup format clean
 
 demo: setup
 	python -m data.corpus synthetic --out $(DEMO_DATA) --samples 6000 --held-out 1024
@@ -30,6 +30,10 @@ test: checks
 # 100,000 hostile inputs for each reader of what comes from outside: shards, indexes, captions, picture headers; minutes.
 fuzz: setup
 	python -m tests.fuzz
+
+# Half an hour of training under random faults, then the same undisturbed, compared; docs/reliability.md.
+soak: setup
+	python -m tests.soak
 
 checks: setup
 	ruff format --check .
