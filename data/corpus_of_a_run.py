@@ -11,13 +11,14 @@ left out, where both would otherwise change every batch to come. It also spares 
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from data.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,10 @@ def read(path: Path, train: Sequence[str], caption: str | None) -> tuple[Found, 
 
 
 def write(path: Path, train: Sequence[str], caption: str | None, found: Found) -> None:
-    """Under a temporary name first: it is there whole, or not."""
+    """It is there whole, or not. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     content = {"of": _of(train, caption), "shards": found.shards, "bad": found.bad}
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", errors="surrogateescape")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _of(train: Sequence[str], caption: str | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs import UserError
+from data.lines import Lines
 
 _MIN_MET = 16  # bad samples met before their share says anything: 16 are no accident below the limit
 
@@ -46,17 +47,13 @@ class Health:
     """The bad samples of one process. Thread-safe.
 
     `corpus_size` counts the samples the index kept and `left_out` those it did not. `log` (jsonl) gets each
-    bad sample once, over resumed runs and over ranks that share the file too. Raises TooManyBadSamples at
-    once when the index alone left out more than the share allows.
+    bad sample once, over resumed runs and over ranks that share the file too; `lines` is that file. Raises
+    TooManyBadSamples at once when the index alone left out more than the share allows.
     """
 
     def __init__(self, max_bad_share: float, corpus_size: int, left_out: Counter[str], log: Path | None) -> None:
-        self.max_bad_share, self.corpus_size, self.left_out, self.log = (
-            max_bad_share,
-            corpus_size,
-            left_out,
-            log,
-        )
+        self.max_bad_share, self.corpus_size, self.left_out = max_bad_share, corpus_size, left_out
+        self.lines = None if log is None else Lines(log)
         self._met: Counter[str] = Counter()
         self._known: set[str] = set()
         self._num_positions = self._num_bad_positions = self._num_lost = 0
@@ -114,28 +111,26 @@ class Health:
             self._append(list(samples))
 
     def _append(self, samples: list[BadSample]) -> None:
-        if self.log is None:
+        if self.lines is None:
             return
-        self._catch_up()
+        with contextlib.suppress(OSError):  # what cannot be read now is learnt another time
+            self._catch_up(self.lines.path)
         lines = [json.dumps(asdict(sample)) for sample in samples if (sample.key, sample.reason) not in self._logged]
         self._logged |= {(sample.key, sample.reason) for sample in samples}
         if lines:
-            with self.log.open("a") as file:
-                file.write("".join(line + "\n" for line in lines))
+            self.lines.append(*lines)
 
-    def _catch_up(self) -> None:
-        """Learns what earlier runs and other ranks wrote since the last look."""
-        assert self.log is not None
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        if not self.log.exists():
+    def _catch_up(self, log: Path) -> None:
+        """Learns what earlier runs and other ranks wrote since the last look. Raises OSError."""
+        if not log.exists():
             return
-        with self.log.open("rb") as file:
+        with log.open("rb") as file:
             file.seek(self._read_bytes)
             fresh = file.read()
         whole = fresh[: fresh.rfind(b"\n") + 1]  # another rank may be in the middle of a line
         self._read_bytes += len(whole)
         for line in whole.splitlines():
-            with contextlib.suppress(ValueError):  # a killed run can leave half a line
+            with contextlib.suppress(ValueError):  # a killed run, or a full disk, can leave half a line
                 record = json.loads(line)
                 self._logged.add((record["key"], record["reason"]))
 
@@ -146,7 +141,7 @@ class Health:
             f"{self.share:.1%} of the samples are bad ({listed}), more than "
             f"data.max_bad_share={self.max_bad_share:g} "
             "allows: the run stops before it trains on too little; mend the corpus"
-            + (f" (keys in {self.log})" if self.log else "")
+            + (f" (keys in {self.lines.path})" if self.lines else "")
             + " or raise data.max_bad_share",
             counts,
         )

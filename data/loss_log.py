@@ -15,6 +15,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.lines import Lines
+
 
 class Loss(NamedTuple):
     """From `position` on, in `epoch`, a sample is skipped, or with sample_idx WHOLE all of its shard."""
@@ -27,13 +29,12 @@ class Loss(NamedTuple):
 
 
 class LossLog:
-    """The file of one run as one rank reads and writes it."""
+    """The file of one run as one rank reads and writes it; `lines` is the file."""
 
     def __init__(self, path: Path, rank: int) -> None:
-        self._path, self._rank = path, rank
+        self.lines, self._rank = Lines(path), rank
         text = path.read_bytes() if path.exists() else b""
         self._records = [record for record in map(_record, text.split(b"\n")) if record is not None]
-        self._end = "\n" if text and not text.endswith(b"\n") else ""  # of half a line that a killed run left
         self._session = max((record["session"] for record in self._records), default=0)
 
     def begin(self, position: int) -> list[Loss]:
@@ -56,10 +57,7 @@ class LossLog:
 
     def _append(self, record: dict[str, Any]) -> None:
         self._records.append(record)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{self._end}{json.dumps(record)}\n")
-        self._end = ""
+        self.lines.append(json.dumps(record))
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -53,9 +53,9 @@ class SampleReader:
     """The training samples of one rank. Raises UserError for a corpus or world size that cannot serve them.
 
     `caption` is as of data.shards.Shards; None: captions are neither read nor required. `health` has the bad samples so
-    far. A run that goes on takes its corpus as `corpus_file` has it (data/corpus_of_a_run.py), and from beside it what
-    was lost (data/loss_log.py). With an `exchange`
-    (data/shards.py) ranks share the work of opening the corpus, and making one is a collective.
+    far; `logs` are the files in which they and losses are written down. A run that goes on takes its corpus as
+    `corpus_file` has it (data/corpus_of_a_run.py), and from beside it what was lost (data/loss_log.py). With an
+    `exchange` (data/shards.py) ranks share the work of opening the corpus, and making one is a collective.
     """
 
     def __init__(
@@ -87,15 +87,16 @@ class SampleReader:
         )  # fmt: skip
         left_out = known.bad if known else self.shards.bad
         self.health = Health(data.max_bad_share, int(self.shards.sizes.sum()), left_out, bad_log)
-        if corpus_file and not known and rank == 0:
+        if corpus_file and not known:
             sizes = dict(zip(self.shards.names, self.shards.sizes.tolist(), strict=True))
-            corpus_of_a_run.write(corpus_file, data.train, caption, Found(sizes, left_out))
+            _keep(Found(sizes, left_out), corpus_file, data, caption, rank, exchange)
         self.order = Order(self.shards.sizes, data.streams, data.block_shards, seed)
         self._decoder = Decoder(loader.device, loader.threads)
         self._threads = ThreadPoolExecutor(loader.threads, thread_name_prefix="read")
         self._bad: set[tuple[int, int]] = set()  # (shard, sample) known to be bad: never tried again
         log = LossLog(corpus_file.with_name("lost_shards.jsonl"), rank) if corpus_file else None
         self.losses = Losses(self.shards.sizes, self.health, log)
+        self.logs = [kept.lines for kept in (self.health, log) if kept is not None and kept.lines is not None]
         self._opened: set[int] = set()  # shards whose left-out samples are written down
 
     def positions(self, step: int, batch: int) -> np.ndarray:
@@ -201,6 +202,21 @@ def _known(path: Path, data: Pictures, caption: str | None, exchange: Exchange |
     read = corpus_of_a_run.read(path, data.train, caption)
     found, mark = read or (None, None)
     return found if exchange is None or set(exchange(mark)) == {mark} else None
+
+
+def _keep(found: Found, path: Path, data: Pictures, caption: str | None, rank: int, exchange: Exchange | None) -> None:
+    """Rank 0 writes down the corpus of a run that begins. Where it cannot, all ranks raise UserError."""
+    trouble = ""
+    if rank == 0:
+        try:
+            corpus_of_a_run.write(path, data.train, caption, found)
+        except OSError as error:
+            trouble = f"{path} cannot be written ({error.strerror or error}): a run keeps the names and sizes of its "
+            trouble += (
+                "shards, since the order of its samples hangs on them; make room, or choose another system.run_dir"
+            )
+    if trouble := (exchange(trouble)[0] if exchange else trouble):
+        raise UserError(trouble)
 
 
 def read_sample(shards: Shards, shard_idx: int, sample_idx: int, max_pixels: int) -> Sample | str:

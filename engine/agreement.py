@@ -37,6 +37,17 @@ def on_first(work: Callable[[], T]) -> T:
     return world.broadcast_object(result)  # type: ignore[return-value]
 
 
+def trouble_of_first(work: Callable[[], object]) -> str:
+    """Rank 0 works; all ranks know what the file system had against it, nothing where all went well. A collective."""
+    trouble = ""
+    if world.is_first():
+        try:
+            work()
+        except OSError as error:
+            trouble = str(error)
+    return world.broadcast_object(trouble)
+
+
 def in_order(values: Tensor, positions: Tensor) -> Tensor:
     """(n, ...) of every rank -> (N, ...) on all, on the CPU, by ascending position: what one rank would have seen."""
     parts = world.gather_objects((values.cpu(), positions.cpu()))

@@ -12,13 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from configs import Config, DecoderGan, Run, UserError, fingerprint, load_run
 from configs.generation import Generation
 from configs.load import science_changes
-from engine.checkpoint.directory import SUMS, candidates, sync
+from data.whole_file import sync
+from engine.checkpoint.directory import SUMS, candidates
 from engine.checkpoint.pieces import AVERAGE, MASTER, WHOLE, Pieces
+from engine.exits import DONE, FAILED, MISTAKE
 from engine.frozen_tokenizer import write_with_decoder
 from engine.places import checkpoints, run_directory
 from model.generator.shape import LatentShape
@@ -101,18 +104,30 @@ def whole_weights(path: Path, key: str = MASTER) -> dict[str, Tensor]:
 def consolidate(path: Path, out: Path) -> None:
     """What a checkpoint's run is for, as one weights file: of pre-training the student or, with `ema`, its average
     (model/weights.py), of stage 2 the tokenizer with the averaged decoder, of a generator its average
-    (model/generator/weights.py)."""
-    config = load_run(path / "config.yaml")
+    (model/generator/weights.py).
+
+    The file is there whole or not at all. Raises OSError where it cannot be written.
+    """
     draft = out.with_name(f".{out.name}.tmp")
+    try:
+        _write(path, draft)
+        sync(draft)
+        draft.replace(out)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            draft.unlink()  # a full disk needs the room
+        raise OSError(f"could not write {out}: {error}") from error
+
+
+def _write(path: Path, out: Path) -> None:
+    config = load_run(path / "config.yaml")
     if isinstance(config, Generation):
-        _write_generator(path, draft, config)
+        _write_generator(path, out, config)
     elif isinstance(config, DecoderGan):
-        write_with_decoder(config, whole_weights(path, AVERAGE), read_state(path).step, draft)
+        write_with_decoder(config, whole_weights(path, AVERAGE), read_state(path).step, out)
     elif isinstance(config, Config):
         weights = whole_weights(path, MASTER if config.ema is None else AVERAGE)
-        write_weights(draft, weights, config.model, Origin.of(config, read_state(path).step))
-    sync(draft)
-    draft.replace(out)
+        write_weights(out, weights, config.model, Origin.of(config, read_state(path).step))
 
 
 def _write_generator(path: Path, out: Path, config: Generation) -> None:
@@ -140,9 +155,12 @@ def main(arguments: list[str]) -> int:
         consolidate(find(parsed.checkpoints), parsed.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     print(parsed.out)
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

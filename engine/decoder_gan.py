@@ -21,6 +21,7 @@ from torch import Tensor
 from configs import DecoderGan
 from configs.architecture import Model
 from configs.learning import Optim
+from data.lines import Lines
 from data.picture_loader import PictureBatch, PictureLoader
 from data.sequence import CorpusFacts, sum_of_keys
 from engine import world
@@ -90,6 +91,11 @@ class DecoderTraining:
     def corpus(self, place: int) -> dict[str, str]:
         """By the order of the corpus."""
         return self._facts.at(place * self.config.samples_per_step)
+
+    @property
+    def logs(self) -> Sequence[Lines]:
+        """Of bad samples and lost shards."""
+        return self.loader.reader.logs
 
     @cached_property
     def _facts(self) -> CorpusFacts:

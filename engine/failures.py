@@ -7,11 +7,12 @@ last(run_dir)               # the newest, or None
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from data.lines import Lines
 
 FILE = "failures.jsonl"
 
@@ -31,15 +32,7 @@ class Failure:
 
 def record(run_dir: Path, failure: Failure) -> None:
     """Appends one line. A run directory that cannot be written is no reason to hide the failure itself."""
-    line = (json.dumps(asdict(failure)) + "\n").encode()
-    try:
-        descriptor = os.open(run_dir / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    except OSError:
-        return
-    try:
-        os.write(descriptor, line)  # one call: lines of several ranks do not mix
-    finally:
-        os.close(descriptor)
+    Lines(run_dir / FILE).append(json.dumps(asdict(failure)))
 
 
 def last(run_dir: Path) -> Failure | None:

@@ -9,7 +9,7 @@ the host (model/generator/draws.py), so a step is the same on any number of rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from configs.generation import Generation
 from data.hashing import hash_words
 from data.latent_loader import LatentBatch, LatentLoader
 from data.latents import LatentStore
+from data.lines import Lines
 from data.prefetch import Ahead
 from data.sequence import sum_of_words
 from engine import assemble, world, zero
@@ -102,6 +103,11 @@ class GeneratorTraining:
     def corpus(self, place: int) -> dict[str, str]:
         """By the order of the store."""
         return self._loader.facts(place * self.config.batch.samples)
+
+    @property
+    def logs(self) -> Sequence[Lines]:
+        """None: latents are read whole, or not at all."""
+        return ()
 
     def step(self, batch: Step) -> GenerationRecord:
         """Forward, backward, AdamW, average. A collective."""

@@ -1,6 +1,6 @@
 """What watches a run from beside, put together: none of it changes a step, or waits for the device between reports.
 
-with watching(training, run_dir, say=reporter.say) as instruments:
+with watching(training, run_dir, reporter) as instruments:
     instruments.window.before(step)         # profiler window; and .after(step)
     with instruments.phases("data"): ...
     instruments.read(num_steps=10)          # {"phase/trunk_ms": ..., "straggler/rank": ..., "comm/all_gather_mb": ...,
@@ -12,7 +12,7 @@ What a report must know of the machine goes to RUN/machine.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 from engine.assemble import resolve_compile
 from engine.energy import Energy, metered
 from engine.rank_memory import report as memory_of_ranks
+from engine.report import Reporter
 from engine.timing import report as phase_times
 from engine.traffic import Traffic, counting
 from engine.training import Training
@@ -47,17 +48,16 @@ class Instruments:
 
 
 @contextmanager
-def watching(training: Training, run_dir: Path, say: Callable[[str], None]) -> Iterator[Instruments]:
+def watching(training: Training, run_dir: Path, reporter: Reporter) -> Iterator[Instruments]:
     """Starts the instruments, says what is measured and against what, and ends them. A collective."""
     config, comm, phases = training.config, training.comm, training.phases
     use = utilisation(training)
-    say(f"compute: {use}")
-    if comm.rank == 0:
-        machine = use.machine(comm.world_size, resolve_compile(config, training.device)[0])
-        (run_dir / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
+    reporter.say(f"compute: {use}")
+    machine = use.machine(comm.world_size, resolve_compile(config, training.device)[0])
+    reporter.keep(run_dir / "machine.json", json.dumps(machine, indent=2) + "\n")
     with (
-        Window(config, phases, run_dir, comm.rank) as window,
-        metered(training.device, config.samples_per_step, say) as energy,
+        Window(config, phases, run_dir, comm.rank, reporter.say if comm.rank == 0 else print) as window,
+        metered(training.device, config.samples_per_step, reporter.say) as energy,
         counting() as traffic,
     ):
         phases.read()  # what came before belongs to no step

@@ -72,16 +72,16 @@ class Memory:
         try:
             predicted, advice = self._predict()
         except Exception as failure:  # a prediction that fails must not hide what happened
-            self._write(moment, error, found, None, [])
-            return f"{said}. Nothing could be predicted ({one_line(failure)}); {self._place} has what was held"
-        self._write(moment, error, found, predicted, advice)
+            details = self._write(moment, error, found, None, [])
+            return f"{said}. Nothing could be predicted ({one_line(failure)}); {details}"
+        details = self._write(moment, error, found, predicted, advice)
         lines = [said, f"predicted peak {predicted.device_bytes / 2**30:.1f} GiB (blocks not compiled): "
                        f"{largest_parts(predicted)}; held: {_in_words(found)}"]  # fmt: skip
         if advice:
             lines += ["what lowers it and leaves the results alone, predicted:", *(f"  {each}" for each in advice)]
         else:
             lines.append("no system setting lowers it: a smaller batch or model is another run")
-        return "\n".join([*lines, f"details: {self._place}"])
+        return "\n".join([*lines, details])
 
     def _predict(self) -> tuple[Footprint, list[Saving]]:
         if not isinstance(self.config, Config):
@@ -93,8 +93,8 @@ class Memory:
 
     def _write(
         self, moment: str, error: Exception, found: dict[str, int], predicted: Footprint | None, advice: list[Saving]
-    ) -> None:
-        self._place.parent.mkdir(parents=True, exist_ok=True)
+    ) -> str:
+        """Says where the details are, or why they are nowhere: that must not hide what happened."""
         components = [] if predicted is None else [asdict(part) for part in predicted.components]
         account = {
             "moment": moment,
@@ -104,9 +104,14 @@ class Memory:
             "predicted_peak_bytes": None if predicted is None else predicted.device_bytes,
             "advice": [asdict(each) for each in advice],
         }
-        self._place.write_text(json.dumps(account, indent=2) + "\n")
-        if self.device.type == "cuda":
-            torch.cuda.memory._dump_snapshot(str(self._place.with_suffix(".pickle")))
+        try:
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            self._place.write_text(json.dumps(account, indent=2) + "\n")
+            if self.device.type == "cuda":
+                torch.cuda.memory._dump_snapshot(str(self._place.with_suffix(".pickle")))
+        except OSError as trouble:
+            return f"details could not be written: {one_line(trouble)}"
+        return f"details: {self._place}"
 
     @property
     def _place(self) -> Path:

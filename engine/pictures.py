@@ -1,12 +1,12 @@
 """Pictures of a run: reconstructions under their originals, latents as colours.
 
-write_png(reconstructions(target, recon), "recon.png")     # row of originals, row of reconstructions
+png(reconstructions(target, recon))                        # bytes of a file: row of originals, row of reconstructions
 latent_colours(latent_RLhw, scale=8)                       # first three principal components as red, green, blue
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +38,12 @@ def latent_colours(latent: Tensor, scale: int, columns: int = 8) -> Tensor:
     return _row(F.interpolate(colours.permute(0, 3, 1, 2), scale_factor=scale, mode="nearest"))
 
 
-def write_png(picture: Tensor, path: Path) -> None:
-    """Writes a (3, H, W) picture in [0, 1]."""
+def png(picture: Tensor) -> bytes:
+    """A (3, H, W) picture in [0, 1] as a PNG file."""
     pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    Image.fromarray(pixels.numpy()).save(path)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG")
+    return file.getvalue()
 
 
 def _row(images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from configs import Config, UserError
 from data.batch import Batch
 from data.captions import CaptionEncoder
+from data.lines import Lines
 from data.loader import Loader
 from data.sequence import CorpusFacts, sum_of_keys
 from engine import world
@@ -72,6 +73,11 @@ class Pretraining:
     def corpus(self, place: int) -> dict[str, str]:
         """By the order of the corpus."""
         return self._facts.at(place * self.config.samples_per_step)
+
+    @property
+    def logs(self) -> Sequence[Lines]:
+        """Of bad samples and lost shards."""
+        return self.loader.reader.logs
 
     @cached_property
     def _facts(self) -> CorpusFacts:

@@ -1,147 +1,42 @@
-"""What a run tells: TensorBoard's one door, a JSON line and a plain line a report, a bar on a terminal.
+"""What a run tells, and to whom: reports and sentences to every sink (engine/sinks.py), files beside them.
 
 Only the main rank writes; the others get a Reporter without sinks. A report is a step number and a flat dict of floats,
 named with slashes as TensorBoard groups them ("loss/clip", "speed/samples_per_second").
 
-    with open_reporter(Path("runs/demo"), total_steps=300, is_main=True) as reporter:
+    with open_reporter(Path("runs/demo"), total_steps=300, first_step=0, is_main=True) as reporter:
         reporter.scalars(10, {"loss/total": 7.1, "speed/samples_per_second": 55.0})
+
+A disk that is full does not end a run. A file that begins to fail is named once, with the reason, and once more when it
+is written again; what it did not take comes first then.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-HEADLINE = {
-    "loss/total": "loss",
-    "loss/clip": "clip",
-    "loss/ssl": "ssl",
-    "loss/rec": "rec",
-    "loss/gan": "gan",
-    "loss/disc": "disc",
-    "speed/samples_per_second": "samples/s",
-    "speed/mfu": "MFU",
-}
-
-
-class Sink(Protocol):
-    """Somewhere a report goes."""
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One report: figures by name, after `step` steps."""
-        ...
-
-    def picture(self, step: int, name: str, picture: Tensor) -> None:
-        """(3, height, width), as it was after `step` steps. A sink without pictures passes over it."""
-        ...
-
-    def say(self, text: str) -> None:
-        """A line for a person, between reports."""
-        ...
-
-    def close(self) -> None:
-        """Everything is written when this returns."""
-        ...
-
-
-class TensorBoard:
-    """Every scalar and picture, for `tensorboard --logdir runs`."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def picture(self, step: int, name: str, picture: Tensor) -> None:
-        self._writer.add_image(name, picture, step)
-
-    def say(self, text: str) -> None:
-        self._writer.add_text("log", text)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class Log:
-    """`log.jsonl`, every number of every report; `log.txt`, one plain line for a person."""
-
-    def __init__(self, run_dir: Path, total_steps: int) -> None:
-        self._json = (run_dir / "log.jsonl").open("a", buffering=1)
-        self._text = (run_dir / "log.txt").open("a", buffering=1)
-        self._total_steps = total_steps
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._json.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._text.write(plain_line(step, self._total_steps, values) + "\n")
-
-    def picture(self, step: int, name: str, picture: Tensor) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        self._text.write(text + "\n")
-
-    def close(self) -> None:
-        self._json.close()
-        self._text.close()
-
-
-class Terminal:
-    """A bar with the time left on a terminal; plain lines when the output goes elsewhere."""
-
-    def __init__(self, total_steps: int, first_step: int) -> None:
-        self._console = Console(stderr=False, highlight=False)
-        self._total_steps = total_steps
-        self._bar = None
-        if sys.stdout.isatty():
-            columns = (
-                BarColumn(bar_width=10),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[headline]}"),
-            )
-            self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("train", total=total_steps, completed=first_step, headline="")
-            self._bar.start()
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        if self._bar is None:
-            print(plain_line(step, self._total_steps, values), flush=True)
-        else:
-            self._bar.update(self._task, completed=step, headline=headline(values))
-
-    def picture(self, step: int, name: str, picture: Tensor) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+from data.whole_file import write_whole
+from engine.sinks import GrowingFile, Log, Sink, TensorBoard, Terminal
 
 
 class Reporter:
-    """Hands each report to every sink."""
+    """Hands each report to every sink. Of the files that others write to, `logs`, it tells as of its own."""
 
-    def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = sinks
+    def __init__(self, sinks: Sequence[Sink], logs: Sequence[GrowingFile] = ()) -> None:
+        self._sinks, self._logs = sinks, logs
+        self._files = [*logs, *(file for sink in sinks for file in sink.files)]
+        self._failing: set[Path] = set()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One report; `step` counts finished steps."""
+        for log in self._logs:
+            log.flush()
         for sink in self._sinks:
             sink.scalars(step, values)
+        self._tell_of_files()
 
     def picture(self, step: int, name: str, picture: Tensor) -> None:
         """A (3, H, W) picture in [0, 1]."""
@@ -153,29 +48,53 @@ class Reporter:
         for sink in self._sinks:
             sink.say(text)
 
+    def keep(self, path: Path, content: str | bytes) -> None:
+        """Writes a file that the run can do without, on the main rank; where it cannot, it says so."""
+        if not self._sinks:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content, is_synced=False)
+        except OSError as error:
+            self.say(f"could not write {path}: {error.strerror or error}")
+
+    def close(self) -> None:
+        """Tries once more to write what waits, and says what is lost."""
+        for log in self._logs:
+            log.flush()
+        for sink in self._sinks:
+            sink.close()
+        for file in self._files:
+            if file.trouble:
+                self.say(f"cannot write {file.trouble}; what waited in memory is lost")
+            elif file.path in self._failing:
+                self.say(_well(file))
+
+    def _tell_of_files(self) -> None:
+        """Once when a file begins to fail, once when it is well. Telling writes to files: what comes of that is told
+        next time."""
+        for file in [file for file in self._files if bool(file.trouble) != (file.path in self._failing)]:
+            self._failing ^= {file.path}
+            if file.trouble:
+                self.say(f"cannot write {file.trouble}; what is missing waits in memory, and the run goes on")
+            else:
+                self.say(_well(file))
+
+
+def _well(file: GrowingFile) -> str:
+    return f"{file.path} is written again, and what waited for it"
+
 
 @contextmanager
-def open_reporter(run_dir: Path, total_steps: int, first_step: int, is_main: bool) -> Iterator[Reporter]:
-    """The Reporter of a rank; its files are closed and the bar is gone at the end."""
+def open_reporter(
+    run_dir: Path, total_steps: int, first_step: int, is_main: bool, logs: Sequence[GrowingFile] = ()
+) -> Iterator[Reporter]:
+    """The Reporter of a rank; at the end its files have what they can take, and the bar is gone."""
     sinks: list[Sink] = []
     if is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
         sinks = [TensorBoard(run_dir), Log(run_dir, total_steps), Terminal(total_steps, first_step)]
+    reporter = Reporter(sinks, logs)
     try:
-        yield Reporter(sinks)
+        yield reporter
     finally:
-        for sink in sinks:
-            sink.close()
-
-
-def headline(values: dict[str, float]) -> str:
-    """The few numbers a person watches."""
-    return "  ".join(f"{label} {values[name]:.4g}" for name, label in HEADLINE.items() if name in values)
-
-
-def plain_line(step: int, total_steps: int, values: dict[str, float]) -> str:
-    """One report as one line of text, with the time left."""
-    left = (
-        time.strftime("%H:%M:%S", time.gmtime(values["speed/seconds_left"])) if "speed/seconds_left" in values else "?"
-    )
-    return f"step {step}/{total_steps}  {headline(values)}  left {left}"
+        reporter.close()

@@ -21,6 +21,7 @@ from typing import Any
 
 from configs import Run, to_yaml
 from engine import archive, kinds, world
+from engine.agreement import trouble_of_first
 from engine.checkpoint.contents import Consumed
 from engine.checkpoint.saver import News, Saver
 from engine.checkpoint.verified import newest_good
@@ -34,7 +35,7 @@ from engine.health.rollback import Cursor, Rollbacks, check_corpus, restored
 from engine.instruments import Instruments, watching
 from engine.meter import Meter
 from engine.out_of_memory import Memory
-from engine.pictures import write_png
+from engine.pictures import png
 from engine.places import checkpoints, run_directory
 from engine.report import Reporter, open_reporter
 from engine.samples import SampleLog
@@ -55,11 +56,11 @@ def train(
         training = kinds.assemble(config, ds_config, comm, run_dir, resume)
     with closing(training):
         begin, passed_over = _resumed(training, allowed_changes) if resume else (Cursor(), [])
-        if world.is_first():
-            _describe(run_dir, config, ds_config, training.choices)
         guard = Guard(comm, training.device, config.health, training.judges)
         guard.listen()
-        with open_reporter(run_dir, config.optim.steps, begin.step, world.is_first()) as reporter, collected_by_hand():
+        told = open_reporter(run_dir, config.optim.steps, begin.step, world.is_first(), training.logs)
+        with told as reporter, collected_by_hand():
+            _describe(reporter, run_dir, config, ds_config, training.choices)
             for words in passed_over:
                 reporter.say(words)
             reporter.say(training.describe())
@@ -68,7 +69,7 @@ def train(
             rollbacks, alarms = Rollbacks(config.health.most_rollbacks), Alarms(rules(config), reporter.say)
             with (
                 watched(config, run_dir, training.phases) as place,
-                watching(training, run_dir, reporter.say) as instruments,
+                watching(training, run_dir, reporter) as instruments,
                 closing(Saver(checkpoints(config), config)) as saver,
             ):
                 parts = (training, guard, reporter, instruments, memory, saver, place, rollbacks, alarms, run_dir)
@@ -136,10 +137,14 @@ class Loop:
                     self.reporter.say(f"asked to stop: {done} of {total} steps are done; go on with --resume")
                     return STOPPED
         self.reporter.say(f"peak memory of this rank: {process_peak_bytes() / 2**30:.2f} GiB")
-        if world.is_first():
-            archive.consolidate(archive.find(checkpoints(config)), self.directory / "weights.safetensors")
-        world.barrier()
+        self._write_weights()
         return 0
+
+    def _write_weights(self) -> None:
+        """What the run is for, from its last checkpoint. Raises TrainingFailed, on all ranks, where it cannot."""
+        root, out = checkpoints(self.training.config), self.directory / "weights.safetensors"
+        if trouble := trouble_of_first(lambda: archive.consolidate(archive.find(root), out)):
+            raise TrainingFailed("weights", f"{trouble}; the checkpoint is whole: make room, and go on with --resume")
 
     def _report(self, done: int, cursor: Cursor, meter: Meter) -> bool:
         """The host looks at the device; pictures and a checkpoint when they are due. Whether to stop before the end."""
@@ -177,11 +182,9 @@ class Loop:
         """What the first rank's last step looks like, as files and in TensorBoard."""
         if not world.is_first():
             return
-        folder = self.directory / "pictures"
         for name, picture in self.training.pictures().items():
-            folder.mkdir(exist_ok=True)
             self.reporter.picture(done, name, picture)
-            write_png(picture, folder / f"{name}-{done:08d}.png")
+            self.reporter.keep(self.directory / "pictures" / f"{name}-{done:08d}.png", png(picture))
 
 
 def is_due(done: int, every: int, report_every: int) -> bool:
@@ -197,8 +200,9 @@ def _resumed(training: Training, allowed_changes: tuple[str, ...]) -> tuple[Curs
     return restored(training, path), passed_over
 
 
-def _describe(run_dir: Path, config: Run, ds_config: dict[str, Any], choices: dict[str, str]) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config))
-    (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-    (run_dir / "choices.json").write_text(json.dumps(choices, indent=2) + "\n")
+def _describe(
+    reporter: Reporter, run_dir: Path, config: Run, ds_config: dict[str, Any], choices: dict[str, str]
+) -> None:
+    reporter.keep(run_dir / "config.yaml", to_yaml(config))
+    reporter.keep(run_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    reporter.keep(run_dir / "choices.json", json.dumps(choices, indent=2) + "\n")

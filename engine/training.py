@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from configs import Run
+from data.lines import Lines
 from engine.checkpoint.pieces import Piece, Pieces
 from engine.health.judge import Judge
 from model.objectives.comm import Comm
@@ -133,6 +134,11 @@ class Training(Protocol):
 
     def corpus(self, place: int) -> dict[str, str]:
         """What the samples are drawn from, and which come at that many steps of data: facts by name."""
+        ...
+
+    @property
+    def logs(self) -> Sequence[Lines]:
+        """Files beside the log that this rank's data writes to."""
         ...
 
     def step(self, batch: Any) -> Record:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine import world
 from engine.agreement import in_order
-from engine.pictures import latent_colours, reconstructions, write_png
+from engine.pictures import latent_colours, png, reconstructions
 from evaluation.feature_network import FeatureNetwork
 from evaluation.fidelity import Fid, ssim
 from evaluation.outcome import Figure, Outcome
@@ -118,12 +118,12 @@ class Extremes:
 def _draw_first(target: Tensor, recon: Tensor, latent: Tensor, path: Path) -> None:
     """Originals, reconstructions, latents as colours: three rows."""
     latents = latent_colours(latent, scale=target.shape[-1] // latent.shape[-1])
-    write_png(torch.cat([reconstructions(target, recon), latents], dim=1), path)
+    path.write_bytes(png(torch.cat([reconstructions(target, recon), latents], dim=1)))
 
 
 def _draw(pairs: Tensor, path: Path) -> None:
     target, recon = (pairs.float() / 255).unbind(1)
-    write_png(reconstructions(target, recon), path)
+    path.write_bytes(png(reconstructions(target, recon)))
 
 
 def psnr(target: Tensor, recon: Tensor) -> Tensor:

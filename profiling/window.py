@@ -21,6 +21,8 @@ and the first ones after it a little; the reports that hold them say so in their
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -34,12 +36,17 @@ ROWS = 40  # of the operator table
 
 
 class Window:
-    """The window of one rank; a context, so that one that is open when the run ends is written too."""
+    """The window of one rank; a context, so that one that is open when the run ends is written too.
 
-    def __init__(self, config: Run, phases: Phases, run_dir: Path, rank: int) -> None:
+    `say` hears of a window that cannot be written; the run goes on.
+    """
+
+    def __init__(
+        self, config: Run, phases: Phases, run_dir: Path, rank: int, say: Callable[[str], object] = print
+    ) -> None:
         is_recorded = config.profile.steps is not None and rank in config.profile.ranks
         self._first, self._end = config.profile.span if is_recorded else (0, 0)
-        self._phases, self._run_dir, self._rank = phases, run_dir, rank
+        self._phases, self._run_dir, self._rank, self._say = phases, run_dir, rank, say
         self._record: profile | None = None
         self._range: record_function | None = None  # of the step that runs
         self._opened, self._done = 0, 0
@@ -86,13 +93,27 @@ class Window:
         self._end_range()
         self._phases.is_traced = False
         self._record.stop()
+        record, self._record = self._record, None
         name = f"rank{self._rank}-steps{self._opened}-{self._done}"
+        try:
+            self._write(record, name)
+        except OSError as error:
+            self._say(f"could not write {self._run_dir}/profile/{name}: {error.strerror or error}")
+
+    def _write(self, record: profile, name: str) -> None:
+        """Raises OSError, and then leaves none of the files."""
         folder, board = self._run_dir / "profile", self._run_dir / "tensorboard" / "profile"
-        for path in (folder, board):
-            path.mkdir(parents=True, exist_ok=True)
-        self._record.export_chrome_trace(str(folder / f"{name}.json.gz"))
-        shutil.copyfile(folder / f"{name}.json.gz", board / f"{name}.pt.trace.json.gz")
+        trace, table = folder / f"{name}.json.gz", folder / f"{name}.txt"
+        copy = board / f"{name}.pt.trace.json.gz"
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = self._record.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=60)
-        (folder / f"{name}.txt").write_text(table)
-        self._record = None
+        try:
+            for path in (folder, board):
+                path.mkdir(parents=True, exist_ok=True)
+            record.export_chrome_trace(str(trace))
+            shutil.copyfile(trace, copy)
+            table.write_text(record.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=60))
+        except OSError:
+            for path in (trace, table, copy):
+                with suppress(OSError):
+                    path.unlink()
+            raise

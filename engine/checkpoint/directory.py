@@ -10,11 +10,11 @@ What has no SHA256SUMS is no checkpoint. Nothing here knows ranks or tensors; on
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
 from configs import UserError
+from data.whole_file import sync, write_whole
 
 LATEST, SUMS = "latest", "SHA256SUMS"
 BLOCK = 1 << 22  # bytes read at once
@@ -32,6 +32,8 @@ def clear_drafts(root: Path) -> None:
     """Throws away what was not committed. Nobody may be writing."""
     for draft in root.glob(".step-*.tmp"):
         shutil.rmtree(draft)
+    for draft in root.glob(f".{LATEST}.*.tmp"):
+        draft.unlink()
 
 
 def sum_of(path: Path) -> str:
@@ -43,33 +45,16 @@ def sum_of(path: Path) -> str:
     return f"{digest.hexdigest()}  {path.name}\n"
 
 
-def write_file(path: Path, text: str) -> None:
-    """Writes the text under its name at once: whoever sees the file sees all of it, on disk."""
-    pending = path.with_name(f".{path.name}.tmp")
-    pending.write_text(text)
-    sync(pending)
-    pending.replace(path)
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def commit(draft: Path, sums: list[str]) -> Path:
     """A draft in which every file is on disk becomes a checkpoint, and the one that `latest` names."""
     step = draft.name.removeprefix(".").removesuffix(".tmp")
     final = draft.with_name(step)
-    write_file(draft / SUMS, "".join(sums))
+    write_whole(draft / SUMS, "".join(sums))
     sync(draft)
     aside = _put_aside(final) if final.exists() else None  # the same step saved again, after going back
     draft.rename(final)
     sync(final.parent)
-    write_file(final.parent / LATEST, final.name)
+    write_whole(final.parent / LATEST, final.name)
     sync(final.parent)
     if aside:
         shutil.rmtree(aside)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from configs import UserError
 from configs.permissions import follow_umask
-from engine.checkpoint.directory import sync
+from data.whole_file import sync
 
 MASTER, TEACHER, AVERAGE, WHOLE = "fp32", "teacher", "average", "whole"  # the keys a checkpoint has
 NORMS = "recent_norms"  # one more, of engines instead of parameters (engine/health/judge.py)

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs import Run, to_yaml
 from engine import world
+from engine.agreement import trouble_of_first
 from engine.checkpoint import contents, directory
 from engine.checkpoint.copies import Copies
 from engine.checkpoint.writing import DONE, RUNNING, Told, Writing
@@ -60,7 +60,7 @@ class Saver:
         began = time.monotonic()
         self._settle(is_patient=True)
         draft, settings = directory.draft_of(self._root, step), self._config.system.checkpoint
-        if trouble := _trouble_of_first(lambda: self._make(draft)):
+        if trouble := trouble_of_first(lambda: self._make(draft)):
             self._news.append(self._failure(step, trouble))
             return
         own, state = contents.pieces(kept), contents.state_of(step, kept, self._config, consumed)
@@ -129,7 +129,7 @@ class Saver:
         return News(words, {f"checkpoint/{name}": value for name, value in scalars.items()}, is_good=True)
 
     def _failure(self, step: int, trouble: str) -> News:
-        _trouble_of_first(lambda: directory.clear_drafts(self._root))  # a full disk needs the room
+        trouble_of_first(lambda: directory.clear_drafts(self._root))  # a full disk needs the room
         good = directory.candidates(self._root)[:1]
         last = f"the last good checkpoint is {good[0].name}" if good else "there is no checkpoint yet"
         return News(f"could not save {directory.name_of(step)}: {trouble}; {last}", {"checkpoint/failed": 1.0}, False)
@@ -147,14 +147,3 @@ def _trouble(told: list[Told]) -> str:
     """What went wrong, as the rank says whose it was: rank 0 gives up because of another. Nothing where all is well."""
     said = [*enumerate(each.share for each in told), *enumerate(each.outcome for each in told)]
     return next((f"rank {rank}: {words}" for rank, words in said if words not in (RUNNING, DONE)), "")
-
-
-def _trouble_of_first(work: Callable[[], None]) -> str:
-    """Rank 0 works; all ranks know what the file system had against it. A collective."""
-    trouble = ""
-    if world.is_first():
-        try:
-            work()
-        except OSError as error:
-            trouble = str(error)
-    return world.broadcast_object(trouble)

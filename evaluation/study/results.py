@@ -11,11 +11,11 @@ A figure that is not there yet, or that the objective has not got, is left out.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.whole_file import write_whole
 from evaluation.study.carry_out import is_done, read_record
 from evaluation.study.preset import Cell
 from evaluation.study.stages import Layout
@@ -88,9 +88,7 @@ def _of_generator(found: dict[str, Any]) -> dict[str, Any]:
 
 def write(path: Path, found: dict[str, Any]) -> None:
     """Whole or not at all: other processes of the study write it too."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(found, indent=2) + "\n")
-    draft.replace(path)
+    write_whole(path, json.dumps(found, indent=2) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

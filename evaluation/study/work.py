@@ -10,7 +10,6 @@ happened: processes that were started before leave it alone, the next command tr
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs import UserError
+from data.whole_file import write_whole
 from evaluation.study.carry_out import Session, carry_out, is_done
 from evaluation.study.cell_lock import held, holder
 from evaluation.study.preset import Cell
@@ -115,9 +115,8 @@ def _cell(layout: Layout, cell: Cell, lock: int, session: Session, began: float,
 def _record_failure(folder: Path, stage: Stage, say: Callable[[str], None]) -> None:
     log = folder / "logs" / f"{stage.name}.log"
     words = last_words(log)
-    draft = folder / f".{FAILED}.{os.getpid()}"
-    draft.write_text(json.dumps({"stage": stage.name, "log": str(log), "last_words": words}, indent=2) + "\n")
-    draft.replace(folder / FAILED)
+    failed = {"stage": stage.name, "log": str(log), "last_words": words}
+    write_whole(folder / FAILED, json.dumps(failed, indent=2) + "\n")
     say(f"{folder.name}: {words} ({log})")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import UserError
 from data.corpus_of_a_run import Found, read, write
 from data.reading import SampleReader
 from tests.data.tar_shards import encoded, write_corpus, write_tar
@@ -94,11 +95,23 @@ class TwoRanks:
 SAME = object()
 
 
-@pytest.mark.parametrize(("mark", "num_asked"), [(SAME, 1), (None, 2), (7, 2)])
+@pytest.mark.parametrize(("mark", "num_asked"), [(SAME, 1), (None, 3), (7, 3)])
 def test_ranks_that_do_not_all_read_the_same_open_the_corpus_together(
     folder: Path, mark: object, num_asked: int
 ) -> None:
     keys_of(reader_of(folder), range(1))
     exchange = TwoRanks(mark)
     keys_of(reader_of(folder, is_resumed=True, exchange=exchange), range(1))
-    assert exchange.num_asked == num_asked
+    assert exchange.num_asked == num_asked  # then the parts that each has opened, and whether they are written down
+
+
+def test_a_run_that_cannot_write_down_its_corpus_does_not_begin(folder: Path) -> None:
+    (folder / "run").write_text("a file in the directory's place")
+
+    def exchange(own: object) -> list[object]:
+        return ["told by rank 0" if own == "" else ([9, 9, 9, 9, 1], Counter()), own]
+
+    with pytest.raises(UserError, match=r"run/corpus\.json cannot be written \(File exists\): .*system\.run_dir"):
+        reader_of(folder)
+    with pytest.raises(UserError, match="told by rank 0"):
+        reader_of(folder, rank=1, world_size=2, exchange=exchange)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.pictures import latent_colours, reconstructions, write_png
+from engine.pictures import latent_colours, png, reconstructions
 
 pytestmark = pytest.mark.L0
 
@@ -33,5 +33,5 @@ def test_latent_colours_tell_apart_what_differs_and_keep_alike_what_does_not() -
 
 def test_a_png_holds_the_pixels(tmp_path: Path) -> None:
     picture = torch.tensor([0.0, 0.5, 1.0]).reshape(3, 1, 1).expand(3, 2, 2)
-    write_png(picture, tmp_path / "p.png")
+    (tmp_path / "p.png").write_bytes(png(picture))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "p.png"))[0, 0], [0, 128, 255])

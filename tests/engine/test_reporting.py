@@ -8,7 +8,8 @@ import torch
 
 from engine.meter import Meter
 from engine.optim import parameter_groups
-from engine.report import open_reporter, plain_line
+from engine.report import open_reporter
+from engine.sinks import plain_line
 from engine.step import StepRecord
 from model.objectives.comm import Comm, Solo
 from model.outputs import Outputs

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from configs import UserError, to_yaml
-from engine.pictures import write_png
-from engine.report import Log
+from engine.pictures import png
+from engine.sinks import Log
 from model.rows import Rows
 from profiling.report.blocks import Line, Plot, Stack, as_json, shown
 from profiling.report.data import read_run
@@ -56,7 +56,7 @@ def make_run(directory: Path, reports: list[tuple[int, dict[str, float]]], *over
     (directory / "choices.json").write_text(json.dumps({"attention": "sdpa (auto: serves float32 best)"}))
     (directory / "pictures").mkdir()
     for step, _ in reports:
-        write_png(torch.rand(3, 4, 8), directory / "pictures" / f"latents-{step:08d}.png")
+        (directory / "pictures" / f"latents-{step:08d}.png").write_bytes(png(torch.rand(3, 4, 8)))
     log = Log(directory, config.optim.steps)
     log.say("attention: sdpa (auto: serves float32 best)")
     for step, values in reports:
@@ -231,7 +231,7 @@ def test_the_table_of_flops_is_the_count_for_the_ranks_of_the_run(run: Path) -> 
 
 
 def test_of_each_kind_of_picture_the_first_the_middle_and_the_last_are_inlined(run: Path) -> None:
-    write_png(torch.rand(3, 4, 8), run / "pictures" / "held_out.png")
+    (run / "pictures" / "held_out.png").write_bytes(png(torch.rand(3, 4, 8)))
     (run / "pictures" / "torn.png").write_bytes(b"no picture")
     page, facts = read(write_report(run))
     kinds = {block["title"]: block["captions"] for block in blocks(facts, "pictures")}
@@ -326,7 +326,7 @@ def test_nothing_a_run_wrote_becomes_markup(tmp_path: Path) -> None:
     (hostile / "log.txt").write_text(HOSTILE)
     (hostile / "evaluation.json").write_text(json.dumps({HOSTILE: {HOSTILE: HOSTILE, "huge": 10**400}}))
     (hostile / "bad_samples.jsonl").write_text(json.dumps({"key": HOSTILE, "reason": HOSTILE, "position": None}))
-    write_png(torch.rand(3, 4, 8), hostile / "pictures" / "<script>-1.png")
+    (hostile / "pictures" / "<script>-1.png").write_bytes(png(torch.rand(3, 4, 8)))
     page, _ = read(write_report(hostile))
     for section in ("losses", "phases", "choices", "configuration", "data", "summary"):
         assert "<script>alert('x')</script>" in page.text[section], f"{section} lost what the run wrote"

@@ -79,7 +79,7 @@ def kill_at_every_event(root: str) -> tuple[int, set[int]]:
         found.add(assert_one_can_go_on(place, 300, 400))
         save(place, 500)
         assert assert_one_can_go_on(place, 500, 500) == 500
-        assert [path.name for path in place.iterdir() if path.name.startswith(".step")] == []
+        assert [path.name for path in place.iterdir() if path.name.startswith(".")] == []
         event += 1
     return event, found
 

@@ -63,7 +63,7 @@ class Drawn:
     def __init__(self, make: Callable[[int], Any], order: Order) -> None:
         self._ahead: Ahead[Any] = Ahead(make, 2)
         self.health = SimpleNamespace(counts=Counter(), left_out=Counter())
-        self.reader = SimpleNamespace(shards=SimpleNamespace(names=("drawn",)), order=order)
+        self.reader = SimpleNamespace(shards=SimpleNamespace(names=("drawn",)), order=order, logs=())
         self.wait_seconds = 0.0
 
     def iterate(self, start: int) -> Iterator[Any]:
