@@ -6,7 +6,8 @@ stalls for reconstruction alone, and where do the two cross?
 Rules, fixed before the figures were seen. The trend of an objective is the slope of ln gFID over log2 FLOPs (least
 squares): it *falls* where that is below -2 % a doubling and the last budget is the best so far, *rises* above +2 %, and
 else it *stalls*. The crossover is the compute from which on the joint objective stays ahead of reconstruction alone,
-interpolated in log FLOPs between the two budgets around it.
+interpolated in log FLOPs between the two budgets around it. Added later, and deciding nothing: the change between the
+last two budgets, and how far the joint objective is from reconstruction alone at each.
 """
 
 from __future__ import annotations
@@ -77,15 +78,27 @@ def answer(rows: Sequence[dict[str, Any]], figure: str = "gfid") -> list[str]:
         ]
     titles = {row["objective"]: row["title"] for row in rows}
     trends = [_trend(titles[name], points) for name, points in ((JOINT, joint), (REC, alone))]
-    return [*trends, _crossing(crossover(joint, alone)), _together(verdict(joint), verdict(alone))]
+    return [
+        *trends,
+        _distance(joint, alone),
+        _crossing(crossover(joint, alone)),
+        _together(verdict(joint), verdict(alone)),
+    ]
 
 
 def _trend(title: str, points: Series) -> str:
     says = {"falls": "keeps falling", "stalls": "stalls", "rises": "rises"}[verdict(points)]
     figures = ", ".join(f"{value:.3g} at {flops:.1e}" for flops, value in points)
     return (
-        f"With {title}, gFID {says} ({100 * math.expm1(slope(points)):+.1f} % a doubling of compute): {figures} FLOPs."
+        f"With {title}, gFID {says} ({100 * math.expm1(slope(points)):+.1f} % a doubling of compute, "
+        f"{100 * math.expm1(slope(points[-2:])):+.1f} % a doubling between the last two budgets): {figures} FLOPs."
     )
+
+
+def _distance(ours: Series, theirs: Series) -> str:
+    ratios = [mine / other for (_, mine), (_, other) in zip(ours, theirs, strict=True)]
+    listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    return f"From the smallest budget to the largest, gFID of the joint objective is {listed} times that of the other."
 
 
 def _crossing(found: float | str | None) -> str:

@@ -22,9 +22,18 @@ FLOPS = "training FLOPs of the tokenizer"
 # figure -> (file, label of its axis, what to say under it)
 DRAWN = {
     "gfid": ("gfid.png", "gFID, no guidance (less is better)", "Generation against compute"),
+    "gfid_guided": (
+        "gfid_guided.png",
+        "gFID, best guidance (less is better)",
+        "The same with the best guidance scale of each cell",
+    ),
     "probe": ("probe.png", "linear probe on the mean latent, top-1", "Understanding against compute"),
     "rfid": ("rfid.png", "rFID (less is better)", "Reconstruction against compute"),
     "zero_shot": ("zero_shot.png", "zero-shot top-1", "Zero-shot classification against compute, where there is text"),
+}
+ANSWERED = {
+    "gfid": "Without guidance:",
+    "gfid_guided": "With the best of the guidance scales, which each cell may choose:",
 }
 BOTH = ("understanding.png", "Understanding against generation; along a line compute grows")
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -62,11 +71,19 @@ def page(found: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     drawn = [_image(file, caption) for file, _, caption in DRAWN.values()] + [_image(*BOTH)]
     shown = [f"### {title}\n\n{_image(file, title)}\n" for file, title in pictures.items()]
     parts = [
-        HEAD.format(preset=found["preset"]), *(_wrapped(sentence, "- ") for sentence in answer(rows)), "", *drawn, "",
+        HEAD.format(preset=found["preset"]), *_answered(rows), *drawn, "",
         "## Every cell", "", _wrapped(_about(found)), "", _table(rows), "", *_undone(rows),
         *(["## Pictures", "", *shown] if shown else []), LIMITS.format(**_setting(found)),
     ]  # fmt: skip
     return "\n".join(parts)
+
+
+def _answered(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What the figures say, as they come and with guidance."""
+    lines = []
+    for figure, title in ANSWERED.items():
+        lines += [title, "", *(_wrapped(sentence, "- ") for sentence in answer(rows, figure)), ""]
+    return lines
 
 
 def _pairs(rows: Sequence[dict[str, Any]], objective: str) -> list[tuple[float, float]]:
@@ -163,7 +180,7 @@ by objective and compute, each followed by the same generator with the same budg
 
     python -m evaluation.study --preset {preset} --out runs/study --page docs/scaling_study.md
 
-What the figures say (the rules are in `evaluation/study/answer.py` and were fixed before there were figures):
+What the figures say (the rules are in `evaluation/study/answer.py` and were fixed before there were figures).
 """
 LIMITS = """\
 ## What this is, and what it is not

@@ -24,13 +24,20 @@ def test_the_claim_is_seen_where_joint_falls_and_rec_does_not() -> None:
     assert "keeps falling" in said[0]
     assert "80 at 1.0e+12" in said[0]
     assert "rises" in said[1]
-    assert "does harm" in said[3]
-    assert "it stalls" in answer(rows({"joint": FALLING, "rec": FLAT}))[3]
+    assert "does harm" in said[4]
+    assert "it stalls" in answer(rows({"joint": FALLING, "rec": FLAT}))[4]
+
+
+def test_beside_the_trend_stand_the_last_step_and_the_distance() -> None:
+    said = answer(rows({"joint": FALLING, "rec": RISING}))
+    step = 100 * ((FALLING[3] / FALLING[2]) - 1)
+    assert f"{step:+.1f} % a doubling between the last two budgets" in said[0]
+    assert "is 1.60, 1.13, 0.80, 0.50 times that of the other" in said[2]
 
 
 def test_the_claim_is_not_seen_where_joint_stalls_or_both_fall() -> None:
-    assert "is not seen" in answer(rows({"joint": FLAT, "rec": FLAT}))[3]
-    assert "so does reconstruction alone" in answer(rows({"joint": FALLING, "rec": FALLING}))[3]
+    assert "is not seen" in answer(rows({"joint": FLAT, "rec": FLAT}))[4]
+    assert "so does reconstruction alone" in answer(rows({"joint": FALLING, "rec": FALLING}))[4]
     assert verdict([(1.0, 50.0), (2.0, 30.0), (4.0, 31.0)]) == "stalls", "its last budget is not its best"
 
 
@@ -45,7 +52,7 @@ def test_the_crossover_is_interpolated_in_log_flops() -> None:
     assert 2 < found < 4, "the last crossing counts: from there on it stays ahead"
     assert (
         "ahead of reconstruction alone from about 2.2e+12 FLOPs on"
-        in answer(rows({"joint": FALLING, "rec": (60.0, 58.0, 59.0, 60.0)}))[2]
+        in answer(rows({"joint": FALLING, "rec": (60.0, 58.0, 59.0, 60.0)}))[3]
     )
 
 
@@ -67,7 +74,9 @@ def test_the_page_carries_answer_figures_table_and_limits(tmp_path: Path) -> Non
     text = page(found, {"rec_generated.png": "rec, generated"})
     flowing = " ".join(text.split())
     for sentence in answer(made):
+        assert f"Without guidance: - {answer(made)[0]}" in flowing
         assert f"- {sentence}" in flowing
+    assert "With the best of the guidance scales, which each cell may choose: - Not answered yet" in flowing
     assert "| clip + ssl + rec | 8.0e+12 | 10 | 30.00 |  | 6.00 | 23.00 | 40.0% | 40.0% |  |" in text
     assert "Not done when this page was written: `clip_rec-1` (failed)." in flowing
     assert "corpus:1" in text
@@ -86,8 +95,8 @@ def test_the_page_is_written_with_its_figures_and_pictures(tmp_path: Path) -> No
     write_page(layout, results.collect(layout, four_cells()), four_cells(), tmp_path / "docs" / "study.md")
     names = {path.name for path in (tmp_path / "docs" / "images" / "study").iterdir()}
     assert names == {
-        "gfid.png", "probe.png", "rfid.png", "zero_shot.png", "understanding.png", "rec_generated.png",
-        "rec_reconstructed.png",
+        "gfid.png", "gfid_guided.png", "probe.png", "rfid.png", "zero_shot.png", "understanding.png",
+        "rec_generated.png", "rec_reconstructed.png",
     }  # fmt: skip
     assert "Not answered yet" in (tmp_path / "docs" / "study.md").read_text()
 
