@@ -1,6 +1,7 @@
 """Zero-shot accuracy on embeddings whose answer is known; class tables and templates."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,9 +82,17 @@ def test_class_tables_are_read_or_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"classes": [{"name": "one", "prompts": ["a one"]}, {"name": "two"}]}))
     with pytest.raises(UserError, match=r"1 of 2 classes have no prompts \(first: 'two'\)"):
         ClassTable.read(path)
-    for wrong in ("{", "[]", '{"classes": []}', '{"classes": ["tench"]}', '{"classes": [{"prompts": ["a"]}]}'):
+    for wrong, what in (
+        ("{", "it is not JSON"),
+        ("[]", "it has no list of `classes`"),
+        ('{"classes": []}', "it has no list of `classes`"),
+        ('{"classes": ["tench"]}', 'class 0 is "tench"'),
+        ('{"classes": [{"prompts": ["a"]}]}', "class 0 is "),
+        ('{"classes": [{"name": "tench"}, {"name": 3}]}', "class 1 is "),
+        ('{"classes": [{"name": "tench", "prompts": "a tench"}]}', "class 0 is "),  # not a list of seven letters
+    ):
         path.write_text(wrong)
-        with pytest.raises(UserError, match="no class table"):
+        with pytest.raises(UserError, match="is no class table: " + re.escape(what)):
             ClassTable.read(path)
-    with pytest.raises(UserError, match="--classes FILE"):
+    with pytest.raises(UserError, match=r"^\S+missing.json cannot be read: .*--classes FILE$"):
         ClassTable.read(tmp_path / "missing.json")
