@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from rich.progress import track
 
@@ -37,6 +38,19 @@ def run_command(work: Callable[[], None]) -> int:
         if is_launched:
             world.stop()
     return 0
+
+
+def made(folder: Path) -> Path:
+    """The directory for results, there from now on. Raises UserError where it cannot be: before hours, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {folder} cannot be made a directory ({error.strerror}): results are files in one; choose another"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {folder} cannot be written to: results are files in it; choose another with --out")
+    return folder
 
 
 def check_counts(given: argparse.Namespace, *names: str) -> None:

@@ -55,6 +55,7 @@ def make(data: Path, out: Path, size: int, epochs: int, seed: int) -> float:
         raise UserError(
             f"--size {size} --epochs {epochs}: the network halves pictures four times; give 16 pixels or more"
         )
+    _check_out(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = (labelled(f"{data}/{split}-*.tar", size) for split in ("train", "held_out"))
     num_classes = int(torch.cat([train[1], held_out[1]]).max()) + 1
@@ -66,6 +67,16 @@ def make(data: Path, out: Path, size: int, epochs: int, seed: int) -> float:
     accuracy = accuracy_of(network, *held_out)
     write_corpus_network(out, network.to("cpu"), accuracy, str(data))
     return accuracy
+
+
+def _check_out(out: Path) -> None:
+    """Raises UserError, before anything is learnt, for a file that cannot be written or that --fid would not know."""
+    if out.suffix != ".safetensors":
+        raise UserError(
+            f"--out {out}: --fid tells these networks by their ending; name it {out.with_suffix('.safetensors')}"
+        )
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out {out}: it is a directory, or there is none to write it into; name a file in one")
 
 
 def labelled(pattern: str, size: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from rich.table import Table
 from configs import UserError
 from engine import world
 from engine.agreement import with_one_answer
-from evaluation.command import check_counts, run_command
+from evaluation.command import check_counts, made, run_command
 from evaluation.generation import Generation, Options
 from evaluation.results import words
 from evaluation.samples import Pair
@@ -40,7 +40,9 @@ def generate(generator: Path, tokenizer: Path, out: Path | None, options: Option
     Raises UserError, on every rank, for what cannot be opened or does not belong together.
     """
     device = world.device()
+    folder = out or (generator if generator.is_dir() else generator.parent)
     judged = with_one_answer(lambda: Generation(Pair.open(generator, tokenizer, device), options))
+    with_one_answer(lambda: made(folder / "pictures"))
     rows = [row for guidance in options.guidance for row in judged.judge(guidance)]
     judged.grid.gather()
     found = {
@@ -50,8 +52,6 @@ def generate(generator: Path, tokenizer: Path, out: Path | None, options: Option
     }  # fmt: skip
 
     def write() -> None:
-        folder = out or (generator if generator.is_dir() else generator.parent)
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
         (folder / "generation.json").write_text(json.dumps(found, indent=2) + "\n")
         judged.grid.draw(judged.names, folder / "pictures" / "samples.png")
 

@@ -20,7 +20,7 @@ from typing import Any
 from engine import world
 from engine.agreement import with_one_answer
 from evaluation import results
-from evaluation.command import check_counts, run_command
+from evaluation.command import check_counts, made, run_command
 from evaluation.outcome import Outcome
 from evaluation.source import open_source
 from evaluation.tasks import TASKS, Options, Setup, check_tasks
@@ -45,9 +45,7 @@ def evaluate(
 
     def prepare() -> Setup:
         source = open_source(path, device, crop, caption_tokenizer)
-        folder = out or source.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        return Setup(source, options, device, folder)
+        return Setup(source, options, device, made(out or source.folder))
 
     setup = with_one_answer(prepare)
     tasks = with_one_answer(lambda: {name: TASKS[name](setup) for name in options_tasks})

@@ -30,17 +30,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 0 when done, 2 for a mistake the user can mend."""
     given = _parser().parse_args(arguments)
     try:
+        _check_out(given.out, is_file=given.command == "import")
         if given.command == "export":
             _tokenizer(given.directory).save_pretrained(given.out)
         elif given.command == "import":
             import_directory(given.directory, given.out)
         else:
             write_programs(_tokenizer(given.directory), given.out)
-    except UserError as error:
+    except (UserError, OSError) as error:  # of the disk, with the path
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(given.out)
     return 0
+
+
+def _check_out(out: Path, is_file: bool) -> None:
+    """Raises UserError where something of another kind has the name."""
+    if out.exists() and out.is_dir() == is_file:
+        found, wanted = ("directory", "file") if is_file else ("file", "directory")
+        raise UserError(f"--out {out} is a {found}, and what is written is a {wanted}: give another name")
 
 
 def _tokenizer(directory: Path) -> VisualTokenizer:

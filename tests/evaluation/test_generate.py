@@ -329,11 +329,12 @@ def test_every_mistake_is_one_line(
         ("matches no file", (trained, "--fid", network, "--data", tmp_path / "*.tar")),
         ("names 1 classes, the generator has 5", (trained, "--classes", few)),
         ("give --data", (trained, "--fid", network, "--tokenizer", weights)),
+        ("pictures cannot be made a directory", (trained, "--out", few)),
     ]
     for expected, arguments in mistakes:
         given = (*arguments, "--num-samples", 4) if "--num-samples" not in arguments else arguments
         given = (*given, "--tokenizer", tokenizer) if "--tokenizer" not in arguments else given
-        assert generate.main([*map(str, given), "--steps", "1", "--out", str(tmp_path / "out")]) == 2, arguments
+        assert generate.main(["--out", str(tmp_path / "out"), "--steps", "1", *map(str, given)]) == 2, arguments
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
         assert expected in line

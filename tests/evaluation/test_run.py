@@ -190,6 +190,7 @@ def test_every_mistake_is_one_line(
             (trained, "--tasks", "reconstruction", "--lpips", tmp_path / "none.safetensors"),
         ),
         ("does not exist: FID needs a feature network", (trained, "--fid", tmp_path / "none.pth")),
+        ("cut.safetensors cannot be made a directory", (trained, "--out", weights)),
     ]
     for expected, arguments in mistakes:
-        assert expected in refused(capsys, *arguments, *out), arguments
+        assert expected in refused(capsys, *out, *arguments), arguments

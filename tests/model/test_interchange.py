@@ -116,6 +116,21 @@ def test_a_public_file_that_is_cut_off_is_one_clear_error(tmp_path: Path, capsys
     assert "model.safetensors is cut off or no safetensors file" in capsys.readouterr().err
 
 
+def test_an_out_of_the_other_kind_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", tiny_config())
+    assert main(["export", str(run), "--out", str(tmp_path / "public")]) == 0
+    for asked, kind in (
+        (["export", run, "--out", run / "weights.safetensors"], "a file"),
+        (["programs", run, "--out", run / "weights.safetensors"], "a file"),
+        (["import", tmp_path / "public", "--out", tmp_path], "a directory"),
+        (["import", tmp_path / "public", "--out", run / "weights.safetensors" / "x"], "File exists"),
+    ):
+        assert main([str(argument) for argument in asked]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert kind in line
+
+
 def test_missing_files_are_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "public")]) == 2
     assert main(["import", str(tmp_path / "nowhere"), "--out", str(tmp_path / "back")]) == 2
