@@ -77,9 +77,15 @@ class VisualTokenizer(Parts, OnHub):
 
     @classmethod
     def from_file(cls, path: str | Path, attention: str = "sdpa") -> VisualTokenizer:
-        """From a weights file (model/weights.py). Raises UserError where it cannot be read."""
+        """From a weights file (model/weights.py). Raises UserError where it cannot be read, or holds another model."""
         state, model = read_weights(path)
-        return cls.from_state(model, state, attention, read_origin(path))
+        try:
+            return cls.from_state(model, state, attention, read_origin(path))
+        except RuntimeError as error:  # load_state_dict's list of names and shapes that do not fit
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{path}: the weights do not fit the model that describes them ({reason}); export them anew"
+            ) from None
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -90,9 +90,17 @@ def opened(path: Path) -> Iterator[Any]:
 
 def described_model(stored: Any, path: Path) -> Model:
     """The model that an opened weights file fits, by its own words or the config's beside it. Raises UserError."""
-    described = (stored.metadata() or {}).get("model")
+    metadata = stored.metadata() or {}
+    described = metadata.get("model")
     if described is None:
-        return load_config(path.parent / "config.yaml").model
+        config = path.parent / "config.yaml"
+        if "generator" in metadata or not config.is_file():
+            found = "a generator" if "generator" in metadata else "tensors that nothing describes"
+            raise UserError(
+                f"{path} holds {found}, not a tokenizer: give weights.safetensors of a run that trained one, or what "
+                "`python -m model.interchange import` wrote"
+            )
+        return load_config(config).model
     try:
         return Model.model_validate_json(described)
     except ValidationError as error:

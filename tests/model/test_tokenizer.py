@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from configs import UserError
 from model.public_layout import to_public
 from model.tokenizer import VisualTokenizer
-from model.weights import read_weights
+from model.weights import read_weights, write_weights
 from tests.model.tiny_weights import NO_REC, build, tokenizer_of, write_run
 from tests.tiny import model_inputs, random_batch, tiny_config
 
@@ -79,6 +79,23 @@ def test_weights_that_describe_an_unknown_model_are_one_clear_error(tmp_path: Pa
     save_file({"trunk.norm.weight": torch.ones(32)}, tmp_path / "weights.safetensors", {"model": described})
     with pytest.raises(UserError, match=r"another version \(patch_length: Extra inputs"):
         read_weights(tmp_path / "weights.safetensors")
+
+
+def test_weights_that_do_not_fit_their_model_are_one_clear_error(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny_config())
+    state, model = read_weights(run / "weights.safetensors")
+    narrow = {**state, "trunk.norm.weight": torch.ones(16)}
+    for wrong in (narrow, {name: state[name] for name in state if name != "trunk.norm.weight"}):
+        write_weights(run / "weights.safetensors", wrong, model)
+        with pytest.raises(UserError, match=r"do not fit the model that describes them .*trunk\.norm\.weight"):
+            VisualTokenizer.from_run(run)
+
+
+@pytest.mark.parametrize(("key", "found"), [("generator", "a generator"), ("format", "tensors that nothing describes")])
+def test_a_file_of_something_else_is_one_clear_error(tmp_path: Path, key: str, found: str) -> None:
+    save_file({"trunk.norm.weight": torch.ones(32)}, tmp_path / "weights.safetensors", {key: "{}"})
+    with pytest.raises(UserError, match=f"holds {found}, not a tokenizer"):
+        VisualTokenizer.from_file(tmp_path / "weights.safetensors")
 
 
 def test_a_file_that_is_cut_off_or_no_tensors_is_one_clear_error(tmp_path: Path) -> None:
