@@ -61,7 +61,7 @@ def ssim(target: Tensor, recon: Tensor) -> Tensor:
     """(B, 3, H, W) twice, in [0, 1] -> (B,): the mean over channels and over the windows that lie in the picture.
 
     Windows are 11 x 11 Gaussians of deviation 1.5 (Wang et al. 2004; scikit-image gives the same). torchmetrics' own
-    mean counts windows over mirrored borders too. Sides of 16 pixels or more.
+    mean counts windows over mirrored borders too. Sides of 11 pixels or more.
     """
     _, map_BCHW = structural_similarity_index_measure(
         recon, target, data_range=1.0, reduction="none", return_full_image=True

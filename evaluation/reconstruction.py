@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs import UserError
 from engine import world
 from engine.agreement import in_order
 from engine.pictures import latent_colours, png, reconstructions
 from evaluation.feature_network import FeatureNetwork
-from evaluation.fidelity import Fid, ssim
+from evaluation.fidelity import WINDOW, Fid, ssim
 from evaluation.outcome import Figure, Outcome
 from evaluation.products import Products
 from model.objectives.perceptual import Perceptual
@@ -50,7 +51,12 @@ class Reconstruction:
 
     @torch.no_grad()
     def compare(self, target: Tensor, recon: Tensor, positions: Tensor) -> None:
-        """`add` on pictures: target, recon (B, 3, H, W) in [0, 1]."""
+        """`add` on pictures: target, recon (B, 3, H, W) in [0, 1]. Raises UserError where no window of SSIM fits."""
+        if min(target.shape[2:]) < WINDOW:
+            raise UserError(
+                f"pictures of {target.shape[3]} x {target.shape[2]}: SSIM compares windows of {WINDOW} x {WINDOW} "
+                "pixels; raise --crop, or leave reconstruction out"
+            )
         mean_colour = target.mean(dim=(2, 3), keepdim=True).expand_as(target)
         values = [psnr(target, recon), psnr(target, mean_colour), ssim(target, recon)]
         if self._perceptual is not None:
@@ -63,10 +69,12 @@ class Reconstruction:
             extremes.add(values[0], target, recon)
 
     def result(self) -> Outcome:
-        """The means and distances over the images of all ranks."""
+        """The means and distances over the images of all ranks. Raises UserError where there was none."""
         width = 3 if self._perceptual is None else 4
         own = torch.cat([torch.empty(0, width, dtype=torch.float64), *self._values])
         values = in_order(own, torch.cat([torch.empty(0, dtype=torch.int64), *self._positions]))
+        if not len(values):
+            raise UserError("no held-out picture could be decoded: there is nothing to reconstruct; mend the shards")
         means = values.mean(dim=0).tolist()
         figures: dict[str, Figure] = {
             "psnr_db": means[0],

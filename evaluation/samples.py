@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs import UserError
-from evaluation.source import Source, open_source
+from evaluation.source import Source, check_finite, open_source
 from model.generator.draws import draw
 from model.generator.sampling import Sampling
 from model.generator.weights import LoadedGenerator, read_generator
@@ -56,7 +56,9 @@ class Pair:
         Raises UserError where either cannot be read, or they do not belong together.
         """
         file = generator / "weights.safetensors" if generator.is_dir() else generator
-        return cls(read_generator(file), open_source(tokenizer, device), device)
+        loaded = read_generator(file)
+        check_finite(loaded.module, file)
+        return cls(loaded, open_source(tokenizer, device), device)
 
     @torch.no_grad()
     def samples(self, numbers: NDArray[np.int64], sampling: Sampling, seed: int, batch_size: int) -> Iterator[Samples]:

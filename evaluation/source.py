@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from configs import Config, DecoderGan, UserError, load_run
 from configs.data import Pictures
@@ -80,6 +81,7 @@ def open_source(
     path = Path(path)
     config = _config_of(path)
     tokenizer = _open_weights(path, config).to(device)
+    check_finite(tokenizer, path)
     crop = crop or (config.views.image_size if config else CROP)
     if crop % tokenizer.model.patch_size:
         raise UserError(
@@ -88,6 +90,13 @@ def open_source(
         )
     captions = caption_tokenizer or (config.data.tokenizer if isinstance(config, Config) else None)
     return Source(tokenizer, path if path.is_dir() else path.parent, crop, config, captions)
+
+
+def check_finite(module: nn.Module, path: Path) -> None:
+    """Raises UserError for weights whose every figure would be none."""
+    for name, tensor in module.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} is not finite: the training went astray; go back to an earlier checkpoint")
 
 
 def _config_of(path: Path) -> Config | DecoderGan | None:

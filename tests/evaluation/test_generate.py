@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import UserError
@@ -313,6 +315,11 @@ def test_every_mistake_is_one_line(
     cut.write_bytes((trained / "weights.safetensors").read_bytes()[:-20])
     few = tmp_path / "classes.json"
     few.write_text('{"classes": [{"name": "one"}]}')
+    astray = other("astray")
+    tensors = load_file(astray / "weights.safetensors")
+    with safe_open(astray / "weights.safetensors", "pt") as stored:
+        described = stored.metadata()
+    save_file({k: v * torch.nan for k, v in tensors.items()}, astray / "weights.safetensors", described)
     mistakes: list[tuple[str, tuple[object, ...]]] = [
         (f"makes latents of {store.shape[0] + 4} channels, this tokenizer decodes {store.shape[0]}", (wide,)),
         ("was trained on the latents of deadbeef, this tokenizer's are", (other("foreign", tokenizer="deadbeef"),)),
@@ -329,6 +336,7 @@ def test_every_mistake_is_one_line(
         ("matches no file", (trained, "--fid", network, "--data", tmp_path / "*.tar")),
         ("names 1 classes, the generator has 5", (trained, "--classes", few)),
         ("give --data", (trained, "--fid", network, "--tokenizer", weights)),
+        ("is not finite: the training went astray", (astray,)),
         ("pictures cannot be made a directory", (trained, "--out", few)),
     ]
     for expected, arguments in mistakes:

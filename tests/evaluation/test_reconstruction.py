@@ -113,6 +113,13 @@ def test_what_was_not_computed_says_so_and_is_no_number() -> None:
     assert figures["rfid"] == "not computed: no feature network (--fid FILE)"
 
 
+def test_pictures_without_a_window_of_ssim_and_no_pictures_at_all_are_errors_and_no_numbers() -> None:
+    with pytest.raises(UserError, match="pictures of 10 x 10: SSIM compares windows of 11 x 11"):
+        compared(Reconstruction([], None, CPU), *pair(2, side=10))
+    with pytest.raises(UserError, match="no held-out picture could be decoded"):
+        Reconstruction([], None, CPU).result()
+
+
 def test_lpips_is_the_objectives_own_in_signed_space() -> None:
     generator = torch.Generator().manual_seed(0)
     widths, convs = (3, *[4] * 13), {}

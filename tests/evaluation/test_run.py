@@ -169,6 +169,9 @@ def test_every_mistake_is_one_line(
     state, model = read_weights(whole)
     misfit = tmp_path / "misfit.safetensors"
     write_weights(misfit, state, model.model_copy(update={"latent_channels": 16}))
+    empty = write_tar(bare / "empty.tar", {"0.jpg": b"no picture", "0.json": b'{"label": 0}'})
+    astray = tmp_path / "astray.safetensors"
+    write_weights(astray, state | {"trunk.norm.weight": torch.full((32,), torch.nan)}, model)
     mistakes: list[tuple[str, tuple[object, ...]]] = [
         ("'rfid' is not one of zero_shot, linear_probe, knn, reconstruction", (trained, "--tasks", "zero_shot,rfid")),
         ("is no run directory", (tmp_path / "nowhere",)),
@@ -190,6 +193,9 @@ def test_every_mistake_is_one_line(
             (trained, "--tasks", "reconstruction", "--lpips", tmp_path / "none.safetensors"),
         ),
         ("does not exist: FID needs a feature network", (trained, "--fid", tmp_path / "none.pth")),
+        ("no held-out picture could be decoded", (trained, "--tasks", "reconstruction", "--data", empty)),
+        ("SSIM compares windows of 11 x 11 pixels; raise --crop", (trained, "--tasks", "reconstruction", "--crop", 8)),
+        ("trunk.norm.weight is not finite", (astray, "--tasks", "reconstruction", "--data", shards)),
         ("cut.safetensors cannot be made a directory", (trained, "--out", weights)),
     ]
     for expected, arguments in mistakes:
