@@ -30,6 +30,8 @@ from data.reading import read_sample
 from data.shards import BadMember, Sample, Shards
 from data.storage import expand
 
+MOST_CLASSES = 1 << 20
+
 
 @dataclass(frozen=True)
 class LabelledBatch:
@@ -37,6 +39,15 @@ class LabelledBatch:
     labels: torch.Tensor  # (n,) int64, -1 without one
     positions: torch.Tensor  # (n,) int64: rows of all ranks' batches, numbered in index order
     keys: tuple[str, ...]  # "shard/sample"
+
+
+def check_number_of_classes(labels: torch.Tensor) -> None:
+    """Raises UserError for a label that is a hash or an id: whoever learns from labels has a row for each class."""
+    if len(labels) and (highest := int(labels.max())) >= MOST_CLASSES:
+        raise UserError(
+            f"a sample has label {highest}: labels number the classes, from 0 on and below {MOST_CLASSES:,}; write the "
+            "shards with such numbers"
+        )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from configs import UserError
+from data.held_out import check_number_of_classes
 from engine import world
 from evaluation.products import Products
 from model.latent import feature_width
@@ -68,7 +69,7 @@ class Bank:
         self._last: Products | None = None
 
     def add(self, batch: Products) -> None:
-        """Keeps a batch's labelled rows. Raises UserError for a negative label; -1 means that there is none."""
+        """Keeps a batch's labelled rows. Raises UserError for a label that is no class; -1 means that there is none."""
         if batch is self._last:
             return
         self._last = batch
@@ -76,6 +77,7 @@ class Bank:
             raise UserError(
                 f"a sample has label {int(batch.labels.min())}: labels are integers from 0 on; mend the corpus"
             )
+        check_number_of_classes(batch.labels)
         is_labelled = batch.labels >= 0
         if not is_labelled.any():
             return

@@ -22,7 +22,7 @@ from torch import Tensor
 from configs import UserError
 from configs.data import Data
 from configs.system import System
-from data.held_out import HeldOut
+from data.held_out import HeldOut, check_number_of_classes
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
 
 EPOCHS, BATCH, LR, WEIGHT_DECAY = 14, 64, 4e-3, 0.02
@@ -90,6 +90,7 @@ def labelled(pattern: str, size: int) -> tuple[Tensor, Tensor]:
     batches = [(batch.images.cpu(), batch.labels) for batch in pictures.batches(256)]
     pictures.close()
     images, labels = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+    check_number_of_classes(labels)
     if not (labels >= 0).any():
         raise UserError(f"--data: no sample of {pattern} has a label, which is what the network learns from")
     return images[labels >= 0], labels[labels >= 0]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from configs import UserError
-from data.held_out import HeldOut
+from data.held_out import HeldOut, check_number_of_classes
 from data.latent_files import check_statistics, write_statistics
 from data.latent_writer import LatentWriter, Tally
 from data.latents import LatentStore
@@ -111,6 +111,7 @@ def _encode(source: Source, pictures: HeldOut, directory: Path, options: Options
                 f"{batch.keys[row]} has no label (found {int(batch.labels[row])}): a generator is trained on the "
                 "integer from 0 on in field `label` of the .json member, or in the .cls member; give labelled shards"
             )
+        check_number_of_classes(batch.labels)
         images = batch.images.to(device)
         latents, mirrored = (source.tokenizer.encode(x).to(dtype) for x in (images, images.flip(-1)))
         writer.add(latents, mirrored, batch.labels, batch.positions)

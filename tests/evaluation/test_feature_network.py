@@ -168,3 +168,6 @@ def test_a_corpus_that_teaches_nothing_is_refused(tmp_path: Path, capsys: pytest
         write_tar(tmp_path / f"{split}-0.tar", {"0.jpg": encoded(0), "0.json": b'{"label": 0}'})
     assert features.main(asked) == 2
     assert "has one class" in capsys.readouterr().err
+    write_tar(tmp_path / "train-0.tar", {"0.jpg": encoded(0), "0.json": b'{"label": 123456789012}'})
+    assert features.main(asked) == 2
+    assert "has label 123456789012: labels number the classes" in capsys.readouterr().err

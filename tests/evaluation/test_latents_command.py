@@ -141,6 +141,7 @@ def test_every_mistake_is_one_line(trained: Path, tmp_path: Path, capsys: pytest
     write_tar(unlabelled, {"0.jpg": encoded(0), "0.txt": b"no label"})
     undecodable = tmp_path / "1.tar"
     write_tar(undecodable, {"0.jpg": encoded(0)[:200], "0.json": b'{"label": 0}'})
+    hashes = write_tar(tmp_path / "2.tar", {"0.jpg": encoded(0), "0.json": b'{"label": 123456789012}'})
     lonely = Path(shutil.copy(trained / "weights.safetensors", tmp_path / "weights.safetensors"))
     state, model = read_weights(lonely)
     silent = tmp_path / "silent.safetensors"
@@ -151,6 +152,7 @@ def test_every_mistake_is_one_line(trained: Path, tmp_path: Path, capsys: pytest
     (full / "notes.txt").touch()
     mistakes: list[tuple[str, tuple[object, ...]]] = [
         ("0/0 has no label (found -1): a generator is trained on", (trained, "--data", unlabelled)),
+        ("has label 123456789012: labels number the classes", (trained, "--data", hashes)),
         ("could be decoded", (trained, "--data", undecodable)),
         ("name labelled ones with --data", (lonely,)),
         ("matches no file", (trained, "--data", tmp_path / "none*.tar")),

@@ -170,6 +170,7 @@ def test_every_mistake_is_one_line(
     misfit = tmp_path / "misfit.safetensors"
     write_weights(misfit, state, model.model_copy(update={"latent_channels": 16}))
     empty = write_tar(bare / "empty.tar", {"0.jpg": b"no picture", "0.json": b'{"label": 0}'})
+    hashes = write_tar(bare / "hashes.tar", {"0.jpg": encoded(0), "0.json": b'{"label": 123456789012}'})
     astray = tmp_path / "astray.safetensors"
     write_weights(astray, state | {"trunk.norm.weight": torch.full((32,), torch.nan)}, model)
     mistakes: list[tuple[str, tuple[object, ...]]] = [
@@ -194,6 +195,7 @@ def test_every_mistake_is_one_line(
         ),
         ("does not exist: FID needs a feature network", (trained, "--fid", tmp_path / "none.pth")),
         ("no held-out picture could be decoded", (trained, "--tasks", "reconstruction", "--data", empty)),
+        ("has label 123456789012: labels number the classes", (trained, "--tasks", "knn", "--data", hashes)),
         ("SSIM compares windows of 11 x 11 pixels; raise --crop", (trained, "--tasks", "reconstruction", "--crop", 8)),
         ("trunk.norm.weight is not finite", (astray, "--tasks", "reconstruction", "--data", shards)),
         ("cut.safetensors cannot be made a directory", (trained, "--out", weights)),
