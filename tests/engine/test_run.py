@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data import corpus
-from engine.failures import last
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights
 from profiling.report.page import write_report
@@ -168,38 +166,6 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(shards: Path, whole
     assert [report["step"] for report in reports(stopped)] == list(range(2, STEPS + 1, 2))
     expected, _ = read_weights(whole / "weights.safetensors")
     found, _ = read_weights(stopped / "weights.safetensors")
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-
-
-def test_a_run_whose_rank_is_killed_starts_again_and_ends_with_the_same_weights(
-    shards: Path, whole: Path, tmp_path: Path
-) -> None:
-    """The supervisor's whole way: checkpoints on the way, kill -9 of one rank, the watch, back-off, --resume auto."""
-    run_dir = tmp_path / "supervised"
-    deepspeed, *launcher, script = (words := command(shards, run_dir))[: (at := words.index("--config"))]
-    more = ("system.checkpoint.every=4", *TRAINING)
-    supervised = [sys.executable, script, "--max-restarts", "2", "--launcher", shlex.join([deepspeed, *launcher])]
-    with (tmp_path / "supervisor.log").open("w") as log:
-        supervisor = subprocess.Popen(
-            [*supervised, *words[at:], *more], env=environment(), stdout=log, stderr=log, cwd=tmp_path
-        )
-        try:
-            while not (run_dir / "checkpoints" / "latest").exists() or len(reports(run_dir)) < 4:
-                assert supervisor.poll() is None, (tmp_path / "supervisor.log").read_text()[-4000:]
-                time.sleep(0.05)
-            os.kill(ranks_of(run_dir)[-1], signal.SIGKILL)
-            assert supervisor.wait(timeout=300) == 0, (tmp_path / "supervisor.log").read_text()[-4000:]
-        finally:
-            supervisor.terminate()
-            supervisor.wait()
-    said = [line for line in (tmp_path / "supervisor.log").read_text().splitlines() if line.startswith("supervisor: ")]
-    assert len(said) == 1
-    assert "again in 5 s" in said[0]
-    failure = last(run_dir)
-    assert failure is not None
-    assert failure.kind == "dead"
-    expected, _ = read_weights(whole / "weights.safetensors")
-    found, _ = read_weights(run_dir / "weights.safetensors")
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
