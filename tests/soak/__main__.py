@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -44,7 +45,12 @@ def soak(minutes: float, ranks: int, seed: int, out: Path) -> list[Check]:
     with Gauges(disturbed.mark) as gauges:
         story = compared(disturbed, undisturbed, schedule(seed, ranks), 60 * minutes, _say)
     found = checks(disturbed, undisturbed, story, gauges.lives)
-    (out / "soak.json").write_text(json.dumps(_told(minutes, ranks, seed, story, gauges.lives, found), indent=2) + "\n")
+    told = _told(minutes, ranks, seed, story, gauges.lives, found, undisturbed)
+    (out / "soak.json").write_text(json.dumps(told, indent=2) + "\n")
+    _say(
+        f"a save holds the steps up for {told['checkpoint_stall_ms']:.1f} ms, {told['checkpoint_stall_share']:.2%} of"
+        " the time between two"
+    )
     draw(disturbed, undisturbed, story, gauges.lives, out)
     return found
 
@@ -56,10 +62,25 @@ def _corpus(folder: Path) -> Path:
     return folder
 
 
+def stall(run: Run) -> tuple[float, float]:
+    """Milliseconds for which the steps waited for a save, and their share of the time between two saves: medians.
+
+    Of a run that was never started again. It saves every few seconds, a real one every few hours. NaN for one save.
+    """
+    saves = [report for report in run.reports() if report.get("checkpoint/failed") == 0]
+    waits = [report["checkpoint/stall_ms"] for report in saves[1:]]
+    shares = [
+        wait / (1e3 * (save["time"] - before["time"]))
+        for wait, save, before in zip(waits, saves[1:], saves, strict=False)
+    ]
+    return (statistics.median(waits), statistics.median(shares)) if waits else (math.nan, math.nan)
+
+
 def _told(
-    minutes: float, ranks: int, seed: int, story: Story, lives: Sequence[Life], found: Sequence[Check]
+    minutes: float, ranks: int, seed: int, story: Story, lives: Sequence[Life], found: Sequence[Check], undisturbed: Run
 ) -> dict[str, Any]:
     losing = [event for event in story.events if event.is_losing]
+    stall_ms, stall_share = stall(undisturbed)
     return {
         "minutes": minutes,
         "ranks": ranks,
@@ -70,6 +91,8 @@ def _told(
             for kind in sorted({event.kind for event in losing})
         },
         "steps_done_again": sum(event.steps_again for event in losing),
+        "checkpoint_stall_ms": stall_ms,
+        "checkpoint_stall_share": stall_share,
         "checks": [asdict(check) for check in found],
         "events": [asdict(event) for event in story.events],
         "processes": len(lives),
