@@ -10,8 +10,7 @@ not; checkpoints hold what moves: the decoder, its average, the discriminator, b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,18 @@ from torch import Tensor
 from configs import DecoderGan
 from configs.architecture import Model
 from configs.learning import Optim
-from data.lines import Lines
 from data.picture_loader import PictureBatch, PictureLoader
-from data.sequence import CorpusFacts, sum_of_keys
 from engine import world
 from engine.assemble import fill_parameters, start, timed
 from engine.average import Average
-from engine.bad_samples import bad_samples
 from engine.checkpoint.pieces import MAIN
 from engine.decoder_step import JUDGES, LISTENS, DecoderAssembly, DecoderRecord, decoder_step
 from engine.frozen_tokenizer import described, initial_decoder
 from engine.health.judge import Judge
 from engine.pictures import reconstructions
+from engine.shard_fed import ShardFed
 from engine.timing import TimedComm
-from engine.training import Kept, renumbered
+from engine.training import Kept
 from model.block import Block
 from model.decoder_stage import DecoderStage, StageOutputs
 from model.describe import describe_decoder_gan
@@ -51,7 +48,7 @@ DISCRIMINATOR = "discriminator"
 SHOWN = 8  # pictures
 
 
-class DecoderTraining:
+class DecoderTraining(ShardFed[PictureBatch]):
     """A Training (engine/training.py)."""
 
     def __init__(
@@ -62,7 +59,8 @@ class DecoderTraining:
         choices: dict[str, str],
         loader: PictureLoader,
     ) -> None:
-        self.config, self.model, self.parts, self.choices, self.loader = config, model, parts, choices, loader
+        super().__init__(config, loader)
+        self.config, self.model, self.parts, self.choices = config, model, parts, choices
         self.comm, self.device, self.phases = parts.comm, parts.device, parts.phases
         self._shown: StageOutputs | None = None  # of the last step
 
@@ -80,27 +78,6 @@ class DecoderTraining:
         """Of the decoder's steps and of the discriminator's: each is judged by its own gradient."""
         return self.parts.judges
 
-    def batches(self, first_step: int, skipped_steps: int = 0) -> Iterator[PictureBatch]:
-        """From the corpus, made ahead."""
-        return renumbered(self.loader.iterate(first_step + skipped_steps), skipped_steps)
-
-    def samples(self, batch: PictureBatch) -> int:
-        """By their keys."""
-        return sum_of_keys(batch.keys)
-
-    def corpus(self, place: int) -> dict[str, str]:
-        """By the order of the corpus."""
-        return self._facts.at(place * self.config.samples_per_step)
-
-    @property
-    def logs(self) -> Sequence[Lines]:
-        """Of bad samples and lost shards."""
-        return self.loader.reader.logs
-
-    @cached_property
-    def _facts(self) -> CorpusFacts:
-        return CorpusFacts(self.loader.reader.shards.names, self.loader.reader.order)
-
     def step(self, batch: PictureBatch) -> DecoderRecord:
         """engine/decoder_step.py's."""
         record = decoder_step(self.parts, batch, self.config)
@@ -111,14 +88,6 @@ class DecoderTraining:
         """With the shares of the steps in which the discriminator took part."""
         took_part = counted.get(LISTENS, 0.0), counted.get(JUDGES, 0.0)
         return decoder_gan_flops(self.config, self.model, self.comm.world_size, *took_part, backend=self.backend)
-
-    def wait_seconds(self) -> float:
-        """The loader's."""
-        return self.loader.wait_seconds
-
-    def health(self) -> dict[str, float]:
-        """Bad samples. A collective."""
-        return bad_samples(self.loader.health)
 
     def pictures(self) -> dict[str, Tensor]:
         """Three rows: originals, what stage 1's decoder made of them, what the last step's did."""
@@ -136,10 +105,6 @@ class DecoderTraining:
 
     def restored(self, whole: Mapping[str, Tensor]) -> None:
         """Nothing: all that moves is in engines and average."""
-
-    def close(self) -> None:
-        """Ends the loader."""
-        self.loader.close()
 
 
 def decoder_gan(

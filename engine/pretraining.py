@@ -6,8 +6,7 @@ record = training.step(next(training.batches(first_step=0)))
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,14 @@ from torch import Tensor
 from configs import Config, UserError
 from data.batch import Batch
 from data.captions import CaptionEncoder
-from data.lines import Lines
 from data.loader import Loader
-from data.sequence import CorpusFacts, sum_of_keys
 from engine import world
 from engine.assemble import Assembly, assemble
-from engine.bad_samples import bad_samples
 from engine.health.judge import Judge
 from engine.pictures import latent_colours, reconstructions
+from engine.shard_fed import ShardFed
 from engine.step import StepRecord, train_step
-from engine.training import Kept, renumbered
+from engine.training import Kept
 from model.describe import describe
 from model.imagenet import denormalise
 from model.objectives.comm import Comm
@@ -38,11 +35,12 @@ from profiling.step.flops import step_flops
 SAVED = "speed/caption_tokens_saved"
 
 
-class Pretraining:
+class Pretraining(ShardFed[Batch]):
     """A Training (engine/training.py). What evolves outside the engine: the centre of the centring targets."""
 
     def __init__(self, config: Config, parts: Assembly, loader: Loader) -> None:
-        self.config, self.parts, self.loader = config, parts, loader
+        super().__init__(config, loader)
+        self.config, self.parts = config, parts
         self.comm, self.device, self.phases, self.choices = parts.comm, parts.device, parts.phases, parts.choices
         self.rows: Rows = parts.engine.module.rows
         self._centres = parts.centres
@@ -62,27 +60,6 @@ class Pretraining:
         """Of the one engine's steps."""
         return (self.parts.judge,)
 
-    def batches(self, first_step: int, skipped_steps: int = 0) -> Iterator[Batch]:
-        """From the corpus, made ahead."""
-        return renumbered(self.loader.iterate(first_step + skipped_steps), skipped_steps)
-
-    def samples(self, batch: Batch) -> int:
-        """By their keys."""
-        return sum_of_keys(batch.keys)
-
-    def corpus(self, place: int) -> dict[str, str]:
-        """By the order of the corpus."""
-        return self._facts.at(place * self.config.samples_per_step)
-
-    @property
-    def logs(self) -> Sequence[Lines]:
-        """Of bad samples and lost shards."""
-        return self.loader.reader.logs
-
-    @cached_property
-    def _facts(self) -> CorpusFacts:
-        return CorpusFacts(self.loader.reader.shards.names, self.loader.reader.order)
-
     def step(self, batch: Batch) -> StepRecord:
         """engine/step.py's."""
         record = train_step(self.parts, batch, self._centres, self.config)
@@ -94,13 +71,9 @@ class Pretraining:
         tokens = (1 - counted.get(SAVED, 0.0)) * self.rows.clip * self.config.model.text.context
         return step_flops(self.config, self.rows, tokens, backend=self.backend, device=self.device.type)
 
-    def wait_seconds(self) -> float:
-        """The loader's."""
-        return self.loader.wait_seconds
-
     def health(self) -> dict[str, float]:
         """Bad samples, and the objectives' shares of the gradient. A collective."""
-        return bad_samples(self.loader.health) | self.parts.shares.read(self.comm)
+        return super().health() | self.parts.shares.read(self.comm)
 
     def pictures(self) -> dict[str, Tensor]:
         """Reconstructions and latent colours of this rank's rec rows."""
@@ -122,10 +95,6 @@ class Pretraining:
         """Takes the centres."""
         if whole:
             self._centres = Centres(**{name: centre.to(self.device) for name, centre in whole.items()})
-
-    def close(self) -> None:
-        """Ends the loader."""
-        self.loader.close()
 
 
 def pretraining(config: Config, ds_config: dict[str, Any], comm: Comm, run_dir: Path, is_resumed: bool) -> Pretraining:

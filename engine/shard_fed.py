@@ -1,0 +1,88 @@
+"""The half of a Training (engine/training.py) that its data is: batches from shards, and what is known of them.
+
+class Pretraining(ShardFed[Batch]):
+    def __init__(self, config, loader, ...):
+        super().__init__(config, loader)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Generic, Protocol, TypeVar
+
+from configs import Run
+from data.health import Health
+from data.lines import Lines
+from data.reading import SampleReader
+from data.sequence import CorpusFacts, sum_of_keys
+from engine.bad_samples import bad_samples
+from engine.training import renumbered
+
+
+class Keyed(Protocol):
+    """A batch that knows which samples it is of."""
+
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+
+    @property
+    def step(self) -> int: ...
+
+
+B = TypeVar("B", bound=Keyed)
+Made = TypeVar("Made", bound=Keyed, covariant=True)
+
+
+class ShardLoader(Protocol[Made]):
+    """data.loader.Loader and data.picture_loader.PictureLoader."""
+
+    reader: SampleReader
+    health: Health
+
+    @property
+    def wait_seconds(self) -> float: ...
+
+    def iterate(self, start_step: int) -> Iterator[Made]: ...
+
+    def close(self) -> None: ...
+
+
+class ShardFed(Generic[B]):
+    """Owns the loader, and ends it."""
+
+    def __init__(self, config: Run, loader: ShardLoader[B]) -> None:
+        self._samples_per_step, self.loader = config.samples_per_step, loader
+
+    def batches(self, first_step: int, skipped_steps: int = 0) -> Iterator[B]:
+        """From the corpus, made ahead."""
+        return renumbered(self.loader.iterate(first_step + skipped_steps), skipped_steps)
+
+    def samples(self, batch: B) -> int:
+        """By their keys."""
+        return sum_of_keys(batch.keys)
+
+    def corpus(self, place: int) -> dict[str, str]:
+        """By the order of the corpus."""
+        return self._facts.at(place * self._samples_per_step)
+
+    @property
+    def logs(self) -> Sequence[Lines]:
+        """Of bad samples and lost shards."""
+        return self.loader.reader.logs
+
+    def wait_seconds(self) -> float:
+        """The loader's."""
+        return self.loader.wait_seconds
+
+    def health(self) -> dict[str, float]:
+        """Bad samples. A collective."""
+        return bad_samples(self.loader.health)
+
+    def close(self) -> None:
+        """Ends the loader."""
+        self.loader.close()
+
+    @cached_property
+    def _facts(self) -> CorpusFacts:
+        return CorpusFacts(self.loader.reader.shards.names, self.loader.reader.order)
