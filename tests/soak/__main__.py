@@ -57,7 +57,7 @@ def soak(minutes: float, ranks: int, seed: int, out: Path) -> list[Check]:
 
 def _corpus(folder: Path) -> Path:
     asked = ["synthetic", "--out", str(folder), "--samples", str(SAMPLES), "--held-out", "64", "--size", "32"]
-    if corpus.main([*asked, "--shard-size", "100"]):
+    if corpus.main([*asked, "--shard-size", "250"]):
         raise SoakFailed("the corpus could not be made")
     return folder
 
