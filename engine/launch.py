@@ -23,6 +23,7 @@ from configs import Config, DecoderGan, Run, UserError, load_run  # noqa: E402
 from configs.ds import load_ds_config  # noqa: E402
 from configs.generation import Generation  # noqa: E402
 from engine.checkpoint.directory import candidates  # noqa: E402
+from engine.complaint import complain  # noqa: E402
 from engine.places import checkpoints, run_directory  # noqa: E402
 
 FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
@@ -139,7 +140,7 @@ def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes
         return run.train(config, ds_config, comm, resume, allowed_changes)
     except TrainingFailed as error:
         if world.is_first():  # every rank has come to it
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            complain(f"error: {error}")
         return FAILED
     finally:
         world.stop()
@@ -207,7 +208,7 @@ def _refuse(error: UserError, rank: int) -> int:
     if rank > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's call; a running run would save first
         time.sleep(FIRST_RANK_SECONDS)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    complain(f"error: {error}")
     return 2
 
 

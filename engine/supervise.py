@@ -25,6 +25,7 @@ from pathlib import Path
 from configs import UserError
 from engine import failures
 from engine.checkpoint.directory import candidates, step_of
+from engine.complaint import complain
 from engine.exits import FAILED, FINAL, STOPPED
 
 BACK_OFF = (5.0, 300.0)  # seconds before the first restart, and at most
@@ -150,4 +151,4 @@ def _of_a_rank(arguments: Sequence[str]) -> list[str]:
 
 
 def _say(words: str) -> None:
-    print(f"supervisor: {words}", file=sys.stderr, flush=True)
+    complain(f"supervisor: {words}")

@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from typing import Any
 from configs import Run
 from configs.system import Watch as Settings
 from engine import world
+from engine.complaint import complain
 from engine.exits import LOST_RANK
 from engine.failures import Failure, record
 from engine.health.failure import TrainingFailed
@@ -180,7 +180,7 @@ def is_of_others(error: BaseException) -> bool:
 
 def end(verdict: Verdict, run_dir: Path) -> None:
     """Says which rank is lost and ends this process at once: its main thread may wait for that rank for ever."""
-    print(f"error: rank {world.rank()} ends, a rank is lost: {verdict.message}", file=sys.stderr, flush=True)
+    complain(f"error: rank {world.rank()} ends, a rank is lost: {verdict.message}")
     if world.rank() == min(set(range(world.world_size())) - set(verdict.ranks), default=0):
         at = verdict.beat
         record(run_dir, Failure(verdict.ranks[0], at.step, at.phase, verdict.kind, verdict.message, host=at.host))

@@ -95,6 +95,15 @@ def test_trouble_has_path_and_reason_until_all_is_written(tmp_path: Path) -> Non
     assert lines == [numbered(0)[:5], numbered(0), numbered(1), numbered(2)]
 
 
+def test_a_long_wait_ends_in_one_go(tmp_path: Path) -> None:
+    log = Lines(tmp_path / "log.jsonl")
+    with writing(disk([FULL])):
+        log.append(*map(numbered, range(4500)))
+    log.flush()
+    assert log.trouble == ""
+    assert numbers(tmp_path / "log.jsonl") == list(range(4500))
+
+
 def test_a_line_that_lacks_its_end_alone_is_not_written_again(tmp_path: Path) -> None:
     log = Lines(tmp_path / "log.jsonl")
     with writing(disk([len(numbered(0)), FULL])):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import archive, run
+from engine.complaint import complain
 from engine.event_file import EventFile
 from engine.exits import FAILED
 from engine.failures import Failure, last, record
@@ -81,6 +84,35 @@ def test_what_is_lost_at_the_end_is_said(tmp_path: Path, capsys: pytest.CaptureF
     assert said[0] == "a sentence"
     [log] = [line for line in said if "log.txt" in line]
     assert log == f"cannot write {tmp_path}/log.txt: No space left on device; what waited in memory is lost"
+
+
+@pytest.mark.L0
+def test_a_terminal_that_goes_to_a_full_disk_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, FullStream(told))
+    with open_reporter(tmp_path, total_steps=50, first_step=0, is_main=True) as reporter:
+        reporter.say("a sentence")
+        reporter.scalars(10, {"loss/total": 5.0})
+    complain("error: a rank is lost")
+    assert [word for word in told if word.strip()] == [
+        "a sentence\n",
+        "step 10/50  loss 5  left ?",
+        "error: a rank is lost",
+    ]
+    assert reported(tmp_path) == [10]
+
+
+class FullStream(io.StringIO):
+    """Notes what it is given and refuses it."""
+
+    def __init__(self, told: list[str]) -> None:
+        super().__init__()
+        self.told = told
+
+    def write(self, text: str) -> int:
+        self.told.append(text)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.L0
