@@ -11,18 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import UserError
+from profiling.report.data import read_run
 
 LOSSES = ("clip", "ssl", "rec")
 
 
 def summarise(run: Path) -> dict[str, str]:
     """The lines of the summary, as words. Raises UserError for a directory that is no finished run."""
-    reports, results = _reports(run), _results(run)
-    first, last = reports[0], reports[-1]
-    lines = {"run": str(run), "steps": str(last["step"])}
+    log, results = read_run(run), _results(run)
+    lines = {"run": str(run), "steps": str(log.steps[-1])}
     for name in LOSSES:
-        if f"loss/{name}" in last:
-            lines[f"loss {name}"] = f"{first[f'loss/{name}']:.3f} -> {last[f'loss/{name}']:.3f}"
+        if f"loss/{name}" in log.keys:
+            lines[f"loss {name}"] = f"{log.first(f'loss/{name}'):.3f} -> {log.last(f'loss/{name}'):.3f}"
     if shot := results.get("zero_shot"):
         lines["zero-shot, held out"] = (
             f"{shot['top1']:.1%} of {shot['images']} images, {shot['times_chance']:.1f} x chance "
@@ -30,21 +30,10 @@ def summarise(run: Path) -> dict[str, str]:
         )
     if rec := results.get("reconstruction"):
         lines["PSNR, held out"] = f"{rec['psnr_db']:.2f} dB (mean colour alone: {rec['psnr_db_of_mean_colour']:.2f} dB)"
-    speeds = sorted(report["speed/samples_per_second"] for report in reports)
-    lines["speed"] = f"{speeds[len(speeds) // 2]:.1f} samples/s (median over reports)"
+    lines["speed"] = f"{log.median('speed/samples_per_second'):.1f} samples/s (median over reports)"
     lines["pictures"] = str(run / "pictures")
     lines["TensorBoard"] = f"tensorboard --logdir {run / 'tensorboard'}"
     return lines
-
-
-def _reports(run: Path) -> list[dict[str, Any]]:
-    try:
-        reports = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    except OSError:
-        raise UserError(f"{run} has no log.jsonl: it is not a run directory; train first") from None
-    if not reports:
-        raise UserError(f"{run}/log.jsonl is empty: the run has not reported yet")
-    return reports
 
 
 def _results(run: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ def test_the_summary_shows_first_and_last_losses_and_the_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reports = [{"step": 10 * i, "loss/clip": 4.0 / i, "speed/samples_per_second": 50.0 + i} for i in (1, 2, 3)]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, reports)))
+    half = '{"step": 30, "loss/cl'  # what a full disk took of the last report before it took the whole
+    (tmp_path / "log.jsonl").write_text("\n".join([*map(json.dumps, reports[:2]), half, json.dumps(reports[2])]))
     shot = {"top1": 0.25, "times_chance": 16.0, "chance": 1 / 64, "classes": 64, "images": 100}
     rec = {"psnr_db": 24.5, "psnr_db_of_mean_colour": 16.0}
     (tmp_path / "evaluation.json").write_text(json.dumps({"zero_shot": shot, "reconstruction": rec}))
