@@ -211,9 +211,9 @@ def _keep(found: Found, path: Path, data: Pictures, caption: str | None, rank: i
         try:
             corpus_of_a_run.write(path, data.train, caption, found)
         except OSError as error:
-            trouble = f"{path} cannot be written ({error.strerror or error}): a run keeps the names and sizes of its "
-            trouble += (
-                "shards, since the order of its samples hangs on them; make room, or choose another system.run_dir"
+            trouble = (
+                f"{path} cannot be written ({error.strerror or error}): a run keeps the names and sizes of its shards, "
+                "on which the order of its samples hangs; make room, or choose another system.run_dir"
             )
     if trouble := (exchange(trouble)[0] if exchange else trouble):
         raise UserError(trouble)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.assemble import resolve_compile
+from engine.complaint import complain
 from engine.energy import Energy, metered
 from engine.rank_memory import report as memory_of_ranks
 from engine.report import Reporter
@@ -56,7 +57,7 @@ def watching(training: Training, run_dir: Path, reporter: Reporter) -> Iterator[
     machine = use.machine(comm.world_size, resolve_compile(config, training.device)[0])
     reporter.keep(run_dir / "machine.json", json.dumps(machine, indent=2) + "\n")
     with (
-        Window(config, phases, run_dir, comm.rank, reporter.say if comm.rank == 0 else print) as window,
+        Window(config, phases, run_dir, comm.rank, reporter.say if comm.rank == 0 else complain) as window,
         metered(training.device, config.samples_per_step, reporter.say) as energy,
         counting() as traffic,
     ):
