@@ -42,7 +42,9 @@ class Watch(Section):
     """When a rank counts as lost (engine/watch/): every rank then says which one, and where it was, and ends."""
 
     silent_seconds: Positive = 60  # not a word from a rank: stopped, or cut off. A dead one is known at once
-    stuck_seconds: Positive = 1800  # no rank has finished a step: longer than the longest step, compiling included
+    # No rank has ended a step or a phase. Longer than any of them may take: assembling (the model, the corpus's index
+    # where it has to be written), loading a checkpoint, the first step with its compiling, the last save.
+    stuck_seconds: Positive = 1800
 
 
 class Alarms(Section):

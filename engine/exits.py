@@ -9,7 +9,7 @@
 | 143 | stopped on request (SIGTERM, SIGUSR1), after a checkpoint | yes, when there is room again |
 | others | an error of a library or of ours, or a signal | yes |
 
-70 and 75 are EX_SOFTWARE and EX_TEMPFAIL of BSD's sysexits.h.
+What ends one rank alone with 2 or 70 ends the others with it too (engine/watch/). 70 and 75 are EX_SOFTWARE and EX_TEMPFAIL of BSD's sysexits.h.
 """
 
 DONE = 0

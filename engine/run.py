@@ -40,7 +40,8 @@ from engine.places import checkpoints, run_directory
 from engine.report import Reporter, open_reporter
 from engine.samples import SampleLog
 from engine.training import Training
-from engine.watch.watch import Place, watched
+from engine.watch.place import Place
+from engine.watch.watch import watched
 from model.objectives.comm import Comm
 from profiling.memory import process_peak_bytes
 
@@ -51,29 +52,26 @@ def train(
     """Trains to optim.steps, or to a stop signal; gives the exit code. `allowed_changes` are science keys that may
     differ from the checkpoint's, or sections of them. A collective."""
     run_dir = run_directory(config)
-    memory = Memory(config, ds_config, run_dir, comm.rank, comm.world_size, world.device())
-    with memory.explained("assembling"):
-        training = kinds.assemble(config, ds_config, comm, run_dir, resume)
-    with closing(training):
-        begin, passed_over = _resumed(training, allowed_changes) if resume else (Cursor(), [])
-        guard = Guard(comm, training.device, config.health, training.judges)
-        guard.listen()
-        told = open_reporter(run_dir, config.optim.steps, begin.step, world.is_first(), training.logs)
-        with told as reporter, collected_by_hand():
-            _describe(reporter, run_dir, config, ds_config, training.choices)
-            for words in passed_over:
-                reporter.say(words)
-            reporter.say(training.describe())
-            for name, choice in training.choices.items():
-                reporter.say(f"{name}: {choice}")
-            rollbacks, alarms = Rollbacks(config.health.most_rollbacks), Alarms(rules(config), reporter.say)
-            with (
-                watched(config, run_dir, training.phases) as place,
-                watching(training, run_dir, reporter) as instruments,
-                closing(Saver(checkpoints(config), config)) as saver,
-            ):
-                parts = (training, guard, reporter, instruments, memory, saver, place, rollbacks, alarms, run_dir)
-                return Loop(*parts).go(begin)
+    with watched(config, run_dir) as place:
+        place.at("assembling")
+        memory = Memory(config, ds_config, run_dir, comm.rank, comm.world_size, world.device())
+        with memory.explained("assembling"):
+            training = kinds.assemble(config, ds_config, comm, run_dir, resume)
+        with closing(training):
+            place.at("loading")
+            begin, passed_over = _resumed(training, allowed_changes) if resume else (Cursor(), [])
+            guard = Guard(comm, training.device, config.health, training.judges)
+            guard.listen()
+            told = open_reporter(run_dir, config.optim.steps, begin.step, world.is_first(), training.logs)
+            with told as reporter, collected_by_hand():
+                _describe(reporter, run_dir, training, ds_config, passed_over)
+                rollbacks, alarms = Rollbacks(config.health.most_rollbacks), Alarms(rules(config), reporter.say)
+                with (
+                    watching(training, run_dir, reporter) as instruments,
+                    closing(Saver(checkpoints(config), config)) as saver,
+                ):
+                    parts = (training, guard, reporter, instruments, memory, saver, place, rollbacks, alarms, run_dir)
+                    return Loop(*parts).go(begin)
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,7 @@ class Loop:
         try:
             return self._steps(begin)
         except GoBack as trouble:
+            self.place.at("rolling back")
             self._tell(self.saver.settle())
             cursor = self.rollbacks.go_back(self.training, begin, trouble, self.reporter.say)
             left_out = cursor.skipped_steps - begin.skipped_steps
@@ -116,6 +115,7 @@ class Loop:
         config = self.training.config
         total, report_every = config.optim.steps, config.system.report_every
         self.place.step = begin.step
+        self.place.follow(self.training.phases)
         meter = Meter(self.training.comm, total, config.samples_per_step, self.instruments.use)
         window, phases = self.instruments.window, self.instruments.phases
         batches, samples = self.training.batches(begin.step, begin.skipped_steps), SampleLog(begin.samples_digest)
@@ -142,6 +142,7 @@ class Loop:
 
     def _write_weights(self) -> None:
         """What the run is for, from its last checkpoint. Raises TrainingFailed, on all ranks, where it cannot."""
+        self.place.at("consolidating" if world.is_first() else "barrier")  # where the others wait for it
         root, out = checkpoints(self.training.config), self.directory / "weights.safetensors"
         if trouble := trouble_of_first(lambda: archive.consolidate(archive.find(root), out)):
             raise TrainingFailed("weights", f"{trouble}; the checkpoint is whole: make room, and go on with --resume")
@@ -201,8 +202,14 @@ def _resumed(training: Training, allowed_changes: tuple[str, ...]) -> tuple[Curs
 
 
 def _describe(
-    reporter: Reporter, run_dir: Path, config: Run, ds_config: dict[str, Any], choices: dict[str, str]
+    reporter: Reporter, run_dir: Path, training: Training, ds_config: dict[str, Any], passed_over: list[str]
 ) -> None:
-    reporter.keep(run_dir / "config.yaml", to_yaml(config))
+    """What is trained and how, as files and in words, and which checkpoints were passed over."""
+    reporter.keep(run_dir / "config.yaml", to_yaml(training.config))
     reporter.keep(run_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-    reporter.keep(run_dir / "choices.json", json.dumps(choices, indent=2) + "\n")
+    reporter.keep(run_dir / "choices.json", json.dumps(training.choices, indent=2) + "\n")
+    for words in passed_over:
+        reporter.say(words)
+    reporter.say(training.describe())
+    for name, choice in training.choices.items():
+        reporter.say(f"{name}: {choice}")

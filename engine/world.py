@@ -42,6 +42,14 @@ class RankError(RuntimeError):
     """A collective failed on this rank; the message names the rank, the world size and the operation."""
 
 
+def is_of_others(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone or does not answer. What was raised decides it, not how
+    it reads: gloo alone raises nothing but plain RuntimeErrors, which begin with the place in its source."""
+    while isinstance(error, RankError) and error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/" in str(error))
+
+
 class Ranks:
     """model.objectives.comm.Comm over all ranks of the run."""
 

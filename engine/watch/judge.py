@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-# Phases in which a rank waits for others (engine/timing.py): a rank that is elsewhere is what they wait for.
-WAITING = ("all_gather", "reduce_scatter", "all_reduce", "backward", "optimizer", "report")
+from engine.exits import LOST_RANK
+
+# Phases in which a rank waits for others (engine/timing.py, engine/run.py): one that is elsewhere is waited for.
+WAITING = ("all_gather", "reduce_scatter", "all_reduce", "backward", "optimizer", "report", "barrier")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Verdict:
     ranks: tuple[int, ...]
     beat: Beat
     message: str
+    code: int = LOST_RANK  # with which the others end
 
 
 class Judge:
@@ -42,12 +45,13 @@ class Judge:
         self._silent, self._stuck = silent_seconds, stuck_seconds
         self._beats = {rank: Beat(rank, "?", 0, "starting") for rank in range(world_size)}
         self._heard = dict.fromkeys(range(world_size), now)
-        self._advanced = now  # when a rank last said another step than before; after a roll-back it is a lower one
+        # When a rank last was elsewhere than before: in another phase, or after another step, lower ones included.
+        self._advanced = now
         self._present = set(range(world_size))
         self._closed: list[int] = []
 
     def heard(self, beat: Beat, now: float) -> None:
-        if beat.step != self._beats[beat.rank].step or self._beats[beat.rank].phase == "starting":
+        if beat != self._beats[beat.rank]:
             self._advanced = now
         self._beats[beat.rank], self._heard[beat.rank] = beat, now
 
@@ -70,7 +74,7 @@ class Judge:
         if silent:
             return self._of("silent", tuple(silent), f"not heard of for {self._silent:g} s: stopped, or cut off")
         if self._present and now - self._advanced > self._stuck:
-            return self._of("stuck", self._suspects(), f"no rank has finished a step for {self._stuck:g} s")
+            return self._of("stuck", self._suspects(), f"no rank has ended a step or a phase for {self._stuck:g} s")
         return None
 
     def _suspects(self) -> tuple[int, ...]:

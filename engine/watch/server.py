@@ -4,8 +4,8 @@
     server.port                          # ranks connect here, and begin with the token
     server.close()
 
-Lines of JSON: {"token": ...} first, then beats; {"goodbye": true} before an end that is meant, {"failed": "..."} before
-one by an exception. Answers: {} to a beat; {"left": rank, "why": ...}; {"verdict": ...}.
+Lines of JSON: {"token": ...} first, then beats; {"goodbye": true} before an end that is meant, {"failed": "...",
+"code": 75} before one by an exception. Answers: {} to a beat; {"left": beat, "why": ..., "code": 75}; {"verdict": ...}.
 """
 
 from __future__ import annotations
@@ -52,13 +52,15 @@ class Server:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread and all connections."""
+        """Ends the thread and all connections, once what ranks have said is passed on: also why this one leaves."""
         self._is_closing.set()
         self._thread.join()
 
     def _serve(self) -> None:
-        while not self._is_closing.is_set():
-            for key, _ in self._selector.select(LOOK_EVERY):
+        is_last = False
+        while not is_last:
+            is_last = self._is_closing.is_set()
+            for key, _ in self._selector.select(0 if is_last else LOOK_EVERY):
                 if key.fileobj is self._listener:
                     self._accept()
                 else:
@@ -105,7 +107,8 @@ class Server:
         elif "failed" in message:
             self._judge.goodbye(peer.rank)
             beat = self._judge.beat_of(peer.rank)
-            self._tell_all({"left": asdict(beat), "why": str(message["failed"])}, but=peer)
+            left = {"left": asdict(beat), "why": str(message["failed"]), "code": int(message["code"])}
+            self._tell_all(left, but=peer)
         else:
             self._judge.heard(Beat(**message), time.monotonic())
             peer.send({})

@@ -1,9 +1,10 @@
 """A rank's side: says once a second where it is, and ends the process when a rank is lost.
 
-    with watched(config, run_dir, training.phases) as watch:
-        watch.step = 120                    # finished steps; the phase it finds itself
+    with watched(config, run_dir) as place:     # as soon as the ranks have met, to the very end
+        place.at("assembling")                  # place.py
 
-Alone a rank is not watched: its launcher sees it die, and nobody else waits for it.
+Alone a rank is not watched: its launcher sees it die, and nobody else waits for it. A rank that fails by itself tells
+the others why, and they end with its exit code: what no restart can help on one rank, it cannot on all.
 """
 
 from __future__ import annotations
@@ -20,34 +21,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs import Run
+from configs import Run, UserError
 from configs.system import Watch as Settings
 from engine import world
 from engine.complaint import complain
-from engine.exits import LOST_RANK
+from engine.exits import FAILED, LOST_RANK, MISTAKE
 from engine.failures import Failure, record
 from engine.health.failure import TrainingFailed
 from engine.watch.judge import Beat, Judge, Verdict
+from engine.watch.place import Place
 from engine.watch.server import Server
-from profiling.phases import Phases
 
 BEAT_EVERY = 1.0  # seconds; a quarter of silent_seconds where that is shorter
 GRACE_SECONDS = 10.0  # for ranks that fail alike to say so themselves, after one has said it
-# How gloo, NCCL and the operating system say that the other side is gone.
-OF_COLLECTIVES = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "peer")
 Lost = Callable[[Verdict], None]
-
-
-class Place:
-    """Where this rank is: the loop says the step, the phases know the phase."""
-
-    def __init__(self, phases: Phases) -> None:
-        self.step = 0  # finished ones
-        self._phases = phases
-
-    @property
-    def phase(self) -> str:
-        return self._phases.current
 
 
 class Watch:
@@ -68,11 +55,11 @@ class Watch:
         self._send({"token": token, "rank": self._rank})
         self._thread.start()
 
-    def close(self, failed: str = "") -> None:
-        """Says goodbye; with `failed`, that others need not wait for this rank."""
+    def close(self, failed: str = "", code: int = LOST_RANK) -> None:
+        """Says goodbye; with `failed`, that others need not wait for this rank, and end with `code`."""
         self._is_closing.set()
         with suppress(OSError):
-            self._send({"failed": failed} if failed else {"goodbye": True})
+            self._send({"failed": failed, "code": code} if failed else {"goodbye": True})
             self._connection.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._connection.close()
@@ -129,20 +116,21 @@ class Watch:
             if "verdict" in message:
                 found = message["verdict"]
                 beat = Beat(**found["beat"])
-                self._left = (0.0, Verdict(found["kind"], tuple(found["ranks"]), beat, found["message"]))
+                self._left = (0.0, Verdict(found["kind"], tuple(found["ranks"]), beat, found["message"], found["code"]))
             elif "left" in message:
                 beat = Beat(**message["left"])
                 words = f"failed: rank {beat.rank} (host {beat.host}) after step {beat.step} in {beat.phase}"
-                verdict = Verdict("failed", (beat.rank,), beat, f"{words}: {message['why']}")
+                verdict = Verdict("failed", (beat.rank,), beat, f"{words}: {message['why']}", message["code"])
                 self._left = (time.monotonic() + GRACE_SECONDS, verdict)
         return True
 
 
 @contextmanager
-def watched(config: Run, run_dir: Path, phases: Phases) -> Iterator[Place]:
+def watched(config: Run, run_dir: Path) -> Iterator[Place]:
     """Inside, this rank is watched where it is not alone. A collective, also at an end without an exception."""
+    place = Place()
     if world.world_size() == 1:
-        yield Place(phases)
+        yield place
         return
     settings, server = config.system.watch, None
     address, token = os.environ.get("MASTER_ADDR", "127.0.0.1"), secrets.token_hex(16)
@@ -152,17 +140,16 @@ def watched(config: Run, run_dir: Path, phases: Phases) -> Iterator[Place]:
         server = Server(judge, token, address)
     port, token = world.broadcast_object((server.port if server else 0, token))
     connection = socket.create_connection((address, port), timeout=settings.silent_seconds)
-    place = Place(phases)
     watch = Watch(connection, world.rank(), place, settings, lambda verdict: end(verdict, run_dir))
     watch.start(token)
     try:
         yield place
     except BaseException as error:
-        if is_of_others(error):
+        if world.is_of_others(error):
             watch.linger()
         kind = error.kind if isinstance(error, TrainingFailed) else type(error).__name__
         record(run_dir, Failure(world.rank(), place.step, place.phase, kind, str(error)))
-        watch.close(failed=f"{type(error).__name__}: {error}")
+        watch.close(failed=f"{type(error).__name__}: {error}", code=code_of(error))
         raise
     else:
         watch.close()
@@ -172,10 +159,11 @@ def watched(config: Run, run_dir: Path, phases: Phases) -> Iterator[Place]:
             server.close()
 
 
-def is_of_others(error: BaseException) -> bool:
-    """Whether a collective failed, for which the other side's end is the usual cause."""
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in words for sign in OF_COLLECTIVES)
+def code_of(error: BaseException) -> int:
+    """With which exit code a run ends that this error ends."""
+    if isinstance(error, UserError):
+        return MISTAKE
+    return FAILED if isinstance(error, TrainingFailed) else LOST_RANK
 
 
 def end(verdict: Verdict, run_dir: Path) -> None:
@@ -184,4 +172,4 @@ def end(verdict: Verdict, run_dir: Path) -> None:
     if world.rank() == min(set(range(world.world_size())) - set(verdict.ranks), default=0):
         at = verdict.beat
         record(run_dir, Failure(verdict.ranks[0], at.step, at.phase, verdict.kind, verdict.message, host=at.host))
-    os._exit(LOST_RANK)
+    os._exit(verdict.code)

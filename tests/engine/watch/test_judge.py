@@ -39,6 +39,23 @@ def test_a_run_that_went_back_advances_from_there() -> None:
         assert judge.verdict(second) is None
 
 
+def test_before_the_first_step_every_phase_has_its_own_time() -> None:
+    judge = Judge(2, silent_seconds=10, stuck_seconds=60, now=0.0)
+    stages = ["starting up"] * 50 + ["assembling"] * 50 + ["loading"] * 61
+    for second, stage in enumerate(stages):
+        hear(judge, second, (0, 0, stage), (1, 0, stage))
+        assert judge.verdict(second) is None
+    hear(judge, 161, (0, 0, "loading"), (1, 0, "loading"))
+    assert ranks_of(judge.verdict(161)) == ("stuck", (0, 1))
+
+
+def test_while_the_first_rank_consolidates_those_that_wait_for_it_are_not_suspected() -> None:
+    judge = judge_of()
+    for second in range(101, 163):
+        hear(judge, second, (0, 9, "consolidating"), (1, 9, "barrier"), (2, 9, "barrier"))
+    assert ranks_of(judge.verdict(162)) == ("stuck", (0,))
+
+
 def test_a_closed_connection_is_a_death_at_once_and_a_goodbye_is_none() -> None:
     judge = judge_of()
     judge.goodbye(1)

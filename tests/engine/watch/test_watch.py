@@ -4,15 +4,20 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from configs import Config
-from engine import failures, world
+from configs import Config, UserError
+from engine import failures, run, world
+from engine.health.failure import TrainingFailed
 from engine.watch import watch
 from model.objectives.comm import Comm
 from profiling.phases import HostClock, Phases
+from tests.engine.small_runs import wait_until
 from tests.harness import RanksFailed, run_ranks
 from tests.tiny import tiny_config
 
@@ -24,7 +29,8 @@ QUICK = ("system.watch.silent_seconds=2", "system.watch.stuck_seconds=5")
 def run_until(comm: Comm, config: Config, run_dir: Path, fate: str) -> str:
     """Two ranks make steps; after the third, rank 1 meets its fate while rank 0 waits for it in a collective."""
     phases = Phases(HostClock())
-    with watch.watched(config, run_dir, phases) as place:
+    with watch.watched(config, run_dir) as place:
+        place.follow(phases)
         for step in range(1, 6):
             if step == 4 and comm.rank == 1:
                 meet(fate, run_dir)
@@ -36,15 +42,36 @@ def run_until(comm: Comm, config: Config, run_dir: Path, fate: str) -> str:
 
 
 def meet(fate: str, run_dir: Path) -> None:
-    (run_dir / "pid").write_text(str(os.getpid()))
     if fate == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fate == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fate == "hanging":
         time.sleep(60)
-    elif fate == "failing":
-        raise ValueError("of its own")
+    elif fate in FAILURES:
+        raise FAILURES[fate][0]
+
+
+# What a rank raises, and the exit code with which the others end.
+FAILURES = {
+    "failing": (ValueError("of its own"), 75),
+    "mistaken": (UserError("a mistake: the storage timed out"), 2),
+    "failed": (TrainingFailed("latents", "a file is gone"), 70),
+}
+
+
+def assemble_until(comm: Comm, config: Config, fate: str, grace: float) -> None:
+    """engine/run.py's train, of which rank 1 meets its fate while the training is assembled and rank 0 waits for it."""
+    watch.GRACE_SECONDS = grace
+
+    def assemble(*_: object) -> None:
+        time.sleep(0.8)  # so that a beat has said where it is
+        if comm.rank == 1:
+            meet(fate, Path(config.system.run_dir))
+        world.barrier()
+
+    run.kinds.assemble = assemble  # type: ignore[assignment]
+    run.train(config, {}, comm, resume=False)
 
 
 def test_a_run_without_trouble_ends_well_on_all_ranks(tmp_path: Path) -> None:
@@ -57,7 +84,7 @@ def test_a_run_without_trouble_ends_well_on_all_ranks(tmp_path: Path) -> None:
     [
         ("killed", "dead", "its process has ended without a word"),
         ("stopped", "silent", "not heard of for 2 s"),
-        ("hanging", "stuck", "no rank has finished a step for 5 s"),
+        ("hanging", "stuck", "no rank has ended a step or a phase for 5 s"),
     ],
 )
 def test_a_lost_rank_is_named_by_the_others_with_step_and_phase(
@@ -81,3 +108,71 @@ def test_a_rank_that_fails_says_so_and_the_others_end_for_it(tmp_path: Path) -> 
     lines = [json.loads(line) for line in (tmp_path / failures.FILE).read_text().splitlines()]
     assert [(line["kind"], line["rank"]) for line in lines] == [("ValueError", 1), ("failed", 1)]
     assert lines[1]["message"].endswith("ValueError: of its own")
+
+
+@pytest.mark.parametrize(("fate", "kind"), [("killed", "dead"), ("stopped", "silent"), ("hanging", "stuck")])
+def test_a_rank_lost_before_the_first_step_is_named_with_what_was_done_there(
+    tmp_path: Path, fate: str, kind: str
+) -> None:
+    config = tiny_config(*QUICK, f"system.run_dir={tmp_path}/run")
+    with pytest.raises(RanksFailed):
+        run_ranks(assemble_until, 2, config, fate, 1.0, timeout=30)
+    lines = [json.loads(line) for line in (tmp_path / "run" / failures.FILE).read_text().splitlines()]
+    assert (lines[-1]["kind"], lines[-1]["rank"], lines[-1]["step"]) == (kind, 0 if fate == "hanging" else 1, 0)
+    assert {line["phase"] for line in lines} == {"assembling"}
+    assert "(host" in lines[-1]["message"]
+
+
+@pytest.mark.parametrize("fate", FAILURES)
+def test_others_end_with_the_code_of_the_rank_that_failed(tmp_path: Path, fate: str) -> None:
+    error, code = FAILURES[fate]
+    config = tiny_config(*QUICK, f"system.run_dir={tmp_path}/run")
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(assemble_until, 2, config, fate, 1.0, timeout=30)
+    assert f"rank 0 of 2 died with exit code {code}" in str(failed.value)
+    assert str(error) in str(failed.value)
+    lines = [json.loads(line) for line in (tmp_path / "run" / failures.FILE).read_text().splitlines()]
+    assert [(line["rank"], line["phase"]) for line in lines] == [(1, "assembling")] * 2
+
+
+def lose(comm: Comm, how: str, out: Path) -> None:
+    """Rank 0 meets a real failure of a collective: rank 1 is gone, or does not answer."""
+    both = world.join_group([[0, 1]], timeout_minutes=1 / 60)
+    world.gather_rows(torch.ones(1), among=both)
+    if comm.rank == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait_until(out.exists, "the other rank's failure", str)
+        return
+    try:
+        world.gather_rows(torch.ones(3), among=both)
+    except RuntimeError as error:
+        out.write_text(f"{world.is_of_others(error)} {world.is_of_others(error.__cause__ or error)} {error}")
+
+
+@pytest.mark.parametrize(("how", "words"), [("killed", "by peer"), ("asleep", "Timed out waiting")])
+def test_a_collective_that_fails_for_another_rank_is_known_as_such(tmp_path: Path, how: str, words: str) -> None:
+    with suppress(RanksFailed):
+        run_ranks(lose, 2, how, tmp_path / "said", timeout=30)
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("True True ")
+    assert words in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TrainingFailed("checkpoint", "rank 1: the disk timed out, connection reset by peer"),
+        UserError("gloo/ timed out"),
+        OSError("[gloo/x.cc:1] broken pipe"),
+        RuntimeError("shape [1, 2] cannot be viewed: a peer tensor timed out"),
+        world.RankError("rank 0 of 2: gather of (3,) failed: sizes of nccl peers differ"),
+    ],
+)
+def test_what_fails_by_itself_is_not_held_against_others_whatever_it_says(error: Exception) -> None:
+    assert not world.is_of_others(error)
+
+
+def test_what_torch_raises_for_other_ranks_is() -> None:
+    for kind in (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError):
+        assert world.is_of_others(kind("NCCL error"))
