@@ -9,39 +9,43 @@
     latents, labels = store.read([7, 3], [False, True])     # (2, 64, 16, 16) as stored, (2,); picture 3 mirrored
 
 Files of ours hold `positions` too: where each picture stands in the corpus. By them, index i is the same picture
-whatever number of ranks wrote the store. Nothing but labels and positions is held in memory: files are mapped, and
-indexing them reads the wanted rows.
+whatever number of ranks wrote the store. Nothing but labels and positions is held in memory: the wanted rows are read
+(data/latent_rows.py).
 """
 
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from safetensors import safe_open
 from torch import Tensor
 
 from configs import UserError
 from data.latent_files import FLIPPED, LATENTS, REMEDY, read_shard, read_statistics, shard_files
+from data.latent_rows import LatentRows
+from data.losses import StorageFails
 from data.manifest import MANIFEST
+from data.patience import Patience
+from data.recent import Recent
 
-_OPEN_FILES = 512  # mapped at once
+_OPEN_FILES = 128  # kept open; the usual limit of a process is 1,024
+_TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise
 
 
 class LatentStore:
     """The latents below `directory`, by index: 0, 1, ... num_samples - 1, in the order of the corpus.
 
     `mean` and `std` are (L,) float32, `labels` (num_samples,) int64, `notes` what the manifest says, empty for a public
-    store. Raises UserError for a store that is missing, damaged or incomplete.
+    store. Raises UserError for a store that is missing, damaged or incomplete. What storage fails is asked for `tries`
+    times (data/patience.py).
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, tries: int = _TRIES) -> None:
+        self.directory, self.patience = Path(directory), Patience(tries)
         self.notes = _read_manifest(self.directory)
         self._shards = [read_shard(path) for path in shard_files(self.directory)]
         first = self._shards[0]
@@ -60,7 +64,8 @@ class LatentStore:
         self._files: NDArray[np.int64] = np.repeat(np.arange(len(counts)), counts)
         self._rows: NDArray[np.int64] = np.concatenate([np.arange(count) for count in counts])
         self._sort()
-        self._mapped = lru_cache(_OPEN_FILES)(self._map)
+        keys = (LATENTS, FLIPPED) if self.has_flips else (LATENTS,)
+        self._open = Recent(lambda file_idx: LatentRows(self._shards[file_idx], keys), _OPEN_FILES)
 
     @property
     def num_samples(self) -> int:
@@ -80,17 +85,18 @@ class LatentStore:
     def read(self, indices: ArrayLike, flipped: ArrayLike) -> tuple[Tensor, Tensor]:
         """(n,) indices and flags -> (n, L, h, w) as stored, not normalised, and (n,) int64 labels.
 
-        Raises UserError where mirrored latents are asked for and the store has none.
+        Raises UserError where mirrored latents are asked for and the store has none, and for a file that is gone or
+        not what it was at the start; StorageFails where storage does not answer.
         """
         idx, is_flipped = np.asarray(indices, np.int64), np.asarray(flipped, bool)
         if is_flipped.any() and not self.has_flips:
             raise UserError(f"{self.directory} holds no {FLIPPED}: train without flips, or {REMEDY}")
         latents = torch.empty(len(idx), *self.shape, dtype=self.dtype)
-        files, rows = self._files[idx], self._rows[idx]
-        for key, wanted in ((LATENTS, ~is_flipped), (FLIPPED, is_flipped)):
-            for file_idx in np.unique(files[wanted]):
-                places = np.flatnonzero(wanted & (files == file_idx))
-                latents[places] = self._mapped(int(file_idx))[key][torch.from_numpy(rows[places])]
+        rows = latents.flatten(1).view(torch.uint8).numpy()  # the same memory
+        for place in np.argsort(self._files[idx], kind="stable"):  # file by file, so that each is opened once
+            file_idx, row = int(self._files[idx[place]]), int(self._rows[idx[place]])
+            key = FLIPPED if is_flipped[place] else LATENTS
+            rows[place] = np.frombuffer(self._row(file_idx, key, row), np.uint8)
         return latents, self.labels[idx]
 
     def _sort(self) -> None:
@@ -100,10 +106,27 @@ class LatentStore:
             order = np.argsort(torch.cat(positions).numpy(), kind="stable")
             self._files, self._rows, self.labels = self._files[order], self._rows[order], self.labels[order]
 
-    def _map(self, file_idx: int) -> dict[str, Tensor]:
-        with safe_open(self._shards[file_idx].path, "pt") as stored:
-            keys = (LATENTS, FLIPPED) if self.has_flips else (LATENTS,)
-            return {key: stored.get_tensor(key) for key in keys}  # mapped: rows are read when they are indexed
+    def _row(self, file_idx: int, key: str, row: int) -> bytes:
+        path = self._shards[file_idx].path
+        try:
+            return self.patience(lambda: self._read(file_idx, key, row))
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} is gone since the start: a store stays as it is while a run reads it; put the file back and "
+                f"go on with --resume, or {REMEDY}"
+            ) from None
+        except OSError as error:
+            raise StorageFails(
+                f"{path} cannot be read ({error}), tried system.loader.tries={self.patience.tries} times: storage does "
+                "not answer; when it does again, go on with --resume"
+            ) from error
+
+    def _read(self, file_idx: int, key: str, row: int) -> bytes:
+        try:
+            return self._open(file_idx).read(key, row)
+        except OSError:
+            self._open.drop(file_idx)  # a handle can be what is broken
+            raise
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

@@ -167,7 +167,8 @@ class GeneratorTraining:
                 )
 
     def close(self) -> None:
-        """Ends the thread that makes batches."""
+        """Ends the thread that makes batches, also where it waits for storage."""
+        self._store.patience.end()
         self._steps.close()
 
     def _make(self, step: int) -> Step:
@@ -180,7 +181,7 @@ class GeneratorTraining:
 
 def generation(config: Generation, ds_config: dict[str, Any], comm: Comm) -> GeneratorTraining:
     """Assembled on this rank; a collective. Raises UserError for a store that cannot serve the run."""
-    store, device = LatentStore(config.latents.train), world.device()
+    store, device = LatentStore(config.latents.train, config.system.loader.tries), world.device()
     shape, section = LatentShape(*store.shape), config.generator
     make = partial(build, section, shape, store.num_classes)
     with torch.device("meta"):

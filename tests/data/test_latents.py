@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import UserError
-from data import latent_statistics
+from data import latent_statistics, latents, patience
 from data.latent_files import shard_files, write_statistics
 from data.latent_writer import LatentWriter, Tally
 from data.latents import LatentStore
+from data.losses import StorageFails
 from data.manifest import write_manifest
+from data.storage import OpenFile
 from tests.data.latent_stores import random_latents, write_public_store
 
 pytestmark = pytest.mark.L0
@@ -215,3 +218,68 @@ def test_damage_is_one_clear_error(tmp_path: Path, name: str) -> None:
 def test_an_empty_directory_says_how_to_fill_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no latents .*`python -m evaluation\.latents RUN"):
         LatentStore(tmp_path)
+
+
+class _Unsteady:
+    """A file that fails `times` reads."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.read_well = times, OpenFile.read
+
+    def read(self, file: OpenFile, num_bytes: int, offset: int) -> bytes:
+        self.times -= 1
+        if self.times >= 0:
+            raise OSError(5, "Input/output error")
+        return self.read_well(file, num_bytes, offset)
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatentStore:
+    """A store that is being read, one file of which is open; no time is spent on waiting for storage."""
+    monkeypatch.setattr(patience, "_FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(latents, "_OPEN_FILES", 1)
+    store = LatentStore(write_public_store(tmp_path / "store", [4, 3]), tries=3)
+    store.read([0, 1], [False, True])
+    return store
+
+
+CHANGES = {
+    "cut off": (r"shard001.*it ends at byte [\d,]+ where [\d,]+ are needed", lambda file: os.truncate(file, 200)),
+    "emptied": (r"shard001.*it ends at byte 0 where 8 are needed", lambda file: os.truncate(file, 0)),
+    "gone": (r"shard001.*is gone since the start", lambda file: file.unlink()),
+    "another": (r"shard001.*it holds \(3, 4, 2, 2\)", lambda file: write_unlike(file)),
+    "of another type": (r"shard001.*another type", lambda file: write_halves(file)),
+    "no header": (r"shard001.*its header is none", lambda file: file.write_bytes(bytes([2]) + bytes(200))),
+}
+
+
+def write_halves(file: Path) -> None:
+    save_file({key: rows.half() if rows.ndim == 4 else rows for key, rows in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_file_that_changes_under_a_run_is_one_clear_error(opened: LatentStore, name: str) -> None:
+    expected, change = CHANGES[name]
+    change(shard_files(opened.directory)[1])
+    with pytest.raises(UserError, match=expected):
+        opened.read([6], [True])
+
+
+def test_an_open_file_is_read_on_when_it_is_unlinked_and_told_when_it_is_cut_off(opened: LatentStore) -> None:
+    """Through a map, the second would have ended this process."""
+    expected, file = random_latents(7)["latents_flip"], shard_files(opened.directory)[0]
+    os.link(file, file.with_suffix(".kept"))
+    file.unlink()
+    assert opened.read([2], [True])[0].equal(expected[2:3])
+    os.truncate(file.with_suffix(".kept"), 200)
+    with pytest.raises(UserError, match=r"shard000.*it ends at byte [\d,]+ where [\d,]+ are needed"):
+        opened.read([2], [True])
+
+
+def test_storage_that_fails_for_a_while_changes_nothing(opened: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    unsteady = _Unsteady(2)
+    monkeypatch.setattr(OpenFile, "read", lambda *asked: unsteady.read(*asked))
+    assert opened.read([5], [False])[0].equal(random_latents(7)["latents"][5:6])
+    unsteady.times = 3
+    with pytest.raises(StorageFails, match=r"shard000.*Input/output error.*tried system\.loader\.tries=3 times"):
+        opened.read([0], [False])
