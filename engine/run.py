@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import Run, to_yaml
-from engine import archive, kinds, world
+from engine import archive, kinds, stop_file, world
 from engine.agreement import trouble_of_first
 from engine.checkpoint.contents import Consumed
 from engine.checkpoint.saver import News, Saver
@@ -52,6 +52,8 @@ def train(
     """Trains to optim.steps, or to a stop signal; gives the exit code. `allowed_changes` are science keys that may
     differ from the checkpoint's, or sections of them. A collective."""
     run_dir = run_directory(config)
+    if world.is_first():
+        stop_file.forget(run_dir)
     with watched(config, run_dir) as place:
         place.at("assembling")
         memory = Memory(config, ds_config, run_dir, comm.rank, comm.world_size, world.device())
@@ -61,7 +63,7 @@ def train(
             place.at("loading")
             begin, passed_over = _resumed(training, allowed_changes) if resume else (Cursor(), [])
             guard = Guard(comm, training.device, config.health, training.judges)
-            guard.listen()
+            guard.listen(run_dir)
             told = open_reporter(run_dir, config.optim.steps, begin.step, world.is_first(), training.logs)
             with told as reporter, collected_by_hand():
                 _describe(reporter, run_dir, training, ds_config, passed_over)

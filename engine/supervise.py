@@ -4,13 +4,17 @@
 
 Between two starts it waits, twice as long each time (BACK_OFF). A new checkpoint is progress: the count and the wait
 begin anew. A failure that comes back at the same step with the same words and no progress in between is deterministic,
-and another start would be wasted. SIGTERM and SIGUSR1 go to the launcher's processes of this machine; on several hosts
-signal a rank instead (docs/clusters/ssh.md). A supervisor that was asked to stop starts nothing again. Imports no
-torch: it outlives what it starts by weeks.
+and another start would be wasted.
+
+SIGTERM, SIGUSR1 and SIGINT ask the run to stop through its directory (engine/stop_file.py), which reaches the ranks of
+every host; a supervisor that was asked starts nothing again. The signal itself is passed to the launcher's processes,
+which are those of this machine, when that has not helped in STOP_SECONDS, or when a second signal comes: DeepSpeed's
+launchers give ranks half a minute from there. Imports no torch: it outlives what it starts by weeks.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -19,17 +23,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs import UserError
-from engine import failures
+from engine import failures, stop_file
 from engine.checkpoint.directory import candidates, step_of
 from engine.complaint import complain
 from engine.exits import FAILED, FINAL, STOPPED
 
 BACK_OFF = (5.0, 300.0)  # seconds before the first restart, and at most
 END_SECONDS = 60.0  # what is left of a launcher's processes gets to end
+STOP_SECONDS = 600.0  # what ranks get for the rest of a report's steps and the save
+LOOK_EVERY = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -71,18 +78,25 @@ class Supervisor:
     def __init__(self, command: Sequence[str], run_dir: Path, max_restarts: int, say: Callable[[str], None]) -> None:
         self._command, self._run_dir, self._say = list(command), run_dir, say
         self._patience = Patience(max_restarts)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_stopping = False
+        self._is_stopping, self._signal, self._due = False, 0, math.inf  # which is passed on, and when
 
     def run(self) -> int:
         """The exit code of the whole."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._ask)
+        stop_file.forget(self._run_dir)
+        try:
+            return self._run()
+        finally:
+            with suppress(OSError):
+                stop_file.forget(self._run_dir)
+
+    def _run(self) -> int:
         while True:
             end = self._start()
             if end.code in FINAL:
                 return end.code
-            if self._is_stopping:
+            if self._is_asked():
                 return STOPPED
             wait = self._patience.next_wait(end)
             if wait is None:
@@ -94,13 +108,26 @@ class Supervisor:
 
     def _start(self) -> End:
         before = failures.last(self._run_dir)
-        self._process = subprocess.Popen(self._command, start_new_session=True)
-        code = self._process.wait()
-        self._clear_away(self._process.pid)
+        process = subprocess.Popen(self._command, start_new_session=True)
+        code = self._wait(process)
+        self._clear_away(process.pid)
         there = candidates(self._run_dir / "checkpoints")
         failure = failures.last(self._run_dir)
         words = "" if failure is None or failure == before else f"{failure.step} {failure.kind} {failure.message}"
         return End(code if code >= 0 else 128 - code, step_of(there[0]) if there else 0, words)
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """The launcher's exit code. A wish to stop is repeated: a run that has just begun takes it for an old one."""
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(LOOK_EVERY)
+            if not self._is_stopping:
+                continue
+            is_told = stop_file.ask(self._run_dir)
+            if time.monotonic() >= self._due or (self._due < math.inf and not is_told):
+                self._due = math.inf
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, self._signal)
 
     def _clear_away(self, group: int) -> None:
         """Ends what is left of the launcher's processes on this machine: GPUs and ports must be free for the next."""
@@ -115,14 +142,16 @@ class Supervisor:
 
     def _is_stopped_within(self, seconds: float) -> bool:
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._is_stopping:
+        while time.monotonic() < end and not self._is_asked():
             time.sleep(0.1)
-        return self._is_stopping
+        return self._is_asked()
 
-    def _pass_on(self, number: int, _: object) -> None:
+    def _is_asked(self) -> bool:
+        return self._is_stopping or stop_file.is_asked(self._run_dir)
+
+    def _ask(self, number: int, _: object) -> None:
+        self._signal, self._due = number, time.monotonic() + (0 if self._is_stopping else STOP_SECONDS)
         self._is_stopping = True
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, number)
 
 
 def supervise(launcher: str, script: Path, arguments: Sequence[str], run_dir: Path, max_restarts: int) -> int:

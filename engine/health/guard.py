@@ -15,13 +15,14 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
 from torch import Tensor
 
 from configs.health import Health
-from engine import world
+from engine import stop_file, world
 from engine.health.failure import TrainingFailed
 from engine.health.judge import Judge
 from model.objectives.comm import Comm
@@ -68,9 +69,11 @@ class Guard:
         self._comm, self._health, self._judges = comm, health, judges
         self._non_finite = torch.zeros((), device=device)
         self._was_asked = False
+        self._run_dir: Path | None = None
 
-    def listen(self) -> None:
-        """From now on SIGTERM and SIGUSR1 ask the run to save and leave."""
+    def listen(self, run_dir: Path) -> None:
+        """From now on SIGTERM, SIGUSR1 and a file in the run's directory ask the run to save and leave."""
+        self._run_dir = run_dir
         for number in STOP_SIGNALS:
             signal.signal(number, self._ask)
 
@@ -109,7 +112,8 @@ class Guard:
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop. A collective: call it on every rank at the same step."""
-        return world.any_rank(self._was_asked)
+        sees_file = world.is_first() and self._run_dir is not None and stop_file.is_asked(self._run_dir)
+        return world.any_rank(self._was_asked or sees_file)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._was_asked = True

@@ -1,4 +1,4 @@
-"""When a run is started again: back-off, progress, failures that come back; and that signals get through."""
+"""When a run is started again: back-off, progress, failures that come back; and how it is asked to stop."""
 
 from __future__ import annotations
 
@@ -59,10 +59,19 @@ act = plan[len((here / "calls").read_text().splitlines()) - 1]
 if act.get("failure"):
     with (here / "run" / "failures.jsonl").open("a") as file:
         file.write(json.dumps(act["failure"]) + "\\n")
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(act["signalled"]))
+stop = here / "run" / "stop"
+if act.get("lays"):
+    stop.touch()
+if act.get("removes"):
+    while not stop.exists():
+        time.sleep(0.01)
+        (here / "ready").touch()
+    stop.unlink()
 if act.get("waits"):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     (here / "ready").touch()
-    time.sleep(60)
+    while act.get("deaf") or not stop.exists():
+        time.sleep(0.01)
 sys.exit(act["code"])
 """
 
@@ -74,11 +83,14 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(here: Path, plan: Sequence[Mapping[str, object]], max_restarts: int) -> subprocess.Popen[str]:
+def start(
+    here: Path, plan: Sequence[Mapping[str, object]], max_restarts: int, stop_seconds: float = 60.0
+) -> subprocess.Popen[str]:
     """A supervisor in a process of its own, with short waits."""
     (here / "plan").write_text(json.dumps(plan))
     program = (
         "import sys, pathlib; from engine import supervise; supervise.BACK_OFF = (0.1, 0.2);"
+        f"supervise.STOP_SECONDS = {stop_seconds};"
         "here = pathlib.Path(sys.argv[1]);"
         "sys.exit(supervise.supervise(f'{sys.executable} {here}/launcher.py {here}', pathlib.Path('launch.py'),"
         f"['--max-restarts', '3', '--config', 'a.yaml', '--resume', 'auto', 'name=x'], here / 'run', {max_restarts}))"
@@ -112,15 +124,50 @@ def test_a_deterministic_failure_is_given_up_and_says_where_to_look(here: Path) 
     assert "failures.jsonl" in said
 
 
-def test_a_stop_goes_to_the_ranks_and_nothing_is_started_again(here: Path) -> None:
-    process = start(here, [{"code": 0, "waits": True}, {"code": 0}], max_restarts=3)
-    while not (here / "ready").exists():
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+
+
+RUNS: dict[str, dict[str, object]] = {
+    "that looks": {"code": 143, "waits": True, "signalled": 1},
+    "that took the first wish for an old one": {"code": 143, "waits": True, "removes": True, "signalled": 1},
+    "that fails instead": {"code": 75, "waits": True, "signalled": 1},
+    "that is deaf": {"code": 0, "waits": True, "deaf": True, "signalled": 143},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_stop_is_a_file_for_the_ranks_before_it_is_a_signal_and_nothing_is_started_again(
+    here: Path, run: str
+) -> None:
+    process = start(here, [RUNS[run], {"code": 0}], 3, stop_seconds=1.0 if "deaf" in run else 60.0)
+    wait_for(here / "ready", process)
+    process.send_signal(signal.SIGUSR1 if "first" in run else signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == STOPPED
     assert len(calls(here)) == 1
+    assert not (here / "run" / "stop").exists()
+
+
+def test_a_second_signal_is_passed_on_at_once(here: Path) -> None:
+    process = start(here, [RUNS["that is deaf"]], 3)
+    wait_for(here / "ready", process)
+    process.send_signal(signal.SIGTERM)
+    wait_for(here / "run" / "stop", process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == STOPPED
+
+
+def test_a_file_left_from_before_stops_nothing_one_laid_meanwhile_ends_the_restarts(here: Path) -> None:
+    (here / "run" / "stop").touch()
+    lays = {"code": 75, "lays": True}
+    process = start(here, [{"code": 75}, lays, {"code": 0}], max_restarts=3)
+    process.communicate(timeout=60)
+    assert process.returncode == STOPPED
+    assert len(calls(here)) == 2
 
 
 def test_a_launcher_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """A run over two hosts, as `deepspeed --hostfile` starts it, and what becomes of it when it is disturbed.
 
 The hosts are namespaces of this machine with a cable between them (tests/engine/hosts.py); runner, launcher and ranks
-are the real ones. One run is told, in order: it is asked to stop, goes on, a host crashes, it goes on, supervised, the
-cable is cut and mended, and it ends with the weights of a run that nobody disturbed.
+are the real ones. One run is told, in order: its supervisor is asked to stop, it goes on, a host crashes, it goes on,
+supervised, the cable is cut and mended, and it ends with the weights of a run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,6 @@ DEEPSPEED_ENV = "DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\
 RANK = "[e]ngine/launch.py --local_rank"  # a pattern that does not match the command it stands in
 BY_HAND = (str(Path(sys.executable).parent / "deepspeed"), "--hostfile", "hosts", str(LAUNCH))
 SUPERVISED = (str(LAUNCH), "--max-restarts", "2", "--launcher", "deepspeed --hostfile hosts")
-STOP = f"pkill -USR1 -f '{RANK}'"
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(place: Place) -> Ended:
-    """One rank was asked to stop."""
-    with place.launched(*BY_HAND) as process:
+    """Its supervisor was asked to stop, on a host where no rank is."""
+    with place.launched(*SUPERVISED) as process:
         place.wait_for_step(4, process)
         environments = {name: environment_of_rank(place.hosts, name) for name in NAMES}
-        place.hosts.run(NAMES[1], STOP)
+        process.send_signal(signal.SIGTERM)
         return place.ended(process, environments)
 
 
@@ -166,8 +166,10 @@ def lost(ended: Ended, name: str) -> list[str]:
     return re.findall(line, ended.said, re.MULTILINE)
 
 
-def test_a_run_over_two_hosts_stops_when_one_rank_is_asked(place: Place, stopped: Ended) -> None:
+def test_a_run_over_two_hosts_stops_when_its_supervisor_is_asked(place: Place, stopped: Ended) -> None:
     assert stopped.exit_code == 143, stopped.said[-4000:]
+    assert "supervisor: " not in stopped.said, "the ranks ended by themselves, with 143"
+    assert not (place.run_dir / "stop").exists()
     assert f"Using IP address of {ADDRESSES[NAMES[0]]}" in stopped.said
     assert stopped.last_step < STEPS
     assert f"saved {place.run_dir}/checkpoints/step-{stopped.last_step:08d}" in stopped.said

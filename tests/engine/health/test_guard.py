@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from configs.health import Health
+from engine import stop_file
 from engine.health.failure import TrainingFailed
 from engine.health.guard import GoBack, Guard
 from engine.health.judge import Judge
@@ -28,9 +30,9 @@ def guard(comm: Comm, **settings: Any) -> tuple[Guard, Judge]:
     return Guard(comm, CPU, health, [judge]), judge
 
 
-def stop_when_one_is_asked(comm: Comm) -> list[Any]:
+def stop_when_one_is_asked(comm: Comm, run_dir: Path) -> list[Any]:
     watch, _ = guard(comm)
-    watch.listen()
+    watch.listen(run_dir)
     answers: list[Any] = [watch.should_stop()]
     if comm.rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -40,8 +42,19 @@ def stop_when_one_is_asked(comm: Comm) -> list[Any]:
     return answers
 
 
-def test_ranks_find_the_same_and_stop_together() -> None:
-    assert run_ranks(stop_when_one_is_asked, 2) == [[False, True, 1]] * 2
+def test_ranks_find_the_same_and_stop_together(tmp_path: Path) -> None:
+    assert run_ranks(stop_when_one_is_asked, 2, tmp_path) == [[False, True, 1]] * 2
+
+
+def test_a_file_in_the_runs_directory_asks_it_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
+    watch, _ = guard(Solo())
+    watch.listen(tmp_path / "run")
+    assert not watch.should_stop()
+    stop_file.ask(tmp_path / "run")
+    assert watch.should_stop()
+    stop_file.forget(tmp_path / "run")
+    assert not watch.should_stop()
 
 
 def test_a_loss_that_is_no_number_stops_the_run_unless_told_otherwise() -> None:
