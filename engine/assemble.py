@@ -171,7 +171,7 @@ def start(
     is_whole = asks_deepcompile(ds_config)
     if is_whole:
         is_compiled, why = False, "the whole model by DeepCompile (--ds_config)"
-    with zero.construction(ds_config, config.optim.precision, device):
+    with zero.construction(ds_config, config.optim.precision, device, config.system.timeout_minutes):
         model = make(attention.name)
     origin = fill(model)
     products = convert(model) if convert is not None else f"{config.optim.precision} (optim.precision)"

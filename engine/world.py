@@ -16,7 +16,7 @@ usually the cause.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -99,10 +99,14 @@ def scatter_rows(x: Tensor, among: Any = None) -> Tensor:
     return own
 
 
+def make_group(members: Iterable[int], timeout_minutes: float) -> Any:
+    """A group of these ranks, with a timeout of its own; a collective of all ranks."""
+    return dist.new_group(list(members), timeout=timedelta(minutes=timeout_minutes))
+
+
 def join_group(partition: list[list[int]], timeout_minutes: float) -> Any:
     """The group of this rank in a partition of all ranks; a collective of all of them."""
-    timeout = timedelta(minutes=timeout_minutes)
-    groups = [dist.new_group(members, timeout=timeout) for members in partition]
+    groups = [make_group(members, timeout_minutes) for members in partition]
     return next(group for group, members in zip(groups, partition, strict=True) if rank() in members)
 
 

@@ -7,7 +7,7 @@ world size.
 
     from engine import zero
 
-    with zero.construction(ds_config, "bf16", device):       # ZeRO-3: parameters are born partitioned
+    with zero.construction(ds_config, "bf16", device, 60):   # ZeRO-3: parameters are born partitioned
         model = Pretrainer(config, rows)
     engine = zero.start(model, optimizer, ds_config, is_left_out=judge)
     [f] = [f for f in zero.fragments(engine) if f.name == "trunk.norm.weight"]

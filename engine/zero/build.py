@@ -1,6 +1,6 @@
 """From a model to a DeepSpeed engine: parameters born partitioned, gathered for a moment, handed over.
 
-    with construction(ds_config, "bf16", device):        # ZeRO-3: a rank holds 1/world_size of each from the start
+    with construction(ds_config, "bf16", device, 60):    # ZeRO-3: a rank holds 1/world_size of each from the start
         model = Pretrainer(config, rows)
     engine = start(model, optimizer, ds_config, judge)
 
@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from configs import UserError
 from configs.ds import zero_stage
 from configs.scale_out import GRADIENTS, WEIGHTS, asks_deepcompile, is_asked
+from engine import world
 from engine.zero import quantise
 from engine.zero.optimizer import gate
 
@@ -31,8 +33,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @contextmanager
-def construction(ds_config: dict[str, Any], precision: str, device: torch.device) -> Iterator[None]:
+def construction(
+    ds_config: dict[str, Any], precision: str, device: torch.device, timeout_minutes: float
+) -> Iterator[None]:
     """Parameters made inside have the run's dtype and device; with ZeRO-3 they are partitioned as they are made.
+    `timeout_minutes` is that of every group of ranks that DeepSpeed makes, then or later.
 
     torch.distributed must be up. Raises UserError where the DeepSpeed JSON needs another device.
     """
@@ -41,6 +46,7 @@ def construction(ds_config: dict[str, Any], precision: str, device: torch.device
     if is_asked(ds_config["zero_optimization"], WEIGHTS):
         quantise.take_over()
     deepspeed.init_distributed(dist_init_required=False)  # takes over the group engine.world formed
+    _lend_timeout(timeout_minutes)
     default = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, default)
@@ -111,6 +117,12 @@ def _require_device(ds_config: dict[str, Any], device: torch.device) -> None:
             f"compile.deepcompile=true on {device.type}: DeepCompile's collectives are a CUDA extension; remove it "
             "from --ds_config, or run on GPUs"
         )
+
+
+def _lend_timeout(minutes: float) -> None:
+    """DeepSpeed's collectives run in groups of its own, be it one of all ranks again. It makes them without a timeout,
+    so they would have torch's, 10 minutes over NCCL and 30 over gloo, whatever that of the group it took over is."""
+    deepspeed.comm.comm.cdb.new_group = partial(world.make_group, timeout_minutes=minutes)
 
 
 def _prepare() -> None:
