@@ -83,15 +83,16 @@ class CaptionEncoder:
     """Turns captions into rows of ids. Can be pickled; one instance may serve several threads.
 
     `source` is a tokenizer.json file or a hub name, `owner/name` or `owner/name@revision`. `context` is the
-    row length C. Raises UserError where the source cannot be had or its end-of-text is not the largest id.
+    row length C. Raises UserError, in which `key` names the setting, where the source cannot be had or its end-of-text
+    is not the largest id.
     """
 
-    def __init__(self, source: str, context: int) -> None:
+    def __init__(self, source: str, context: int, key: str = "data.tokenizer") -> None:
         if context < 3:
             raise UserError(f"context={context}: start, end and one word need 3 slots; raise model.text.context")
         self.context = context
-        self.source = source
-        self._tokenizer = _load(source)
+        self.source, self._said = source, f"{key}={source}"
+        self._tokenizer = _load(source, self._said)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -102,13 +103,13 @@ class CaptionEncoder:
         frame = self._tokenizer.encode("").ids
         if not frame or frame[-1] != largest:
             raise UserError(
-                f"data.tokenizer={self.source} ends an empty text as {frame}, its largest id is {largest}: "
+                f"{self._said} ends an empty text as {frame}, its largest id is {largest}: "
                 "the text tower pools at the largest id, so every text must end with it; use a CLIP-like one"
             )
         self._frame = frame
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"context": self.context, "source": self.source, "_tokenizer": self._tokenizer}
+        return {"context": self.context, "source": self.source, "_said": self._said, "_tokenizer": self._tokenizer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -138,24 +139,22 @@ class CaptionEncoder:
         return rows
 
 
-def _load(source: str) -> Tokenizer:
+def _load(source: str, said: str) -> Tokenizer:
     path = Path(source)
     if not path.is_file():
         if path.exists() or path.suffix == ".json" or not HUB_NAME.fullmatch(source):
             raise UserError(
-                f"data.tokenizer={source} is no file: give the path of a tokenizer.json, or a hub name such "
+                f"{said} is no file: give the path of a tokenizer.json, or a hub name such "
                 "as openai/clip-vit-large-patch14"
             )
-        path = _download(source)
+        path = _download(source, said)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception for every malformed file
-        raise UserError(
-            f"data.tokenizer={source} is not a tokenizer.json that `tokenizers` can read: {error}"
-        ) from None
+        raise UserError(f"{said} is not a tokenizer.json that `tokenizers` can read: {error}") from None
 
 
-def _download(name: str) -> Path:
+def _download(name: str, said: str) -> Path:
     """The tokenizer.json of a hub repository, from the local hub cache where it is there."""
     from huggingface_hub import hf_hub_download
 
@@ -165,6 +164,6 @@ def _download(name: str) -> Path:
     except Exception as error:  # the hub and its transport raise many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
-            f"data.tokenizer={name} is no file and the hub did not deliver it ({reason}); check the name "
+            f"{said} is no file and the hub did not deliver it ({reason}); check the name "
             "and the network, or download its tokenizer.json once and give its path"
         ) from None

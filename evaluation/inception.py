@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import UserError
+from model.torch_file import read_tensors
 
 PUBLISHED_SHA256 = "6726825d"  # the published file carries the head of its own hash in its name
 SIDE = 299
@@ -181,11 +182,7 @@ def read_inception(path: str | Path) -> Inception:
 
     Raises UserError for a file that is truncated, no state dict, or of another network.
     """
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the unpickler met
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--fid {path} is not a readable torch state dict ({reason}); fetch it anew") from None
+    stored = read_tensors(path)
     with torch.device("meta"):
         network = Inception()
     wanted = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith("num_batches_tracked")}
@@ -218,9 +215,7 @@ def _mean(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-def _require(stored: object, wanted: dict[str, Tensor], path: str | Path) -> None:
-    if not isinstance(stored, dict):
-        raise UserError(f"--fid {path} holds a {type(stored).__name__}, not a state dict")
+def _require(stored: dict[str, Tensor], wanted: dict[str, Tensor], path: str | Path) -> None:
     if missing := [name for name in wanted if name not in stored]:
         raise UserError(
             f"--fid {path} is not FID's Inception: {len(missing)} of {len(wanted)} tensors are missing, {missing[0]} "

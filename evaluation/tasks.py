@@ -116,12 +116,17 @@ def _knn(setup: Setup) -> Task:
 
 
 def _reconstruction(setup: Setup) -> Task:
-    config, lpips = setup.source.config, setup.options.lpips
-    if lpips is None and config is not None and config.objectives.rec.lpips_weights:
-        trained_with = Path(config.objectives.rec.lpips_weights)
-        lpips = trained_with if trained_with.is_file() else None
-    perceptual = Perceptual.load(lpips) if lpips is not None else None
-    return Reconstruction([open_network(path) for path in setup.options.fid], perceptual, setup.device)
+    networks = [open_network(path) for path in setup.options.fid]
+    return Reconstruction(networks, _perceptual(setup), setup.device)
+
+
+def _perceptual(setup: Setup) -> Perceptual | None:
+    """Of --lpips; else what the run was trained with, if it is there."""
+    config = setup.source.config
+    if setup.options.lpips is not None:
+        return Perceptual.load(setup.options.lpips, key="--lpips")
+    trained_with = config.objectives.rec.lpips_weights if config is not None else None
+    return Perceptual.load(trained_with) if trained_with and Path(trained_with).is_file() else None
 
 
 TASKS: dict[str, Callable[[Setup], Task]] = {

@@ -23,8 +23,8 @@ from data.latents import LatentStore
 from engine.checkpoint.pieces import Pieces
 from evaluation.inception import read_inception
 from model.generator.weights import read_generator
-from model.objectives import perceptual
 from model.public_directory import read_public
+from model.torch_file import read_tensors
 from model.weights import read_weights
 from tests.test_layering import ALL, ROOT
 
@@ -188,7 +188,7 @@ def latent_store(path: Path) -> object:
 DOORS: dict[str, Callable[[Path], object]] = {
     "latent statistics": lambda path: read_statistics(path.rename(path.with_name(STATISTICS)).parent, 16),
     "latents": latent_store,
-    "perceptual network": perceptual._read,
+    "perceptual network": read_tensors,
     "feature network": read_inception,
     "weights": read_weights,
     "generator": read_generator,

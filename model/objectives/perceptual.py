@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from configs.permissions import follow_umask
+from model.torch_file import read_tensors
 
 # Convolutions before each tap; a 2x2 max pool stands between one tap and the next group.
 GROUPS = (2, 2, 3, 3, 3)
@@ -66,14 +67,16 @@ class Perceptual(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def load(cls, path: str | Path) -> Perceptual:
-        """Reads a converted file; UserError where it is missing, garbled, or holds other keys or shapes."""
+    def load(cls, path: str | Path, key: str = "objectives.rec.lpips_weights") -> Perceptual:
+        """Reads a converted file; UserError, in which `key` names the setting, where it is missing, garbled, or holds
+        other keys or shapes."""
         try:
             weights = load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"objectives.rec.lpips_weights={path} cannot be read as safetensors ({error}); make the file "
-                "with `python -m model.objectives.perceptual --help`, or set objectives.rec.perceptual=0"
+                f"{key}={path} cannot be read as safetensors ({error}); make the file with "
+                "`python -m model.objectives.perceptual --help`, or leave it out (in training: "
+                "objectives.rec.perceptual=0)"
             ) from None
         return cls(weights, source=str(path))
 
@@ -132,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     given = parser.parse_args(arguments)
     try:
-        weights = convert(_read(given.vgg16), _read(given.lpips))
+        weights = convert(read_tensors(given.vgg16), read_tensors(given.lpips))
         Perceptual(weights, source=f"{given.vgg16} and {given.lpips}")
         save_file(weights, given.out)
         follow_umask(given.out)
@@ -141,16 +144,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"wrote {given.out}")
     return 0
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the unpickler met
-        raise UserError(f"{path} is not a readable torch state dict: {error}") from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} holds a {type(stored).__name__}, not a state dict")
-    return stored
 
 
 def _unit(x_RCHW: Tensor) -> Tensor:

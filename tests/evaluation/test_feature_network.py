@@ -110,6 +110,9 @@ def test_damaged_and_foreign_files_are_one_error_each(inception: tuple[Inception
     torch.save(stored | {"Mixed_7a.branch3x3_1.conv.weight": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"branch3x3_1.conv.weight is \(1,\) and must be \(192, 768, 1, 1\)"):
         open_network(path)
+    path.write_bytes(b"no torch file")
+    with pytest.raises(UserError, match=r"dict \(it is no torch file, or holds more than tensors\); fetch it anew$"):
+        open_network(path)
     torch.save([1], path)
     with pytest.raises(UserError, match="holds a list"):
         open_network(path)
