@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from configs import UserError
 from engine import world
 from engine.agreement import with_one_answer
 from evaluation import results
@@ -25,6 +26,13 @@ from evaluation.outcome import Outcome
 from evaluation.source import open_source
 from evaluation.tasks import TASKS, Options, Setup, check_tasks
 
+READERS = {  # options that some tasks alone read
+    "train_data": ("linear_probe", "knn"),
+    "classes": ("zero_shot",),
+    "tokenizer": ("zero_shot",),
+    "fid": ("reconstruction",),
+    "lpips": ("reconstruction",),
+}
 DEFAULT_TASKS = ("zero_shot", "reconstruction")  # they need nothing but a held-out corpus
 
 
@@ -80,8 +88,15 @@ def main(arguments: list[str]) -> int:
 
 def _options(given: argparse.Namespace) -> Options:
     check_counts(given, "batch_size", "limit", "crop")
+    tasks = check_tasks(given.tasks.split(","))
+    for name, readers in READERS.items():
+        if getattr(given, name) and not set(readers) & set(tasks):
+            raise UserError(
+                f"--{name.replace('_', '-')} is read by {' and '.join(readers)}, but --tasks is {','.join(tasks)}: add "
+                "a task that reads it, or leave it out"
+            )
     return Options(
-        tasks=tuple(given.tasks.split(",")),
+        tasks=tasks,
         data=tuple(given.data),
         train_data=tuple(given.train_data),
         classes=given.classes,

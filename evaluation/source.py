@@ -38,13 +38,20 @@ class Source:
     caption_tokenizer: str | None
 
     def encoder(self) -> CaptionEncoder:
-        """Class prompts -> token ids. Raises UserError where nothing says which tokenizer it was."""
+        """Class prompts -> token ids. Raises UserError where nothing says which tokenizer it was, or it was another."""
         if self.caption_tokenizer is None:
             raise UserError(
                 "zero_shot embeds the classes' prompts, and neither a weights file nor a run of stage 2 says with "
                 "which tokenizer the text tower was trained: give --tokenizer, a tokenizer.json or a hub name"
             )
-        return CaptionEncoder(self.caption_tokenizer, self.tokenizer.model.text.context)
+        text = self.tokenizer.model.text
+        encoder = CaptionEncoder(self.caption_tokenizer, text.context, key="--tokenizer")
+        if encoder.vocab_size > text.vocab:
+            raise UserError(
+                f"--tokenizer={self.caption_tokenizer} has {encoder.vocab_size} tokens, the text tower was trained "
+                f"with {text.vocab} at most: give the one it was trained with"
+            )
+        return encoder
 
     def pictures(self, patterns: Sequence[str], key: str, limit: int | None = None) -> HeldOut:
         """This rank's share of the labelled pictures of `patterns`, cropped as the tokenizer sees them.

@@ -7,6 +7,7 @@ Sampling("dopri5", guidance=4.0, guidance_interval=(0.1, 1.0))
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -40,10 +41,14 @@ class Sampling:
         for is_right, found, rule in (
             (self.method in get_args(Method), f"sampler={self.method}", f"it is one of {', '.join(get_args(Method))}"),
             (self.steps is None or self.steps >= 1, f"steps={self.steps}", "there is at least one"),
-            (self.guidance >= 0, f"guidance={self.guidance:g}", "1 is none, larger is more"),
+            (
+                0 <= self.guidance < math.inf,
+                f"guidance={self.guidance:g}",
+                "1 is none, larger is more, and it is finite",
+            ),
             (0 <= low <= high <= 1, f"guidance interval={low:g}, {high:g}", "times low, high lie in 0 to 1"),
-            (self.timestep_shift > 0, f"timestep shift={self.timestep_shift:g}", "it is above 0"),
-            (self.temperature > 0, f"temperature={self.temperature:g}", "it is above 0"),
+            (0 < self.timestep_shift < math.inf, f"timestep shift={self.timestep_shift:g}", "it is above 0 and finite"),
+            (0 < self.temperature < math.inf, f"temperature={self.temperature:g}", "it is above 0 and finite"),
             (self.iterations is None or self.iterations >= 1, f"iterations={self.iterations}", "there is at least one"),
             (self.rtol > 0 and self.atol > 0, f"rtol={self.rtol:g}, atol={self.atol:g}", "both are above 0"),
         ):

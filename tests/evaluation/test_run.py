@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from configs import UserError
+from data.captions import train_bpe
 from engine.world import Ranks
 from evaluation import run
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
@@ -171,6 +172,8 @@ def test_every_mistake_is_one_line(
     write_weights(misfit, state, model.model_copy(update={"latent_channels": 16}))
     empty = write_tar(bare / "empty.tar", {"0.jpg": b"no picture", "0.json": b'{"label": 0}'})
     hashes = write_tar(bare / "hashes.tar", {"0.jpg": encoded(0), "0.json": b'{"label": 123456789012}'})
+    larger = tmp_path / "larger.json"
+    train_bpe([f"{i * i} of {7 * i}" for i in range(300)], 400).save(str(larger))
     astray = tmp_path / "astray.safetensors"
     write_weights(astray, state | {"trunk.norm.weight": torch.full((32,), torch.nan)}, model)
     mistakes: list[tuple[str, tuple[object, ...]]] = [
@@ -190,12 +193,17 @@ def test_every_mistake_is_one_line(
         ("matches no file", (trained, "--tasks", "knn", "--train-data", tmp_path / "*.tar")),
         ("give --classes FILE", (trained, "--data", f"{shards}/0.tar")),
         (
-            "none.safetensors cannot be read as safetensors",
+            "none.safetensors cannot be read as safetensors (No such file",
             (trained, "--tasks", "reconstruction", "--lpips", tmp_path / "none.safetensors"),
         ),
         ("does not exist: FID needs a feature network", (trained, "--fid", tmp_path / "none.pth")),
         ("no held-out picture could be decoded", (trained, "--tasks", "reconstruction", "--data", empty)),
         ("has label 123456789012: labels number the classes", (trained, "--tasks", "knn", "--data", hashes)),
+        ("--lpips=", (trained, "--tasks", "reconstruction", "--lpips", tmp_path / "none.safetensors")),
+        ("--tokenizer=none.json is no file", (trained, "--tokenizer", "none.json")),
+        ("has 400 tokens, the text tower was trained with 300", (trained, "--tokenizer", larger)),
+        ("--fid is read by reconstruction, but --tasks is knn", (trained, "--tasks", "knn", "--fid", lonely)),
+        ("--train-data is read by linear_probe and knn", (trained, "--train-data", shards)),
         ("SSIM compares windows of 11 x 11 pixels; raise --crop", (trained, "--tasks", "reconstruction", "--crop", 8)),
         ("trunk.norm.weight is not finite", (astray, "--tasks", "reconstruction", "--data", shards)),
         ("cut.safetensors cannot be made a directory", (trained, "--out", weights)),
