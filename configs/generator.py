@@ -9,8 +9,8 @@
     XL       1152, 28, 16 [P]
     demo     192, 6, 3 [D]
 
-*Science*: each of these changes results. Rules and tags as in configs/schema.py; here [P] is the paper of the kind
-named beside it: LightningDiT (arXiv 2501.01423), SiT (arXiv 2401.08740), DiT (arXiv 2212.09748).
+*Science*: each of these changes results. Rules and tags as in configs/schema.py; here [P] is the paper, [C] the code
+of the kind named beside it: LightningDiT (arXiv 2501.01423), SiT (arXiv 2401.08740), DiT (arXiv 2212.09748).
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Diffusion(Section):
     mlp_ratio: float = Field(4.0, gt=0)  # [P]
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # DiT, SiT: layernorm, with nothing learnt [P]
     qk_norm: bool = False  # off in the published B and XL; steadies half precision at long runs [P]
-    positions: Literal["rope", "sincos"] = "rope"  # DiT, SiT: fixed sines and cosines, added once [P]
+    # rope [P]; DiT, SiT: fixed sines and cosines, added once [P]; "both" is what LightningDiT's code does [C].
+    positions: Literal["rope", "sincos", "both"] = "rope"
     objective: Literal["velocity", "noise"] = "velocity"  # straight path, its velocity; DiT: DDPM's noise [P]
     direction: float = Field(1.0, ge=0)  # weight of 1 - cos(velocity, predicted) [P]; SiT: 0 [P]
     times: Times = Times()

@@ -1,6 +1,6 @@
 """Training a generator as the loop sees it: latents and random numbers in, the generator's own loss out.
 
-    training = generation(config, ds_config, comm, is_resumed=False)
+    training = generation(config, ds_config, comm)
     record = training.step(next(training.batches(first_step=0)))
 
 The model draws nothing: noise, times, hidden classes and orders are numbers of (seed, step, position), made ahead on

@@ -73,13 +73,15 @@ class Backbone(nn.Module):
         return unpatched(self.final(x_TD, condition_BD).float(), x_BLhw.shape, self.section.patch)
 
     def _tokens(self, x_BLhw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(T, D) tokens, and how to turn them where positions are not added."""
+        """(T, D) tokens, with their positions added or not, and how attention turns them, if it does."""
         count, width, device = x_BLhw.shape[0], self.section.width, x_BLhw.device
         x_TD = self.embed(patched(x_BLhw, self.section.patch))
-        if self.section.positions == "rope":
-            rope = Rope(width // self.section.heads, ROPE_BASE, torch.float32)
-            return x_TD, rope.table(self.grid, device).repeat(1, count, 1)
-        return x_TD + grid_waves(self.grid, width, device).to(x_TD.dtype).repeat(count, 1), None
+        if self.section.positions != "rope":
+            x_TD = x_TD + grid_waves(self.grid, width, device).to(x_TD.dtype).repeat(count, 1)
+        if self.section.positions == "sincos":
+            return x_TD, None
+        rope = Rope(width // self.section.heads, ROPE_BASE, torch.float32)
+        return x_TD, rope.table(self.grid, device).repeat(1, count, 1)
 
 
 def grid_waves(grid: tuple[int, int], width: int, device: torch.device | str = "cpu") -> Tensor:

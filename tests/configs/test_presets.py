@@ -105,7 +105,9 @@ def test_a_generator_has_the_published_number_of_parameters(name: str) -> None:
     assert count / 1e6 == pytest.approx(SIZES_OF_GENERATORS[name], abs=0.6)
 
 
-@pytest.mark.parametrize(("name", "differs"), [("lightningdit_b", {}), ("sit_b", SIT), ("dit_b", DIT)])
+@pytest.mark.parametrize(
+    ("name", "differs"), [("lightningdit_b", {"positions": "both"}), ("sit_b", SIT), ("dit_b", DIT)]
+)
 def test_the_kinds_of_diffusion_differ_as_their_papers_say(name: str, differs: dict[str, Any]) -> None:
     config = kind(name)
     assert isinstance(config, Generation)

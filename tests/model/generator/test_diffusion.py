@@ -23,6 +23,7 @@ VARIANTS = {
     "qk norm": {"qk_norm": True},
     "patch 2": {"patch": 2},
     "rope without learnt norms": {"norm": "layernorm"},
+    "both positions": {"positions": "both"},
 }
 
 
@@ -122,6 +123,17 @@ def test_fixed_positions_tell_rows_from_columns() -> None:
     assert len(waves.unique(dim=0)) == 12
     torch.testing.assert_close(waves[0], torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0]))  # cos 0, sin 0 of both axes
     torch.testing.assert_close(waves[4, 4:], waves[0, 4:])  # the next row's first: its column's half is the same
+
+
+def test_positions_are_turned_added_or_both() -> None:
+    latents, _ = batch()
+    tokens, turns = zip(
+        *(fresh(section(positions=kind)).backbone._tokens(latents) for kind in ("rope", "sincos", "both")), strict=True
+    )
+    assert turns[1] is None
+    assert torch.equal(turns[2], turns[0])
+    assert torch.equal(tokens[2], tokens[1])
+    torch.testing.assert_close(tokens[1] - tokens[0], grid_waves((4, 2), 16).repeat(6, 1))
 
 
 def test_the_time_is_scaled_alike_in_training_and_in_sampling() -> None:
