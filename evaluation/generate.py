@@ -136,7 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-samples", type=int, default=10_000, help="pictures for each guidance scale (%(default)s)")
     add("--guidance", default="1", help="classifier-free guidance scales, comma-separated; 1 is none (%(default)s)")
     add("--guidance-interval", default="0,1", help="times between which there is guidance; 0 is noise (%(default)s)")
-    add("--sampler", choices=get_args(Method), default="euler", help="how latents are drawn (%(default)s)")
+    add(
+        "--sampler",
+        choices=get_args(Method),
+        help="how latents are drawn (default: euler; ancestral where noise is predicted)",
+    )
     add("--steps", type=int, help="of the sampler (default: the published number; dopri5 chooses its own)")
     add("--shift", type=float, default=1.0, help="of the times of euler and heun (%(default)s, none)")
     add("--temperature", type=float, default=1.0, help="of noise added on the way (%(default)s)")

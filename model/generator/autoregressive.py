@@ -27,7 +27,6 @@ from configs.autoregressive import Autoregressive
 from model.generator import token_order, token_process
 from model.generator.backbone import patched, unpatched
 from model.generator.causal_backbone import CausalBackbone
-from model.generator.diffusion import METHODS
 from model.generator.diffusion_head import DiffusionHead
 from model.generator.draws import Draws, Needs
 from model.generator.masked_backbone import MaskedBackbone
@@ -90,7 +89,8 @@ class AutoregressiveGenerator(nn.Module):
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """`sampling` with what it leaves open as this generator takes it. Raises UserError for what cannot be."""
-        self._check(sampling)
+        sampling = sampling.fitted(self.section.head.objective, "head")
+        self._check_iterations(sampling)
         steps, iterations = sampling.steps, sampling.iterations
         if steps is None and sampling.method != "dopri5":
             steps = STEPS
@@ -170,13 +170,8 @@ class AutoregressiveGenerator(nn.Module):
             return labels_B, order_BN
         return torch.cat((labels_B, torch.full_like(labels_B, self.num_classes))), torch.cat((order_BN, order_BN))
 
-    def _check(self, sampling: Sampling) -> None:
-        objective, order = self.section.head.objective, self.section.order
-        if sampling.method not in METHODS[objective]:
-            raise UserError(
-                f"sampler={sampling.method} for a head of objective={objective}: it is sampled with "
-                f"{', '.join(METHODS[objective])}; choose one of them"
-            )
+    def _check_iterations(self, sampling: Sampling) -> None:
+        order = self.section.order
         if sampling.iterations is not None and order != "masked":
             raise UserError(
                 f"iterations={sampling.iterations} for a generator of order={order}: it draws token after token, "

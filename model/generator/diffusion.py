@@ -25,7 +25,6 @@ from model.generator.draws import Draws, Needs
 from model.generator.sampling import Sampling
 from model.generator.shape import LatentShape
 
-METHODS = {"velocity": ("euler", "heun", "dopri5"), "noise": ("ddim", "ancestral")}
 Guided = Callable[[Tensor, Tensor, float], Tensor]  # (x, model time (B,), path time) -> prediction
 
 
@@ -55,11 +54,7 @@ class DiffusionGenerator(nn.Module):
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """`sampling` with what it leaves open as this generator takes it. Raises UserError for what cannot be."""
-        if sampling.method not in METHODS[self.section.objective]:
-            raise UserError(
-                f"sampler={sampling.method} for a generator of objective={self.section.objective}: it is sampled with "
-                f"{', '.join(METHODS[self.section.objective])}; choose one of them"
-            )
+        sampling = sampling.fitted(self.section.objective, "generator")
         if sampling.iterations is not None:
             raise UserError(
                 f"iterations={sampling.iterations} for a diffusion generator: it draws all tokens at once; leave "

@@ -1,6 +1,6 @@
 """How latents are drawn from a trained generator, and which of the ways fit which generator.
 
-Sampling()                                                     # Euler, 250 steps, no guidance
+Sampling()                                                     # as fits the generator; 250 steps, no guidance
 Sampling("euler", steps=250, timestep_shift=0.075)             # VTP's figures
 Sampling("dopri5", guidance=4.0, guidance_interval=(0.1, 1.0))
 """
@@ -8,13 +8,17 @@ Sampling("dopri5", guidance=4.0, guidance_interval=(0.1, 1.0))
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from configs import UserError
 
 Method = Literal["euler", "heun", "dopri5", "ddim", "ancestral"]
 STEPS = {"euler": 250, "heun": 125, "ddim": 250, "ancestral": 250}  # where none are asked for: 250 evaluations [P]
+METHODS: dict[str, tuple[Method, ...]] = {  # by objective; the first is taken where none is asked for
+    "velocity": ("euler", "heun", "dopri5"),
+    "noise": ("ancestral", "ddim"),
+}
 DETERMINISTIC = ("euler", "heun", "dopri5", "ddim")
 
 
@@ -26,7 +30,7 @@ class Sampling:
     out of range or without effect.
     """
 
-    method: Method = "euler"
+    method: Method | None = None  # None: the first of METHODS for the generator's objective
     steps: int | None = None  # None: STEPS; dopri5 chooses its own, held to rtol and atol
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which there is guidance
@@ -39,7 +43,11 @@ class Sampling:
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
         for is_right, found, rule in (
-            (self.method in get_args(Method), f"sampler={self.method}", f"it is one of {', '.join(get_args(Method))}"),
+            (
+                self.method in (None, *get_args(Method)),
+                f"sampler={self.method}",
+                f"it is one of {', '.join(get_args(Method))}",
+            ),
             (self.steps is None or self.steps >= 1, f"steps={self.steps}", "there is at least one"),
             (
                 0 <= self.guidance < math.inf,
@@ -59,7 +67,7 @@ class Sampling:
     def _check_effect(self) -> None:
         if self.method == "dopri5" and self.steps is not None:
             raise UserError(f"steps={self.steps} with sampler=dopri5: it chooses its steps by rtol; leave steps out")
-        if self.timestep_shift != 1 and self.method not in ("euler", "heun"):
+        if self.timestep_shift != 1 and self.method not in (None, "euler", "heun"):
             raise UserError(
                 f"timestep shift={self.timestep_shift:g} with sampler={self.method}: only euler and heun have a grid "
                 "of times to shift; set it to 1"
@@ -70,9 +78,21 @@ class Sampling:
                 "could scale; set it to 1"
             )
 
+    def fitted(self, objective: str, kind: str) -> Sampling:
+        """With a method for `objective`, of `kind` in words. Raises UserError where that of another was asked for."""
+        if self.method is None:
+            return replace(self, method=METHODS[objective][0])
+        if self.method not in METHODS[objective]:
+            raise UserError(
+                f"sampler={self.method} for a {kind} of objective={objective}: it is sampled with "
+                f"{', '.join(METHODS[objective])}; choose one of them, or none"
+            )
+        return self
+
     @property
     def num_steps(self) -> int:
-        """Steps of a method that has a fixed number of them."""
+        """Steps of a method that has a fixed number of them; `fitted` chose it where nobody did."""
+        assert self.method is not None
         return STEPS[self.method] if self.steps is None else self.steps
 
     def guides(self, time: float) -> bool:

@@ -200,8 +200,9 @@ def test_an_autoregressive_generator_is_judged_alike(
     tokenizer: Path, store: LatentStore, network: Path, tmp_path: Path
 ) -> None:
     run = write_random_generator(tmp_path / "mar", store, autoregressive("masked"))
-    asked = (run, "--tokenizer", tokenizer, "--num-samples", 6, "--sampler", "ancestral", "--steps", 2)
+    asked = (run, "--tokenizer", tokenizer, "--num-samples", 6, "--steps", 2)
     [row] = generated(tmp_path, *asked, "--iterations", 3, "--fid", network)["results"]
+    assert row["method"] == "ancestral", "its head predicts noise"
     assert row["evaluations"] == {"backbone": 3.0, "head": 6.0}
     assert row["iterations"] == 3
     assert row["gfid"] > 0
@@ -315,6 +316,7 @@ def test_every_mistake_is_one_line(
     cut.write_bytes((trained / "weights.safetensors").read_bytes()[:-20])
     few = tmp_path / "classes.json"
     few.write_text('{"classes": [{"name": "one"}]}')
+    noise = other("noise", section=Diffusion(width=16, depth=1, heads=2, **DIT))
     astray = other("astray")
     tensors = load_file(astray / "weights.safetensors")
     with safe_open(astray / "weights.safetensors", "pt") as stored:
@@ -326,7 +328,9 @@ def test_every_mistake_is_one_line(
         ("does not exist", (tmp_path / "nowhere",)),
         ("holds the weights of a tokenizer, not a generator", (tokenizer,)),
         ("is not a safetensors file", (cut,)),
-        ("is sampled with ddim, ancestral", (other("noise", section=Diffusion(width=16, depth=1, heads=2, **DIT)),)),
+        ("is sampled with ancestral, ddim; choose one of them, or none", (noise, "--sampler", "euler")),
+        ("timestep shift=0.3 with sampler=ancestral: only euler and heun", (noise, "--shift", "0.3")),
+        ("temperature=0.9 with sampler=euler: it adds no noise", (trained, "--temperature", "0.9")),
         ("--guidance 1,x: give some numbers", (trained, "--guidance", "1,x")),
         ("guidance=-1: 1 is none", (trained, "--guidance", "1,-1")),
         ("--guidance-interval 0.5: give 2 numbers", (trained, "--guidance-interval", "0.5")),

@@ -165,6 +165,12 @@ def test_a_method_of_the_other_objective_is_refused(kind: str, method: str) -> N
         generator.sample(LABELS, how, rows(generator.needs))
 
 
+@pytest.mark.parametrize(("kind", "method", "steps"), [("sit", "euler", 250), ("dit", "ancestral", 250)])
+def test_without_a_method_the_objectives_own_is_taken(kind: str, method: str, steps: int) -> None:
+    found = fresh(section(**KINDS[kind])).resolved(Sampling(guidance=2.0))
+    assert (found.method, found.steps, found.guidance) == (method, steps, 2.0)
+
+
 def test_iterations_are_not_a_diffusion_generators() -> None:
     with pytest.raises(UserError, match=r"iterations=8 for a diffusion generator: it draws all tokens at once"):
         fresh(section()).sampling_needs(Sampling("euler", iterations=8))
