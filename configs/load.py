@@ -186,16 +186,33 @@ def _kind(value: object) -> str:
 
 
 def _explain(item: Any, kind: type[Run]) -> str:
-    path = [str(part) for part in item["loc"]]
+    path, chosen = _place(item["loc"], kind)
     key = ".".join(path)
+    if item["type"] == "extra_forbidden" and chosen and key in _keys(kind):
+        return f"{key} is not of {chosen}: remove it, or change the latter"
     if item["type"] == "extra_forbidden":
         return f"unknown key {key}{_suggest(path, kind)}"
+    if item["type"] == "union_tag_invalid":
+        name, found, kinds = (str(item["ctx"][of]).strip("'") for of in ("discriminator", "tag", "expected_tags"))
+        return f"{key}.{name}={found!r}: input should be one of {kinds.replace(chr(39), '')}"
     if item["type"] == "missing":
         return f"{key} is missing and has no default"
     if item["type"] == "value_error":
         return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
     rule = _RULES.get(item["type"], f"{item['msg'][0].lower()}{item['msg'][1:]}")
     return f"{key}={item['input']!r}: {rule}"
+
+
+def _place(loc: tuple[str | int, ...], kind: type[Run]) -> tuple[list[str], str | None]:
+    """The keys that lead to a value, as one writes them, and which kind of section it is in, if there are several.
+
+    pydantic puts the kind in between: generator.diffusion.heads -> [generator, heads], generator.model=diffusion.
+    """
+    path = [str(part) for part in loc]
+    field = kind.model_fields.get(path[0]) if len(path) > 1 else None
+    if field is None or field.discriminator is None:
+        return path, None
+    return [path[0], *path[2:]], f"{path[0]}.{field.discriminator}={path[1]}"
 
 
 def _suggest(path: list[str], kind: type[Run]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import Config, UserError, load_config, to_yaml
+from configs import Config, UserError, load_config, load_run, to_yaml
 from tests.tiny import TINY, tiny_config
 
 pytestmark = pytest.mark.L0
@@ -42,6 +43,21 @@ def written(tmp_path: Path, text: str) -> Path:
 )
 def test_an_unknown_key_names_its_nearest_neighbour(override: str, suggestion: str) -> None:
     assert suggestion in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("generator.hads=5", "unknown key generator.hads, did you mean generator.heads?"),
+        ("generator.heads=5", "generator: width=192 over heads=5"),
+        ("generator.order=masked", "generator.order is not of generator.model=diffusion: remove it"),
+        ("generator.model=autoregressive", "generator.time_scale is not of generator.model=autoregressive"),
+        ("generator.model=gan", "generator.model='gan': input should be one of diffusion, autoregressive"),
+    ],
+)
+def test_keys_of_a_section_of_several_kinds_are_as_one_writes_them(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"generator_demo.yaml: {message}")):
+        load_run(TINY.parents[1] / "configs" / "generator_demo.yaml", [override])
 
 
 def test_a_key_like_nothing_gets_no_suggestion() -> None:
