@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.generate", description="What a generator is worth.")
     add = parser.add_argument
     add("generator", type=Path, help="the run directory of a generator, or a weights file of one")
-    add("--tokenizer", type=Path, required=True, help="that of its latents: a run directory or a weights file")
+    add("--tokenizer", type=Path, required=True, help="that of its latents: a run, public directory or weights file")
     add("--num-samples", type=int, default=10_000, help="pictures for each guidance scale (%(default)s)")
     add("--guidance", default="1", help="classifier-free guidance scales, comma-separated; 1 is none (%(default)s)")
     add("--guidance-interval", default="0,1", help="times between which there is guidance; 0 is noise (%(default)s)")

@@ -132,7 +132,7 @@ def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.latents", description="Write a corpus as latents.")
     add = parser.add_argument
-    add("source", type=Path, help="a run directory with weights.safetensors and config.yaml, or a weights file")
+    add("source", type=Path, help="a run directory, a directory in the public layout, or a weights file")
     add("--data", nargs="+", default=(), metavar="SHARDS", help="labelled shards (default: the run's data.train)")
     add("--out", type=Path, required=True, help="directory of the store")
     add("--crop", type=int, help="side of the centre crop in pixels (default: the run's; 256 for a weights file)")

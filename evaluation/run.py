@@ -110,7 +110,7 @@ def _options(given: argparse.Namespace) -> Options:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.run", description="What a trained tokenizer is worth.")
     add = parser.add_argument
-    add("source", type=Path, help="a run directory with weights.safetensors and config.yaml, or a weights file")
+    add("source", type=Path, help="a run directory, a directory in the public layout, or a weights file")
     add(
         "--tasks",
         default=",".join(DEFAULT_TASKS),

@@ -1,7 +1,7 @@
-"""What is evaluated: the tokenizer of a run directory, or a weights file by itself.
+"""What is evaluated: the tokenizer of a run directory, of one in the public layout, or a weights file by itself.
 
     source = open_source("runs/demo", device)                       # weights.safetensors and config.yaml
-    source = open_source("vtp_l/model.safetensors", device, crop=256, caption_tokenizer="openai/clip-vit-large-patch14")
+    source = open_source("vtp_l", device, crop=256, caption_tokenizer="openai/clip-vit-large-patch14")      # public
 
 A run knows its corpus, its image size and its captions' tokenizer; a file knows its model only, so the rest is given.
 """
@@ -121,8 +121,8 @@ def _open_weights(path: Path, config: Config | DecoderGan | None) -> VisualToken
     is_published = (path / "config.json").is_file()
     if config is None and not is_published and not path.is_file():
         raise UserError(
-            f"{path} is no run directory, which has a config.yaml, and no weights file: name runs/NAME, or a file that "
-            "`model.interchange` wrote"
+            f"{path} is no run directory, which has a config.yaml, none in the public layout, which has a config.json, "
+            "and no weights file: name runs/NAME, or what `model.interchange` wrote"
         )
     if config is None and is_published:
         return VisualTokenizer.from_pretrained(path)

@@ -95,10 +95,10 @@ def described_model(stored: Any, path: Path) -> Model:
     if described is None:
         config = path.parent / "config.yaml"
         if "generator" in metadata or not config.is_file():
-            found = "a generator" if "generator" in metadata else "tensors that nothing describes"
+            found = "a generator, not a tokenizer" if "generator" in metadata else "tensors that nothing describes"
             raise UserError(
-                f"{path} holds {found}, not a tokenizer: give weights.safetensors of a run that trained one, or what "
-                "`python -m model.interchange import` wrote"
+                f"{path} holds {found}: give weights.safetensors of a run that trained a tokenizer, the file that "
+                "`python -m model.interchange import` wrote, or, to evaluate, the directory of a public one"
             )
         return load_config(config).model
     try:

@@ -91,10 +91,12 @@ def test_weights_that_do_not_fit_their_model_are_one_clear_error(tmp_path: Path)
             VisualTokenizer.from_run(run)
 
 
-@pytest.mark.parametrize(("key", "found"), [("generator", "a generator"), ("format", "tensors that nothing describes")])
+@pytest.mark.parametrize(
+    ("key", "found"), [("generator", "a generator, not a tokenizer"), ("format", "tensors that nothing describes")]
+)
 def test_a_file_of_something_else_is_one_clear_error(tmp_path: Path, key: str, found: str) -> None:
     save_file({"trunk.norm.weight": torch.ones(32)}, tmp_path / "weights.safetensors", {key: "{}"})
-    with pytest.raises(UserError, match=f"holds {found}, not a tokenizer"):
+    with pytest.raises(UserError, match=f"holds {found}: give"):
         VisualTokenizer.from_file(tmp_path / "weights.safetensors")
 
 
