@@ -97,6 +97,15 @@ def test_neighbours_vote_as_scikit_learns_do(keys: int, monkeypatch: pytest.Monk
     assert (predicted.numpy() == expected).all()
 
 
+def test_nearer_neighbours_weigh_more_by_the_published_temperature() -> None:
+    """One at cosine 1 weighs exp(0.1 / 0.07) = 4.2 at cosine 0.9: less than five of them, more than four."""
+    far = torch.tensor([0.9, math.sqrt(1 - 0.81)])
+    for others, expected in ((4, 0), (5, 1)):
+        x = torch.stack([torch.tensor([3.0, 0.0]), *[far] * others])
+        labels = torch.tensor([0, *[1] * others])
+        assert nearest_neighbours(x, labels, torch.tensor([[2.0, 0.0]]), 2, CPU).tolist() == [expected]
+
+
 def test_fewer_training_rows_than_neighbours_all_vote() -> None:
     x, labels = torch.eye(4)[:3], torch.tensor([0, 1, 1])
     assert nearest_neighbours(x, labels, x, 2, CPU).tolist() == [0, 1, 1]

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from configs import UserError
 from evaluation import templates
 from evaluation.classes import OWN, TEMPLATES, ClassTable
-from evaluation.zero_shot import ZeroShot
+from evaluation.zero_shot import ZeroShot, classifier
 from model.objectives.comm import Solo
 
 pytestmark = pytest.mark.L0
@@ -41,6 +42,22 @@ def test_the_five_best_are_told_from_the_rest() -> None:
     task = zero_shot(8)
     task.count(torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]] * 3), torch.tensor([4, 5, 0]))
     assert task.result().figures["top5"] == pytest.approx(2 / 3)
+
+
+class Words:
+    """A tokenizer and its encoder: a prompt's embedding is what it says."""
+
+    def encode(self, prompts: list[str]) -> torch.Tensor:
+        return torch.tensor([json.loads(prompt) for prompt in prompts])
+
+    def embed_captions(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids
+
+
+def test_a_class_is_the_normed_mean_of_its_prompts() -> None:
+    words: Any = Words()
+    found = classifier(words, words, [["[1.0, 0.0]", "[0.0, 1.0]"], ["[0.6, 0.8]"]], torch.device("cpu"))
+    torch.testing.assert_close(found, torch.tensor([[0.5**0.5, 0.5**0.5], [0.6, 0.8]]))
 
 
 def test_no_labels_is_an_error_and_not_a_number() -> None:

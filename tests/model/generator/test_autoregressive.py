@@ -225,6 +225,27 @@ def test_guidance_of_one_is_none(order: str) -> None:
     torch.testing.assert_close(plain, outside, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize(("order", "known_then"), [("masked", [2, 5, 10, 16]), ("raster", list(range(1, 17)))])
+def test_guidance_grows_with_the_share_of_tokens_drawn(
+    order: str, known_then: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in MAR's code: 1 + (guidance - 1) * share, the tokens of the iteration itself among them."""
+    generator, scales = tiny(order, "velocity"), []
+    answers: list[Tensor] = []
+    generator.head.register_forward_hook(lambda _, __, out: answers.append(out))
+
+    def asked(predict: Any, noise_KRC: Tensor, _sampling: Sampling) -> Tensor:
+        found = predict(noise_KRC[0], 500.0, 0.5)
+        of_class, of_none = answers[-1].chunk(2)
+        scales.append(((found - of_none) / (of_class - of_none)).median().item())
+        return noise_KRC[0]
+
+    monkeypatch.setattr(token_process, "generated", asked)
+    iterations = len(known_then) if order == "masked" else None
+    sampled(generator, Sampling("euler", guidance=5.0, iterations=iterations), torch.tensor([0, 1]))
+    assert scales == pytest.approx([1 + 4 * count / N for count in known_then], rel=1e-4)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_sample_does_not_depend_on_its_batch(order: str) -> None:
     generator, sampling = tiny(order, "velocity"), Sampling("euler", steps=3, guidance=2.0)

@@ -115,6 +115,12 @@ def test_guidance_keeps_to_its_interval(method: str, guided: list[int]) -> None:
     assert [step for step, count in enumerate(asked) if count == 12] == guided
 
 
+def test_guidance_is_within_both_ends_of_its_interval() -> None:
+    how = Sampling(guidance=2.0, guidance_interval=(0.25, 0.75))
+    assert [how.guides(time) for time in (0.2, 0.25, 0.5, 0.75, 0.8)] == [False, True, True, True, False]
+    assert not Sampling(guidance_interval=(0.25, 0.75)).guides(0.5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluations_are_the_times_the_model_was_asked(method: str) -> None:
     generator, how = alive(section(**KINDS[METHODS[method]])), sampling(method, guidance=2.0)
