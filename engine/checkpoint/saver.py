@@ -130,8 +130,12 @@ class Saver:
 
     def _failure(self, step: int, trouble: str) -> News:
         trouble_of_first(lambda: directory.clear_drafts(self._root))  # a full disk needs the room
-        good = directory.candidates(self._root)[:1]
-        last = f"the last good checkpoint is {good[0].name}" if good else "there is no checkpoint yet"
+        try:
+            good = directory.candidates(self._root)[:1]
+        except OSError:
+            last = "the checkpoints before it cannot be seen now"
+        else:
+            last = f"the last good checkpoint is {good[0].name}" if good else "there is no checkpoint yet"
         return News(f"could not save {directory.name_of(step)}: {trouble}; {last}", {"checkpoint/failed": 1.0}, False)
 
 

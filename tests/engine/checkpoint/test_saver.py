@@ -1,5 +1,7 @@
 """Saving behind the steps: what is saved is what was, and a save that fails is told to all ranks and ends nothing."""
 
+import errno
+import os
 import resource
 import threading
 from pathlib import Path
@@ -100,6 +102,20 @@ def save_where_one_cannot(comm: Comm, config: Config, root: Path) -> tuple[list[
         saver.finish()
     assert caught.value.kind == "checkpoint"
     return said, str(caught.value)
+
+
+def test_a_directory_that_cannot_even_be_looked_at_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: Any) -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    for name in ("clear_drafts", "candidates"):
+        monkeypatch.setattr(directory, name, stale)
+    saver = Saver(tmp_path, tiny_config())
+    saver.save(1, None)  # type: ignore[arg-type]  # nothing of it is looked at
+    [news] = saver.news()
+    assert news.words == (
+        "could not save step-00000001: [Errno 116] Stale file handle; the checkpoints before it cannot be seen now"
+    )
 
 
 def test_a_place_that_cannot_be_written_is_an_error_only_where_the_run_ends(tmp_path: Path) -> None:
