@@ -9,6 +9,7 @@ the others why, and they end with its exit code: what no restart can help on one
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import secrets
@@ -167,8 +168,14 @@ def code_of(error: BaseException) -> int:
 
 
 def end(verdict: Verdict, run_dir: Path) -> None:
-    """Says which rank is lost and ends this process at once: its main thread may wait for that rank for ever."""
+    """Says which rank is lost and ends this process at once: its main thread may wait for that rank for ever.
+
+    Where no rank gets on, each says in which lines of code it stands: all may be in one phase, as when they assemble.
+    """
     complain(f"error: rank {world.rank()} ends, a rank is lost: {verdict.message}")
+    if verdict.kind == "stuck":
+        with suppress(OSError, ValueError, RuntimeError):  # a stderr that is no file: nothing must keep from the end
+            faulthandler.dump_traceback()
     if world.rank() == min(set(range(world.world_size())) - set(verdict.ranks), default=0):
         at = verdict.beat
         record(run_dir, Failure(verdict.ranks[0], at.step, at.phase, verdict.kind, verdict.message, host=at.host))

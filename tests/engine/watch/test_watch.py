@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -176,3 +178,24 @@ def test_what_fails_by_itself_is_not_held_against_others_whatever_it_says(error:
 def test_what_torch_raises_for_other_ranks_is() -> None:
     for kind in (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError):
         assert world.is_of_others(kind("NCCL error"))
+
+
+HANGS = """
+import sys, threading, time
+from pathlib import Path
+from engine.watch import judge, watch
+
+def where_it_hangs():
+    time.sleep(60)
+
+found = judge.Verdict("stuck", (0,), judge.Beat(0, "a", 3, "assembling"), "stuck: rank 0")
+threading.Timer(0.2, watch.end, (found, Path(sys.argv[1]))).start()
+where_it_hangs()
+"""
+
+
+def test_a_rank_that_is_stuck_says_in_which_line_of_code(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 75
+    assert "a rank is lost: stuck: rank 0" in done.stderr
+    assert " in where_it_hangs" in done.stderr

@@ -1,0 +1,40 @@
+"""The wish to stop: for the run that is under way, not for one to come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine import run, stop_file
+from model.objectives.comm import Solo
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L0
+
+
+class Assembled(Exception):
+    pass
+
+
+def test_a_start_removes_a_wish_from_before_and_leaves_one_that_comes_while_it_assembles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+
+    def assemble(*_: object) -> None:
+        assert not stop_file.is_asked(run_dir)
+        stop_file.ask(run_dir)
+        raise Assembled
+
+    monkeypatch.setattr(run.kinds, "assemble", assemble)
+    assert stop_file.ask(run_dir)
+    with pytest.raises(Assembled):
+        run.train(tiny_config(f"system.run_dir={run_dir}"), {}, Solo(), resume=False)
+    assert stop_file.is_asked(run_dir)
+
+
+def test_a_wish_that_cannot_be_written_is_told_and_none_is_removed_without_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert not stop_file.ask(tmp_path / "file" / "run")
+    stop_file.forget(tmp_path / "nowhere")
