@@ -5,7 +5,8 @@
     server.close()
 
 Lines of JSON: {"token": ...} first, then beats; {"goodbye": true} before an end that is meant, {"failed": "...",
-"code": 75} before one by an exception. Answers: {} to a beat; {"left": beat, "why": ..., "code": 75}; {"verdict": ...}.
+"code": 75} before one by an exception. Answers: {"first": beat} to a beat, the last one of rank 0; {"left": beat,
+"why": ..., "code": 75}; {"verdict": ...}.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Server:
             self._tell_all(left, but=peer)
         else:
             self._judge.heard(Beat(**message), time.monotonic())
-            peer.send({})
+            peer.send({"first": asdict(self._judge.beat_of(0))})
 
     def _tell_all(self, message: dict[str, Any], but: _Peer | None = None) -> None:
         for peer in self._peers:

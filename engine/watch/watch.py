@@ -48,6 +48,7 @@ class Watch:
         self._host, self._received = socket.gethostname(), b""
         self._is_closing, self._may_send = threading.Event(), threading.Lock()
         self._is_idle = False
+        self._first = Beat(0, "?", 0, "?")  # where rank 0 was when it last answered
         self._left: tuple[float, Verdict] | None = None  # when a rank's own failure is held against all
         connection.settimeout(self._every)
         self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
@@ -99,9 +100,9 @@ class Watch:
         if not trouble:
             return None
         kind = "dead" if "ended" in trouble else "silent"
-        step, phase = self._place.step, self._place.phase
-        own = f"rank {self._rank} is after step {step} in {phase}"
-        return Verdict(kind, (0,), Beat(0, "?", step, "?"), f"{kind}: rank 0, which watches: {trouble}; {own}")
+        place = f"rank 0 (host {self._first.host}) after step {self._first.step} in {self._first.phase}"
+        own = f"rank {self._rank} is after step {self._place.step} in {self._place.phase}"
+        return Verdict(kind, (0,), self._first, f"{kind}: {place}, which watches: {trouble}; {own}")
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._may_send:
@@ -114,7 +115,9 @@ class Watch:
             raise ConnectionError("closed")
         *lines, self._received = (self._received + received).split(b"\n")
         for message in map(json.loads, lines):
-            if "verdict" in message:
+            if "first" in message:
+                self._first = Beat(**message["first"])
+            elif "verdict" in message:
                 found = message["verdict"]
                 beat = Beat(**found["beat"])
                 self._left = (0.0, Verdict(found["kind"], tuple(found["ranks"]), beat, found["message"], found["code"]))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,13 +29,13 @@ pytestmark = pytest.mark.L1
 QUICK = ("system.watch.silent_seconds=2", "system.watch.stuck_seconds=5")
 
 
-def run_until(comm: Comm, config: Config, run_dir: Path, fate: str) -> str:
-    """Two ranks make steps; after the third, rank 1 meets its fate while rank 0 waits for it in a collective."""
+def run_until(comm: Comm, config: Config, run_dir: Path, fate: str, lost: int = 1) -> str:
+    """Two ranks make steps; after the third, one meets its fate while the other waits for it in a collective."""
     phases = Phases(HostClock())
     with watch.watched(config, run_dir) as place:
         place.follow(phases)
         for step in range(1, 6):
-            if step == 4 and comm.rank == 1:
+            if step == 4 and comm.rank == lost:
                 meet(fate, run_dir)
             time.sleep(0.6)  # more than a beat, which comes every quarter of silent_seconds
             with phases("all_reduce"):
@@ -102,6 +103,19 @@ def test_a_lost_rank_is_named_by_the_others_with_step_and_phase(
     assert "rank 0 " in failure.message
     assert ("after step 3 in all_reduce" in failure.message) == (fate != "killed")
     assert len((tmp_path / failures.FILE).read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("fate", "kind"), [("killed", "dead"), ("stopped", "silent")])
+def test_the_first_rank_is_named_too_when_it_is_lost(tmp_path: Path, fate: str, kind: str) -> None:
+    """It is the one that judges, so the others know of it what it last told them."""
+    with pytest.raises(RanksFailed):
+        run_ranks(run_until, 2, tiny_config(*QUICK), tmp_path, fate, 0, timeout=30)
+    failure = failures.last(tmp_path)
+    assert failure is not None
+    assert (failure.kind, failure.rank, failure.host) == (kind, 0, socket.gethostname())
+    assert failure.step in (2, 3), "as it last said, a beat ago"
+    assert failure.phase != "?"
+    assert "; rank 1 is after step 3 in " in failure.message
 
 
 def test_a_rank_that_fails_says_so_and_the_others_end_for_it(tmp_path: Path) -> None:
