@@ -47,19 +47,30 @@ class Conv(Section):
     """A convolutional autoencoder in the place of trunk and decoder: latent diffusion's (arXiv 2112.10752).
 
     One level of resolution for each multiplier, half of the one before: as many as patch_size has powers of two, and
-    one. The defaults are those of its f16 and of VA-VAE; of f8 the multipliers are 1, 2, 4, 4 [C of latent diffusion].
+    one. Channels, multipliers and blocks are by default those of its f16 and of VA-VAE, both of which attend on the
+    coarsest level too; of f8 the multipliers are 1, 2, 4, 4, and it does not [C of latent diffusion].
     """
 
     channels: Positive = 128
     multipliers: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 1, 2, 2, 4)
     num_res_blocks: Positive = 2  # of a level of the encoder; the decoder has one more
     groups: Positive = 32  # of every norm
+    attention_levels: Count = 0  # so many of the coarsest attend behind every residual block; the middle always does
 
     @model_validator(mode="after")
     def _groups_share_channels(self) -> Conv:
         if self.channels % self.groups:
             raise ValueError(
                 f"channels={self.channels} over groups={self.groups}: groups share the channels evenly; change either"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attends_on_levels_it_has(self) -> Conv:
+        if self.attention_levels > len(self.multipliers):
+            raise ValueError(
+                f"attention_levels={self.attention_levels} but multipliers={list(self.multipliers)} make "
+                f"{len(self.multipliers)} levels: give as many at most"
             )
         return self
 

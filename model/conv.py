@@ -5,9 +5,9 @@
     decoder = ConvDecoder(config.model, backend="sdpa")
     decoder(latent_RPL, grid=(16, 16))                      # (R, 256, L) -> (R, 3, 256, 256)
 
-    encoder   3x3 convolution; per level residual blocks, then half the resolution; in the middle a residual block,
-              attention over all positions, a residual block; norm, SiLU, 3x3 convolution to D, which is L, and 2L
-              with Gaussian latents
+    encoder   3x3 convolution; per level residual blocks, on the coarsest `attention_levels` with attention over all
+              positions behind each, then half the resolution; in the middle a residual block, attention, a residual
+              block; norm, SiLU, 3x3 convolution to D, which is L, and 2L with Gaussian latents
     decoder   1x1 convolution, 3x3 convolution, the same middle, levels upwards with one residual block more each
 
 They have the faces of Trunk and PixelDecoder, so everything between them (bottleneck, objectives, tokenizer) stays what
@@ -93,18 +93,30 @@ class Up(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, and the step to the next where there is one."""
+    """Residual blocks of one resolution, attention behind each where a backend is named, and the step to the next
+    resolution where there is one."""
 
-    def __init__(self, channels_in: int, channels: int, num_blocks: int, groups: int, step: nn.Module | None) -> None:
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        num_blocks: int,
+        groups: int,
+        step: nn.Module | None,
+        attention: str | None,
+    ) -> None:
         super().__init__()
         widths = [channels_in] + [channels] * (num_blocks - 1)
         self.blocks = nn.ModuleList(ResBlock(width, channels, groups) for width in widths)
+        self.attns = nn.ModuleList(
+            nn.Identity() if attention is None else PositionAttention(channels, groups, attention) for _ in widths
+        )
         self.step = step
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels_in, h, w) -> (B, channels, h, w), halved or doubled by the step."""
-        for block in self.blocks:
-            x = block(x)
+        for block, attn in zip(self.blocks, self.attns, strict=True):
+            x = attn(block(x))
         return x if self.step is None else self.step(x)
 
 
@@ -131,7 +143,14 @@ class ConvEncoder(nn.Module):
         widths = channels_of(conv)
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(before, width, conv.num_res_blocks, conv.groups, Down(width) if depth < len(widths) else None)
+            Level(
+                before,
+                width,
+                conv.num_res_blocks,
+                conv.groups,
+                step=Down(width) if depth < len(widths) else None,
+                attention=backend if depth > len(widths) - conv.attention_levels else None,
+            )
             for depth, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False), 1)
         )
         self.middle = Middle(widths[-1], conv, backend)
@@ -175,7 +194,14 @@ class ConvDecoder(nn.Module):
         self.conv_in = nn.Conv2d(model.latent_channels, widths[0], 3, padding=1)
         self.middle = Middle(widths[0], conv, backend)
         self.levels = nn.ModuleList(
-            Level(before, width, conv.num_res_blocks + 1, conv.groups, Up(width) if depth < len(widths) else None)
+            Level(
+                before,
+                width,
+                conv.num_res_blocks + 1,
+                conv.groups,
+                step=Up(width) if depth < len(widths) else None,
+                attention=backend if depth <= conv.attention_levels else None,
+            )
             for depth, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False), 1)
         )
         self.norm = nn.GroupNorm(conv.groups, widths[-1], EPS)

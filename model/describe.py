@@ -84,6 +84,7 @@ def describe(config: Config, rows: Rows) -> str:
     if model.conv is not None:
         conv, levels = model.conv, " ".join(map(str, channels_of(model.conv)))
         lines.append(f"convolutions of {levels} channels, {conv.num_res_blocks} residual blocks a level of the encoder")
+        lines[-1] += f", attention on {conv.attention_levels} of them" if conv.attention_levels else ""
     trained = sum(count for name, count in counts.items() if name != "teacher")
     lines.append(f"{'trained':<12}{_short(trained):>12}")
     layouts = step_layouts(config, rows)

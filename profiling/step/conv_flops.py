@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from configs.architecture import Model
+from configs.architecture import Conv, Model
 from model.conv import channels_of, conv_of
 from model.latent import feature_width
 from profiling.flops import attention, convolution, linear
@@ -24,7 +24,7 @@ class ConvFlops:
     forward: float
     edge: float  # the first convolution; of the encoder it is of pixels, which have no gradient
     again: float  # what backward computes a second time of every residual block, were it to keep none of it
-    scores: float  # the two products between positions, in the middle
+    scores: float  # the two products between positions, in the middle and on the levels that attend
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ def _tower(
     blocks = list(_blocks(levels, size, conv.num_res_blocks + extra_blocks))
     positions = (size // model.patch_size) ** 2
     middle = [_block(positions, lowest, lowest)] * 2
-    scores = attention(positions**2, lowest)
-    attended = linear(positions, lowest, 4 * lowest) + scores
+    attending = [(positions, lowest), *_attending(levels, size, conv.num_res_blocks + extra_blocks, conv)]
+    scores = sum(attention(length**2, channels) for length, channels in attending)
+    attended = scores + sum(linear(length, channels, 4 * channels) for length, channels in attending)
     # Either way the convolution is at the higher resolution's half, or at the higher one: one for each step.
     steps = sum(
         convolution((size // 2 ** (depth + 1 - extra_blocks)) ** 2, channels, channels, 3)
@@ -96,6 +97,13 @@ def _blocks(levels: list[tuple[int, int]], size: int, num_blocks: int) -> Iterat
         yield _block(positions, before, channels)
         for _ in range(num_blocks - 1):
             yield _block(positions, channels, channels)
+
+
+def _attending(levels: list[tuple[int, int]], size: int, num_blocks: int, conv: Conv) -> Iterator[tuple[int, int]]:
+    """(positions, channels) of the attention behind every block of the coarsest levels."""
+    for depth in range(len(levels) - conv.attention_levels, len(levels)):
+        for _ in range(num_blocks):
+            yield (size // 2**depth) ** 2, levels[depth][1]
 
 
 def _block(positions: int, before: int, channels: int) -> _Block:

@@ -14,7 +14,7 @@ from configs import Config, UserError, load_config, to_yaml
 from engine.corruption import corruptor
 from engine.initial import initial_weights
 from model.conv import ConvDecoder, ConvEncoder, PositionAttention
-from model.describe import describe
+from model.describe import count_parameters, describe
 from model.frozen import FrozenEncoder
 from model.initialise import initialise
 from model.pretrainer import Pretrainer
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.L0
 PRESET = Path(__file__).resolve().parents[2] / "configs" / "ldm_kl.yaml"
 F8 = "model.conv={channels: 8, multipliers: [1, 2, 2, 4], groups: 4, num_res_blocks: 1}"
 F16 = "model.conv={channels: 8, multipliers: [1, 1, 2, 2, 4], groups: 4, num_res_blocks: 1}"
+ATTENDING = "model.conv.attention_levels=2"
 
 
 @pytest.mark.parametrize(("conv", "patch"), [(F8, 8), (F16, 16)])
@@ -53,6 +54,55 @@ def test_it_has_latent_diffusions_number_of_parameters() -> None:
     assert counts["trunk"] == 34_163_592
     assert counts["bottleneck"] == 8 * 8  # its quant_conv has 8 biases besides
     assert counts["decoder"] == 49_490_179 + 4 * 4 + 4  # with post_quant_conv
+
+
+def test_the_preset_has_the_number_of_parameters_of_latent_diffusions_f16() -> None:
+    """Its autoencoder_kl_16x16x16: 28.3 and 41.3 million, of which attention on the level of 16 x 16 is 2.1 and 3.2."""
+
+    def conv(before: int, after: int, side: int = 3) -> int:
+        return before * after * side**2 + after
+
+    def res(before: int, after: int) -> int:
+        way_past = conv(before, after, 1) if before != after else 0
+        return 2 * before + conv(before, after) + 2 * after + conv(after, after) + way_past
+
+    attention = 2 * 512 + 4 * conv(512, 512, 1)  # norm; q, k, v, out
+    middle = 2 * res(512, 512) + attention
+    encoder = (
+        conv(3, 128)
+        + 4 * res(128, 128) + 2 * conv(128, 128)  # 256 and 128 px, each with its step down
+        + res(128, 256) + 3 * res(256, 256) + 2 * conv(256, 256)  # 64 and 32
+        + res(256, 512) + res(512, 512) + 2 * attention  # 16
+        + middle + 2 * 512 + conv(512, 2 * 16)
+    )  # fmt: skip
+    decoder = (
+        conv(16, 512) + middle
+        + 3 * res(512, 512) + 3 * attention + conv(512, 512)  # 16, with its step up
+        + res(512, 256) + 5 * res(256, 256) + 2 * conv(256, 256)  # 32 and 64
+        + res(256, 128) + 5 * res(128, 128) + conv(128, 128)  # 128 and 256
+        + 2 * 128 + conv(128, 3)
+    )  # fmt: skip
+    assert (encoder, decoder) == (28_265_760, 41_343_875)
+    config = load_config(PRESET, ["model.latent_channels=16"])
+    counts = count_parameters(config, Rows.per_rank(config, 32))
+    assert counts["trunk"] == encoder
+    assert counts["bottleneck"] == 32 * 32  # its quant_conv has 32 biases besides
+    assert counts["decoder"] == decoder + conv(16, 16, 1)  # with post_quant_conv
+
+
+def test_the_coarsest_levels_attend_behind_every_block_and_no_other_does() -> None:
+    model = build(tiny_config(*CONV, ATTENDING))
+    found = {
+        name: [[isinstance(attn, PositionAttention) for attn in level.attns] for level in tower.levels]
+        for name, tower in (("encoder", model.trunk), ("decoder", model.decoder))
+    }
+    assert found["encoder"] == [[False], [False], [True], [True]]
+    assert found["decoder"] == [[True, True], [True, True], [False, False], [False, False]]
+    x = torch.randn(2, 32, 4, 4, generator=torch.Generator().manual_seed(0))
+    level = model.trunk.levels[-1]
+    expected = level.attns[0](level.blocks[0](x[:, :16]))
+    assert torch.equal(level(x[:, :16]), expected)
+    assert not torch.allclose(expected, level.blocks[0](x[:, :16])), "attention adds something"
 
 
 def test_attention_in_the_middle_is_softmax_of_all_positions_with_all() -> None:
@@ -126,8 +176,9 @@ def test_training_draws_from_the_distribution_and_encode_gives_its_mode() -> Non
     assert (divergence > 0).all()
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    trained = Trained(0, "model.latent=gaussian")
+@pytest.mark.parametrize("overrides", [(), ("model.conv.attention_levels=2",)])
+def test_every_parameter_gets_a_gradient(overrides: tuple[str, ...]) -> None:
+    trained = Trained(0, "model.latent=gaussian", *overrides)
     trained.rec.recon.square().mean().backward()
     assert [name for name, p in trained.model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -151,8 +202,9 @@ def test_first_values_follow_from_seed_and_name_alone() -> None:
         assert torch.equal(parameter, again.get_parameter(name)), name
 
 
-def test_its_config_reads_itself_back_and_its_weights_open(tmp_path: Path) -> None:
-    config = tiny_config(*CONV, "model.latent=gaussian")
+@pytest.mark.parametrize("overrides", [(), ("model.conv.attention_levels=1",)])
+def test_its_config_reads_itself_back_and_its_weights_open(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    config = tiny_config(*CONV, "model.latent=gaussian", *overrides)
     run = write_run(tmp_path / "run", config)
     assert load_config(run / "config.yaml") == config
     assert "trunk: null" in to_yaml(config)
@@ -165,7 +217,9 @@ def test_its_config_reads_itself_back_and_its_weights_open(tmp_path: Path) -> No
 def test_the_table_says_its_levels(tmp_path: Path) -> None:
     config = tiny_config(*CONV, "model.latent=gaussian")
     said = describe(config, Rows.per_rank(config, 2))
-    assert "convolutions of 8 16 16 32 channels, 1 residual blocks a level of the encoder" in said
+    assert "convolutions of 8 16 16 32 channels, 1 residual blocks a level of the encoder\n" in said
+    attending = tiny_config(*CONV, ATTENDING)
+    assert "encoder, attention on 2 of them\n" in describe(attending, Rows.per_rank(attending, 2))
     assert "one rank, one step: 48 tokens = clip 3 x 16 + 0 padding" in said
     assert "latent of a 32 px image: 8 x 4 x 4, gaussian" in said
 
@@ -181,6 +235,7 @@ def refused(*overrides: str) -> Config:
         (("model.trunk={width: 32, depth: 1, heads: 2}",), "conv and trunk are both set"),
         (("model.patch_size=16",), r"patch_size=16 but conv.multipliers=\[1, 2, 2, 4\]: .* patches of 8"),
         (("model.conv.groups=3",), "channels=8 over groups=3"),
+        (("model.conv.attention_levels=5",), r"attention_levels=5 but multipliers=\[1, 2, 2, 4\] make 4 levels"),
         (("model.registers=1",), "registers=1 but conv is set"),
         (("objectives.clip.weight=1",), "objectives.clip.weight=1: it has no CLS token"),
         (("objectives.ssl.weight=1", "batch.ssl=6"), "objectives.ssl.weight=1: it has no CLS token"),

@@ -105,6 +105,7 @@ VARIANTS = {
     "aligned, fixed weight": (ALIGN, "objectives.rec.align.adaptive=false", "model.bottleneck_ae_only=false", FULL),
     "convolutions": CONV,
     "convolutions of f4, gaussian": (*CONV, F4, "model.patch_size=4", "model.latent=gaussian"),
+    "convolutions that attend on two levels": (*CONV, "model.conv.attention_levels=2"),
     "convolutions, full": (*CONV, FULL),
     "convolutions, selective": (*CONV, SELECTIVE),
     "convolutions, aligned": (*CONV, ALIGN, "model.latent=gaussian"),
@@ -278,7 +279,7 @@ def test_a_tokenizer_costs_what_was_published(name: str) -> None:
         assert ours / 1e9 == pytest.approx(gflop, rel=0.0015)
 
 
-@pytest.mark.parametrize("overrides", [("model.registers=11",), (*CONV, "model.latent=gaussian")])
+@pytest.mark.parametrize("overrides", [("model.registers=11",), (*CONV, "model.conv.attention_levels=1")])
 def test_a_tokenizers_count_is_torchs_own(overrides: tuple[str, ...]) -> None:
     config = tiny_config(*overrides)  # 36 patches, CLS and registers: 48 tokens, without padding
     tokenizer = VisualTokenizer(config.model, frozenset({"bottleneck", "decoder"}), attention="matmul")

@@ -83,7 +83,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "centering": ("objectives.ssl.targets=centering", "objectives.clip.kind=sigmoid"),
     "convolutions": (*CONV, "model.latent=gaussian", "objectives.rec.kl=1"),
-    "convolutions, full": (*CONV, "system.activation_checkpointing=full"),
+    "convolutions, full": (*CONV, "model.conv.attention_levels=1", "system.activation_checkpointing=full"),
     "aligned": (
         "objectives.rec.align={weights: unread, encoder: {width: 192, depth: 2, heads: 2}, patch_size: 8}",
         "objectives.clip.weight=0", "objectives.ssl.weight=0", "batch.ssl=0",
