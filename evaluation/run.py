@@ -66,7 +66,11 @@ def evaluate(
     with_one_answer(look)
     outcomes: dict[str, Outcome] = {name: task.result() for name, task in tasks.items()}
     bad = sum(world.gather_objects(setup.held_out.bad), Counter())
-    about = {"held_out": list(setup.data), "crop": setup.source.crop, "bad_samples": dict(bad)}
+    source = setup.source
+    about = {
+        "source": source.name, "weights": source.digest(), "latents": source.latent_digest(),
+        "held_out": list(setup.data), "crop": source.crop, "bad_samples": dict(bad),
+    }  # fmt: skip
     if world.is_first():
         results.write(setup.folder, outcomes, about)
     return results.as_json(outcomes, about)

@@ -27,10 +27,15 @@ from model.tokenizer import VisualTokenizer
 CROP = 256  # pixels, of a weights file: the published models' resolution [P]
 
 
+NO_LATENTS = ("decoder", "text", "clip")  # parts that latents do not come from
+
+
 @dataclass(frozen=True)
 class Source:
-    """`crop` is the side of the square pictures in pixels; `config` is that of the run, None for a file."""
+    """`name` is what the user called it, `crop` the side of the square pictures in pixels, `config` that of the run, or
+    None of a file."""
 
+    name: str
     tokenizer: VisualTokenizer
     folder: Path  # where results go unless another folder is named
     crop: int
@@ -65,14 +70,21 @@ class Source:
             world_size=world.world_size(),
         )  # fmt: skip
 
+    def digest(self) -> str:
+        """sha256 of every tensor of the tokenizer: the same of a run and of its weights file by itself."""
+        return self._digest(without=())
+
     def latent_digest(self) -> str:
         """sha256 of what latents come from: every tensor of the tokenizer but the decoder's, text's and clip's.
 
         A decoder trained further on the same latents (stage 2) leaves it as it is.
         """
+        return self._digest(without=NO_LATENTS)
+
+    def _digest(self, without: Sequence[str]) -> str:
         found = hashlib.sha256()
         for name, tensor in sorted(self.tokenizer.state_dict().items()):
-            if name.split(".")[0] not in ("decoder", "text", "clip"):
+            if name.split(".")[0] not in without:
                 found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
@@ -96,7 +108,7 @@ def open_source(
             f"give {max(crop // tokenizer.model.patch_size, 1) * tokenizer.model.patch_size}"
         )
     captions = caption_tokenizer or (config.data.tokenizer if isinstance(config, Config) else None)
-    return Source(tokenizer, path if path.is_dir() else path.parent, crop, config, captions)
+    return Source(str(path), tokenizer, path if path.is_dir() else path.parent, crop, config, captions)
 
 
 def check_finite(module: nn.Module, path: Path) -> None:

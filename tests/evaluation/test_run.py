@@ -55,7 +55,9 @@ def test_all_tasks_share_a_pass_and_leave_figures_and_pictures(
     trained: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = evaluated(tmp_path, trained, "--tasks", ALL, "--fid", network, "--batch-size", 4)
-    assert list(found) == [*ALL.split(","), "rows", "held_out", "crop", "bad_samples"]
+    about = ["source", "weights", "latents", "held_out", "crop", "bad_samples"]
+    assert list(found) == [*ALL.split(","), "rows", *about]
+    assert found["source"] == str(trained)
     assert found["zero_shot"]["images"] == found["knn"]["images"] == found["reconstruction"]["images"] == 11
     assert found["linear_probe"]["train_images"] == 30
     [rfid] = [name for name in found["reconstruction"] if name.startswith("rfid")]
@@ -88,6 +90,14 @@ def test_a_weights_file_alone_is_evaluated_with_what_is_given(trained: Path, cor
     found = evaluated(tmp_path / "file", file, *given, "--tokenizer", corpus / "tokenizer.json")
     assert found["zero_shot"] == whole["zero_shot"]
     assert found["reconstruction"] == whole["reconstruction"]
+    assert (found["source"], whole["source"]) == (str(file), str(trained))
+    assert (found["weights"], found["latents"]) == (whole["weights"], whole["latents"])
+    state, model = read_weights(file)
+    for name, same_latents in (("decoder.norm.weight", True), ("trunk.norm.weight", False)):
+        write_weights(tmp_path / "other.safetensors", state | {name: 2 * state[name]}, model)
+        other = evaluated(tmp_path / "other", tmp_path / "other.safetensors", *given, "--tasks", "reconstruction")
+        assert other["weights"] != whole["weights"]
+        assert (other["latents"] == whole["latents"]) is same_latents
 
 
 def test_a_limit_holds_for_both_corpora(trained: Path, tmp_path: Path) -> None:
