@@ -5,7 +5,8 @@
     task.result().figures["psnr_db"]     # mean over images of 10 log10(1 / mean squared error), pixels in [0, 1]
 
 PSNR, SSIM and LPIPS are means over images of the pair (image, reconstruction), as floats; FID compares the two sets,
-quantised to 8 bits as saved pictures are. What was not computed says so, in words, in the place of its figure.
+quantised to 8 bits as saved pictures are. LPIPS and FID are figures of a network, which their names say. What was not
+computed says so, in words, in the place of its figure.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ from configs import UserError
 from engine import world
 from engine.agreement import in_order
 from engine.pictures import latent_colours, png, reconstructions
-from evaluation.feature_network import FeatureNetwork
+from evaluation.feature_network import FeatureNetwork, PerceptualNetwork
 from evaluation.fidelity import WINDOW, Fid, ssim
 from evaluation.outcome import Figure, Outcome
 from evaluation.products import Products
-from model.objectives.perceptual import Perceptual
 
 SHOWN = 8  # best and worst reconstructions
 NO_FID = "not computed: no feature network (--fid FILE)"
@@ -35,7 +35,9 @@ NO_LPIPS = "not computed: no weights (--lpips FILE)"
 class Reconstruction:
     """Means over images, beside the PSNR of the mean colour, which is what saying nothing would reach."""
 
-    def __init__(self, networks: Sequence[FeatureNetwork], perceptual: Perceptual | None, device: torch.device) -> None:
+    def __init__(
+        self, networks: Sequence[FeatureNetwork], perceptual: PerceptualNetwork | None, device: torch.device
+    ) -> None:
         self._fids = [Fid(network, device) for network in networks]
         self._perceptual = perceptual.to(device) if perceptual is not None else None
         self._values: list[Tensor] = []  # (n, 3 or 4) float64: PSNR, PSNR of the mean colour, SSIM and LPIPS
@@ -80,9 +82,10 @@ class Reconstruction:
             "psnr_db": means[0],
             "psnr_db_of_mean_colour": means[1],
             "ssim": means[2],
-            "lpips": means[3] if width == 4 else NO_LPIPS,
             "images": len(values),
         }
+        perceptual = self._perceptual
+        figures |= {"lpips": NO_LPIPS} if perceptual is None else {f"lpips[{perceptual.name}]": means[3]}
         figures |= {f"rfid[{fid.name}]": fid.result() for fid in self._fids}
         figures |= {} if self._fids else {"rfid": NO_FID}
         pictures = {

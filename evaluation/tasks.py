@@ -22,7 +22,7 @@ from engine.agreement import with_one_answer
 from evaluation.bank import Bank
 from evaluation.classes import ClassTable
 from evaluation.command import with_progress
-from evaluation.feature_network import open_network
+from evaluation.feature_network import PerceptualNetwork, open_network, open_perceptual
 from evaluation.knn import NearestNeighbours
 from evaluation.learners import Corpora
 from evaluation.linear_probe import LinearProbe
@@ -31,7 +31,6 @@ from evaluation.products import Products
 from evaluation.reconstruction import Reconstruction
 from evaluation.source import Source
 from evaluation.zero_shot import ZeroShot, classifier
-from model.objectives.perceptual import Perceptual
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,15 @@ def _reconstruction(setup: Setup) -> Task:
     return Reconstruction(networks, _perceptual(setup), setup.device)
 
 
-def _perceptual(setup: Setup) -> Perceptual | None:
+def _perceptual(setup: Setup) -> PerceptualNetwork | None:
     """Of --lpips; else what the run was trained with, if it is there."""
     config = setup.source.config
     if setup.options.lpips is not None:
-        return Perceptual.load(setup.options.lpips, key="--lpips")
+        return open_perceptual(setup.options.lpips, "--lpips")
     trained_with = config.objectives.rec.lpips_weights if config is not None else None
-    return Perceptual.load(trained_with) if trained_with and Path(trained_with).is_file() else None
+    if not trained_with or not Path(trained_with).is_file():
+        return None
+    return open_perceptual(trained_with, "objectives.rec.lpips_weights")
 
 
 TASKS: dict[str, Callable[[Setup], Task]] = {

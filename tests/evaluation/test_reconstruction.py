@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy import linalg
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from configs import UserError
-from evaluation.feature_network import FeatureNetwork
+from evaluation.feature_network import FeatureNetwork, open_perceptual
 from evaluation.fidelity import Fid, quantised, ssim
 from evaluation.reconstruction import Extremes, Reconstruction, psnr
 from model.objectives.perceptual import GROUPS, Perceptual
@@ -120,19 +122,22 @@ def test_pictures_without_a_window_of_ssim_and_no_pictures_at_all_are_errors_and
         Reconstruction([], None, CPU).result()
 
 
-def test_lpips_is_the_objectives_own_in_signed_space() -> None:
+def test_lpips_is_the_objectives_own_in_signed_space_and_names_its_weights(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     widths, convs = (3, *[4] * 13), {}
     for i, (width_in, width_out) in enumerate(pairwise(widths)):
         convs |= {f"convs.{i}.weight": torch.randn(width_out, width_in, 3, 3, generator=generator)}
         convs |= {f"convs.{i}.bias": torch.zeros(width_out)}
     heads = {f"heads.{j}.weight": torch.rand(1, 4, 1, 1, generator=generator) for j in range(len(GROUPS))}
-    perceptual = Perceptual(convs | heads)
-    target, recon = pair(6)
-    figures = compared(Reconstruction([], perceptual, CPU), target, recon).result().figures
+    perceptual, target, recon = Perceptual(convs | heads), *pair(6)
+    save_file(convs | heads, tmp_path / "lpips.safetensors")
+    digest = hashlib.sha256((tmp_path / "lpips.safetensors").read_bytes()).hexdigest()
+    network = open_perceptual(tmp_path / "lpips.safetensors", "--lpips")
+    figures = compared(Reconstruction([], network, CPU), target, recon).result().figures
     expected = float(perceptual(2 * recon - 1, 2 * target - 1).mean())
     assert expected > 0
-    assert figures["lpips"] == pytest.approx(expected, rel=1e-4)
+    assert figures[f"lpips[vgg16:{digest[:6]}]"] == pytest.approx(expected, rel=1e-4)
+    assert "lpips" not in figures, "a figure without its network's name"
 
 
 def test_psnr_says_what_the_mean_colour_would_reach() -> None:
