@@ -9,6 +9,7 @@ A run knows its corpus, its image size and its captions' tokenizer; a file knows
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,8 @@ class Source:
         `key` is what errors call the patterns. Raises UserError for missing shards or none.
         """
         system = self.config.system if self.config else System()
-        max_pixels = self.config.data.max_pixels if self.config else Pictures.model_fields["max_pixels"].default
         return HeldOut(
-            patterns, self.crop, system, max_pixels, key=key, limit=limit, rank=world.rank(),
+            patterns, self.crop, system, _max_pixels(self.config), key=key, limit=limit, rank=world.rank(),
             world_size=world.world_size(),
         )  # fmt: skip
 
@@ -102,13 +102,29 @@ def open_source(
     tokenizer = _open_weights(path, config).to(device)
     check_finite(tokenizer, path)
     crop = crop or (config.views.image_size if config else CROP)
-    if crop % tokenizer.model.patch_size:
-        raise UserError(
-            f"--crop {crop}: sides must be multiples of the patch size {tokenizer.model.patch_size}; "
-            f"give {max(crop // tokenizer.model.patch_size, 1) * tokenizer.model.patch_size}"
-        )
+    _check_crop(crop, tokenizer.model.patch_size, _max_pixels(config))
     captions = caption_tokenizer or (config.data.tokenizer if isinstance(config, Config) else None)
     return Source(str(path), tokenizer, path if path.is_dir() else path.parent, crop, config, captions)
+
+
+def _max_pixels(config: Config | DecoderGan | None) -> int:
+    found: int = config.data.max_pixels if config else Pictures.model_fields["max_pixels"].default
+    return found
+
+
+def _check_crop(crop: int, patch_size: int, max_pixels: int) -> None:
+    """Raises UserError where no such picture can be encoded, or it is larger than any that is read."""
+    largest = math.isqrt(max_pixels) // patch_size * patch_size
+    if crop**2 > max_pixels:
+        raise UserError(
+            f"--crop {crop}: {crop**2:,} pixels, above data.max_pixels={max_pixels:,}, the most a picture is read "
+            f"with; give {largest} at most"
+        )
+    if crop % patch_size:
+        raise UserError(
+            f"--crop {crop}: sides must be multiples of the patch size {patch_size}; "
+            f"give {max(crop // patch_size, 1) * patch_size}"
+        )
 
 
 def check_finite(module: nn.Module, path: Path) -> None:

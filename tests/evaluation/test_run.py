@@ -196,6 +196,8 @@ def test_every_mistake_is_one_line(
         ("--train-data", (lonely, "--tasks", "knn", "--data", shards, "--crop", 32)),
         ("give --tokenizer", (lonely, "--data", shards, "--crop", 32, *table)),
         ("--crop 30: sides must be multiples of the patch size 8; give 24", (trained, "--crop", 30)),
+        ("--crop 100000: 10,000,000,000 pixels, above data.max_pixels=50,000,000", (trained, "--crop", 100_000)),
+        ("the most a picture is read with; give 7064 at most", (lonely, "--data", shards, "--crop", 7072)),
         ("--crop 0: give a number from 1 on", (trained, "--crop", 0)),
         ("--limit -1: give a number from 1 on", (trained, "--limit", -1)),
         ("no held-out sample has a label", (trained, "--tasks", "zero_shot", "--data", shards, *table)),
