@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,7 +30,7 @@ from engine import world
 from engine.agreement import with_one_answer
 from evaluation.command import check_counts, made, run_command
 from evaluation.generation import Generation, Options
-from evaluation.results import words
+from evaluation.results import check_numbers, words
 from evaluation.samples import Pair
 from model.generator.sampling import Method, Sampling
 
@@ -37,13 +38,16 @@ from model.generator.sampling import Method, Sampling
 def generate(generator: Path, tokenizer: Path, out: Path | None, options: Options) -> dict[str, Any]:
     """The results, as they are written to `out`/generation.json (by default beside the generator). A collective.
 
-    Raises UserError, on every rank, for what cannot be opened or does not belong together.
+    Raises UserError, on every rank, for what cannot be opened or does not belong together, and for a distance that is
+    no number.
     """
     device = world.device()
     folder = out or (generator if generator.is_dir() else generator.parent)
     judged = with_one_answer(lambda: Generation(Pair.open(generator, tokenizer, device), options))
     with_one_answer(lambda: made(folder / "pictures"))
-    rows = [row for guidance in options.guidance for row in judged.judge(guidance)]
+    rows: list[dict[str, Any]] = []
+    for guidance in options.guidance:
+        rows += with_one_answer(partial(_checked, judged.judge(guidance)))
     judged.grid.gather()
     found = {
         "generator": str(generator), "tokenizer": str(tokenizer), "seed": options.seed,
@@ -52,11 +56,18 @@ def generate(generator: Path, tokenizer: Path, out: Path | None, options: Option
     }  # fmt: skip
 
     def write() -> None:
-        (folder / "generation.json").write_text(json.dumps(found, indent=2) + "\n")
+        (folder / "generation.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
         judged.grid.draw(judged.names, folder / "pictures" / "samples.png")
 
     with_one_answer(lambda: write() if world.is_first() else None)
     return found
+
+
+def _checked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows`, whose figures are numbers. Raises UserError for one that is not, before the next guidance scale."""
+    for row in rows:
+        check_numbers({"gfid": row["gfid"]}, f"guidance {row['guidance']:g}, network {row['network']}")
+    return rows
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:

@@ -12,6 +12,7 @@ and a generator on it name their tokenizer by the latter.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,36 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from configs import UserError
 from evaluation.outcome import Figure, Outcome
 
 
 def as_json(outcomes: Mapping[str, Outcome], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of evaluation.json; `about` is what belongs to no task."""
+    """The content of evaluation.json; `about` is what belongs to no task.
+
+    Raises UserError for a figure that is no number: JSON has no word for it, and nobody could compare it.
+    """
+    for task, outcome in outcomes.items():
+        check_numbers(outcome.figures, task)
     rows: list[dict[str, Figure]] = [
         {"task": task, **row} for task, outcome in outcomes.items() for row in outcome.rows
     ]
     return {task: dict(outcome.figures) for task, outcome in outcomes.items()} | {"rows": rows} | dict(about)
 
 
-def write(folder: Path, outcomes: Mapping[str, Outcome], about: Mapping[str, Any]) -> None:
-    """Writes evaluation.json and pictures/*.png into `folder`."""
-    (folder / "evaluation.json").write_text(json.dumps(as_json(outcomes, about), indent=2) + "\n")
+def check_numbers(figures: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for a figure that is infinite or none; `where` is what it is of."""
+    for name, value in figures.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(
+                f"{where}: {name} is {value}: the weights are finite, but so large that what is computed with them is "
+                "not; go back to an earlier checkpoint"
+            )
+
+
+def write(folder: Path, found: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
+    """Writes evaluation.json, of `found`, and pictures/*.png into `folder`."""
+    (folder / "evaluation.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
     for outcome in outcomes.values():

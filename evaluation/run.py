@@ -46,7 +46,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The results by task, as they are written to `out`/evaluation.json (by default into the run, or beside the file).
 
-    A collective. Raises UserError, on every rank, for what cannot be opened, and for corpora that do not fit the tasks.
+    A collective. Raises UserError, on every rank, for what cannot be opened, for corpora that do not fit the tasks, and
+    for figures that are no numbers.
     """
     options_tasks = check_tasks(options.tasks)
     device = world.device()
@@ -71,9 +72,10 @@ def evaluate(
         "source": source.name, "weights": source.digest(), "latents": source.latent_digest(),
         "held_out": list(setup.data), "crop": source.crop, "bad_samples": dict(bad),
     }  # fmt: skip
+    found = with_one_answer(lambda: results.as_json(outcomes, about))
     if world.is_first():
-        results.write(setup.folder, outcomes, about)
-    return results.as_json(outcomes, about)
+        results.write(setup.folder, found, outcomes)
+    return found
 
 
 def main(arguments: list[str]) -> int:

@@ -322,6 +322,9 @@ def test_every_mistake_is_one_line(
     with safe_open(astray / "weights.safetensors", "pt") as stored:
         described = stored.metadata()
     save_file({k: v * torch.nan for k, v in tensors.items()}, astray / "weights.safetensors", described)
+    overflows = write_random_generator(tmp_path / "overflows", store)
+    sane = load_file(overflows / "weights.safetensors")
+    save_file({k: v * 1e36 for k, v in sane.items()}, overflows / "weights.safetensors", described)
     mistakes: list[tuple[str, tuple[object, ...]]] = [
         (f"makes latents of {store.shape[0] + 4} channels, this tokenizer decodes {store.shape[0]}", (wide,)),
         ("was trained on the latents of deadbeef, this tokenizer's are", (other("foreign", tokenizer="deadbeef"),)),
@@ -344,6 +347,10 @@ def test_every_mistake_is_one_line(
         ("names 1 classes, the generator has 5", (trained, "--classes", few)),
         ("give --data", (trained, "--fid", network, "--tokenizer", weights)),
         ("is not finite: the training went astray", (astray,)),
+        (
+            "guidance 4, network corpus:",
+            (overflows, "--fid", network, "--guidance", 4),
+        ),
         ("pictures cannot be made a directory", (trained, "--out", few)),
     ]
     for expected, arguments in mistakes:

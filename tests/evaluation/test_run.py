@@ -186,6 +186,8 @@ def test_every_mistake_is_one_line(
     train_bpe([f"{i * i} of {7 * i}" for i in range(300)], 400).save(str(larger))
     astray = tmp_path / "astray.safetensors"
     write_weights(astray, state | {"trunk.norm.weight": torch.full((32,), torch.nan)}, model)
+    overflows = tmp_path / "overflows.safetensors"
+    write_weights(overflows, {k: v * (1e36 if k.startswith("decoder.") else 1) for k, v in state.items()}, model)
     mistakes: list[tuple[str, tuple[object, ...]]] = [
         ("'rfid' is not one of zero_shot, linear_probe, knn, reconstruction", (trained, "--tasks", "zero_shot,rfid")),
         ("is no run directory", (tmp_path / "nowhere",)),
@@ -218,7 +220,12 @@ def test_every_mistake_is_one_line(
         ("--train-data is read by linear_probe and knn", (trained, "--train-data", shards)),
         ("SSIM compares windows of 11 x 11 pixels; raise --crop", (trained, "--tasks", "reconstruction", "--crop", 8)),
         ("trunk.norm.weight is not finite", (astray, "--tasks", "reconstruction", "--data", shards)),
+        (
+            "reconstruction: psnr_db is nan: the weights are finite, but so large",
+            (overflows, "--tasks", "reconstruction", "--data", corpus / "held_out", "--crop", 32),
+        ),
         ("cut.safetensors cannot be made a directory", (trained, "--out", weights)),
     ]
     for expected, arguments in mistakes:
         assert expected in refused(capsys, *out, *arguments), arguments
+    assert not (tmp_path / "out" / "evaluation.json").exists()
