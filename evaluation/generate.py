@@ -35,7 +35,7 @@ from evaluation.samples import Pair
 from model.generator.sampling import Method, Sampling
 
 
-def generate(generator: Path, tokenizer: Path, out: Path | None, options: Options) -> dict[str, Any]:
+def generate(generator: Path, tokenizer: str | Path, out: Path | None, options: Options) -> dict[str, Any]:
     """The results, as they are written to `out`/generation.json (by default beside the generator). A collective.
 
     Raises UserError, on every rank, for what cannot be opened or does not belong together, and for a distance that is
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.generate", description="What a generator is worth.")
     add = parser.add_argument
     add("generator", type=Path, help="the run directory of a generator, or a weights file of one")
-    add("--tokenizer", type=Path, required=True, help="that of its latents: a run, public directory or weights file")
+    add("--tokenizer", required=True, help="of its latents: a run, public directory, weights file or hf://OWNER/NAME")
     add("--num-samples", type=int, default=10_000, help="pictures for each guidance scale (%(default)s)")
     add("--guidance", default="1", help="classifier-free guidance scales, comma-separated; 1 is none (%(default)s)")
     add("--guidance-interval", default="0,1", help="times between which there is guidance; 0 is noise (%(default)s)")

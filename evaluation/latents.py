@@ -47,7 +47,7 @@ class Options:
     limit: int | None = None
 
 
-def extract(path: Path, out: Path, options: Options) -> LatentStore:
+def extract(path: str | Path, out: Path, options: Options) -> LatentStore:
     """The store in `out`, written unless it is there already. A collective.
 
     Raises UserError, on every rank, for what cannot be opened, for a picture without a label, and where `out` holds
@@ -73,7 +73,7 @@ def staged_by_first(out: Path) -> Iterator[Path]:
     world.barrier()  # nobody looks before it is published
 
 
-def _prepare(path: Path, options: Options) -> tuple[Source, HeldOut, dict[str, Any]]:
+def _prepare(path: str | Path, options: Options) -> tuple[Source, HeldOut, dict[str, Any]]:
     """What is encoded, and what tells this store from another."""
     source = open_source(path, world.device(), options.crop)
     data = options.data or (source.config.data.train if source.config else ())
@@ -132,10 +132,10 @@ def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.latents", description="Write a corpus as latents.")
     add = parser.add_argument
-    add("source", type=Path, help="a run directory, a directory in the public layout, or a weights file")
+    add("source", help="a run directory, a directory in the public layout, a weights file, or hf://OWNER/NAME")
     add("--data", nargs="+", default=(), metavar="SHARDS", help="labelled shards (default: the run's data.train)")
     add("--out", type=Path, required=True, help="directory of the store")
-    add("--crop", type=int, help="side of the centre crop in pixels (default: the run's; 256 for a weights file)")
+    add("--crop", type=int, help="side of the centre crop in pixels (default: the run's; 256 without one)")
     add("--batch-size", type=int, default=128, help="pictures a rank encodes together (%(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of the stored latents (%(default)s)")
     add("--limit", type=int, help="encode this many samples, evenly spaced")

@@ -37,7 +37,7 @@ DEFAULT_TASKS = ("zero_shot", "reconstruction")  # they need nothing but a held-
 
 
 def evaluate(
-    path: Path,
+    path: str | Path,
     options: Options,
     *,
     crop: int | None = None,
@@ -116,7 +116,7 @@ def _options(given: argparse.Namespace) -> Options:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evaluation.run", description="What a trained tokenizer is worth.")
     add = parser.add_argument
-    add("source", type=Path, help="a run directory, a directory in the public layout, or a weights file")
+    add("source", help="a run directory, a directory in the public layout, a weights file, or hf://OWNER/NAME")
     add(
         "--tasks",
         default=",".join(DEFAULT_TASKS),
@@ -126,12 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-data", nargs="+", default=(), metavar="SHARDS", help="for probe and knn (default: data.train)")
     add("--limit", type=int, help="look at this many samples of each, evenly spaced")
     add("--batch-size", type=int, default=128, help="pictures a rank looks at together (%(default)s)")
-    add("--crop", type=int, help="side of the centre crop in pixels (default: the run's; 256 for a weights file)")
+    add("--crop", type=int, help="side of the centre crop in pixels (default: the run's; 256 without one)")
     add("--classes", type=Path, help="class table (default: classes.json beside the held-out shards)")
     add("--tokenizer", help="the captions' tokenizer.json or hub name (default: the run's)")
     add("--fid", type=Path, nargs="+", default=(), metavar="FILE", help="feature networks for rFID")
     add("--lpips", type=Path, help="LPIPS weights (default: the run's, if there)")
-    add("--out", type=Path, help="where results go (default: the run directory, or beside the weights file)")
+    add("--out", type=Path, help="where results go (default: the run directory, beside the file, or NAME)")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher's; LOCAL_RANK says the same
     return parser
 

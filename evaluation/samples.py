@@ -50,7 +50,7 @@ class Pair:
         self.calls: Counter[str] = Counter()
 
     @classmethod
-    def open(cls, generator: Path, tokenizer: Path, device: torch.device) -> Pair:
+    def open(cls, generator: Path, tokenizer: str | Path, device: torch.device) -> Pair:
         """From a generator's run directory or weights file, and a tokenizer's.
 
         Raises UserError where either cannot be read, or they do not belong together.

@@ -1,9 +1,11 @@
-"""What is evaluated: the tokenizer of a run directory, of one in the public layout, or a weights file by itself.
+"""What is evaluated: the tokenizer of a run, of a public directory or hub name, or a weights file by itself.
 
     source = open_source("runs/demo", device)                       # weights.safetensors and config.yaml
     source = open_source("vtp_l", device, crop=256, caption_tokenizer="openai/clip-vit-large-patch14")      # public
+    source = open_source("hf://OWNER/NAME", device)                 # of the hub; hf://OWNER/NAME@REVISION pins it
 
-A run knows its corpus, its image size and its captions' tokenizer; a file knows its model only, so the rest is given.
+A run knows its corpus, its image size and its captions' tokenizer; the others know their model only, so the rest is
+given.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from data.held_out import HeldOut
 from engine import world
 from model.tokenizer import VisualTokenizer
 
+HUB = "hf://"  # before a hub name, which a path would be taken for
 CROP = 256  # pixels, of a weights file: the published models' resolution [P]
 
 
@@ -34,7 +37,7 @@ NO_LATENTS = ("decoder", "text", "clip")  # parts that latents do not come from
 @dataclass(frozen=True)
 class Source:
     """`name` is what the user called it, `crop` the side of the square pictures in pixels, `config` that of the run, or
-    None of a file."""
+    None where there is none."""
 
     name: str
     tokenizer: VisualTokenizer
@@ -93,18 +96,19 @@ class Source:
 def open_source(
     path: str | Path, device: torch.device, crop: int | None = None, caption_tokenizer: str | None = None
 ) -> Source:
-    """Opens a run directory or a weights file; `crop` and `caption_tokenizer` go before what a run says.
+    """Opens a run directory, a public one, a weights file or hf://OWNER/NAME; `crop` and `caption_tokenizer` go before
+    what a run says.
 
     Raises UserError where there are no weights, where they are damaged, or where the model cannot see such pictures.
     """
-    path = Path(path)
-    config = _config_of(path)
-    tokenizer = _open_weights(path, config).to(device)
-    check_finite(tokenizer, path)
+    name = str(path)
+    tokenizer, folder, config = _from_hub(name) if name.startswith(HUB) else _from_disk(Path(path))
+    tokenizer = tokenizer.to(device)
+    check_finite(tokenizer, name)
     crop = crop or (config.views.image_size if config else CROP)
     _check_crop(crop, tokenizer.model.patch_size, _max_pixels(config))
     captions = caption_tokenizer or (config.data.tokenizer if isinstance(config, Config) else None)
-    return Source(str(path), tokenizer, path if path.is_dir() else path.parent, crop, config, captions)
+    return Source(name, tokenizer, folder, crop, config, captions)
 
 
 def _max_pixels(config: Config | DecoderGan | None) -> int:
@@ -127,7 +131,7 @@ def _check_crop(crop: int, patch_size: int, max_pixels: int) -> None:
         )
 
 
-def check_finite(module: nn.Module, path: Path) -> None:
+def check_finite(module: nn.Module, path: str | Path) -> None:
     """Raises UserError for weights whose every figure would be none."""
     for name, tensor in module.state_dict().items():
         if not tensor.isfinite().all():
@@ -144,14 +148,34 @@ def _config_of(path: Path) -> Config | DecoderGan | None:
     return config
 
 
-def _open_weights(path: Path, config: Config | DecoderGan | None) -> VisualTokenizer:
+Opened = tuple[VisualTokenizer, Path, Config | DecoderGan | None]  # with the folder for results
+
+
+def _from_hub(name: str) -> Opened:
+    """Of hf://OWNER/NAME or hf://OWNER/NAME@REVISION; results go into NAME under the current directory."""
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    owner, _, short = repository.partition("/")
+    if not owner or not short or "/" in short:
+        raise UserError(f"{name} is no hub name: those are {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
+    if Path(repository).is_dir():
+        raise UserError(
+            f"{name}: here is a directory {repository}, which would be taken for it; give its path without {HUB}, or "
+            "start somewhere else"
+        )
+    return VisualTokenizer.from_pretrained(repository, revision=revision or None), Path(short), None
+
+
+def _from_disk(path: Path) -> Opened:
     """The one place that knows in which forms a tokenizer lies on a disk."""
+    config = _config_of(path)
+    folder = path if path.is_dir() else path.parent
     is_published = (path / "config.json").is_file()
     if config is None and not is_published and not path.is_file():
         raise UserError(
             f"{path} is no run directory, which has a config.yaml, none in the public layout, which has a config.json, "
-            "and no weights file: name runs/NAME, or what `model.interchange` wrote"
+            f"and no weights file: name runs/NAME, or what `model.interchange` wrote, or of the hub {HUB}OWNER/NAME"
         )
     if config is None and is_published:
-        return VisualTokenizer.from_pretrained(path)
-    return VisualTokenizer.from_run(path) if config is not None else VisualTokenizer.from_file(path)
+        return VisualTokenizer.from_pretrained(path), folder, None
+    tokenizer = VisualTokenizer.from_run(path) if config is not None else VisualTokenizer.from_file(path)
+    return tokenizer, folder, config

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,12 @@ from engine.world import Ranks
 from evaluation import run
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
 from evaluation.tasks import Options
+from model.tokenizer import VisualTokenizer
 from model.weights import read_weights, write_weights
 from tests.data.tar_shards import encoded, write_tar
 from tests.evaluation.tiny_runs import write_labelled_corpus, write_run
 from tests.harness import run_ranks
+from tests.model.loopback_hub import serving
 
 pytestmark = pytest.mark.L0
 ALL = "zero_shot,linear_probe,knn,reconstruction"
@@ -98,6 +103,26 @@ def test_a_weights_file_alone_is_evaluated_with_what_is_given(trained: Path, cor
         other = evaluated(tmp_path / "other", tmp_path / "other.safetensors", *given, "--tasks", "reconstruction")
         assert other["weights"] != whole["weights"]
         assert (other["latents"] == whole["latents"]) is same_latents
+
+
+def test_a_hub_name_is_evaluated_as_the_run_that_was_published(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    """In a process of its own: huggingface_hub reads the hub's address when it is imported."""
+    asked = ("--tasks", "reconstruction", "--data", corpus / "held_out", "--crop", 32)
+    VisualTokenizer.from_run(trained).save_pretrained(tmp_path / "public")
+    with serving(tmp_path / "public", "someone/tiny") as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+        finished = subprocess.run(
+            [sys.executable, "-m", "evaluation.run", "hf://someone/tiny@v1", *map(str, asked)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(run.__file__).parents[1]), **settings},
+            capture_output=True,
+            text=True,
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert ("HEAD", "/someone/tiny/resolve/v1/config.json", None) in hub.asked
+    found = json.loads((tmp_path / "tiny" / "evaluation.json").read_text())
+    whole = evaluated(tmp_path / "run", trained, *asked)
+    assert found == whole | {"source": "hf://someone/tiny@v1"}
 
 
 def test_a_limit_holds_for_both_corpora(trained: Path, tmp_path: Path) -> None:
@@ -192,6 +217,10 @@ def test_every_mistake_is_one_line(
         ("'rfid' is not one of zero_shot, linear_probe, knn, reconstruction", (trained, "--tasks", "zero_shot,rfid")),
         ("is no run directory", (tmp_path / "nowhere",)),
         ("is no run directory", (tmp_path,)),
+        ("or of the hub hf://OWNER/NAME", ("someone/tiny",)),
+        ("hf://tiny is no hub name: those are hf://OWNER/NAME or", ("hf://tiny",)),
+        ("hf://some/thing/else is no hub name", ("hf://some/thing/else",)),
+        ("here is a directory tests/evaluation, which would be taken", ("hf://tests/evaluation",)),
         ("is not a safetensors file", (weights, "--data", shards)),
         ("do not fit the model that describes them", (misfit, "--data", shards)),
         ("name labelled shards with --data", (lonely,)),
