@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tests.evaluation.tiny_runs import run_config, untrained, write_labelled_cor
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.L1
+PRESET = Path(__file__).resolve().parents[2] / "configs" / "decoder_gan.yaml"
 STEPS = 60
 REPORTED = {"loss/total", "loss/rec", "loss/l1", "loss/gan", "loss/disc", "health/gan_weight", "health/logits_real"}
 REPORTED |= {"health/logits_fake", "speed/mfu", "phase/trunk_ms", "phase/decoder_ms", "phase/ema_ms"}
@@ -97,7 +99,13 @@ def measured(path: Path, place: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_the_latents_do_not_change_and_pictures_get_no_worse_than_stated(place: Path, trained: Path) -> None:
-    """Stated: PSNR at most 0.2 dB lower, rFID at most 5 % higher. Seen: 18.81 -> 18.85 dB, 0.00930 -> 0.00924."""
+    """Stated in the preset's header, and read there: PSNR at most 0.2 dB lower, rFID at most 5 % higher.
+
+    Seen: 18.81 -> 18.85 dB, 0.00930 -> 0.00924, the latter by a network of random weights: it sees whether pictures
+    moved away from the corpus, but its figure is no one else's.
+    """
+    stated = re.search(r"PSNR at most ([\d.]+) dB lower, rFID at most (\d+) % higher", PRESET.read_text())
+    assert stated is not None
     before, after = load_file(place / "weights.safetensors"), load_file(trained / "weights.safetensors")
     assert before.keys() == after.keys()
     frozen = [name for name in before if not name.startswith("decoder.")]
@@ -106,8 +114,8 @@ def test_the_latents_do_not_change_and_pictures_get_no_worse_than_stated(place: 
     old, new = measured(place / "weights.safetensors", place, data=data), measured(trained, place)
     [rfid] = [name for name in new if name.startswith("rfid[")]
     assert new["images"] == old["images"] == 11
-    assert new["psnr_db"] > old["psnr_db"] - 0.2
-    assert new[rfid] < 1.05 * old[rfid]
+    assert new["psnr_db"] >= old["psnr_db"] - float(stated[1])
+    assert new[rfid] <= (1 + int(stated[2]) / 100) * old[rfid]
 
 
 def test_the_run_directory_tells_what_happened(trained: Path) -> None:
