@@ -55,19 +55,22 @@ def shard_files(directory: Path) -> list[Path]:
 def read_statistics(directory: Path, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (L,) float32 each. Raises UserError where they are missing or fit other latents."""
     path = directory / STATISTICS
+    form = f"it is a dictionary of the tensors mean and std, as torch.save writes one; {REMEDY}"
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        mean, std = (stored[name].float().flatten() for name in ("mean", "std"))
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist: training normalises latents by it; measure them with "
             f"`python -m data.latent_statistics {directory}`"
         ) from None
-    except Exception as error:  # torch.load raises whatever the unpickler met
-        raise UserError(
-            f"{path} holds no statistics ({' '.join(str(error).split())[:120]}): it is a dictionary of the tensors "
-            f"mean and std; {REMEDY}"
-        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): training normalises latents by it") from None
+    except Exception:  # torch.load raises whatever the unpickler met, with advice to unpickle what it should not
+        raise UserError(f"{path} holds no statistics, is cut off, or holds more than tensors: {form}") from None
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(name), Tensor) for name in ("mean", "std")):
+        found = f"the keys {list(stored)[:5]}" if isinstance(stored, dict) else f"a {type(stored).__name__}"
+        raise UserError(f"{path} holds no statistics but {found}: {form}")
+    mean, std = (stored[name].float().flatten() for name in ("mean", "std"))
     if len(mean) != channels or len(std) != channels:
         raise UserError(
             f"{path} is for {len(mean)} channels, the latents beside it have {channels}: statistics and latents come "

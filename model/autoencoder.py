@@ -167,11 +167,14 @@ def _normalised(shape: AutoencoderConfig, mean_L: Tensor, std_L: Tensor) -> Auto
 
 
 def _read_stats(path: Path) -> tuple[Tensor, Tensor]:
+    form = "they are a dictionary of the tensors mean and std, L numbers each, as torch.save writes one"
     try:
         stats = torch.load(path, map_location="cpu", weights_only=True)
-        return stats["mean"], stats["std"]
-    except Exception as error:  # torch.load raises whatever the unpickler met
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
-            f"{path} holds no latent statistics ({reason}): it is a torch file of {{mean, std}}, L numbers each"
-        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): stats names a file of latent statistics") from None
+    except Exception:  # torch.load raises whatever the unpickler met, with advice to unpickle what it should not
+        raise UserError(f"{path} holds no latent statistics, is cut off, or holds more than tensors: {form}") from None
+    if not isinstance(stats, dict) or not all(isinstance(stats.get(name), Tensor) for name in ("mean", "std")):
+        found = f"the keys {list(stats)[:5]}" if isinstance(stats, dict) else f"a {type(stats).__name__}"
+        raise UserError(f"{path} holds no latent statistics but {found}: {form}")
+    return stats["mean"], stats["std"]

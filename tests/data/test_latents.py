@@ -167,6 +167,10 @@ def _with(path: Path, **tensors: torch.Tensor) -> None:
     save_file(load_file(path) | tensors, path)
 
 
+DAMAGED = (
+    "holds no statistics, is cut off, or holds more than tensors: it is a dictionary of the tensors mean and std, as "
+    r"torch\.save writes one; write the store anew with `python -m evaluation\.latents`$"
+)
 DAMAGES = {
     "cut off": ("is no safetensors file, or is cut off", lambda store, file: _cut(file)),
     "no latents": ("has no latents", lambda store, file: _without(file, "latents")),
@@ -176,9 +180,17 @@ DAMAGES = {
     "unlike flips": ("both alike", lambda store, file: _with(file, latents_flip=torch.zeros(3, 4, 2, 2))),
     "unlike files": ("files of one store are alike", lambda store, file: write_unlike(file)),
     "no statistics": ("python -m data.latent_statistics", lambda store, file: (store / "latents_stats.pt").unlink()),
-    "cut statistics": ("holds no statistics", lambda store, file: _cut(store / "latents_stats.pt")),
+    "cut statistics": (f"latents_stats.pt {DAMAGED}", lambda store, file: _cut(store / "latents_stats.pt")),
+    "statistics with code": (
+        f"latents_stats.pt {DAMAGED}",
+        lambda store, file: torch.save({"mean": store, "std": store}, store / "latents_stats.pt"),
+    ),
+    "statistics that are a list": (
+        "latents_stats.pt holds no statistics but a list: it is a dictionary of the tensors mean and std",
+        lambda store, file: torch.save([0.0, 1.0], store / "latents_stats.pt"),
+    ),
     "other statistics": (
-        "holds no statistics",
+        r"latents_stats.pt holds no statistics but the keys \['mean'\]: it is a dictionary of the tensors mean and std",
         lambda store, file: torch.save({"mean": torch.zeros(3)}, store / "latents_stats.pt"),
     ),
     "statistics of another width": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -104,10 +105,27 @@ def test_it_loads_a_directory_with_its_statistics_and_says_what_is_wrong_with_th
     torch.save({"mean": torch.zeros(4), "std": torch.ones(4)}, stats)
     with pytest.raises(UserError, match="hold 4 means, the latents have 8 channels"):
         Autoencoder.from_pretrained(tmp_path / "public", stats=stats)
-    for content in (b"", b"no torch file"):
+    whole = stats.read_bytes()
+    form = "they are a dictionary of the tensors mean and std, L numbers each, as torch.save writes one"
+    damage = "holds no latent statistics, is cut off, or holds more than tensors"
+    for content, says in (
+        (b"", damage), (b"no torch file", damage), (whole[:-10], damage), (saved(tmp_path), damage),
+        (saved({"mean": torch.zeros(8)}), "holds no latent statistics but the keys ['mean']"),
+        (saved({"mean": 1.0, "std": 2.0}), "holds no latent statistics but the keys ['mean', 'std']"),
+        (saved(torch.zeros(8)), "holds no latent statistics but a Tensor"),
+    ):  # fmt: skip
         stats.write_bytes(content)
-        with pytest.raises(UserError, match="holds no latent statistics"):
+        with pytest.raises(UserError) as caught:
             Autoencoder.from_pretrained(tmp_path / "public", stats=stats)
+        assert str(caught.value) == f"{stats} {says}: {form}"
+    with pytest.raises(UserError, match=r"none\.pt cannot be read \(No such file or directory\): stats names"):
+        Autoencoder.from_pretrained(tmp_path / "public", stats=tmp_path / "none.pt")
+
+
+def saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def test_a_patch_that_is_no_power_of_two_is_refused() -> None:
