@@ -30,7 +30,7 @@ def lr_sweep(rows: Sequence[dict], chance: float, path: Path) -> None:
         axes.axhline(chance, color="0.6", linestyle=":", label="chance")
         axes.set(xscale="log", xlabel="learning rate", ylabel="held-out top-1", ylim=(0, None))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
-        axes.legend(frameon=False)
+        _name_lines(figure)
         figure.savefig(path, dpi=150)
 
 
@@ -83,8 +83,13 @@ def curves(lines: Mapping[str, Points], xlabel: str, ylabel: str, path: Path, is
             axes.set_xticks([float(tick) for tick in ticks], ticks)
             axes.minorticks_off()
         if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
+            _name_lines(figure)
         figure.savefig(path, dpi=150)
+
+
+def _name_lines(figure: Figure) -> None:
+    """Below the axes: looking for the emptiest corner inside can take matplotlib long, of which it then warns."""
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
 def _figure(width: float, height: float) -> Figure:

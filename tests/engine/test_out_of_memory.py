@@ -17,8 +17,10 @@ from configs.ds import load_ds_config
 from engine import out_of_memory, run
 from engine.health.rollback import Cursor, Rollbacks
 from engine.out_of_memory import Memory
+from engine.watch.place import Place
 from engine.world import RankError
 from model.objectives.comm import Solo
+from profiling.phases import Phases
 from profiling.step.peak import predict_peak
 from profiling.step.savings import Saving, savings
 from tests.engine.ranks import DEEPSPEED
@@ -111,9 +113,10 @@ def test_a_step_of_a_run_is_explained(tmp_path: Path) -> None:
     window = SimpleNamespace(before=lambda step: None)
     instruments = SimpleNamespace(use=None, window=window, phases=lambda name: nullcontext())
     nobody: Any = SimpleNamespace()
+    phases = Phases(clock=None)
     batches = lambda first, skipped: iter([None])  # noqa: E731
-    training: Any = SimpleNamespace(config=CONFIG, comm=Solo(), step=no_memory, batches=batches)
-    parts: Any = (training, nobody, nobody, instruments, memory(tmp_path), nobody, nobody, Rollbacks(1), nobody)
+    training: Any = SimpleNamespace(config=CONFIG, comm=Solo(), step=no_memory, batches=batches, phases=phases)
+    parts: Any = (training, nobody, nobody, instruments, memory(tmp_path), nobody, Place(), Rollbacks(1), nobody)
     looped = run.Loop(*parts, tmp_path)
     with pytest.raises(UserError, match="in step 4: CUDA out of memory"):
         looped.go(Cursor(4))

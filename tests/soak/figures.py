@@ -39,7 +39,7 @@ def _progress(disturbed: Run, undisturbed: Run, story: Story, path: Path) -> Non
             [event.minutes for event in own], [event.step for event in own], "o", color=COLOURS[kind], label=kind,
             markersize=4,
         )  # fmt: skip
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
@@ -53,7 +53,7 @@ def _memory(lives: Sequence[Life], path: Path) -> None:
             axes.plot(minutes, sizes, color=f"C{number}", linewidth=1, label=role)
     handles, labels = axes.get_legend_handles_labels()
     first = dict(zip(reversed(labels), reversed(handles), strict=True))
-    axes.legend(list(first.values()), list(first), frameon=False, fontsize=8)
+    axes.legend(list(first.values()), list(first), loc="center right", frameon=False, fontsize=8)
     axes.set_ylim(bottom=0)
     figure.savefig(path, dpi=130)
 

@@ -98,7 +98,7 @@ def test_a_lost_rank_is_named_by_the_others_with_step_and_phase(
     failure = failures.last(tmp_path)
     assert failure is not None
     assert (failure.kind, failure.rank) == (kind, 1)
-    assert failure.step in (2, 3), "as it last said, a beat ago"
+    assert failure.step in (1, 2, 3), "as it last said: a beat ago, or two where the machine is busy"
     assert words in failure.message
     assert "rank 0 " in failure.message
     assert ("after step 3 in all_reduce" in failure.message) == (fate != "killed")
@@ -113,7 +113,7 @@ def test_the_first_rank_is_named_too_when_it_is_lost(tmp_path: Path, fate: str, 
     failure = failures.last(tmp_path)
     assert failure is not None
     assert (failure.kind, failure.rank, failure.host) == (kind, 0, socket.gethostname())
-    assert failure.step in (2, 3), "as it last said, a beat ago"
+    assert failure.step in (1, 2, 3), "as it last said: a beat ago, or two where the machine is busy"
     assert failure.phase != "?"
     assert "; rank 1 is after step 3 in " in failure.message
 
