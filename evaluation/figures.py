@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
@@ -69,21 +69,28 @@ def sample_grid(panels: Mapping[str, Tensor], names: Sequence[str], path: Path) 
         figure.savefig(path, dpi=150)
 
 
-def curves(lines: Mapping[str, Points], xlabel: str, ylabel: str, path: Path, is_log: bool = True) -> None:
-    """One line for each name, through its points in their order; `is_log` is the horizontal axis."""
+def curves(
+    lines: Mapping[str, Points], xlabel: str, ylabel: str, path: Path, log_across: bool = True, log_up: bool = False
+) -> None:
+    """One line for each name, through its points in their order; which axes are in decades."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(5.4, 3.4)
         axes = figure.add_subplot()
         for number, (name, points) in enumerate(lines.items()):  # a name keeps its colour where others have no points
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=f"C{number}")
-        axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if is_log else "linear")
-        if is_log:  # ticks where the points are, to two digits
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_across else "linear")
+        if log_across:  # ticks where the points are, to two digits
             ticks = sorted({f"{x:.1e}" for points in lines.values() for x, _ in points}, key=float)
             axes.set_xticks([float(tick) for tick in ticks], ticks)
             axes.minorticks_off()
         if axes.lines:
             _name_lines(figure)
+        if axes.lines and log_up:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         figure.savefig(path, dpi=150)
 
 

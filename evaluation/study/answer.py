@@ -29,10 +29,10 @@ def series(rows: Sequence[dict[str, Any]], objective: str, figure: str) -> Serie
     return sorted((row["flops"], row["figures"][figure]) for row in own)
 
 
-def of_both(rows: Sequence[dict[str, Any]], figure: str) -> list[dict[str, Any]]:
-    """The rows of those budgets at which both objectives of the question have the figure."""
+def of_both(rows: Sequence[dict[str, Any]], figure: str, objective: str = JOINT) -> list[dict[str, Any]]:
+    """The rows of those budgets at which both the objective and reconstruction alone have the figure."""
     there = {(row["objective"], row["budget"]) for row in rows if figure in row["figures"]}
-    return [row for row in rows if {(JOINT, row["budget"]), (REC, row["budget"])} <= there]
+    return [row for row in rows if {(objective, row["budget"]), (REC, row["budget"])} <= there]
 
 
 def slope(points: Series) -> float:
@@ -78,12 +78,20 @@ def answer(rows: Sequence[dict[str, Any]], figure: str = "gfid") -> list[str]:
         ]
     titles = {row["objective"]: row["title"] for row in rows}
     trends = [_trend(titles[name], points) for name, points in ((JOINT, joint), (REC, alone))]
-    return [
-        *trends,
-        _distance(joint, alone),
-        _crossing(crossover(joint, alone)),
-        _together(verdict(joint), verdict(alone)),
-    ]
+    crossing = f"The joint objective {_crossing(crossover(joint, alone))}."
+    return [*trends, _distance(joint, alone), crossing, _together(verdict(joint), verdict(alone))]
+
+
+def others(rows: Sequence[dict[str, Any]], figure: str = "gfid") -> list[str]:
+    """A sentence for each further objective that has two budgets with reconstruction alone."""
+    titles = {row["objective"]: row["title"] for row in rows if row["objective"] not in (JOINT, REC)}
+    said = []
+    for objective, title in titles.items():
+        common = of_both(rows, figure, objective)
+        own, alone = (series(common, name, figure) for name in (objective, REC))
+        if len(own) > 1:
+            said.append(f"{_trend(title, own)} It {_crossing(crossover(own, alone))}.")
+    return said
 
 
 def _trend(title: str, points: Series) -> str:
@@ -101,17 +109,13 @@ def _distance(ours: Series, theirs: Series) -> str:
     return f"From the smallest budget to the largest, gFID of the joint objective is {listed} times that of the other."
 
 
-def _crossing(found: float | str | None) -> str:
+def _crossing(found: float | str) -> str:
     if found == "ahead":
-        return "The joint objective is ahead of reconstruction alone at every budget: a crossover, if any, lies below."
+        return "is ahead of reconstruction alone at every budget: a crossover, if any, lies below"
     if found == "behind":
-        return (
-            "The joint objective is behind reconstruction alone at the largest budget: a crossover, if any, lies above."
-        )
+        return "is behind reconstruction alone at the largest budget: a crossover, if any, lies above"
     assert isinstance(found, float)
-    return (
-        f"The joint objective is ahead of reconstruction alone from about {found:.1e} FLOPs on, and behind below that."
-    )
+    return f"is ahead of reconstruction alone from about {found:.1e} FLOPs on, and behind below that"
 
 
 def _together(joint: Verdict, alone: Verdict) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import figures
-from evaluation.study.answer import answer, series
+from evaluation.study.answer import answer, others, series
 from evaluation.study.preset import JOINT, OBJECTIVES, REC, Cell
 from evaluation.study.stages import Layout
 
@@ -27,7 +27,12 @@ DRAWN = {
         "gFID, best guidance (less is better)",
         "The same with the best guidance scale of each cell",
     ),
-    "probe": ("probe.png", "linear probe on the mean latent, top-1", "Understanding against compute"),
+    "probe_features": (
+        "probe_features.png",
+        "linear probe on features, top-1",
+        "Understanding against compute: a probe on CLS and mean patch of the last block",
+    ),
+    "probe": ("probe.png", "linear probe on the mean latent, top-1", "And what of it stands in the latent's mean"),
     "rfid": ("rfid.png", "rFID (less is better)", "Reconstruction against compute"),
     "zero_shot": ("zero_shot.png", "zero-shot top-1", "Zero-shot classification against compute, where there is text"),
 }
@@ -53,9 +58,9 @@ def draw(found: Mapping[str, Any], folder: Path) -> None:
     rows = found["cells"]
     for figure, (file, label, _) in DRAWN.items():
         lines = {objective.title: series(rows, objective.name, figure) for objective in OBJECTIVES}
-        figures.curves(lines, FLOPS, label, folder / file)
+        figures.curves(lines, FLOPS, label, folder / file, log_up="fid" in figure)
     pairs = {objective.title: _pairs(rows, objective.name) for objective in OBJECTIVES}
-    figures.curves(pairs, DRAWN["probe"][1], DRAWN["gfid"][1], folder / BOTH[0], is_log=False)
+    figures.curves(pairs, DRAWN["probe_features"][1], DRAWN["gfid"][1], folder / BOTH[0], log_across=False, log_up=True)
 
 
 def write_page(layout: Layout, found: Mapping[str, Any], cells: Sequence[Cell], path: Path) -> None:
@@ -82,13 +87,17 @@ def _answered(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What the figures say, as they come and with guidance."""
     lines = []
     for figure, title in ANSWERED.items():
-        lines += [title, "", *(_wrapped(sentence, "- ") for sentence in answer(rows, figure)), ""]
+        said = [*answer(rows, figure), *others(rows, figure)]
+        lines += [title, "", *(_wrapped(sentence, "- ") for sentence in said), ""]
     return lines
 
 
 def _pairs(rows: Sequence[dict[str, Any]], objective: str) -> list[tuple[float, float]]:
-    own = (row for row in rows if row["objective"] == objective and {"probe", "gfid"} <= row["figures"].keys())
-    return [(row["figures"]["probe"], row["figures"]["gfid"]) for row in sorted(own, key=lambda row: row["flops"])]
+    both = {"probe_features", "gfid"}
+    own = (row for row in rows if row["objective"] == objective and both <= row["figures"].keys())
+    return [
+        (row["figures"]["probe_features"], row["figures"]["gfid"]) for row in sorted(own, key=lambda row: row["flops"])
+    ]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

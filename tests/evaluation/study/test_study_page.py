@@ -8,7 +8,7 @@ import pytest
 
 from evaluation.study import __main__ as command
 from evaluation.study import preset, results
-from evaluation.study.answer import answer, crossover, slope, verdict
+from evaluation.study.answer import answer, crossover, others, slope, verdict
 from evaluation.study.page import page, write_page
 from evaluation.study.preset import OBJECTIVES, PRESETS, cells
 from evaluation.study.stages import Layout
@@ -60,6 +60,13 @@ def test_the_slope_is_that_of_each_doubling() -> None:
     assert math.exp(slope([(1e12, 100.0), (2e12, 90.0), (4e12, 81.0)])) == pytest.approx(0.9)
 
 
+def test_further_objectives_are_held_against_reconstruction_alone_too() -> None:
+    made = rows({"joint": FALLING, "rec": FLAT, "clip_rec": (70.0, 50.0, 40.0), "ssl_rec": FLAT[:1]})
+    [said] = others(made)
+    assert said.startswith("With clip + rec, gFID keeps falling")
+    assert "40 at 4.0e+12 FLOPs. It is ahead of reconstruction alone from about 1.7e+12 FLOPs on" in said  # 2^0.758
+
+
 def test_two_common_budgets_are_needed_for_an_answer() -> None:
     assert "Not answered yet" in answer(rows({"joint": FALLING[:3], "rec": FLAT[:1]}))[0]
     assert "Not answered yet" in answer([])[0]
@@ -95,8 +102,8 @@ def test_the_page_is_written_with_its_figures_and_pictures(tmp_path: Path) -> No
     write_page(layout, results.collect(layout, four_cells()), four_cells(), tmp_path / "docs" / "study.md")
     names = {path.name for path in (tmp_path / "docs" / "images" / "study").iterdir()}
     assert names == {
-        "gfid.png", "gfid_guided.png", "probe.png", "rfid.png", "zero_shot.png", "understanding.png",
-        "rec_generated.png", "rec_reconstructed.png",
+        "gfid.png", "gfid_guided.png", "probe.png", "probe_features.png", "rfid.png", "zero_shot.png",
+        "understanding.png", "rec_generated.png", "rec_reconstructed.png",
     }  # fmt: skip
     assert "Not answered yet" in (tmp_path / "docs" / "study.md").read_text()
 
