@@ -95,7 +95,8 @@ def _told(
         "checkpoint_stall_share": stall_share,
         "checks": [asdict(check) for check in found],
         "events": [asdict(event) for event in story.events],
-        "processes": len(lives),
+        "began": story.began,
+        "processes": [asdict(life) for life in lives],
     }
 
 

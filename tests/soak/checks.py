@@ -7,6 +7,7 @@ for check in checks(disturbed, undisturbed, story, lives):
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,15 +122,17 @@ def _flat(lives: Sequence[Life]) -> Iterator[Check]:
 
 def _flat_life(life: Life) -> Check:
     readings = life.after(WARM_UP_SECONDS)
+    # Medians of both halves: a checkpoint that is being written has files open for a moment.
     minutes = (readings[-1].seconds - readings[0].seconds) / 60
     rising, size = slope(readings), readings[-1].rss_mib
     half = len(readings) // 2
     files, threads = (
-        [max(reading[field] for reading in part) for part in (readings[:half], readings[half:])] for field in (2, 3)
+        [statistics.median(reading[field] for reading in part) for part in (readings[:half], readings[half:])]
+        for field in (2, 3)
     )
     is_flat = rising * minutes <= MOST_GROWTH * size and files[1] <= files[0] and threads[1] <= threads[0]
     words = f"{size:.0f} MiB, {rising:+.3f} MiB a minute over {minutes:.1f} minutes; "
-    words += f"open files {files[0]}, then {files[1]}; threads {threads[0]}, then {threads[1]}"
+    words += f"open files {files[0]:g}, then {files[1]:g}; threads {threads[0]:g}, then {threads[1]:g}"
     return Check(life.role, is_flat, words)
 
 

@@ -30,7 +30,7 @@ def _progress(disturbed: Run, undisturbed: Run, story: Story, path: Path) -> Non
     figure, axes = _axes("minutes", "step")
     for run, colour, label in ((disturbed, "C0", "disturbed"), (undisturbed, "0.6", "undisturbed")):
         reports = run.reports()
-        begin = reports[0]["time"]
+        begin = story.began if run is disturbed else reports[0]["time"]
         minutes = [(report["time"] - begin) / 60 for report in reports]
         axes.plot(minutes, [report["step"] for report in reports], color=colour, label=label, linewidth=1)
     for kind in dict.fromkeys(event.kind for event in story.events):
@@ -39,7 +39,7 @@ def _progress(disturbed: Run, undisturbed: Run, story: Story, path: Path) -> Non
             [event.minutes for event in own], [event.step for event in own], "o", color=COLOURS[kind], label=kind,
             markersize=4,
         )  # fmt: skip
-    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -51,6 +51,7 @@ class Story:
     events: list[Event] = field(default_factory=list)
     exit_code: int = -1
     processes_left: int = 0  # at the end
+    began: float = 0.0  # time.time()
 
 
 def disturb(run: Run, schedule: Iterable[Fault], seconds: float, say: Callable[[str], None]) -> Story:
@@ -58,7 +59,7 @@ def disturb(run: Run, schedule: Iterable[Fault], seconds: float, say: Callable[[
 
     Raises SoakFailed where it does not get over a fault.
     """
-    story, began = Story(), time.monotonic()
+    story, began = Story(began=time.time()), time.monotonic()
     run.start()
     run.wait_for_report(0.0)
     for fault in schedule:
