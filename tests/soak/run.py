@@ -128,6 +128,7 @@ class Run:
         settings = {
             "data.train": f"[{self.shards}/train-*.tar]", "data.held_out": f"[{self.shards}/held_out-*.tar]",
             "data.tokenizer": self.shards / "tokenizer.json",
+            "data.streams": self.ranks, "batch.clip": 12, "batch.ssl": 12, "batch.rec": 12,  # for 2, 3 and 4 ranks
             "model.text.vocab": 2048, "model.text.context": 32, "optim.steps": NEVER,
             "system.run_dir": self.folder, "system.report_every": REPORT_EVERY, "system.images_every": 200,
             "system.checkpoint.every": SAVE_EVERY, "system.checkpoint.keep_every": self.keep_every,

@@ -85,7 +85,7 @@ def compared(
     """The disturbed run, and after it the undisturbed one up to the last step of which both have a checkpoint."""
     try:
         story = disturb(disturbed, schedule, seconds, say)
-        say(f"step {(disturbed.last_report() or {})['step']} after {seconds / 60:g} minutes; now the same undisturbed")
+        say(f"it came to step {(disturbed.last_report() or {})['step']}; now the same undisturbed")
         _follow(undisturbed, _regular(disturbed)[0])
     finally:
         end_all(disturbed.mark)
