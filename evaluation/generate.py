@@ -31,7 +31,7 @@ from engine.agreement import with_one_answer
 from evaluation.command import check_counts, made, run_command
 from evaluation.generation import Generation, Options
 from evaluation.results import check_numbers, words
-from evaluation.samples import Pair
+from evaluation.samples import PRECISIONS, Pair
 from model.generator.sampling import Method, Sampling
 
 
@@ -122,6 +122,7 @@ def _options(given: argparse.Namespace) -> Options:
         num_samples=given.num_samples,
         seed=given.seed,
         batch_size=given.batch_size,
+        precision=given.precision,
         fid=tuple(given.fid),
         data=tuple(given.data),
         limit=given.limit,
@@ -158,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--iterations", type=int, help="in which a masked generator draws all tokens (default: the published number)")
     add("--seed", type=int, default=0, help="of the samples' noise (%(default)s)")
     add("--batch-size", type=int, default=64, help="pictures a rank makes together (%(default)s)")
+    add("--precision", choices=PRECISIONS, default="float32", help="of the generator's products (%(default)s)")
     add("--fid", type=Path, nargs="+", default=(), metavar="NETWORK", help="feature networks for gFID")
     add("--data", nargs="+", default=(), metavar="SHARDS", help="to compare with (default: the tokenizer's data.train)")
     add("--limit", type=int, help="compare with this many pictures, evenly spaced")

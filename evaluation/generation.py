@@ -39,6 +39,7 @@ class Options:
     num_samples: int = 10_000
     seed: int = 0
     batch_size: int = 64
+    precision: str = "float32"  # of the generator's products
     fid: tuple[Path, ...] = ()
     data: tuple[str, ...] = ()
     limit: int | None = None  # of the pictures compared with
@@ -73,7 +74,8 @@ class Generation:
             with_one_answer(self._look)
             self._is_corpus_ahead = False
         described = asdict(self.pair.generator.module.resolved(sampling))
-        row = described | {"samples": options.num_samples, "evaluations": self._evaluations()}
+        made = {"samples": options.num_samples, "precision": options.precision, "evaluations": self._evaluations()}
+        row = described | made
         if not self.fids:
             return [row | {"network": NO_FID, "gfid": None}]
         return [row | {"network": fid.name, "gfid": fid.result()} for fid in self.fids]
@@ -89,7 +91,7 @@ class Generation:
         self.pair.calls.clear()
         for fid in self.fids:
             fid.forget_fake()
-        batches = self.pair.samples(numbers, sampling, options.seed, options.batch_size)
+        batches = self.pair.samples(numbers, sampling, options.seed, options.batch_size, options.precision)
         title = f"guidance {sampling.guidance:g}"
         for batch in with_progress(batches, title, -(-len(numbers) // options.batch_size)):
             self.grid.add(title, batch)

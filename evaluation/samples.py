@@ -28,6 +28,7 @@ from model.generator.draws import draw
 from model.generator.sampling import Sampling
 from model.generator.weights import LoadedGenerator, read_generator
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLING_STEP = 1 << 40  # where training has its step: no run comes so far, so samples start from noise of their own
 
 
@@ -61,17 +62,23 @@ class Pair:
         return cls(loaded, open_source(tokenizer, device), device)
 
     @torch.no_grad()
-    def samples(self, numbers: NDArray[np.int64], sampling: Sampling, seed: int, batch_size: int) -> Iterator[Samples]:
-        """The samples of these numbers, in order. Raises UserError for a sampler that is not this generator's."""
+    def samples(
+        self, numbers: NDArray[np.int64], sampling: Sampling, seed: int, batch_size: int, precision: str = "float32"
+    ) -> Iterator[Samples]:
+        """The samples of these numbers, in order; the generator's products in `precision` (PRECISIONS), its sampler's
+        sums in float32. Raises UserError for a sampler that is not this generator's."""
         module = self.generator.module
         needs = module.sampling_needs(sampling)
         for start in range(0, len(numbers), batch_size):
             own = numbers[start : start + batch_size]
             labels_B = torch.from_numpy(own % self.generator.num_classes).to(self.device)
             draws = draw(needs, seed, SAMPLING_STEP, own).to(self.device)
-            with self._counted():
-                latents_BLhw = module.sample(labels_B, sampling, draws)
+            with self._counted(), self._products_in(PRECISIONS[precision]):
+                latents_BLhw = module.sample(labels_B, sampling, draws).float()
             yield Samples(own, labels_B, self.source.tokenizer.decode(self.generator.denormalised(latents_BLhw)))
+
+    def _products_in(self, dtype: torch.dtype) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

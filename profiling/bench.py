@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 BENCHES = (
+    "train",
     "step",
     "attention",
     "text",

@@ -12,17 +12,24 @@ from __future__ import annotations
 import platform
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from profiling.clock import alternate
 
+T = TypeVar("T")
 TRIAD_MIB = 32  # of each of three arrays: together beyond a rank's share of any cache but the very largest
 
 
 def device() -> torch.device:
     """What benches run on: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sized(*, cpu: T, cuda: T) -> T:
+    """A bench's size on what it runs on: on a GPU as in a run there, on a CPU so that it takes seconds."""
+    return {"cpu": cpu, "cuda": cuda}[device().type]
 
 
 def describe() -> dict[str, str | int]:

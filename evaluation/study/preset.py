@@ -71,7 +71,10 @@ MINI = Preset(
     corpus=("emoji", "--samples", "12000", "--held-out", "2000", "--size", "32", "--classes", "100"),
     image_size=32,
     features=("--size", "32"),
-    generate=("--num-samples=2000", "--guidance=1,2,4", "--sampler=euler", "--steps=25", "--batch-size=250"),
+    generate=(
+        *("--num-samples=2000", "--guidance=1,2,4", "--sampler=euler", "--steps=25"),
+        *("--batch-size=250", "--precision=bfloat16"),
+    ),
     caption_slots=14.5,
     flops_per_second=70e9,
     seconds={"evaluation": 45, "latents": 25, "generator": 300, "generation": 120},

@@ -1,7 +1,7 @@
 """Attention over packed segments, forward and backward: every backend that runs on this device.
 
-The workload is a share of a ViT-S step at 256 px: segments of 257 tokens (clip, ssl global) and of 37 (ssl local), 6
-heads of 64.
+The workload is a share of a step at 256 px: segments of 257 tokens (clip, ssl global) and of 37 (ssl local), and the
+heads of 64 of a ViT-S (on a GPU of a ViT-L).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from kernels.attention import NEEDS, activate, attend, missing
 from kernels.dense_attention import DENSE, reference
-from profiling.machine import device
+from profiling.machine import device, sized
 from profiling.measurement import Measurement, measure
 
-SEGMENTS = ((12, 257), (16, 37))
-HEADS, HEAD_WIDTH = 6, 64
+SEGMENTS = sized(cpu=((12, 257), (16, 37)), cuda=((192, 257), (256, 37)))
+HEADS, HEAD_WIDTH = sized(cpu=6, cuda=16), 64
 
 
 def run(rounds: int) -> list[Measurement]:

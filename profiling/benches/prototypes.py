@@ -1,6 +1,7 @@
 """The prototype loss, Sinkhorn-Knopp targets included, forward and backward: in chunks against whole matrices.
 
-4,096 hidden patches against 8,192 prototypes of width 256, as one rank's step has them. `dense` is what one writes
+Hidden patches against prototypes of width 256, as one rank's step has them: 4,096 against 8,192, on a GPU 8,192 against
+the 65,536 of the presets. `dense` is what one writes
 without this engine: both matrices of logits, Sinkhorn on the teacher's, log-softmax of the student's, autograd.
 """
 
@@ -14,10 +15,10 @@ from model.objectives import dense
 from model.objectives.comm import Solo
 from model.objectives.masked_patch import masked_patch_loss
 from model.objectives.targets import Targets, sinkhorn
-from profiling.machine import device
+from profiling.machine import device, sized
 from profiling.measurement import Measurement, measure
 
-ROWS, PROTOTYPES, WIDTH = 4096, 8192, 256
+ROWS, PROTOTYPES, WIDTH = sized(cpu=4096, cuda=8192), sized(cpu=8192, cuda=65_536), 256
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a gradient, relative to its largest entry
 

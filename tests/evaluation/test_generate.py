@@ -244,6 +244,19 @@ def test_a_sample_depends_on_seed_and_number_alone(trained: Path, tokenizer: Pat
     assert (whole[5] - whole[0]).abs().max() > 0.01  # the same class, other noise
 
 
+def test_products_in_half_precision_change_a_picture_little(trained: Path, tokenizer: Path, tmp_path: Path) -> None:
+    pair, numbers = Pair.open(trained, tokenizer, CPU), np.arange(6)
+    whole, half = (
+        torch.cat([batch.images for batch in pair.samples(numbers, Sampling(steps=4), 0, 6, precision)])
+        for precision in ("float32", "bfloat16")
+    )
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, whole)
+    assert (half - whole).abs().mean() < 2e-3  # measured 2e-4; two samples are 0.16 apart
+    asked = (trained, "--tokenizer", tokenizer, "--num-samples", 6, "--steps", 2, "--precision", "bfloat16")
+    assert generated(tmp_path, *asked)["results"][0]["precision"] == "bfloat16"
+
+
 def test_a_grid_shows_the_first_samples_of_classes_spread_over_all() -> None:
     grid = SampleGrid(num_classes=20, num_samples=50)
     assert grid.classes == [0, 3, 5, 8, 10, 13, 15, 18]
