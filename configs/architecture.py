@@ -102,6 +102,9 @@ class Prototypes(Section):
 
 
 class Model(Section):
+    """Everything with weights: trunk, bottleneck, decoder, text tower, heads; with `conv`, convolutions in the place of
+    trunk and decoder. Which of them a run builds, its objectives' weights decide (model/pretrainer.py)."""
+
     patch_size: Positive = 16
     latent_channels: Positive = 64  # "f16d64" [P]
     latent: Literal["deterministic", "gaussian"] = "deterministic"  # point [P], or mean and variance

@@ -25,6 +25,8 @@ class Tokenizer(Section):
 
 
 class DecoderBatch(Section):
+    """How many pictures a step takes: a multiple of data.streams."""
+
     images: Positive  # over all ranks
 
 
@@ -40,6 +42,8 @@ class Discriminator(Section):
 
 
 class PixelLosses(Section):
+    """What holds the decoder to the picture: rec = l1 * L1 + perceptual * LPIPS, one of them at least."""
+
     l1: float = Field(1.0, ge=0)
     perceptual: float = Field(1.0, ge=0)  # L1 : LPIPS = 1 : 1, as in stage 1 [P]; needs lpips_weights
     lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads

@@ -16,11 +16,15 @@ from configs.section import Count, MaskRange, Positive, Section, Share
 
 
 class Clip(Section):
+    """Images against captions (model/objectives/contrastive.py): softmax is InfoNCE, sigmoid SigLIP's loss."""
+
     weight: float = Field(1.0, ge=0)
     kind: Literal["softmax", "sigmoid"] = "softmax"
 
 
 class Ssl(Section):
+    """ssl = DINO's pairs of views + iBOT's hidden patches + koleo * KoLeo. The teacher's own schedules: `Teacher`."""
+
     weight: float = Field(1.0, ge=0)
     koleo: float = Field(0.1, ge=0)  # [I]
     student_temp: float = Field(0.1, gt=0)
@@ -63,6 +67,11 @@ class Align(Section):
 
 
 class Rec(Section):
+    """rec = l1 * L1 + l2 * mean square + perceptual * LPIPS + kl * KL, and with `align` its two terms.
+
+    `noise` changes the latents that the decoder reads, `mask` hides patches from the encoder: both in training only.
+    """
+
     weight: float = Field(0.1, ge=0)  # [P]
     l1: float = Field(1.0, ge=0)
     l2: float = Field(0.0, ge=0)  # mean square; l-DeTok's 1, with l1 at 0
@@ -142,6 +151,8 @@ class Optim(Section):
 
 
 class Teacher(Section):
+    """How slowly the teacher follows and how sharp its targets are: schedules over optim.steps (engine/schedule.py)."""
+
     momentum: Share = 0.994
     final_momentum: Share = 1.0  # reached by a cosine; equal to momentum for a fixed one
     temp: float = Field(0.04, gt=0)

@@ -59,4 +59,6 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
 
 
 class Section(BaseModel):
+    """Base of every section: frozen. An unknown key or a number that is not finite is pydantic's ValidationError."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

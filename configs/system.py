@@ -15,6 +15,8 @@ from configs.section import AmountRange, Count, Positive, Section, Share, ShareR
 
 
 class Loader(Section):
+    """How each rank reads and decodes shards, ahead of the step."""
+
     threads: Positive = 2  # decoding threads a rank
     prefetch: Positive = 2  # batches decoded ahead of the step
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -76,6 +78,8 @@ class Checks(Section):
 
 
 class System(Section):
+    """Device, ranks, records and safety of a run. What every "auto" became, its choices.json says."""
+
     run_dir: str | None = None  # runs/NAME when not given
     report_every: Positive = 10  # steps between two host syncs
     images_every: Count = 0  # steps between two picture reports; 0: only at the end

@@ -74,10 +74,14 @@ class Placed(Protocol):
     """Something with a middle."""
 
     @property
-    def x(self) -> float: ...
+    def x(self) -> float:
+        """From the left, as a share of the image side."""
+        ...
 
     @property
-    def y(self) -> float: ...
+    def y(self) -> float:
+        """From the top, as a share of the image side."""
+        ...
 
 
 def caption(scene: Scene, rng: random.Random) -> str:

@@ -35,6 +35,8 @@ MOST_CLASSES = 1 << 20
 
 @dataclass(frozen=True)
 class LabelledBatch:
+    """Samples of one rank that could be decoded, in index order."""
+
     images: torch.Tensor  # (n, 3, size, size) uint8, centre crop
     labels: torch.Tensor  # (n,) int64, -1 without one
     positions: torch.Tensor  # (n,) int64: rows of all ranks' batches, numbered in index order

@@ -68,6 +68,7 @@ class TorchTiles:
     size = (512, 1024)
 
     def follow(self, tile_RC: Tensor, rows: Online, columns: Online, start: int) -> None:
+        """Overwrites the tile: with the columns' exponentials, while the rows' are made of a copy."""
         before_R = rows.best.clone()
         self.follow_best(tile_RC, rows, start)
         _add(rows, before_R, (tile_RC - rows.best[:, None]).exp_().sum(dim=1))
@@ -76,6 +77,7 @@ class TorchTiles:
         _add(columns, before_C, tile_RC.sub_(columns.best).exp_().sum(dim=0))
 
     def follow_best(self, tile_RC: Tensor, rows: Online, start: int) -> None:
+        """Of equal scores the earlier column stays."""
         best_R, idx_R = tile_RC.max(dim=1)
         rows.idx.copy_(torch.where(best_R > rows.best, idx_R + start, rows.idx))
         torch.maximum(rows.best, best_R, out=rows.best)

@@ -33,6 +33,7 @@ class TritonTiles:
     size = (4096, 4096)
 
     def follow(self, tile_RC: Tensor, rows: Online, columns: Online, start: int) -> None:
+        """Leaves the tile as it is. `idx` of the columns is meaningless: it counts rows of this tile."""
         self.follow_best(tile_RC, rows, start)
         self.follow_best(tile_RC.T, columns, 0)  # where a column's best score stands, nobody asks
 
@@ -45,11 +46,13 @@ class TritonTiles:
         )  # fmt: skip
 
     def softmax_gradient(self, tile_RC: Tensor, row_sums: Sums, column_sums: Sums, diagonal: int) -> None:
+        """The tile must be contiguous: the kernel addresses it by its shape alone."""
         _softmax_gradient[_grid(tile_RC)](
             tile_RC, *tile_RC.shape, *row_sums, *column_sums, diagonal, BLOCK_ROWS, BLOCK_COLUMNS
         )
 
     def sigmoid_gradient(self, tile_RC: Tensor, diagonal: int) -> Tensor:
+        """The tile must be contiguous, as in `softmax_gradient`. Programs write their sums apart; no atomics."""
         grid = _grid(tile_RC)
         sums = torch.empty(grid, dtype=tile_RC.dtype, device=tile_RC.device)
         _sigmoid_gradient[grid](tile_RC, *tile_RC.shape, diagonal, sums, BLOCK_ROWS, BLOCK_COLUMNS)

@@ -37,10 +37,14 @@ class OnHub(ModelHubMixin, library_name="vtp-engine", tags=["visual-tokenizer", 
     @abstractmethod
     def from_state(
         cls: type[T], model: Model, state: dict[str, Tensor], attention: str = "sdpa", origin: Origin | None = None
-    ) -> T: ...
+    ) -> T:
+        """A tokenizer of weights under our names, with a resolved backend; `origin` is what saving says of them."""
+        ...
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights under our names."""
+        ...
 
     @classmethod
     def from_pretrained(cls: type[T], pretrained_model_name_or_path: str | Path, **options: Any) -> T:

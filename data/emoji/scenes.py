@@ -57,6 +57,7 @@ class Sticker:
 
     @property
     def spot(self) -> tuple[float, float]:
+        """(x, y) of the middle."""
         return self.x, self.y
 
 
@@ -75,6 +76,7 @@ class EmojiScene:
 
     @property
     def label(self) -> int:
+        """The class: that of the main picture, an index into the concepts."""
         return self.main.label
 
 

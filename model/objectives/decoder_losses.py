@@ -31,6 +31,8 @@ Judge = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DecoderLosses:
+    """What one step found on this rank."""
+
     gradient: Tensor  # (R, 3, H, W) d total / d recon
     named: dict[str, Tensor]  # detached scalars: terms unweighted, rec and total as summed
 
