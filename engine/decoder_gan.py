@@ -66,6 +66,7 @@ class DecoderTraining(ShardFed[PictureBatch]):
 
     @property
     def backend(self) -> str:
+        """Of the decoder's attention, resolved."""
         name: str = self.parts.engine.module.decoder.blocks[0].attn.backend
         return name
 

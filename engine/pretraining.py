@@ -48,6 +48,7 @@ class Pretraining(ShardFed[Batch]):
 
     @property
     def backend(self) -> str:
+        """Of attention, as the model was built with it."""
         name: str = self.parts.engine.module.attention
         return name
 

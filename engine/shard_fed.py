@@ -24,10 +24,14 @@ class Keyed(Protocol):
     """A batch that knows which samples it is of."""
 
     @property
-    def keys(self) -> tuple[str, ...]: ...
+    def keys(self) -> tuple[str, ...]:
+        """One a row, "shard/sample", after bad samples were replaced."""
+        ...
 
     @property
-    def step(self) -> int: ...
+    def step(self) -> int:
+        """The loader's: its place in the data. Once `renumbered`: the step that takes the batch."""
+        ...
 
 
 B = TypeVar("B", bound=Keyed)
@@ -41,11 +45,17 @@ class ShardLoader(Protocol[Made]):
     health: Health
 
     @property
-    def wait_seconds(self) -> float: ...
+    def wait_seconds(self) -> float:
+        """Seconds waited for batches of `iterate` since this was last read."""
+        ...
 
-    def iterate(self, start_step: int) -> Iterator[Made]: ...
+    def iterate(self, start_step: int) -> Iterator[Made]:
+        """The batches of that step of the data and all later ones, without end; the iteration before this one ends."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends its threads."""
+        ...
 
 
 class ShardFed(Generic[B]):

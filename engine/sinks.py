@@ -104,6 +104,7 @@ class Log:
         self._total_steps = total_steps
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
+        """A line in either file; log.jsonl also has the step and `time`, in seconds since 1970."""
         self._json.append(json.dumps({"step": step, "time": round(time.time(), 3), **values}))
         self._text.append(plain_line(step, self._total_steps, values))
 
@@ -111,6 +112,7 @@ class Log:
         pass
 
     def say(self, text: str) -> None:
+        """Into log.txt."""
         self._text.append(text)
 
     def close(self) -> None:
@@ -139,6 +141,7 @@ class Terminal:
             self._bar.start()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Moves the bar, or prints the plain line."""
         with suppress(OSError):
             if self._bar is None:
                 print(plain_line(step, self._total_steps, values), flush=True)
@@ -149,10 +152,12 @@ class Terminal:
         pass
 
     def say(self, text: str) -> None:
+        """Above the bar, as it is: no markup, no wrapping."""
         with suppress(OSError):
             self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
+        """Stops the bar, if there is one."""
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.stop()

@@ -54,14 +54,17 @@ class TimedComm:
         return self._comm.world_size
 
     def gather_with_grad(self, x: Tensor) -> Tensor:
+        """The comm's, as the phase all_gather; its backward counts for the phase it runs in."""
         with self._phases("all_gather"):
             return self._comm.gather_with_grad(x)
 
     def all_sum(self, x: Tensor) -> Tensor:
+        """The comm's, as the phase all_reduce."""
         with self._phases("all_reduce"):
             return self._comm.all_sum(x)
 
     def all_max(self, x: Tensor) -> Tensor:
+        """The comm's, as the phase all_reduce."""
         with self._phases("all_reduce"):
             return self._comm.all_max(x)
 

@@ -85,7 +85,9 @@ class Numbered(Protocol):
     """A dataclass with a `step`."""
 
     @property
-    def step(self) -> int: ...
+    def step(self) -> int:
+        """Counted from 0: place in the data, or once `renumbered` the step that takes it."""
+        ...
 
 
 def renumbered(batches: Iterator[N], skipped_steps: int) -> Iterator[N]:
@@ -97,13 +99,25 @@ class Training(Protocol):
     """One kind of run, assembled on this rank. Methods are called on all ranks alike: each may be a collective."""
 
     @property
-    def config(self) -> Run: ...
+    def config(self) -> Run:
+        """The run's settings."""
+        ...
+
     @property
-    def comm(self) -> Comm: ...
+    def comm(self) -> Comm:
+        """The ranks of the run."""
+        ...
+
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        ...
+
     @property
-    def phases(self) -> Phases: ...
+    def phases(self) -> Phases:
+        """The recorder of where this rank's time goes."""
+        ...
+
     @property
     def choices(self) -> dict[str, str]:
         """What every "auto" became, and why."""

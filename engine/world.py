@@ -67,9 +67,11 @@ class Ranks:
         return gathered
 
     def all_sum(self, x: Tensor) -> Tensor:
+        """A new tensor, the same on every rank. Raises RankError."""
         return _all_reduce(x, dist.ReduceOp.SUM, "all_sum")
 
     def all_max(self, x: Tensor) -> Tensor:
+        """A new tensor, the same on every rank. Raises RankError."""
         return _all_reduce(x, dist.ReduceOp.MAX, "all_max")
 
 

@@ -21,10 +21,12 @@ BLOCK = 1 << 22  # bytes read at once
 
 
 def name_of(step: int) -> str:
+    """The directory of a checkpoint after so many steps: 300 -> "step-00000300"."""
     return f"step-{step:08d}"
 
 
 def draft_of(root: Path, step: int) -> Path:
+    """Where that checkpoint is written before it is committed: root/.step-00000300.tmp."""
     return root / f".{name_of(step)}.tmp"
 
 
@@ -62,6 +64,7 @@ def commit(draft: Path, sums: list[str]) -> Path:
 
 
 def step_of(path: Path) -> int:
+    """A checkpoint's path -> its steps: the inverse of `name_of`. Raises ValueError for another name."""
     return int(path.name.removeprefix("step-"))
 
 

@@ -58,6 +58,7 @@ class Writing:
         self.told = Told()
 
     def start(self) -> None:
+        """Begins `run` in a thread, which does not keep the process from ending."""
         self._thread.start()
 
     def run(self) -> None:
@@ -74,9 +75,11 @@ class Writing:
         self._cancelled.set()
 
     def wait_for_share(self) -> None:
+        """Returns when this rank's file is written or has failed: `told.share` says which."""
         self._has_share.wait()
 
     def join(self) -> None:
+        """Returns when the thread has ended; at once where there is none, after `run`."""
         if self._thread.is_alive():
             self._thread.join()
 

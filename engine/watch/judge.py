@@ -51,6 +51,7 @@ class Judge:
         self._closed: list[int] = []
 
     def heard(self, beat: Beat, now: float) -> None:
+        """A rank's word, at `now` in seconds; one that differs from its last is progress of the run."""
         if beat != self._beats[beat.rank]:
             self._advanced = now
         self._beats[beat.rank], self._heard[beat.rank] = beat, now
@@ -61,9 +62,11 @@ class Judge:
             self._closed.append(rank)
 
     def goodbye(self, rank: int) -> None:
+        """The rank ends on purpose: from here on it is not judged."""
         self._present.discard(rank)
 
     def beat_of(self, rank: int) -> Beat:
+        """The rank's last word; before its first, step 0 in "starting" on host "?"."""
         return self._beats[rank]
 
     def verdict(self, now: float) -> Verdict | None:

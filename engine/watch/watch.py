@@ -54,6 +54,7 @@ class Watch:
         self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
 
     def start(self, token: str) -> None:
+        """Shows rank 0 the token, then begins to beat in a thread. Raises OSError where the connection has ended."""
         self._send({"token": token, "rank": self._rank})
         self._thread.start()
 

@@ -53,9 +53,11 @@ class Quantizer:
     """The face of DeepSpeed's quantizer, which a gather calls before and after."""
 
     def quantize(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        """Any shape -> (numel,) int8 and (scales,) float32."""
         return quantise(param)
 
     def dequantize(self, quantized_param: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """int8 of any shape and its scales -> that shape, in `dtype` or float32."""
         found = dequantise(quantized_param, scale)
         return found if dtype is None else found.to(dtype)
 
