@@ -39,11 +39,17 @@ class Shown(Protocol):
     """What a bench gives: a Measurement, or a table of its own."""
 
     @property
-    def notes(self) -> tuple[str, ...]: ...
+    def notes(self) -> tuple[str, ...]:
+        """Sentences, printed below the table."""
+        ...
 
-    def as_table(self) -> Table: ...
+    def as_table(self) -> Table:
+        """What is printed."""
+        ...
 
-    def as_dict(self) -> dict[str, Any]: ...
+    def as_dict(self) -> dict[str, Any]:
+        """What --json writes."""
+        ...
 
 
 def main(arguments: list[str]) -> int:

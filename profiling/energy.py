@@ -186,6 +186,7 @@ class Cpu:
         self.said = f"RAPL of {len(self._packages)} processor package(s), all programs of the machine together"
 
     def sample(self) -> Sample:
+        """Joules since this object was made. Raises NotMeasured where a counter cannot be read any more."""
         return {"joules": self._packages.joules()}
 
     def close(self) -> None:
@@ -217,6 +218,8 @@ class Gpu:
         self._last: tuple[float, float] | None = None  # when power was read, and what it was
 
     def sample(self) -> Sample:
+        """What this GPU answers of joules, gpu_utilisation (a share), memory_gb, temperature_c and throttled_share, and
+        of the reasons for that as throttled/NAME (SLOWED_BY): 1 where it holds now, else 0. Raises NVML's errors."""
         sample = {name: probe() for name, probe in self._probes.items()}
         if "power" in sample:
             sample["joules"] = self._summed(time.monotonic(), sample.pop("power"))
@@ -227,6 +230,7 @@ class Gpu:
         return sample
 
     def close(self) -> None:
+        """Ends this object's use of NVML."""
         self._nvml.nvmlShutdown()
 
     def _summed(self, moment: float, watts: float) -> float:

@@ -90,20 +90,24 @@ class CudaClock:
         self._free: list[torch.cuda.Event] = []
 
     def mark(self) -> torch.cuda.Event:
+        """An event on the stream, from the pool. Nothing is waited for."""
         event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return event
 
     def is_past(self, mark: torch.cuda.Event) -> bool:
+        """Whether the device has come to the event. Nothing is waited for."""
         return mark.query()
 
     def wait(self, mark: torch.cuda.Event) -> None:
+        """Holds the host until the device has come to the event."""
         mark.synchronize()
 
     def ms(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
         return begin.elapsed_time(end)
 
     def release(self, mark: torch.cuda.Event) -> None:
+        """Puts the event back into the pool: a later `mark` records it anew."""
         self._free.append(mark)
 
 

@@ -57,13 +57,16 @@ class Case:
 
     @property
     def attention(self) -> str:
+        """The backend that auto becomes on this machine, in the config's precision."""
         return resolve("auto", device(), DTYPES[self.config.optim.precision]).name
 
     @property
     def rows(self) -> Rows:
+        """One process has the whole batch."""
         return Rows.per_rank(self.config, 1)
 
     def step(self) -> Step:
+        """The step to be timed, on random pixels and captions."""
         model = Pretrainer(self.config, self.rows, self.attention)
         recompute_blocks(model, self.config.system.activation_checkpointing, tuple(LEAVES))
         batch = random_batch(self.config)

@@ -58,6 +58,7 @@ class Case:
         return ", ".join((self.stage, f"{self.world_size} rank{'s' * (self.world_size > 1)}", *said))
 
     def config(self) -> Config:
+        """That of the whole run; a rank has its share of the batch."""
         return small_step(*SMALL, *self.overrides)
 
     def ds_config(self) -> dict[str, Any]:
@@ -87,6 +88,7 @@ class Found:
 
     @property
     def ratio(self) -> float:
+        """Predicted over measured."""
         return self.predicted / self.measured
 
 
@@ -98,6 +100,7 @@ class Peaks:
     notes: tuple[str, ...] = ()
 
     def as_table(self) -> Table:
+        """A row a case, in MiB."""
         table = Table(title="step_memory: ViT-S at 256 px, 8 pairs over all ranks", title_justify="left")
         for column in ("engine", "predicted MiB", "measured MiB", "ratio", "resident MiB"):
             table.add_column(column, justify="left" if column == "engine" else "right")
@@ -107,6 +110,7 @@ class Peaks:
         return table
 
     def as_dict(self) -> dict[str, Any]:
+        """A row a case, in bytes, and the machine."""
         rows = [{**vars(row), "case": str(row.case), "ratio": row.ratio} for row in self.rows]
         return {"name": "step_memory", "machine": describe(), "rows": rows, "notes": list(self.notes)}
 

@@ -31,6 +31,7 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
+        """The GPU where torch sees one, else the CPU."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -80,6 +80,7 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """The ZeRO part in words: "ZeRO-3 all sharded, a copy a host of 8"."""
         second = "" if self.hpz == 1 else f", a copy a host of {self.hpz}"
         return f"ZeRO-{self.stage}" + ("" if self.persistence is None else " all sharded") + second
 
@@ -134,10 +135,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether that is within what a device has for it."""
         return self.memory <= self.cluster.rates.memory_bytes
 
     @property
     def samples_per_second(self) -> float:
+        """Of all GPUs together; a sample is a row of clip."""
         return self.rows.clip * self.cluster.gpus / self.time.seconds
 
     @property
@@ -149,10 +152,12 @@ class Plan:
 
     @property
     def days(self) -> float:
+        """The run's, without a pause: steps and nothing else."""
         return self.samples / self.samples_per_second / 86_400
 
     @property
     def gpu_hours(self) -> float:
+        """The run's days on all GPUs."""
         return 24 * self.days * self.cluster.gpus
 
     @property

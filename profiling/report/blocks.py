@@ -16,6 +16,8 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Sentence:
+    """A paragraph."""
+
     text: str
     kind: str = "sentence"
 
@@ -32,6 +34,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Line:
+    """One run's part of a plot."""
+
     label: str  # the run
     steps: list[int]
     values: list[float | None]  # None is a gap
@@ -101,6 +105,8 @@ Block = Sentence | Table | Plots | Stack | Roofline | Pictures | Listing
 
 @dataclass(frozen=True)
 class Section:
+    """A heading and what stands below it."""
+
     name: str  # the anchor on the page
     title: str
     blocks: list[Block] = field(default_factory=list)

@@ -58,6 +58,7 @@ class Run:
 
     @property
     def steps(self) -> list[int]:
+        """Of the reports, rising: steps that were finished by then."""
         return list(self.reports)
 
     @property

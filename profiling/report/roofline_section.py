@@ -39,17 +39,21 @@ class Point:
 
     @property
     def flops_per_second(self) -> float:
+        """What was reached."""
         return 1000 * self.work.flops / self.ms
 
     @property
     def share(self) -> float:
+        """What was reached, of what the roof allows at this intensity; caches can bring it above 1."""
         return self.flops_per_second / self.roof.at(self.intensity)
 
     @property
     def bound(self) -> str:
+        """Which of the two limits is nearer here: memory, below the roof's ridge, or compute."""
         return "memory" if self.intensity < self.roof.ridge else "compute"
 
     def reached(self) -> list[Cell]:
+        """A row under SPEED."""
         speed, roof = self.flops_per_second / 1e9, self.roof.at(self.intensity) / 1e9
         return [self.phase, self.intensity, self.ms, speed, roof, self.share, self.bound]
 

@@ -13,6 +13,7 @@ from profiling.report.figures import labels, side_by_side
 
 
 def summary(runs: list[Run]) -> list[Block]:
+    """Tables with a column a run, and sentences on resumes and stops, what is missing and what could not be read."""
     blocks: list[Block] = []
     for caption, facts_of in (
         ("What ran", _facts),

@@ -43,6 +43,7 @@ class Fused:
     kernels: int
 
     def elements(self, width: int, hidden: int) -> float:
+        """A token's, where the block is so wide and the hidden layer of its MLP so wide."""
         return self.width * width + self.hidden * hidden
 
 
@@ -64,6 +65,8 @@ class Traffic:
 
 @dataclass(frozen=True)
 class BlockTraffic:
+    """Of one block, pass by pass."""
+
     forward: Traffic
     backward: Traffic
 

@@ -90,9 +90,11 @@ class Counted(TorchDispatchMode):
         self.end()
 
     def begin(self, phase: str) -> None:
+        """Enters the phase; `end` leaves it. Phases nest."""
         self._running.append(phase)
 
     def end(self, *_: Any) -> None:
+        """Leaves the phase that was entered last. Arguments, those of a forward hook, are not read."""
         self._running.pop()
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:

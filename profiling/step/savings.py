@@ -38,6 +38,7 @@ class Saving:
 
     @property
     def bytes(self) -> int:
+        """How much lower the peak is; negative where it is higher."""
         return self.before_bytes - self.after_bytes
 
     def __str__(self) -> str:
