@@ -46,6 +46,7 @@ class Convolution(nn.Module):
         self.bn = nn.BatchNorm2d(width_out, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H', W')."""
         return F.relu(self.bn(self.conv(x)))
 
 
@@ -58,6 +59,7 @@ class Mixed(nn.Module):
             self.add_module(name, Convolution(*sizes))
 
     def chain(self, x: Tensor, *names: str) -> Tensor:
+        """(B, C, H, W) through the layers of these names, one after the other."""
         for name in names:
             x = self.get_submodule(name)(x)
         return x
@@ -74,6 +76,7 @@ class MixedA(Mixed):
         })  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width, 35, 35) -> (B, 224 + pool, 35, 35)."""
         doubled = self.chain(x, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")
         fives = self.chain(x, "branch5x5_1", "branch5x5_2")
         return torch.cat([self.chain(x, "branch1x1"), fives, doubled, self.chain(_mean(x), "branch_pool")], dim=1)
@@ -89,6 +92,7 @@ class MixedB(Mixed):
         })  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 288, 35, 35) -> (B, 768, 17, 17)."""
         doubled = self.chain(x, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")
         return torch.cat([self.chain(x, "branch3x3"), doubled, F.max_pool2d(x, 3, 2)], dim=1)
 
@@ -106,6 +110,7 @@ class MixedC(Mixed):
         })  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 768, 17, 17) -> (B, 768, 17, 17)."""
         sevens = self.chain(x, *(f"branch7x7_{i}" for i in (1, 2, 3)))
         doubled = self.chain(x, *(f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5)))
         return torch.cat([self.chain(x, "branch1x1"), sevens, doubled, self.chain(_mean(x), "branch_pool")], dim=1)
@@ -122,6 +127,7 @@ class MixedD(Mixed):
         })  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 768, 17, 17) -> (B, 1280, 8, 8)."""
         sevens = self.chain(x, *(f"branch7x7x3_{i}" for i in (1, 2, 3, 4)))
         return torch.cat([self.chain(x, "branch3x3_1", "branch3x3_2"), sevens, F.max_pool2d(x, 3, 2)], dim=1)
 
@@ -140,6 +146,7 @@ class MixedE(Mixed):
         self.is_last = is_last
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width, 8, 8) -> (B, 2048, 8, 8)."""
         threes, doubled = self.chain(x, "branch3x3_1"), self.chain(x, "branch3x3dbl_1", "branch3x3dbl_2")
         pooled = F.max_pool2d(x, 3, 1, 1) if self.is_last else _mean(x)
         parts = [

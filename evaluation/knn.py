@@ -27,6 +27,7 @@ class NearestNeighbours:
         self._corpora = corpora
 
     def add(self, batch: Products) -> None:
+        """Keeps the labelled rows. Raises UserError for a label that is no class."""
         self._corpora.held_out.add(batch)
 
     def result(self) -> Outcome:

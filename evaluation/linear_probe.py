@@ -50,6 +50,7 @@ class Schedule:
     least_steps: int = LEAST_STEPS
 
     def steps(self, samples: int) -> int:
+        """Optimizer steps on a corpus of so many samples."""
         return max(self.least_steps, self.epochs * math.ceil(samples / self.batch))
 
 
@@ -60,6 +61,7 @@ class LinearProbe:
         self._corpora, self._schedule = corpora, schedule or Schedule()
 
     def add(self, batch: Products) -> None:
+        """Keeps the labelled rows. Raises UserError for a label that is no class."""
         self._corpora.held_out.add(batch)
 
     def result(self) -> Outcome:

@@ -17,6 +17,8 @@ Figure = float | int | str
 
 @dataclass(frozen=True)
 class Outcome:
+    """The answer of one task."""
+
     figures: Mapping[str, Figure]  # a sentence stands where a figure could not be computed
     rows: list[dict[str, Figure]] = field(default_factory=list)
     pictures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)  # name -> writes it to a path

@@ -46,6 +46,7 @@ class Reconstruction:
         self._extremes = {"worst": Extremes(SHOWN, is_largest=False), "best": Extremes(SHOWN, is_largest=True)}
 
     def add(self, batch: Products) -> None:
+        """Compares a batch; the first also gives pictures to show. Raises UserError where no window of SSIM fits."""
         self.compare(batch.images, batch.recon, batch.positions)
         if self._first is None:
             images, recon, latent = (x[:SHOWN].cpu() for x in (batch.images, batch.recon, batch.latent))

@@ -34,6 +34,8 @@ SAMPLING_STEP = 1 << 40  # where training has its step: no run comes so far, so 
 
 @dataclass(frozen=True)
 class Samples:
+    """One batch of pictures; `numbers` say which of all samples they are."""
+
     numbers: NDArray[np.int64]  # (B,)
     labels: Tensor  # (B,) int64
     images: Tensor  # (B, 3, H, W) float32 in [0, 1]

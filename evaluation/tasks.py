@@ -61,6 +61,7 @@ class Setup:
 
     @cached_property
     def held_out(self) -> HeldOut:
+        """The pictures that tasks are asked about, opened once. UserError for missing shards or none."""
         return self._pictures(self.data, "--data" if self.options.data else "data.held_out")
 
     @cached_property

@@ -40,14 +40,17 @@ class Session:
 
     @property
     def is_over(self) -> bool:
+        """Whether the deadline has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def environment(self) -> dict[str, str]:
+        """This process's variables, with the number of threads and with this tree first on PYTHONPATH."""
         python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         return dict(os.environ) | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": python_path}
 
 
 def record_path(folder: Path, stage: Stage) -> Path:
+    """Of one stage, in the folder of its cell."""
     return folder / "stages" / f"{stage.name}.json"
 
 
@@ -61,6 +64,7 @@ def read_record(folder: Path, stage: Stage) -> dict[str, Any]:
 
 
 def is_done(folder: Path, stage: Stage) -> bool:
+    """Whether its record under today's fingerprint says so and its result is there."""
     return bool(read_record(folder, stage).get("is_done")) and stage.result.exists()
 
 

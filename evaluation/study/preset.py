@@ -93,6 +93,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Objective and budget: "joint-2". Its directory is called so."""
         return f"{self.objective.name}-{self.budget_idx}"
 
 

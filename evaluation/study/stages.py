@@ -56,16 +56,20 @@ class Layout:
 
     @property
     def corpus(self) -> Path:
+        """The directory of the shards."""
         return self.out / "corpus"
 
     @property
     def network(self) -> Path:
+        """The file of the network that FID compares features of."""
         return self.out / "features" / "features.safetensors"
 
     def cell(self, cell: Cell) -> Path:
+        """The directory of a cell."""
         return self.out / "cells" / cell.name
 
     def lock(self, name: str) -> Path:
+        """The lock (cell_lock.py) of a cell by its name, or of what all cells share."""
         return self.out / "locks" / name
 
     def shared(self) -> list[Stage]:
