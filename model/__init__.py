@@ -1,7 +1,7 @@
 """What is trained: one trunk over one packed sequence, text tower, heads, decoder, teacher.
 
-Read in the order data travels: pack -> rope -> block -> trunk -> text -> heads -> decoder -> pretrainer ->
-objectives.
+Read in the order data travels: pack -> rope -> block -> trunk -> text -> heads -> decoder -> teacher ->
+pretrainer -> objectives.
 
 Shapes. A tensor whose shape changes on its way carries its axes as a suffix: `x_TD` is (T, D), `q_THE` is (T,
 H, E).

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from configs.architecture import Model
 from model.decoder import PixelDecoder
 from model.imagenet import normalise
-from model.latent import mode
-from model.pretrainer import bottleneck
+from model.latent import bottleneck, mode
 from model.trunk import Trunk
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.architecture import Model
 
@@ -65,3 +65,13 @@ def feature_width(model: Model) -> int:
 def mode(moments: Tensor, model: Model, dim: int = -1) -> Tensor:
     """The latent without chance: (..., L or 2L, ...) -> (..., L, ...), channels in axis `dim`."""
     return moments.narrow(dim, 0, model.latent_channels)
+
+
+def bottleneck(model: Model) -> nn.Linear:
+    """Trunk features -> latents, or their moments, of normed patch tokens, without bias [C]."""
+    return nn.Linear(feature_width(model), moment_channels(model), bias=False)
+
+
+def head_width(model: Model) -> int:
+    """What the heads read: trunk features, or latents with bottleneck_ae_only off."""
+    return feature_width(model) if model.bottleneck_ae_only else model.latent_channels

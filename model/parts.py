@@ -10,7 +10,7 @@ from torch import nn
 
 from configs.architecture import Model
 from model.heads import ClipHeads
-from model.pretrainer import bottleneck, head_width
+from model.latent import bottleneck, head_width
 from model.text import TextTower
 from model.towers import decoder_of, encoder_of
 

@@ -16,46 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config
-from configs.architecture import Model
 from model.captions import PackedCaptions
 from model.corruption import Corruption, corrupted
 from model.heads import ClipHeads, PrototypeHead
 from model.imagenet import normalise
-from model.latent import Gaussian, feature_width, mode, moment_channels
+from model.latent import Gaussian, bottleneck, head_width, mode
 from model.objectives.balance import Balance, balanced
 from model.objectives.comm import Comm, Solo
 from model.outputs import AlignOutputs, ClipOutputs, Outputs, RecOutputs, SslOutputs
 from model.pack import Layout
-from model.reads import Reads, reads_of, tokens
+from model.reads import Reads, masked_patches, reads_of, tokens
 from model.rows import Rows
+from model.teacher import Teacher
 from model.text import TextTower
 from model.towers import decoder_of, encoder_of
-from model.trunk import Trunk
-
-
-class Teacher(nn.Module):
-    """A slow copy of the student's trunk and prototype head; sees whole crops, learns nothing by gradient."""
-
-    def __init__(self, model: Model, backend: str) -> None:
-        super().__init__()
-        self.model = model
-        self.trunk = Trunk(model, backend)
-        self.bottleneck = None if model.bottleneck_ae_only else bottleneck(model)
-        self.prototypes = PrototypeHead(head_width(model), model.prototypes)
-        self.requires_grad_(False)
-
-    def forward(self, global_crops: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(G, 3, height, width) normalised pixels -> CLS (G, E), hidden patches (M, E), prototypes (K, E)."""
-        crops = {"ssl_global": global_crops}
-        layout = self.trunk.layout(crops)
-        token_T1 = tokens(layout, global_crops.device)
-        reads = reads_of((layout.cls(token_T1, "ssl_global"), _masked_patches(token_T1, layout, masked_idx)))
-        x_TD = self.trunk(crops, {}, reads=reads)
-        if self.bottleneck is not None:
-            x_TD = mode(self.bottleneck(x_TD), self.model)
-        cls_GD, patch_MD = layout.cls(x_TD, "ssl_global"), _masked_patches(x_TD, layout, masked_idx)
-        rows_XE, prototypes_KE = self.prototypes(torch.cat((cls_GD, patch_MD)))
-        return *rows_XE.split((cls_GD.shape[0], patch_MD.shape[0])), prototypes_KE
 
 
 class Pretrainer(nn.Module):
@@ -294,12 +268,7 @@ def _ssl_rows(layout: Layout, x_TD: Tensor, masked_idx: Tensor) -> tuple[Tensor,
     """(G, D), (L, D), (M, D): CLS of the global crops, CLS of the local ones, hidden patches."""
     global_GD = layout.cls(x_TD, "ssl_global")
     local_LD = layout.cls(x_TD, "ssl_local") if layout.has("ssl_local") else global_GD[:0]
-    return global_GD, local_LD, _masked_patches(x_TD, layout, masked_idx)
-
-
-def _masked_patches(x_TD: Tensor, layout: Layout, masked_idx: Tensor) -> Tensor:
-    """(M, D): the patches of the global crops at flat positions `masked_idx` of (G, P)."""
-    return layout.patches(x_TD, "ssl_global").flatten(0, 1).index_select(0, masked_idx)
+    return global_GD, local_LD, masked_patches(x_TD, layout, masked_idx)
 
 
 def _on_grid(latent_RVL: Tensor, grid: tuple[int, int], visible_idx_RV: Tensor | None) -> Tensor:
@@ -308,13 +277,3 @@ def _on_grid(latent_RVL: Tensor, grid: tuple[int, int], visible_idx_RV: Tensor |
         nothing_RPL = latent_RVL.new_zeros(len(latent_RVL), grid[0] * grid[1], latent_RVL.shape[2])
         latent_RVL = nothing_RPL.scatter(1, visible_idx_RV.unsqueeze(-1).expand_as(latent_RVL), latent_RVL.detach())
     return latent_RVL.transpose(1, 2).unflatten(2, grid)
-
-
-def bottleneck(model: Model) -> nn.Linear:
-    """Trunk features -> latents, or their moments, of normed patch tokens, without bias [C]."""
-    return nn.Linear(feature_width(model), moment_channels(model), bias=False)
-
-
-def head_width(model: Model) -> int:
-    """What the heads read: trunk features, or latents with bottleneck_ae_only off."""
-    return feature_width(model) if model.bottleneck_ae_only else model.latent_channels

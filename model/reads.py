@@ -42,3 +42,8 @@ def reads_of(parts: Sequence[Tensor]) -> Reads:
     """The token numbers in `parts`, each of which any one part may hold, once: (..., 1) each."""
     idx_N = torch.cat([part.flatten() for part in parts])
     return Reads(F.pad(idx_N, (0, -len(idx_N) % ALIGN)), len(idx_N))
+
+
+def masked_patches(x_TD: Tensor, layout: Layout, masked_idx: Tensor) -> Tensor:
+    """(M, D): the patches of the global crops at flat positions `masked_idx` of (G, P)."""
+    return layout.patches(x_TD, "ssl_global").flatten(0, 1).index_select(0, masked_idx)

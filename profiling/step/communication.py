@@ -38,8 +38,8 @@ from configs.system import System
 from engine.assemble import LEAVES
 from engine.optim import parameter_groups
 from engine.zero.quantise import RUN
-from model.latent import feature_width, moment_channels
-from model.pretrainer import Pretrainer, head_width
+from model.latent import feature_width, head_width, moment_channels
+from model.pretrainer import Pretrainer
 from model.rows import Rows
 from profiling.step.gathers import INSIDE, Gathers, Settings, Visit
 

@@ -26,10 +26,9 @@ from kernels.prototypes import KEEP_BYTES
 from model.captions import row_width
 from model.describe import step_layout, step_layouts
 from model.drop_path import subset
-from model.latent import feature_width, moment_channels
+from model.latent import feature_width, head_width, moment_channels
 from model.objectives.targets import ITERATIONS
 from model.pack import ALIGN, Group, Layout, pack
-from model.pretrainer import head_width
 from model.rows import Rows
 from profiling.flops import Component, StepFlops, linear
 from profiling.step.conv_flops import ConvFlops, conv_decoder, conv_encoder

@@ -24,7 +24,7 @@ from model.drop_path import subset
 from model.frozen import FrozenEncoder
 from model.objectives.perceptual import GROUPS, Perceptual
 from model.outputs import ClipOutputs
-from model.pretrainer import Rows
+from model.rows import Rows
 from profiling.step.layer_flops import VGG_CHANNELS
 
 
