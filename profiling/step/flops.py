@@ -16,24 +16,21 @@ teacher's logits, which the losses make several times because they keep no matri
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
 
 from configs import Config
 from configs.architecture import Model
 from data.masking import hidden_patches
 from kernels.prototypes import KEEP_BYTES
 from model.captions import row_width
-from model.describe import step_layout, step_layouts
-from model.drop_path import subset
+from model.describe import step_layouts
 from model.latent import feature_width, head_width, moment_channels
 from model.objectives.targets import ITERATIONS
-from model.pack import ALIGN, Group, Layout, pack
+from model.pack import ALIGN
 from model.rows import Rows
 from profiling.flops import Component, StepFlops, linear
 from profiling.step.conv_flops import ConvFlops, conv_decoder, conv_encoder
 from profiling.step.layer_flops import (
-    Block,
     patch_edge,
     perceptual_forward,
     prototype_mlp,
@@ -41,6 +38,7 @@ from profiling.step.layer_flops import (
     tokens_and_squares,
     vit_block,
 )
+from profiling.step.trunk_flops import TrunkFlops
 
 
 def step_flops(
@@ -67,8 +65,8 @@ def step_flops(
     parts = []
     for each, share in shares.items():
         step = _Step(config, rows, num_hidden, backend, device, each)
-        found = [*step.trunk(), *step.teacher(), *step.text(caption_tokens), *step.heads(), *step.pixels()]
-        parts += [part * share for part in (*found, *step.alignment())]
+        found = [*step.encoders(), *step.text(caption_tokens), *step.heads(), *step.pixels(), *step.alignment()]
+        parts += [part * share for part in found]
     return StepFlops.of(parts, _causes(parts, config))
 
 
@@ -89,20 +87,15 @@ class _Step:
     def has_clip(self) -> bool:
         return self.config.objectives.clip.weight > 0
 
-    def trunk(self) -> Iterator[Component]:
-        """The student's: one pass of the shared micro-batch, and two of every other."""
-        rows = self.rows
-        if self.model.conv is not None:
-            yield self._convolutions(
-                "trunk, rec", conv_encoder(self.model, self.config.views.image_size), has_pixels=True
-            )
-            return
-        shared = step_layout(self.config, replace(rows, clip=rows.part), self.hidden)
-        yield from self._student(shared, 0 if self.hidden else rows.rec)
-        others = replace(rows, clip=rows.part, ssl=0, rec=0)
-        for _ in range(rows.micro_batches - 1):
-            for part in self._student(step_layout(self.config, others), 0):
-                yield replace(part, recompute=part.recompute + part.forward)
+    def encoders(self) -> Iterator[Component]:
+        """The student's and the teacher's: the trunk, or convolutions in its place."""
+        trunk = TrunkFlops(self.config, self.rows, self.num_hidden, self.backend, self.hidden)
+        if self.model.conv is None:
+            yield from trunk.student()
+        else:
+            tower = conv_encoder(self.model, self.config.views.image_size)
+            yield self._convolutions("trunk, rec", tower, has_pixels=True)
+        yield from trunk.teacher()
 
     def _convolutions(self, name: str, tower: ConvFlops, has_pixels: bool) -> Component:
         """Of the rec images. Pixels have no gradient; what is recomputed are the residual blocks."""
@@ -111,92 +104,6 @@ class _Step:
         is_full = self.config.system.activation_checkpointing == "full"
         scores = self.rows.rec * tower.scores
         return Component(name, "rec", forward, backward, again if is_full else 0, scores=scores)
-
-    def _student(self, layout: Layout, num_rec: int) -> Iterator[Component]:
-        """One pass: its groups, what rec adds, its padding."""
-        model, rate = self.model, self.model.trunk.drop_path
-        read = {group.name: self._read(group) for group in layout.groups}
-        rec_reads = self._rec_reads(layout, num_rec)
-        read_pad = -(sum(read.values()) + rec_reads) % ALIGN
-        names = {"clip": "trunk, clip" if self.has_clip else "trunk, rec"}
-        for group, share in zip(layout.groups, _kept_shares(layout, rate), strict=True):
-            tokens, squares = tokens_and_squares(group.segments, group.length)
-            full = vit_block(model.trunk, tokens, squares, tokens)
-            seen = vit_block(model.trunk, tokens * share, squares * share, tokens * share)
-            last = seen if rate else vit_block(model.trunk, tokens, squares, read[group.name])
-            also_read = 0 if group.name != "clip" or rate else vit_block(model.trunk, 0, 0, rec_reads).forward
-            name = names.get(group.name, f"trunk, {group.name}")
-            yield self._blocks(name, full, seen, last, also_read)
-            yield self._embed(name, group)
-            yield self._latents(tokens)
-        padding = subset(layout.segments, rate).pad if rate else layout.pad
-        full, seen = (vit_block(model.trunk, pad, 0, pad) for pad in (layout.pad, padding))
-        yield self._blocks("trunk, padding", full, seen, seen if rate else vit_block(model.trunk, padding, 0, read_pad))
-        yield self._latents(layout.pad)
-        if not rate:
-            none = vit_block(model.trunk, 0, 0, 0)
-            yield self._blocks("trunk, rec", none, none, vit_block(model.trunk, 0, 0, rec_reads), is_beside=True)
-
-    def _blocks(
-        self, name: str, full: Block, seen: Block, last: Block, also_read: float = 0, is_beside: bool = False
-    ) -> Component:
-        """All blocks: `seen` in each but the last; `full` where nothing is left out. What others read of the same
-        tokens (`also_read`) is theirs and not saved; `is_beside` is their side of it."""
-        trunk, mode = self.model.trunk, self.config.system.activation_checkpointing
-        ends_there = trunk.layer_scale is None and trunk.drop_path == 0
-        forward = (trunk.depth - 1) * seen.forward + last.forward
-        again = (trunk.depth - 1) * seen.again(mode, self.backend, ends_there) + last.again(mode, self.backend, False)
-        saved = 0 if is_beside else trunk.depth * full.forward - forward - also_read
-        scores = (trunk.depth - 1) * seen.scores + last.scores
-        return Component(name, _objective(name), forward, 2 * forward, again, 3 * saved, scores)
-
-    def _embed(self, name: str, group: Group) -> Component:
-        """Pixels have no gradient: backward is the weight's alone."""
-        forward = patch_edge(self.model, self.model.trunk.width, group.segments * group.patches)
-        return Component(name, _objective(name), forward, forward)
-
-    def _latents(self, tokens: float) -> Component:
-        """The bottleneck where all heads read it; with bottleneck_ae_only `pixels` has it."""
-        width = 0 if self.model.bottleneck_ae_only else self.model.trunk.width
-        forward = linear(tokens, width, moment_channels(self.model))
-        return Component("bottleneck", "rec" if self.model.bottleneck_ae_only else "shared", forward, 2 * forward)
-
-    def _read(self, group: Group) -> int:
-        """Tokens of a group that its own objective reads behind the last block."""
-        if group.name == "ssl_global":
-            return group.segments + self.num_hidden
-        if group.name == "ssl_local":
-            return group.segments
-        patches = group.segments * group.patches
-        if group.name == "rec":
-            return patches
-        return group.segments if self.has_clip and self.model.image_feature == "cls" else patches
-
-    def _rec_reads(self, layout: Layout, num_rec: int) -> int:
-        """Tokens that rec reads and clip does not."""
-        if not num_rec or not self.has_clip or self.model.image_feature == "patch_mean":
-            return 0
-        grid = layout.group("clip").grid
-        return num_rec * grid[0] * grid[1]
-
-    def teacher(self) -> Iterator[Component]:
-        """Whole global crops, forward alone; its last MLP sees what it is read for."""
-        if not self.rows.ssl:
-            return
-        model, size = self.model, self.config.views.global_size
-        layout = pack({"ssl_global": (2 * self.rows.ssl, size, size)}, model.patch_size, prefix=1 + model.registers)
-        [group] = layout.groups
-        reads = self._read(group)
-        squares = tokens_and_squares(group.segments, group.length)[1]
-        seen = vit_block(model.trunk, layout.tokens, squares, layout.tokens)
-        last = vit_block(model.trunk, layout.tokens, squares, reads + -reads % ALIGN)
-        forward = (model.trunk.depth - 1) * seen.forward + last.forward
-        forward += patch_edge(model, model.trunk.width, group.segments * group.grid[0] * group.grid[1])
-        if not model.bottleneck_ae_only:
-            forward += linear(layout.tokens, model.trunk.width, moment_channels(model))
-        scores = model.trunk.depth * seen.scores
-        yield Component("teacher", "ssl", forward, saved=seen.forward - last.forward, scores=scores)
-        yield Component("prototype head, teacher", "ssl", prototype_mlp(model.prototypes, head_width(model), reads))
 
     def text(self, caption_tokens: float | None) -> Iterator[Component]:
         """The tower; of all micro-batches but the shared one twice forward."""
@@ -301,17 +208,6 @@ class _Step:
         # With balanced gradients the bottleneck's weight gradient is taken of either loss by itself, besides the sum's.
         apart = 2 * linear(rows.rec * patches, feature_width(model), moment_channels(model)) if align.adaptive else 0
         yield Component("patch cosines", "rec", latents + features, 2 * latents, recompute=apart)
-
-
-def _kept_shares(layout: Layout, rate: float) -> list[float]:
-    """Share of each group's segments that a branch sees: that of its run, since draws do not look at groups."""
-    runs = [list(run) for _, run in groupby(layout.groups, key=lambda group: group.length)]
-    scales = subset(layout.segments, rate).scales
-    return [1 / scale for run, scale in zip(runs, scales, strict=True) for _ in run]
-
-
-def _objective(name: str) -> str:
-    return {"trunk, clip": "clip", "trunk, rec": "rec", "trunk, padding": "shared"}.get(name, "ssl")
 
 
 def _causes(parts: list[Component], config: Config) -> dict[str, float]:
