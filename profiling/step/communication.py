@@ -15,7 +15,7 @@ nothing: each rank's shards follow its own. The model of ZeRO is deepspeed 0.19.
 
     ZeRO-1, 2   gradients are all-reduced, whole, in buckets (use_multi_rank_bucket_allreduce is on: on the wire twice
                 a reduce-scatter, in both stages); after the step each rank's part of the weights is gathered
-    ZeRO-3      parameters are gathered by profiling/step/gathers.py's rules, gradients reduce-scattered; small
+    ZeRO-3      parameters are gathered as profiling/step/steady_gathers.py plays it, gradients reduce-scattered; small
                 parameters, the teacher's too, are gathered again after the step, and the teacher's once more when it
                 has moved
 """
@@ -29,19 +29,18 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
 
 from configs import Config, UserError
 from configs.ds import zero_stage
 from configs.scale_out import HPZ, WEIGHTS, is_asked
 from configs.system import System
-from engine.assemble import LEAVES
 from engine.optim import parameter_groups
 from engine.zero.quantise import RUN
 from model.latent import feature_width, head_width, moment_channels
 from model.pretrainer import Pretrainer
 from model.rows import Rows
-from profiling.step.gathers import INSIDE, Gathers, Settings, Visit
+from profiling.step.gathers import INSIDE
+from profiling.step.steady_gathers import steady_gathers
 
 FP32_BYTES = 4
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -50,11 +49,8 @@ COMM_DTYPE_BYTES = {"bfp16": 2, "bf16": 2, "fp16": 2, "fp32": 4}
 ALIGN = 2
 SINKHORN_PASSES = 4  # over K numbers: a maximum and a sum, then a sum for each of two more iterations
 BUCKET = 500_000_000  # elements, DeepSpeed's default for reducing and for gathering
-STEADY = 3  # steps after which the trace of ZeRO-3 no longer changes
 QUANTISED = 1 + FP32_BYTES / RUN  # bytes of a weight sent as int8, with its part of a scale
 AFTER = "after the step"  # a gather that waits, and is of small weights in full precision
-# What enters these has no gradient, so DeepSpeed does not see their backward end.
-ENDS_UNSEEN = ("trunk", "trunk.patch_embed", "trunk.patch_embed.proj", "text", "text.token_embedding")
 # Settings that change what is sent in ways this model does not follow: value that leaves it as modelled.
 AS_MODELLED = {
     "use_multi_rank_bucket_allreduce": True, "allgather_partitions": True,
@@ -214,86 +210,6 @@ def _stage_3(
     yield Collective("reduce_scatter", "gradients", gradients, buckets, waits=not _overlaps(ds_config))
     groups = len(optimizer_groups(config, model))
     yield Collective("all_reduce", "gradient norm", 2 * FP32_BYTES * groups, groups)  # in float64
-
-
-@dataclass(frozen=True)
-class StepGathers:
-    """What a step gathers under ZeRO-3."""
-
-    parameters: Counter[tuple[str, str]]  # how often (purpose, parameter)
-    messages: Counter[str]  # by purpose
-    most_live: int  # elements that are whole at once, at most
-
-
-def steady_gathers(
-    config: Config, ds_config: dict[str, Any], model: Pretrainer, is_separate: bool = False
-) -> StepGathers:
-    """Of a step whose order ZeRO-3 knows."""
-    gathers = Gathers({name: p.numel() for name, p in model.named_parameters()}, Settings.of(ds_config))
-    teacher = {name for name in gathers.persistent if name.startswith("teacher.")}
-    whole, clip_only = _forward(config, model, is_separate), _clip_forward(config, model)
-    others = config.system.clip.micro_batches - 1
-    for _ in range(STEADY):
-        gathers.take()
-        for _ in range(others):
-            gathers.run(clip_only)
-        gathers.run([*whole, *_backward(whole)])
-        for _ in range(others):
-            gathers.run([*clip_only, *_backward(clip_only)])
-        gathers.end_step()
-        gathers.drop(teacher)
-    return StepGathers(*gathers.take(), gathers.most_live)
-
-
-def _forward(config: Config, model: Pretrainer, is_separate: bool) -> list[Visit]:
-    """The order of Pretrainer.forward."""
-    passes = 1
-    if is_separate:
-        ssl = 1 + bool(config.views.num_locals) if model.teacher is not None else 0
-        passes = max(1, (model.clip is not None) + ssl + (model.decoder is not None))
-    is_early = not config.model.bottleneck_ae_only
-    parts = ["teacher", *["trunk"] * passes, "bottleneck" if is_early else "", "text", "clip", "prototypes"]
-    parts += ["" if is_early else "bottleneck", "align", "decoder"]
-    return _visits(model, parts)
-
-
-def _clip_forward(config: Config, model: Pretrainer) -> list[Visit]:
-    return _visits(model, ["trunk", "" if config.model.bottleneck_ae_only else "bottleneck", "text", "clip"])
-
-
-def _visits(model: Pretrainer, parts: list[str]) -> list[Visit]:
-    """The engine's module and in it `parts`, where they are built."""
-    root = Visit("forward", "", True, False, (), tuple(name for name, _ in model.named_parameters()))
-    present = [(name, getattr(model, name)) for name in parts if name]
-    inside = (visit for name, part in present if part is not None for visit in _walk(part, name))
-    return [root, *inside, root._replace(enters=False)]
-
-
-def _walk(module: nn.Module, name: str) -> Iterator[Visit]:
-    """Hooks hang on every module that is called, but for those inside a leaf."""
-    is_leaf = isinstance(module, tuple(LEAVES))
-    own, below = (
-        tuple(f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=recurse))
-        for recurse in (False, True)
-    )
-    visit = Visit("teacher" if name.startswith("teacher") else "forward", name, True, is_leaf, own, below)
-    is_called = not isinstance(module, nn.ModuleList)
-    if is_called:
-        yield visit
-    for child, part in () if is_leaf else module.named_children():
-        yield from _walk(part, f"{name}.{child}")
-    if is_called:
-        yield visit._replace(enters=False)
-
-
-def _backward(forward: list[Visit]) -> list[Visit]:
-    """The other way round, without what has no gradient and without the whole, whose outputs are no tensors: its hooks
-    do not see them."""
-    return [
-        visit._replace(purpose="backward", enters=not visit.enters, ends_unseen=visit.module in ENDS_UNSEEN)
-        for visit in reversed(forward)
-        if visit.purpose != "teacher" and visit.module
-    ]
 
 
 def optimizer_groups(config: Config, model: Pretrainer) -> list[dict[str, Any]]:

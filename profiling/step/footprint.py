@@ -44,11 +44,11 @@ from profiling.step.communication import (
     FP32_BYTES,
     meta_model,
     optimizer_groups,
-    steady_gathers,
 )
 from profiling.step.gathers import Settings
 from profiling.step.layer_flops import perceptual_parameters
 from profiling.step.pretend import frozen_encoder
+from profiling.step.steady_gathers import steady_gathers
 
 OPTIMIZER_BYTES = 3 * FP32_BYTES  # weights and two moments
 GATHERED, SECOND = "gathered parameters", "second copies"
