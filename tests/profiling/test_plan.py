@@ -16,7 +16,8 @@ from profiling.plan import command as plan
 from profiling.plan import rates
 from profiling.plan import search as plan_search
 from profiling.plan.rates import Gpu, Links, parse_links, rates_of
-from profiling.plan.search import Cluster, Plan, Variant, as_compiled, search
+from profiling.plan.search import Cluster, Plan, as_compiled, search
+from profiling.plan.variant import Variant
 from profiling.plan.work import Build
 from profiling.step.peak import predict_peak
 from tests.tiny import tiny_config
