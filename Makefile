@@ -6,10 +6,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 DEMO      := runs/demo
 DEMO_DATA := demo_data
+GPU_OUT   := runs/gpu_check
 # One rank per GPU, two at most (the demo deals its data to two streams); two ranks on a machine without a GPU.
 RANKS = $(shell $(BIN)/python -c "import torch; print(min(torch.cuda.device_count(), 2) or 2)")
 
-.PHONY: demo demo-seeds test fuzz soak checks setup format clean
+.PHONY: demo demo-seeds test fuzz soak gpu-check checks setup format clean
 
 demo: setup
 	python -m data.corpus synthetic --out $(DEMO_DATA) --samples 6000 --held-out 1024
@@ -34,6 +35,10 @@ fuzz: setup
 # Half an hour of training under random faults, then the same undisturbed, compared; docs/reliability.md.
 soak: setup
 	python -m tests.soak
+
+# What was built for GPUs, shown to work on one; with the Python and the packages that are there, and no network.
+gpu-check:
+	$(PYTHON) -m profiling.gpu_check --out $(GPU_OUT)
 
 checks: setup
 	ruff format --check .

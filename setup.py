@@ -11,7 +11,8 @@ setup(
     packages=[
         "configs", "kernels", "data", "data.emoji", "model", "model.generator", "model.objectives", "engine",
         "engine.checkpoint", "engine.health", "engine.watch", "engine.zero", "evaluation", "evaluation.study",
-        "profiling", "profiling.benches", "profiling.checks", "profiling.plan", "profiling.report", "profiling.step",
+        "profiling", "profiling.benches", "profiling.checks", "profiling.gpu_check", "profiling.plan",
+        "profiling.report", "profiling.step",
     ],
     package_data={"configs": ["*.yaml", "deepspeed/*.json"], "profiling.report": ["*.j2"]},
     install_requires=[

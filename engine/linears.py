@@ -59,13 +59,19 @@ def convert(model: Pretrainer, config: Config, device: torch.device) -> str:
 
     Raises UserError where the choice cannot be had here, or would change nothing.
     """
-    name = config.system.linear
-    if name == "bf16":
+    if config.system.linear == "bf16":
         return f"{config.optim.precision} (optim.precision)"
-    blocks = list(_blocks(model, config))
+    return convert_blocks(
+        list(_blocks(model, config)), config.system.linear, device, zero.DTYPES[config.optim.precision]
+    )
+
+
+def convert_blocks(
+    blocks: list[tuple[nn.Module, int]], name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> str:
+    """Converts blocks, each given with the tokens one rank sends through it at once; as `convert`."""
     try:
-        widths = _widths(block for block, _ in blocks)
-        linears = fp8.resolve(name, device, zero.DTYPES[config.optim.precision], widths)
+        linears = fp8.resolve(name, device, dtype, _widths(block for block, _ in blocks))
     except (ValueError, ImportError) as error:
         raise UserError(f"system.linear={name}: {error}") from None
     census = Census()

@@ -10,6 +10,7 @@ No sink raises OSError: what a file cannot take waits in memory, and what a term
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -170,7 +171,13 @@ def headline(values: dict[str, float]) -> str:
 
 def plain_line(step: int, total_steps: int, values: dict[str, float]) -> str:
     """One report as one line of text, with the time left."""
-    left = (
-        time.strftime("%H:%M:%S", time.gmtime(values["speed/seconds_left"])) if "speed/seconds_left" in values else "?"
-    )
-    return f"step {step}/{total_steps}  {headline(values)}  left {left}"
+    return f"step {step}/{total_steps}  {headline(values)}  left {span(values.get('speed/seconds_left', math.nan))}"
+
+
+def span(seconds: float) -> str:
+    """ "05:30:00", "12 d 05:30:00"; "?" for what is no number or has no end."""
+    if not math.isfinite(seconds):
+        return "?"
+    days, rest = divmod(int(seconds), 24 * 3600)
+    clock = time.strftime("%H:%M:%S", time.gmtime(rest))
+    return f"{days} d {clock}" if days else clock

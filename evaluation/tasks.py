@@ -9,6 +9,7 @@ A new task is a class with `add` and `result` (evaluation/outcome.py) and one li
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,10 +84,10 @@ class Setup:
     def batches(self, pictures: HeldOut, title: str) -> Iterator[Products]:
         """This rank's pictures as the tokenizer sees them, with a progress bar where somebody looks."""
         batch_size = self.options.batch_size
-        for batch in with_progress(pictures.batches(batch_size), title, -(-len(pictures) // batch_size)):
-            images, labels = batch.images.to(self.device).float() / 255, batch.labels.to(self.device)
-            yield Products(self.source.tokenizer, images, labels, batch.positions)
-        pictures.close()
+        with closing(pictures):
+            for batch in with_progress(pictures.batches(batch_size), title, -(-len(pictures) // batch_size)):
+                images, labels = batch.images.to(self.device).float() / 255, batch.labels.to(self.device)
+                yield Products(self.source.tokenizer, images, labels, batch.positions)
 
     def _filled(self, training: HeldOut) -> Bank:
         bank = Bank(len(training), self.folder)

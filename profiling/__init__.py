@@ -7,5 +7,5 @@ step/         what a step computes, holds and moves, counted without running it
 plan/         python -m profiling.plan               report/       python -m profiling.report
 bench.py      python -m profiling.bench NAME         benches/      one file a bench
 doctor.py     python -m profiling.doctor             checks/       one file a kind of question
-scaling.py    python -m profiling.scaling
+scaling.py    python -m profiling.scaling               gpu_check/   python -m profiling.gpu_check
 """

@@ -21,6 +21,7 @@ from rich.table import Table
 BENCHES = (
     "train",
     "step",
+    "packed",
     "attention",
     "text",
     "compile",
@@ -28,8 +29,11 @@ BENCHES = (
     "masked",
     "prototypes",
     "contrastive",
+    "grad_cache",
     "loader",
     "fp8",
+    "fp8_blocks",
+    "fp8_losses",
     "step_memory",
     "plan",
 )

@@ -87,7 +87,10 @@ class EnergyMeter:
             self._source = Gpu(self._device) if self._device.type == "cuda" else Cpu(self._powercap)
             self._window.add(time.monotonic(), self._source.sample())
         except Exception as error:  # NotMeasured with its reason, or whatever a driver makes a library raise
-            self._source, self.said = None, f"not measured: {_reason(error)}"
+            source, self._source, self.said = self._source, None, f"not measured: {_reason(error)}"
+            if source is not None:
+                with suppress(Exception):
+                    source.close()
             return self
         self.said = f"{self._source.said}, sampled every {self._interval:g} s"
         self._thread.start()

@@ -1,4 +1,5 @@
-"""Runs a function on several gloo ranks of this machine and brings back what each returned.
+"""Runs a function on several gloo ranks of this machine (with `-m gpu` on one, and its GPU) and brings back what each
+returned.
 
     def double(comm, x):               # at the top of a test module: the new processes find it by name
         return comm.all_sum(torch.tensor(x))
@@ -65,8 +66,8 @@ def run_ranks(
 def _rank(rank: int, world_size: int, port: int, folder: Path, task: bytes, timeout: float, join: bool) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1",
+        DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"),
     )  # fmt: skip
     import torch
 

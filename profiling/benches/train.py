@@ -8,25 +8,21 @@ CPU the tokenizer of the scaling study, which shows that the bench runs and says
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from configs import Config, load_config
-from configs.ds import load_ds_config
-from engine import world
+from configs import Config
 from engine.assemble import Assembly, assemble
 from engine.step import train_step
 from model.captions import pack_captions
 from model.objectives.comm import Comm
 from model.rows import Rows
+from profiling.benches.one_rank import configured, layout_of, one_rank
 from profiling.kernel_time import kernel_time
-from profiling.machine import device
+from profiling.machine import device, sized
 from profiling.measurement import Measurement, measure
 from profiling.peaks import Bandwidth, Peak, bandwidth, measured_bandwidth, measured_peak, peak
 from profiling.step.flops import step_flops
@@ -35,9 +31,7 @@ from profiling.step.phase_work import phase_work, update_work
 from profiling.step.roofline import Roof, Work
 from profiling.workload import random_batch
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-PRESETS = {"cuda": ("vtp_l", "vtp_b", "vtp_s"), "cpu": ("study_mini",)}
-OVERRIDES = ("data.streams=1", "objectives.rec.perceptual=0", "system.compile=on")
+PRESETS = sized(cuda=("vtp_l", "vtp_b", "vtp_s"), cpu=("study_mini",))
 FITS = 0.85  # of the device's memory: a prediction counts tensors, an allocator takes more
 GRAIN = 32  # clip images; ssl takes a quarter of them, rec an eighth
 WARM_UP = 3  # steps: graphs, moments, the allocator's blocks
@@ -46,12 +40,8 @@ WORST = 3  # phases that the notes name
 
 def run(rounds: int) -> list[Measurement]:
     """One measurement a preset."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants to be told, also where no launcher is
-    comm = world.start(timeout_minutes=10)
-    try:
-        return [_measure(name, comm, rounds) for name in PRESETS[device().type]]
-    finally:
-        world.stop()
+    with one_rank() as comm:
+        return [_measure(name, comm, rounds) for name in PRESETS]
 
 
 def _measure(name: str, comm: Comm, rounds: int) -> Measurement:
@@ -59,7 +49,7 @@ def _measure(name: str, comm: Comm, rounds: int) -> Measurement:
     clip, halved = _most_images(name), ""
     while True:
         try:
-            return _timed(_config(name, clip), comm, rounds, halved)
+            return _timed(configured(name, clip), comm, rounds, halved)
         except torch.OutOfMemoryError:
             if clip <= GRAIN:
                 raise
@@ -69,27 +59,18 @@ def _measure(name: str, comm: Comm, rounds: int) -> Measurement:
         clip //= 2
 
 
-def _config(name: str, clip: int) -> Config:
-    rows = (f"batch.clip={clip}", f"batch.ssl={clip // 4}", f"batch.rec={clip // 8}")
-    return load_config(CONFIGS / f"{name}.yaml", (*OVERRIDES, *rows))
-
-
-def _ds_config(config: Config) -> dict[str, Any]:
-    return load_ds_config(CONFIGS / "deepspeed" / "zero1.json", config, world_size=1)
-
-
 def _most_images(name: str) -> int:
     """A multiple of GRAIN: memory grows with the images by a line, which two predictions give."""
     if device().type != "cuda":
         return 2 * GRAIN
-    configs = [_config(name, clip) for clip in (GRAIN, 2 * GRAIN)]
-    one, two = (predict_peak(config, _ds_config(config), 1, "sdpa", "cuda").device_bytes for config in configs)
+    configs = [configured(name, clip) for clip in (GRAIN, 2 * GRAIN)]
+    one, two = (predict_peak(config, layout_of(config), 1, "sdpa", "cuda").device_bytes for config in configs)
     left = FITS * torch.cuda.get_device_properties(0).total_memory - (2 * one - two)
     return max(1, int(left / (two - one))) * GRAIN
 
 
 def _timed(config: Config, comm: Comm, rounds: int, halved: str) -> Measurement:
-    parts = assemble(config, _ds_config(config), comm)
+    parts = assemble(config, layout_of(config), comm)
     step = _stepper(parts, config)
     slots = float(pack_captions(random_batch(config).captions).tokens_RC.numel())
     rows, backend = Rows.per_rank(config, 1), parts.engine.module.trunk.blocks[0].attn.backend
@@ -123,11 +104,8 @@ def _stepper(parts: Assembly, config: Config) -> Callable[[], object]:
 
 def _peaks() -> tuple[Peak, Bandwidth]:
     """A data sheet's where there is one, else what this device was measured at."""
-    stated = (None, None)
-    if device().type == "cuda":
-        name = torch.cuda.get_device_name()
-        stated = peak(name, "bf16"), bandwidth(name)
-    return stated[0] or measured_peak("bf16"), stated[1] or measured_bandwidth()
+    name = torch.cuda.get_device_name() if device().type == "cuda" else ""
+    return peak(name, "bf16") or measured_peak("bf16"), bandwidth(name) or measured_bandwidth()
 
 
 def _phase_ms(parts: Assembly, step: Callable[[], object], rounds: int) -> dict[str, float]:
@@ -141,7 +119,7 @@ def _phase_ms(parts: Assembly, step: Callable[[], object], rounds: int) -> dict[
 
 def _work(config: Config, rows: Rows, backend: str, slots: float) -> dict[str, Work]:
     counted = "matmul" if backend == "matmul" else "sdpa"
-    return phase_work(config, rows, 1, counted, slots) | update_work(config, _ds_config(config), 1)
+    return phase_work(config, rows, 1, counted, slots) | update_work(config, layout_of(config), 1)
 
 
 def _gaps(ms: dict[str, float], work: dict[str, Work], roof: Roof) -> Iterator[str]:

@@ -86,8 +86,10 @@ class Counted(TorchDispatchMode):
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self.begin(phase)
-        yield
-        self.end()
+        try:
+            yield
+        finally:
+            self.end()
 
     def begin(self, phase: str) -> None:
         """Enters the phase; `end` leaves it. Phases nest."""

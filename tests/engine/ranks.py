@@ -54,7 +54,7 @@ def outcome(parts: Assembly, losses: list[float]) -> Trained:
     weights, teacher = {}, {}
     for name, parameter in named.items():
         with zero.gathered([parameter]):
-            whole = parameter.detach().float().clone()
+            whole = parameter.detach().float().cpu().clone()
         (weights if parameter.requires_grad else teacher)[name] = whole
     return Trained(losses, weights, teacher)
 

@@ -1,6 +1,7 @@
 """Meter, reporter, parameter groups: the small parts around a step."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,8 @@ def test_only_the_first_rank_writes(tmp_path: Path) -> None:
 
 def test_a_line_says_so_when_the_time_left_is_not_known() -> None:
     assert plain_line(1, 2, {"loss/total": 1.0}).endswith("left ?")
+    for seconds, said in ((59.9, "00:00:59"), (30 * 3600, "1 d 06:00:00"), (math.inf, "?")):
+        assert plain_line(1, 2, {"speed/seconds_left": seconds}).endswith(f"left {said}")
 
 
 def test_only_matrices_decay() -> None:

@@ -1,0 +1,58 @@
+"""A contrastive batch that no memory holds, on one rank by the gradient cache: time and peak memory of a whole step.
+
+131,072 pairs in parts of 512 through vtp_s at 128 px on a GPU; 512 pairs in parts of 64 through the tokenizer of the
+scaling study on a CPU. Beside it a step of one part: memory should hardly grow, and time by more than the parts, since
+all but one of them are computed twice forward.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+
+from engine.assemble import assemble
+from engine.step import train_step
+from model.objectives.comm import Comm
+from profiling.benches.one_rank import configured, layout_of, one_rank
+from profiling.machine import device, sized
+from profiling.measurement import Measurement, measure
+from profiling.workload import random_batch
+
+PRESET, PAIRS, PART = sized(cuda=("vtp_s", 131_072, 512), cpu=("study_mini", 512, 64))
+SMALLER = sized(cuda=("views.image_size=128", "views.global_size=128", "views.local_size=64"), cpu=())
+
+
+def run(rounds: int) -> list[Measurement]:
+    """One measurement: the whole batch, and one part of it alone."""
+    with one_rank() as comm:
+        parts = _measure(comm, PART, rounds)
+        gc.collect()
+        whole = _measure(comm, PAIRS, rounds)
+    speeds = (f"{pairs / found.rows[0].median_ms * 1000:.0f}" for pairs, found in ((PART, parts), (PAIRS, whole)))
+    one, all_of_it = parts.rows[0].peak_mib or 0.0, whole.rows[0].peak_mib or 0.0
+    note = (
+        "{} pairs/s in one part, {} in {} parts; peak beyond the states {:.0f} -> {:.0f} MiB".format(
+            *speeds, PAIRS // PART, one, all_of_it
+        ),
+    )
+    return [parts, replace(whole, notes=note)]
+
+
+def _measure(comm: Comm, pairs: int, rounds: int) -> Measurement:
+    step = _stepper(comm, pairs)
+    workload = f"{PRESET}, {pairs} pairs in {pairs // PART} parts, bf16, a whole step"
+    return measure("grad_cache", workload, {"engine": step}, "engine", rounds, warmups=1)
+
+
+def _stepper(comm: Comm, pairs: int) -> Callable[[], object]:
+    """ssl and rec as large as they are with one part, whatever the number of pairs."""
+    rows = (f"batch.clip={pairs}", f"system.clip.micro_batches={pairs // PART}")
+    config = configured(PRESET, PART, *SMALLER, *rows)
+    engine = assemble(config, layout_of(config), comm)
+    batch = random_batch(config)
+    if device().type == "cuda":
+        batch = batch.pinned()
+    numbers = count()
+    return lambda: train_step(engine, replace(batch, step=next(numbers)), engine.centres, config)

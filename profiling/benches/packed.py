@@ -1,0 +1,71 @@
+"""The trunk over all crops of a step as one packed sequence, against a pass for each kind of crop; with backward.
+
+Clip images and the global and local crops of a quarter of them, at the presets' sizes: ViT-B on a GPU, a ViT-S with few
+images on a CPU. Both trunks hold the same weights, eager and compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from configs import Config
+from engine.assemble import compile_blocks
+from kernels.attention import resolve
+from model.initialise import initialise
+from model.trunk import Trunk
+from profiling.benches.one_rank import configured
+from profiling.machine import device, sized
+from profiling.measurement import Measurement, measure
+from profiling.step.three_pass import SeparateTrunk
+
+PRESET, IMAGES = sized(cuda=("vtp_b", 128), cpu=("vtp_s", 8))
+
+
+def run(rounds: int) -> list[Measurement]:
+    """bf16, eager and compiled."""
+    config = configured(PRESET, IMAGES)
+    crops = _crops(config)
+    backend = resolve("auto", device(), torch.bfloat16).name
+    towers = {}
+    for name, kind in (("a pass each", SeparateTrunk), ("packed", Trunk)):
+        for mode in ("eager", "compiled"):
+            tower = kind(config.model, backend)
+            initialise(tower, config)
+            towers[f"{name}, {mode}"] = tower.to(device(), torch.bfloat16)
+            if mode == "compiled":
+                compile_blocks(tower)
+    values = {name: float(_value(tower, crops)) for name, tower in towers.items()}
+    assert max(values.values()) - min(values.values()) < 0.02 * abs(values["packed, eager"]), values  # bf16
+    layout = towers["packed, eager"].layout(crops)
+    words = " + ".join(f"{group.segments} x {group.length}" for group in layout.groups)
+    workload = f"trunk of {PRESET}, {words} tokens, bf16, attention {backend}, forward and backward"
+    variants = {name: _step(tower, crops) for name, tower in towers.items()}
+    found = measure("packed", workload, variants, "a pass each, eager", rounds)
+    times = {row.variant: row.median_ms for row in found.rows}
+    gains = ", ".join(
+        f"{times[f'a pass each, {mode}'] / times[f'packed, {mode}']:.2f} x {mode}" for mode in ("eager", "compiled")
+    )
+    return [Measurement(found.name, found.workload, found.reference, found.rows, (f"packed is {gains}",))]
+
+
+def _crops(config: Config) -> dict[str, Tensor]:
+    """(B, 3, H, W) by kind, as a step has them."""
+    batch, views = config.batch, config.views
+    sizes = {
+        "clip": (batch.clip, views.image_size),
+        "ssl_global": (2 * batch.ssl, views.global_size),
+        "ssl_local": (views.num_locals * batch.ssl, views.local_size),
+    }
+    return {name: torch.randn(count, 3, size, size, device=device()) for name, (count, size) in sizes.items()}
+
+
+def _value(tower: Trunk, crops: dict[str, Tensor]) -> Tensor:
+    return tower(crops, {}).float().pow(2).mean()
+
+
+def _step(tower: Trunk, crops: dict[str, Tensor]) -> Callable[[], object]:
+    weights = list(tower.blocks.parameters())
+    return lambda: torch.autograd.grad(_value(tower, crops), weights)

@@ -1,0 +1,103 @@
+"""python -m profiling.gpu_check --out DIR [--minutes 9] [--only NAMES]: what was built for GPUs, shown to work on one.
+
+Tests marked `gpu`, then benches at a GPU's sizes, the most telling first, within the given minutes; needs no network
+and no installation beyond the packages that are there, tells which are missing, and goes on with the rest. DIR gets a
+log and the figures of every step, summary.json and page.md. Without a GPU it is a dry run: every step runs on the CPU
+at a small size, tests that need a GPU are skipped, and no figure says anything of a GPU.
+
+Exit code 0: every step ended well or was left out, with its reason; 1: one failed or took too long; 2: a mistake in
+what was asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from profiling.gpu_check.carry_out import Record, carry_out
+from profiling.gpu_check.page import page
+from profiling.gpu_check.steps import STEPS, Step
+
+LEAST_SECONDS = 15.0  # a step with less time than this is not begun
+CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total,temperature.gpu"
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of this module; the exit code."""
+    given = _parser().parse_args(arguments)
+    chosen = [step for step in STEPS if given.only is None or step.name in given.only.split(",")]
+    unknown = set((given.only or "").split(",")) - {step.name for step in STEPS} - {""}
+    if unknown or given.minutes <= 0 or not chosen:
+        said = f"--only {given.only}: the steps are {', '.join(step.name for step in STEPS)}"
+        print(
+            f"error: {said if unknown or not chosen else f'--minutes {given.minutes:g}: give a number above 0'}",
+            file=sys.stderr,
+        )
+        return 2
+    out = given.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    gpu = _gpu()
+    print(f"on {gpu}" if gpu else "no GPU here: a dry run on the CPU, whose figures say nothing of a GPU", flush=True)
+    deadline = time.monotonic() + 60 * given.minutes
+    records: list[Record] = []
+    for step in chosen:
+        records.append(_record(step, out, deadline, is_dry=gpu is None))
+        _write(out, gpu, records)  # at once: what is there is there, whatever ends this command
+        print(_said(records[-1]), flush=True)
+    return 1 if any(record["state"] in ("failed", "late") for record in records) else 0
+
+
+def _record(step: Step, out: Path, deadline: float, is_dry: bool) -> Record:
+    left = deadline - time.monotonic()
+    if left < LEAST_SECONDS:
+        return {"step": step.name, "question": step.question, "state": "left out", "why": "no time was left"}
+    return carry_out(step, out, min(left, step.dry if is_dry else step.seconds))
+
+
+def _write(out: Path, gpu: str | None, records: list[Record]) -> None:
+    summary = {"gpu": gpu, "records": records}
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (out / "page.md").write_text(page(summary, out))
+
+
+def _said(record: Record) -> str:
+    seconds = f" after {record['seconds']:.0f} s" if "seconds" in record else ""
+    why = f": {record['why']}" if "why" in record else ""
+    without = f" (without {', '.join(record['without'])})" if record.get("without") else ""
+    counts = ", ".join(f"{count} {what}" for what, count in record.get("tests", {}).items())
+    return f"{record['step']}: {record['state']}{seconds}{why}{without}{f' [{counts}]' if counts else ''}"
+
+
+def _gpu() -> str | None:
+    """Name, driver, clocks and power limit of the first GPU as its driver tells them; None where there is none."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    asked = [command, f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    if found.returncode:
+        return None
+    pairs = zip(CLOCKS.split(","), found.stdout.strip().split(", "), strict=False)
+    return ", ".join(value if key == "name" else f"{key} {value}" for key, value in pairs)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m profiling.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and figures go")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)g)")
+    parser.add_argument("--only", metavar="NAMES", help=f"with commas between them: {', '.join(s.name for s in STEPS)}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

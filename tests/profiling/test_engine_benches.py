@@ -1,0 +1,122 @@
+"""The benches around the engine itself run, at a size for tests, and tell what they promise."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from configs import Config
+from profiling import bench
+from profiling.benches import fp8_blocks, fp8_losses, grad_cache, packed, train
+from profiling.kernel_time import kind_of, own_nanoseconds
+from profiling.peaks import Bandwidth, Peak
+from tests.harness import run_ranks
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L1
+
+
+def tiny(name: str, clip: int, *overrides: str) -> Config:
+    rows = (f"batch.clip={clip}", f"batch.ssl={clip // 4}", f"batch.rec={clip // 8}", "data.streams=1")
+    return tiny_config("optim.precision=bf16", *rows, *overrides)
+
+
+def run_small(name: str) -> list[Any]:
+    """In a process of its own, which may change torch: traced, and no code generated, which takes a minute."""
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    for module in (train, packed, grad_cache, fp8_losses):
+        vars(module)["configured"] = tiny
+    train.PRESETS, train.GRAIN = ("tiny",), 8
+    train.measured_peak = lambda precision: Peak(1e12, "made up")
+    train.measured_bandwidth = lambda: Bandwidth(1e10, "made up")
+    packed.IMAGES = 8
+    grad_cache.PAIRS, grad_cache.PART = 32, 8
+    fp8_losses.CLIP, fp8_losses.SHORT = 8, ("optim.steps=6",)
+    fp8_blocks.TRUNKS = {"L": (64, 2, 1)}
+    fp8_blocks.matmul_peak = lambda dtype: 1e12
+    modules = {"train": train, "packed": packed, "grad_cache": grad_cache, "fp8_losses": fp8_losses}
+    found: list[Any] = (modules | {"fp8_blocks": fp8_blocks})[name].run(rounds=2)
+    return found
+
+
+def ran(name: str) -> list[Any]:
+    assert name in bench.BENCHES
+    found: list[Any] = run_ranks(run_small, 1, name, timeout=300.0, join=False)[0]
+    assert all(measurement.as_dict()["name"] == name for measurement in found)
+    assert all(measurement.as_table().row_count for measurement in found)
+    return found
+
+
+def test_training_steps_tell_speed_kernels_and_the_worst_phases() -> None:
+    [found] = ran("train")
+    [row] = found.rows
+    assert found.workload.startswith("tiny: 16 clip, 4 ssl, 2 rec images")
+    assert row.mfu is not None
+    assert 0 < row.mfu < 1
+    speed, kernels, slowest, *gaps = found.notes
+    assert "samples/s" in speed
+    assert "made up" in speed
+    assert "products" in kernels
+    assert "aten::" in slowest
+    assert len(gaps) == train.WORST
+    assert all(gap.startswith("phase ") and gap.endswith("is lost there") for gap in gaps)
+
+
+def test_packed_crops_are_held_against_a_pass_each() -> None:
+    [found] = ran("packed")
+    assert [row.variant for row in found.rows] == [
+        f"{way}, {mode}" for way in ("a pass each", "packed") for mode in ("eager", "compiled")
+    ]
+    assert found.notes[0].startswith("packed is ")
+
+
+def test_the_gradient_cache_is_held_against_a_part_of_its_batch() -> None:
+    one, whole = ran("grad_cache")
+    assert "8 pairs in 1 parts" in one.workload
+    assert "32 pairs in 4 parts" in whole.workload
+    # The shared part has the activations of one part; features and captions of the others are small beside them.
+    assert whole.rows[0].peak_mib < 1.5 * one.rows[0].peak_mib
+    assert "pairs/s in one part" in whole.notes[0]
+
+
+def test_the_losses_of_fp8_stand_beside_those_of_bf16() -> None:
+    [found] = ran("fp8_losses")
+    plain, other = found.losses["bf16"], found.losses["fp8_torchao"]
+    assert len(plain) == len(other) == fp8_losses.STEPS
+    assert plain != other
+    assert other == pytest.approx(plain, rel=0.02)
+    assert any(note.startswith("without fp8_te: ") for note in found.notes)
+    assert any(note.startswith("fp8_torchao: ") for note in found.notes)
+
+
+def test_blocks_in_fp8_are_held_against_blocks_in_bf16() -> None:
+    [found] = ran("fp8_blocks")
+    assert {row.variant for row in found.rows} == {"bf16", "fp8_torchao"}
+    assert any("off bf16 by" in note for note in found.notes)
+    assert found.notes[-1].startswith("wanted 1.15 x bf16; the best here ")
+
+
+def test_what_runs_side_by_side_counts_once() -> None:
+    spans = [("a", 0, 10), ("b", 4, 12), ("c", 5, 6), ("a", 20, 25)]
+    assert own_nanoseconds(spans) == {"a": 15, "b": 2, "c": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN", "products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "products"),
+        ("void flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
+        ("triton_poi_fused_add_mul_silu_3", "fused"),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "collectives"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"),
+        ("something new", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
