@@ -21,7 +21,7 @@ from tests.soak.gauges import Life, slope
 from tests.soak.run import REPORT_EVERY, Run
 from tests.soak.story import Story
 
-WARM_UP_SECONDS = 180.0  # of a process: pools of threads fill, shards are opened and stay open
+WARM_UP_SECONDS = 180.0  # of a process: pools of threads fill, allocators take what they will keep
 SHORTEST = 60.0  # seconds after it: of less nothing can be said
 MOST_GROWTH = 0.02  # of what a process holds, over the time it was looked at
 EXACT = ("loss/", "optim/")  # figures of a report that must be the same to the last bit

@@ -27,7 +27,9 @@ class Use:
 
     role: str  # supervisor, launcher, rank N; other
     rss_mib: float
-    num_files: int
+    num_files: (
+        int  # open, but for the first handle on each shard: a rank opens shards as it comes to them, and keeps them
+    )
     num_threads: int
 
 
@@ -68,8 +70,10 @@ def use_of(pid: int) -> Use:
     """Raises OSError when the process is gone."""
     here = PROC / str(pid)
     pages = int((here / "statm").read_text().split()[1])
-    files, threads = (len(list((here / name).iterdir())) for name in ("fd", "task"))
-    return Use(role_of(pid), pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files, threads)
+    targets = [_target(file) for file in (here / "fd").iterdir()]
+    shards = {target for target in targets if target.endswith(".tar")}
+    threads = len(list((here / "task").iterdir()))
+    return Use(role_of(pid), pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(targets) - len(shards), threads)
 
 
 def end_all(mark: str) -> None:
@@ -82,6 +86,14 @@ def end_all(mark: str) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _target(file: Path) -> str:
+    """What an entry of /proc/PID/fd leads to; "" for one that has been closed meanwhile."""
+    try:
+        return os.readlink(file)
+    except FileNotFoundError:
+        return ""
 
 
 def _all() -> Iterator[int]:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -85,6 +86,15 @@ def test_marked_processes_are_found_measured_and_ended(process: subprocess.Popen
     end_all(OWN)
     assert process.wait(10) == -9
     assert marked(OWN) == []
+
+
+def test_a_shard_that_is_open_counts_from_its_second_handle_on(tmp_path: Path) -> None:
+    """That a rank comes to a shard at last is no leak; that it opens one again and again would be."""
+    before = use_of(os.getpid()).num_files
+    with ExitStack() as files:
+        for name, more in (("00000.tar", 0), ("00001.tar", 0), ("00000.tar", 1), ("notes.txt", 2)):
+            files.enter_context((tmp_path / name).open("w"))
+            assert use_of(os.getpid()).num_files - before == more
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
