@@ -65,7 +65,7 @@ def make(data: Path, out: Path, size: int, epochs: int, seed: int) -> float:
     network = CorpusNetwork(num_classes, size).to(device)
     learn(network, *train, epochs, seed)
     accuracy = accuracy_of(network, *held_out)
-    write_corpus_network(out, network.to("cpu"), accuracy, str(data))
+    write_corpus_network(out, network.to("cpu"), accuracy, data.resolve().name)  # no path: the file travels
     return accuracy
 
 

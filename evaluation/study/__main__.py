@@ -7,6 +7,10 @@ same directory: they share the cells. A machine with two cores is used best by t
     python -m evaluation.study --preset mini --out runs/study &
     python -m evaluation.study --preset mini --out runs/study
 
+Machines that share no disk share a study by what they publish: `--publish DIR` writes the figures and the feature
+network that measured them; `--known DIR`, on another machine, counts those cells as done and measures the rest with the
+same network.
+
 Leaves results.json and figures/ in --out; `--page docs/scaling_study.md` writes the page of results from what is there.
 Exit code 0: all that was asked for is done, or in another process's hands; 1: a cell failed (see its log) or is not
 done; 2: a mistake in what was asked.
@@ -28,6 +32,7 @@ from configs import UserError
 from evaluation.study import results
 from evaluation.study.answer import answer
 from evaluation.study.carry_out import Session
+from evaluation.study.known import Known, publish, read_known
 from evaluation.study.overview import overview
 from evaluation.study.page import draw, write_page
 from evaluation.study.preset import PRESETS, Cell, cells
@@ -41,18 +46,24 @@ def main(arguments: list[str]) -> int:
     try:
         layout = _layout(given)
         everything = cells(layout.preset)
-        chosen = _chosen(everything, given.only)
+        chosen, known = _chosen(everything, given.only), read_known(given.known, layout, everything)
         if given.dry_run:
-            Console().print(overview(layout, chosen, given.threads))
+            Console().print(overview(layout, chosen, given.threads, known.rows))
             return 0
-        if given.page_only:
-            tally = Tally()
-        else:
+
+        def record() -> dict[str, Any]:
+            return _record(layout, everything, known)
+
+        tally = Tally()
+        if not given.page_only:
             signal.signal(signal.SIGTERM, _interrupt)
-            tally = work(layout, chosen, _session(given), _say, lambda: _record(layout, everything))
-        found = _record(layout, everything)
+            missing = [cell for cell in chosen if cell.name not in known.rows]
+            tally = work(layout, missing, _session(given), _say, record, lambda: known.adopt(layout))
+        found = record()
         if given.page:
             write_page(layout, found, everything, given.page)
+        if given.publish:
+            publish(layout, found, given.publish)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,10 +73,10 @@ def main(arguments: list[str]) -> int:
     return _report(tally, found)
 
 
-def _record(layout: Layout, everything: list[Cell]) -> dict[str, Any]:
+def _record(layout: Layout, everything: list[Cell], known: Known) -> dict[str, Any]:
     """Writes results.json and the figures; what is in them."""
     layout.out.mkdir(parents=True, exist_ok=True)
-    found = results.collect(layout, everything)
+    found = results.collect(layout, everything, known)
     results.write(layout.out / "results.json", found)
     draw(found, layout.out / "figures")
     return found
@@ -127,6 +138,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="threads of a rank, or of an evaluation (default: %(default)s)")
     add("--dry-run", action="store_true", help="only show the cells, their FLOPs, their state and the time they need")
     add("--page", type=Path, metavar="FILE", help="write the page of results, and its pictures below images/study/")
+    add(
+        "--known",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="cells measured elsewhere, as --publish wrote them",
+    )
+    add("--publish", type=Path, metavar="DIR", help="write there what --known reads")
     add("--page-only", action="store_true", help="start nothing: results, figures and page of what is there")
     return parser
 

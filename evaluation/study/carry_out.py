@@ -63,6 +63,11 @@ def read_record(folder: Path, stage: Stage) -> dict[str, Any]:
     return found if found.get("fingerprint") == stage.fingerprint else {}
 
 
+def mark_done(folder: Path, stage: Stage) -> None:
+    """Records a stage whose result came from elsewhere."""
+    _write(record_path(folder, stage), {"fingerprint": stage.fingerprint, "is_done": True, "seconds": 0.0})
+
+
 def is_done(folder: Path, stage: Stage) -> bool:
     """Whether its record under today's fingerprint says so and its result is there."""
     return bool(read_record(folder, stage).get("is_done")) and stage.result.exists()

@@ -8,7 +8,7 @@ that are there, once there are any, and before that the preset's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich.table import Table
 
@@ -18,8 +18,9 @@ from evaluation.study.results import state_of
 from evaluation.study.stages import Layout, Stage
 
 
-def overview(layout: Layout, cells: Sequence[Cell], threads: int) -> Table:
-    """The cells in their order; minutes are those that one process needs for what is not there yet."""
+def overview(layout: Layout, cells: Sequence[Cell], threads: int, known: Collection[str] = ()) -> Table:
+    """The cells in their order; minutes are those that one process needs for what is not there yet. Cells in `known`
+    need none."""
     rate, rest = _rate(layout, cells, threads), _rest(layout, cells, threads)
     title = f"{layout.preset.name}: {len(cells)} cells in {layout.out}, at {rate / 1e9:.0f} GFLOP a second"
     table = Table(title=title, title_justify="left", show_footer=True)
@@ -28,11 +29,15 @@ def overview(layout: Layout, cells: Sequence[Cell], threads: int) -> Table:
     for name in ("steps", "TFLOP"):
         table.add_column(name, justify="right")
     table.add_column("state")
-    minutes = [_seconds(layout, cell, rate, rest) / 60 for cell in cells]
+    states = [("known" if cell.name in known else state_of(layout, cell)) for cell in cells]
+    minutes = [
+        0.0 if state == "known" else _seconds(layout, cell, rate, rest) / 60
+        for cell, state in zip(cells, states, strict=True)
+    ]
     table.add_column("minutes", justify="right", footer=f"{sum(minutes):.0f}")
-    for cell, needed in zip(cells, minutes, strict=True):
+    for cell, state, needed in zip(cells, states, minutes, strict=True):
         table.add_row(
-            cell.name, cell.objective.title, str(cell.steps), f"{cell.flops / 1e12:.1f}", state_of(layout, cell),
+            cell.name, cell.objective.title, str(cell.steps), f"{cell.flops / 1e12:.1f}", state,
             f"{needed:.1f}" if needed else "",
         )  # fmt: skip
     return table

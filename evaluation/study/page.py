@@ -40,6 +40,7 @@ ANSWERED = {
     "gfid": "Without guidance:",
     "gfid_guided": "With the best of the guidance scales, which each cell may choose:",
 }
+PICTURES = {"generated": "generation/pictures/samples.png", "reconstructed": "evaluation/pictures/held_out.png"}
 BOTH = ("understanding.png", "Understanding against generation; along a line compute grows")
 COLUMNS: dict[str, tuple[str, str]] = {
     "gfid": ("gFID", "{:.2f}"),
@@ -67,7 +68,7 @@ def write_page(layout: Layout, found: Mapping[str, Any], cells: Sequence[Cell], 
     """Writes the page, its figures and its pictures."""
     folder = path.parent / IMAGES
     draw(found, folder)
-    path.write_text(page(found, _copy_pictures(layout, cells, folder)))
+    path.write_text(page(found, _copy_pictures(layout, found["cells"], cells, folder)))
 
 
 def page(found: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
@@ -116,10 +117,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _about(found: Mapping[str, Any]) -> str:
     known = _setting(found)
+    machines = sorted({row["machine"]["device"] for row in found["cells"] if row["figures"] and "machine" in row})
     return (
         f"gFID compares {known['samples']} generated pictures with the training pictures, rFID the {known['images']} "
         f"held-out pictures with their reconstructions; both by the features of `{known['network']}`, so neither can "
         f"be held against figures made with another network. Guessing is right in {known['chance']}."
+        + (f" Measured on {' and '.join(machines)}." if machines else "")
     )
 
 
@@ -146,22 +149,24 @@ def _undone(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [_wrapped(f"Not done when this page was written: {named}."), ""]
 
 
-def _copy_pictures(layout: Layout, cells: Sequence[Cell], folder: Path) -> dict[str, str]:
-    """File -> title, of the largest budget that is there for the two objectives of the question."""
+def _copy_pictures(
+    layout: Layout, rows: Sequence[dict[str, Any]], cells: Sequence[Cell], folder: Path
+) -> dict[str, str]:
+    """File -> title, of the largest budget that is there for the two objectives of the question. One that was measured
+    elsewhere has left its pictures in `folder`."""
     found: dict[str, str] = {}
+    here = {row["cell"]: row["state"] == "done" for row in rows}
     for objective in (REC, JOINT):
-        for kind, place in (
-            ("generated", "generation/pictures/samples.png"),
-            ("reconstructed", "evaluation/pictures/held_out.png"),
-        ):
-            there = [
-                cell for cell in cells if cell.objective.name == objective and (layout.cell(cell) / place).is_file()
-            ]
-            if there:
-                cell = max(there, key=lambda cell: cell.flops)
-                file = f"{objective}_{kind}.png"
-                shutil.copyfile(layout.cell(cell) / place, folder / file)
-                found[file] = f"{cell.objective.title}, {cell.flops:.1e} FLOPs, {kind}"
+        own = sorted((c for c in cells if c.objective.name == objective), key=lambda cell: -cell.flops)
+        for kind, place in PICTURES.items():
+            file = f"{objective}_{kind}.png"
+            for cell in own:
+                source = layout.cell(cell) / place
+                if source.is_file():
+                    shutil.copyfile(source, folder / file)
+                if source.is_file() or (here[cell.name] and (folder / file).is_file()):
+                    found[file] = f"{cell.objective.title}, {cell.flops:.1e} FLOPs, {kind}"
+                    break
     return found
 
 

@@ -1,11 +1,12 @@
 """What a study has found so far: results.json, one row for each cell.
 
-    found = collect(layout, cells)
+    found = collect(layout, cells, known)
     found["cells"][0]     # {"cell": "rec-0", "state": "done", "flops": 4.0e12, "figures": {"gfid": 41.2, ...}, ...}
 
 Figures, all on held-out or generated pictures: `probe` (linear, on the mean latent), `probe_features` (on CLS and mean
 patch of the last block), `zero_shot`, `rfid`, `psnr_db`, `gfid` without guidance and `gfid_guided` with the best scale.
-A figure that is not there yet, or that the objective has not got, is left out.
+A figure that is not there yet, or that the objective has not got, is left out. `machine` says what a cell was measured
+on, `science` what decides its figures (evaluation/study/known.py).
 """
 
 from __future__ import annotations
@@ -17,33 +18,42 @@ from typing import Any
 
 from data.whole_file import write_whole
 from evaluation.study.carry_out import is_done, read_record
+from evaluation.study.known import Known, corpus_digest, science_of
 from evaluation.study.preset import Cell
 from evaluation.study.stages import Layout
 from evaluation.study.work import failure
+from profiling.machine import describe
 
 Row = dict[str, Any]
 
 
-def collect(layout: Layout, cells: Sequence[Cell]) -> dict[str, Any]:
-    """The content of results.json."""
-    preset = layout.preset
+def collect(layout: Layout, cells: Sequence[Cell], known: Known | None = None) -> dict[str, Any]:
+    """The content of results.json; cells that are not done here may be known from elsewhere."""
+    preset, known = layout.preset, known or Known()
+    corpus = _read(layout.corpus / "manifest.json").get("arguments")
     return {
         "preset": preset.name,
         "budgets": list(preset.budgets),
         "image_size": preset.image_size,
         "generate": list(preset.generate),
-        "corpus": _read(layout.corpus / "manifest.json").get("arguments", {}),
-        "cells": [_row(layout, cell) for cell in cells],
+        "corpus": known.setting.get("corpus", {}) if corpus is None else corpus,
+        "corpus_digest": corpus_digest(layout) or known.corpus,
+        "cells": [_own_or_known(layout, cell, known) for cell in cells],
     }
 
 
 def state_of(layout: Layout, cell: Cell) -> str:
-    """done, failed, partial or missing."""
+    """done, failed, partial or missing, here."""
     folder, stages = layout.cell(cell), layout.stages(cell)
     num_done = sum(is_done(folder, stage) for stage in stages)
     if num_done == len(stages):
         return "done"
     return "failed" if failure(folder) else "partial" if num_done else "missing"
+
+
+def _own_or_known(layout: Layout, cell: Cell, known: Known) -> Row:
+    own = _row(layout, cell)
+    return own if own["state"] == "done" else known.rows.get(cell.name, own)
 
 
 def _row(layout: Layout, cell: Cell) -> Row:
@@ -58,6 +68,7 @@ def _row(layout: Layout, cell: Cell) -> Row:
         "cell": cell.name, "objective": cell.objective.name, "title": cell.objective.title, "budget": cell.budget_idx,
         "steps": cell.steps, "flops": cell.flops, "state": state, "figures": figures,
         "seconds": {stage.name: read_record(folder, stage).get("seconds", 0.0) for stage in done.values()},
+        "science": science_of(layout, cell), "machine": describe(),
     }  # fmt: skip
     return row | ({"failure": failure(folder)} if state == "failed" else {})
 

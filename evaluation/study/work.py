@@ -44,10 +44,12 @@ def work(
     session: Session,
     say: Callable[[str], None],
     after_cell: Callable[[], object] = lambda: None,
+    after_corpus: Callable[[], object] = lambda: None,
 ) -> Tally:
-    """All cells once, `after_cell` behind each. Raises UserError where what they share cannot be made."""
+    """All cells once, `after_cell` behind each, `after_corpus` once the corpus is there. Raises UserError where what
+    they share cannot be made."""
     began, tally = time.time(), Tally()
-    if not _share(layout, session, say):
+    if not _share(layout, session, say, after_corpus):
         tally.stopped += [cell.name for cell in cells]
         return tally
     for cell in cells:
@@ -73,21 +75,22 @@ def failure(folder: Path) -> dict[str, object] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _share(layout: Layout, session: Session, say: Callable[[str], None]) -> bool:
+def _share(layout: Layout, session: Session, say: Callable[[str], None], after_corpus: Callable[[], object]) -> bool:
     """Whether corpus and features are there, now."""
     stages = layout.shared()
-    if all(is_done(layout.out, stage) for stage in stages):
-        return True
     with held(layout.lock("shared"), wait=True) as lock:
         assert lock is not None
         for stage in stages:
-            say(f"shared: {stage.name}")
+            if not is_done(layout.out, stage):
+                say(f"shared: {stage.name}")
             outcome = carry_out(stage, layout.out, lock, session)
             if outcome == "failed":
                 log = layout.out / "logs" / f"{stage.name}.log"
                 raise UserError(f"{stage.name} failed, and every cell needs it: {last_words(log)}; see {log}")
             if outcome == "stopped":
                 return False
+            if stage.name == "corpus":
+                after_corpus()
     return True
 
 

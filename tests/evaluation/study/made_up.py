@@ -36,9 +36,13 @@ class MadeUp(Layout):
     """Stands in for the layout of a real study; `science` goes into every fingerprint of a tokenizer."""
 
     science: str = "one"
+    has_features: bool = False  # a shared stage of its own; else FID's network is nobody's business
 
     def shared(self) -> list[Stage]:
-        return [self._line("shared", "corpus", self.corpus / "manifest.json", "f0", {"arguments": {"classes": 100}})]
+        manifest = {"arguments": {"classes": 100}}
+        corpus = self._line("shared", "corpus", self.corpus / "manifest.json", "f0", manifest)
+        features = self._line("shared", "features", self.network, "f1", {})
+        return [corpus, features] if self.has_features else [corpus]
 
     def stages(self, cell: Cell) -> list[Stage]:
         found: list[Stage] = []
