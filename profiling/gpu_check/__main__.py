@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from profiling.gpu_check.carry_out import Record, carry_out
 from profiling.gpu_check.page import page
 from profiling.gpu_check.steps import STEPS, Step
 
+MINUTES = 9.0
 LEAST_SECONDS = 15.0  # a step with less time than this is not begun
 CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total,temperature.gpu"
 
@@ -30,20 +32,16 @@ CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,mem
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
     given = _parser().parse_args(arguments)
-    chosen = [step for step in STEPS if given.only is None or step.name in given.only.split(",")]
-    unknown = set((given.only or "").split(",")) - {step.name for step in STEPS} - {""}
-    if unknown or given.minutes <= 0 or not chosen:
-        said = f"--only {given.only}: the steps are {', '.join(step.name for step in STEPS)}"
-        print(
-            f"error: {said if unknown or not chosen else f'--minutes {given.minutes:g}: give a number above 0'}",
-            file=sys.stderr,
-        )
+    if said := _mistake(given):
+        print(f"error: {said}", file=sys.stderr)
         return 2
+    chosen = [step for step in STEPS if given.only is None or step.name in given.only.split(",")]
     out = given.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     gpu = _gpu()
     print(f"on {gpu}" if gpu else "no GPU here: a dry run on the CPU, whose figures say nothing of a GPU", flush=True)
-    deadline = time.monotonic() + 60 * given.minutes
+    minutes = given.minutes or (MINUTES if gpu else math.inf)
+    deadline = time.monotonic() + 60 * minutes
     records: list[Record] = []
     for step in chosen:
         records.append(_record(step, out, deadline, is_dry=gpu is None))
@@ -52,11 +50,20 @@ def main(arguments: list[str]) -> int:
     return 1 if any(record["state"] in ("failed", "late") for record in records) else 0
 
 
+def _mistake(given: argparse.Namespace) -> str | None:
+    names = [step.name for step in STEPS]
+    if given.only is not None and not set(given.only.split(",")) <= set(names):
+        return f"--only {given.only}: the steps are {', '.join(names)}"
+    if given.minutes is not None and not given.minutes > 0:
+        return f"--minutes {given.minutes:g}: give a number above 0"
+    return None
+
+
 def _record(step: Step, out: Path, deadline: float, is_dry: bool) -> Record:
     left = deadline - time.monotonic()
     if left < LEAST_SECONDS:
         return {"step": step.name, "question": step.question, "state": "left out", "why": "no time was left"}
-    return carry_out(step, out, min(left, step.dry if is_dry else step.seconds))
+    return carry_out(step, out, min(left, step.dry if is_dry else step.seconds), is_dry)
 
 
 def _write(out: Path, gpu: str | None, records: list[Record]) -> None:
@@ -94,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m profiling.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and figures go")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)g)")
+    parser.add_argument(
+        "--minutes", type=float, help=f"for all of it (default: {MINUTES:g}; as many as it takes on a CPU)"
+    )
     parser.add_argument("--only", metavar="NAMES", help=f"with commas between them: {', '.join(s.name for s in STEPS)}")
     return parser
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from profiling.gpu_check.steps import OUT, Step
+from profiling.gpu_check.steps import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST_LINES = 12  # of a log, kept with a step that did not end well
@@ -41,13 +41,13 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def carry_out(step: Step, out: Path, limit_seconds: float) -> Record:
+def carry_out(step: Step, out: Path, limit_seconds: float, is_dry: bool = False) -> Record:
     """The step's record; what it prints goes to out/{step}.log."""
     record: Record = {"step": step.name, "question": step.question, "without": missing(step.extra)}
     if lacking := missing(step.needs):
         return record | {"state": "left out", "why": f"not installed: {', '.join(lacking)}"}
     log = out / f"{step.name}.log"
-    command = [sys.executable, *(word.replace(OUT, str(out)) for word in step.command)]
+    command = [sys.executable, *step.words(str(out), is_dry)]
     begin = time.monotonic()
     exit_code = _run(command, log, limit_seconds)
     record |= {"command": command[1:], "seconds": time.monotonic() - begin, "exit_code": exit_code}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 ENGINE = ("torch", "pydantic", "yaml", "deepspeed", "safetensors", "rich")
 PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 OUT = "{out}"  # stands in a command where the folder of the results goes
+ROUNDS = "{rounds}"  # ... and where the number of rounds goes: one on a CPU
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,19 @@ class Step:
     dry: float
     needs: tuple[str, ...] = ENGINE
     extra: tuple[str, ...] = ()
+    rounds: int = 1
+
+    def words(self, out: str, is_dry: bool) -> list[str]:
+        """The command, filled in."""
+        rounds = str(1 if is_dry else self.rounds)
+        return [word.replace(OUT, out).replace(ROUNDS, rounds) for word in self.command]
 
 
 def _bench(
     name: str, question: str, seconds: float, rounds: int, dry: float = 300, extra: tuple[str, ...] = ()
 ) -> Step:
-    command = ("-m", "profiling.bench", name, "--rounds", str(rounds), "--json", f"{OUT}/{name}.json")
-    return Step(name, question, command, seconds, dry, extra=extra)
+    command = ("-m", "profiling.bench", name, "--rounds", ROUNDS, "--json", f"{OUT}/{name}.json")
+    return Step(name, question, command, seconds, dry, extra=extra, rounds=rounds)
 
 
 STEPS = (

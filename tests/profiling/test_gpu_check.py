@@ -91,8 +91,8 @@ def test_a_step_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
     code = (
         f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); {child}"
     )
-    record = carry_out(python("hang", code), tmp_path, limit_seconds=2)
-    assert (record["state"], record["why"]) == ("late", "took longer than 2 s")
+    record = carry_out(python("hang", code), tmp_path, limit_seconds=10)
+    assert (record["state"], record["why"]) == ("late", "took longer than 10 s")
     status = Path(f"/proc/{int(record['last_lines'][0])}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
 
