@@ -23,19 +23,17 @@ from profiling.machine import sized
 
 PRESET = Path(__file__).resolve().parents[1] / "configs" / "vtp_s.yaml"
 ALWAYS = ("data.streams=1", "objectives.rec.perceptual=0", "system.attention=auto")
-OVERRIDES: tuple[str, ...] = sized(
-    cpu=(
-        *ALWAYS, "batch.clip=32", "batch.ssl=8", "batch.rec=4", "model.prototypes.num=8192",
-        "model.text.width=384", "model.text.depth=6", "model.text.heads=6",
-    ),
-    cuda=(*ALWAYS, "batch.clip=256", "batch.ssl=64", "batch.rec=32"),
+ON_A_CPU = (
+    "batch.clip=32", "batch.ssl=8", "batch.rec=4", "model.prototypes.num=8192",
+    "model.text.width=384", "model.text.depth=6", "model.text.heads=6",
 )  # fmt: skip
+ON_A_GPU = ("batch.clip=256", "batch.ssl=64", "batch.rec=32")
 MEAN_CAPTION, CAPTION_SIGMA = 20, 0.5  # tokens; log-normal, an assumption about web captions
 
 
 def small_step(*overrides: str) -> Config:
     """The config of the step, changed by `overrides`."""
-    return load_config(PRESET, (*OVERRIDES, *overrides))
+    return load_config(PRESET, (*ALWAYS, *sized(cpu=ON_A_CPU, cuda=ON_A_GPU), *overrides))
 
 
 def random_batch(config: Config, seed: int = 0) -> Batch:

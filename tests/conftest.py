@@ -17,6 +17,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before anything asks CUDA, which looks once: tests of the CPU find none, whatever the machine has."""
     if "gpu" not in (config.getoption("markexpr") or ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault(
+        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+    )  # asked otherwise, CUDA stands no fork: tests/harness.py
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
