@@ -3,8 +3,9 @@
 Both make, from the same shards, every view of the ssl chain for every image: the clip view, two global and the local
 crops, with flip, jitter, grey, blur and solarisation at the same odds, and the token ids of the caption. Everything
 runs pinned to one core (a rank of one loader thread against one worker process), then to two: two workers against one
-rank of two threads, and against two ranks of one thread, each a process, as in a run. A round is a number of images,
-from the first byte read to the last batch in hand, with nothing made ahead.
+rank of two threads, and against two ranks of one thread, each a process, as in a run; where there is a GPU, one rank
+also has DALI decode and render there. A round is a number of images, from the first byte read to the last batch in
+hand, with nothing made ahead.
 
 Two chains: the demo's on its own synthetic corpus (64 px; jpg, png and webp), and 256 px on photographs: four of
 scikit-image's, resized to short sides of 256 to 500 px, as JPEGs of quality 90.
@@ -16,7 +17,7 @@ import io
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -34,6 +35,7 @@ from data.sample import Sample
 from data.synthetic import synthetic_plan
 from profiling.benches.loader_ranks import Kind, loader_ranks
 from profiling.benches.pil_loader import pil_loader
+from profiling.machine import device
 from profiling.measurement import Measurement, measure
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs"
@@ -50,7 +52,7 @@ class Chain:
     batch: int
     images: int
 
-    def config(self, corpus: Path, threads: int, ranks: int = 1) -> Config:
+    def config(self, corpus: Path, threads: int, ranks: int = 1, where: str = "cpu") -> Config:
         """The preset's views, every image in the ssl chain, on this corpus and so many threads a rank."""
         overrides = [
             f"data.train=[{corpus}/{self.shards}-*.tar]",
@@ -58,7 +60,7 @@ class Chain:
             f"data.streams={ranks}",
             f"batch={{clip: {ranks * self.batch}, ssl: {ranks * self.batch}, rec: 0}}",
             "objectives.rec={weight: 0, perceptual: 0}",
-            f"system.loader={{threads: {threads}, device: cpu}}",
+            f"system.loader={{threads: {threads}, device: {where}}}",
         ]
         return load_config(PRESETS / self.preset, overrides)
 
@@ -102,13 +104,16 @@ def _measure(chain: Chain, corpus: Path, cores: int, rounds: int) -> Measurement
     config = chain.config(corpus, threads=cores)
     encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
     ranked = loader_ranks(chain.config(corpus, threads=1, ranks=cores), cores)
-    with _pinned(cores), closing(Loader(config, encoder)) as loader, ranked as ranks:
+    with _pinned(cores), closing(Loader(config, encoder)) as loader, ranked as ranks, ExitStack() as stack:
         plain = pil_loader(loader.reader.shards.names, config.views, encoder.encode, chain.batch, workers=cores)
         steps = count()
 
-        def ours() -> list[tuple[Tensor, ...]]:
+        def made_by(loader: Loader) -> list[tuple[Tensor, ...]]:
             batches = [loader.batch(next(steps)) for _ in range(chain.images // chain.batch)]
             return [(b.images, b.global_crops, b.local_crops, b.captions) for b in batches]
+
+        def ours() -> list[tuple[Tensor, ...]]:
+            return made_by(loader)
 
         def pil() -> list[tuple[Tensor, ...]]:
             return list(plain)
@@ -121,6 +126,9 @@ def _measure(chain: Chain, corpus: Path, cores: int, rounds: int) -> Measurement
         variants: dict[str, Callable[[], object]] = {"pil": pil, f"ours, 1 rank of {cores} thread(s)": ours}
         if cores > 1:
             variants[f"ours, {cores} ranks of 1 thread"] = each_rank
+        if device().type == "cuda":
+            on_gpu = stack.enter_context(closing(Loader(chain.config(corpus, cores, where="gpu"), encoder)))
+            variants[f"ours, 1 rank of {cores} thread(s), pixels on the GPU"] = lambda: made_by(on_gpu)
         found = measure("loader", _workload(chain, config, cores), variants, "pil", rounds, with_memory=False)
     return Measurement(found.name, found.workload, found.reference, found.rows, _rates(found, chain, config, cores))
 
