@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {said}", file=sys.stderr)
         return 2
     chosen = [step for step in STEPS if given.only is None or step.name in given.only.split(",")]
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the step that runs, too
     out = given.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     gpu = _gpu()

@@ -35,7 +35,7 @@ class Step:
 
 
 def _bench(
-    name: str, question: str, seconds: float, rounds: int, dry: float = 300, extra: tuple[str, ...] = ()
+    name: str, question: str, seconds: float, rounds: int, dry: float = 600, extra: tuple[str, ...] = ()
 ) -> Step:
     command = ("-m", "profiling.bench", name, "--rounds", ROUNDS, "--json", f"{OUT}/{name}.json")
     return Step(name, question, command, seconds, dry, extra=extra, rounds=rounds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,23 @@ def test_a_step_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
     record = carry_out(python("hang", code), tmp_path, limit_seconds=10)
     assert (record["state"], record["why"]) == ("late", "took longer than 10 s")
     status = Path(f"/proc/{int(record['last_lines'][0])}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_ended_from_outside_it_leaves_no_step_behind(tmp_path: Path) -> None:
+    hangs = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    code = (
+        "from profiling.gpu_check import __main__ as m, steps; import sys; "
+        f"m.STEPS = (steps.Step('hang', '?', ('-c', {hangs!r}), 600, 600, needs=()),); "
+        f"sys.exit(m.main(['--out', {str(tmp_path)!r}]))"
+    )
+    check = subprocess.Popen([sys.executable, "-c", code])
+    log, until = tmp_path / "hang.log", time.monotonic() + 60
+    while not (log.is_file() and log.read_text().strip()) and time.monotonic() < until:
+        time.sleep(0.05)
+    check.terminate()
+    assert check.wait(30) == 143
+    status = Path(f"/proc/{int(log.read_text())}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
 
 
