@@ -10,12 +10,16 @@ networks have nothing to do with each other, and few images give a larger distan
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from configs import UserError
+from engine import world
 from evaluation.feature_network import FeatureNetwork
 
 WINDOW = 11  # pixels
@@ -46,7 +50,10 @@ class Fid:
         self._metric.reset()
 
     def result(self) -> float:
-        """Over the images of all ranks: a collective. Raises UserError below two images."""
+        """Over the images of all ranks: a collective. NaN where features are no numbers, on which some builds of LAPACK
+        end the process. Raises UserError below two images."""
+        if not all(world.gather_objects(all(bool(sums.isfinite().all()) for sums in self._sums()))):
+            return math.nan
         try:
             return float(self._metric.compute())
         except RuntimeError as error:
@@ -55,6 +62,12 @@ class Fid:
             raise UserError(
                 "FID compares the spread of features and needs two images at least; raise --limit or --num-samples"
             ) from None
+
+    def _sums(self) -> Iterator[Tensor]:
+        """Of this rank's features and of their products."""
+        for kind in ("real", "fake"):
+            yield getattr(self._metric, f"{kind}_features_sum")
+            yield getattr(self._metric, f"{kind}_features_cov_sum")
 
 
 def ssim(target: Tensor, recon: Tensor) -> Tensor:
