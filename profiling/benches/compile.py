@@ -27,8 +27,8 @@ def run(rounds: int) -> list[Measurement]:
     compile_blocks(compiled)
     counters.clear()
     begin = time.perf_counter()
-    torch.testing.assert_close(_value(compiled, crops), _value(eager, crops), atol=0, rtol=0.02)  # bf16
-    _step(compiled, crops)()
+    torch.testing.assert_close(value_of(compiled, crops), value_of(eager, crops), atol=0, rtol=0.02)  # bf16
+    step_of(compiled, crops)()
     seconds = time.perf_counter() - begin
     stats = f"{counters['stats']['unique_graphs']} graphs, {sum(counters['graph_break'].values())} breaks"
     tokens = eager.layout(crops).tokens
@@ -36,7 +36,7 @@ def run(rounds: int) -> list[Measurement]:
         measure(
             "compile",
             f"ViT-S trunk, {tokens} tokens, bf16, forward and backward",
-            {"eager": _step(eager, crops), "compiled": _step(compiled, crops)},
+            {"eager": step_of(eager, crops), "compiled": step_of(compiled, crops)},
             "eager",
             rounds,
             notes=(f"first compiled step, caches included: {seconds:.0f} s; {stats}",),
@@ -51,10 +51,12 @@ def _trunk() -> Trunk:
     return trunk.to(device(), torch.bfloat16)
 
 
-def _value(trunk: Trunk, crops: dict[str, Tensor]) -> Tensor:
+def value_of(trunk: Trunk, crops: dict[str, Tensor]) -> Tensor:
+    """A number that every token of the trunk's output goes into."""
     return trunk(crops, {}).float().pow(2).mean()
 
 
-def _step(trunk: Trunk, crops: dict[str, Tensor]) -> Callable[[], object]:
+def step_of(trunk: Trunk, crops: dict[str, Tensor]) -> Callable[[], object]:
+    """A forward and a backward pass, to the weights of the blocks."""
     weights = list(trunk.blocks.parameters())
-    return lambda: torch.autograd.grad(_value(trunk, crops), weights)
+    return lambda: torch.autograd.grad(value_of(trunk, crops), weights)

@@ -8,17 +8,13 @@ all but one of them are computed twice forward.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
 
 from engine.assemble import assemble
-from engine.step import train_step
 from model.objectives.comm import Comm
-from profiling.benches.one_rank import configured, layout_of, one_rank
-from profiling.machine import device, sized
+from profiling.benches.one_rank import configured, layout_of, one_rank, stepper
+from profiling.machine import sized
 from profiling.measurement import Measurement, measure
-from profiling.workload import random_batch
 
 PRESET, PAIRS, PART = sized(cuda=("vtp_s", 131_072, 512), cpu=("study_mini", 512, 64))
 SMALLER = sized(cuda=("views.image_size=128", "views.global_size=128", "views.local_size=64"), cpu=())
@@ -41,18 +37,8 @@ def run(rounds: int) -> list[Measurement]:
 
 
 def _measure(comm: Comm, pairs: int, rounds: int) -> Measurement:
-    step = _stepper(comm, pairs)
+    # ssl and rec as large as they are with one part, whatever the number of pairs.
+    config = configured(PRESET, PART, *SMALLER, f"batch.clip={pairs}", f"system.clip.micro_batches={pairs // PART}")
+    step = stepper(assemble(config, layout_of(config), comm), config)
     workload = f"{PRESET}, {pairs} pairs in {pairs // PART} parts, bf16, a whole step"
     return measure("grad_cache", workload, {"engine": step}, "engine", rounds, warmups=1)
-
-
-def _stepper(comm: Comm, pairs: int) -> Callable[[], object]:
-    """ssl and rec as large as they are with one part, whatever the number of pairs."""
-    rows = (f"batch.clip={pairs}", f"system.clip.micro_batches={pairs // PART}")
-    config = configured(PRESET, PART, *SMALLER, *rows)
-    engine = assemble(config, layout_of(config), comm)
-    batch = random_batch(config)
-    if device().type == "cuda":
-        batch = batch.pinned()
-    numbers = count()
-    return lambda: train_step(engine, replace(batch, step=next(numbers)), engine.centres, config)

@@ -3,20 +3,27 @@
 with one_rank() as comm:
     config = configured("vtp_l", 64)
     parts = assemble(config, layout_of(config), comm)
+    step = stepper(parts, config)       # takes the next step at every call
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from configs import Config, load_config
 from configs.ds import load_ds_config
 from engine import world
+from engine.assemble import Assembly
+from engine.step import train_step
 from model.objectives.comm import Comm
+from profiling.machine import device
+from profiling.workload import random_batch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # No weights of LPIPS are shipped; a kind of linear layer that cannot be compiled names system.compile itself.
@@ -42,3 +49,11 @@ def configured(name: str, clip: int, *overrides: str) -> Config:
 def layout_of(config: Config) -> dict[str, Any]:
     """ZeRO-1's DeepSpeed config."""
     return load_ds_config(CONFIGS / "deepspeed" / "zero1.json", config, world_size=1)
+
+
+def stepper(parts: Assembly, config: Config) -> Callable[[], object]:
+    """Takes the next training step at every call, on one random batch in memory: page-locked where it goes to a GPU."""
+    batch, numbers = random_batch(config), count()
+    if device().type == "cuda":
+        batch = batch.pinned()
+    return lambda: train_step(parts, replace(batch, step=next(numbers)), parts.centres, config)

@@ -6,8 +6,6 @@ images on a CPU. Both trunks hold the same weights, eager and compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from engine.assemble import compile_blocks
 from kernels.attention import resolve
 from model.initialise import initialise
 from model.trunk import Trunk
+from profiling.benches.compile import step_of, value_of
 from profiling.benches.one_rank import configured
 from profiling.machine import device, sized
 from profiling.measurement import Measurement, measure
@@ -37,12 +36,12 @@ def run(rounds: int) -> list[Measurement]:
             towers[f"{name}, {mode}"] = tower.to(device(), torch.bfloat16)
             if mode == "compiled":
                 compile_blocks(tower)
-    values = {name: float(_value(tower, crops)) for name, tower in towers.items()}
+    values = {name: float(value_of(tower, crops)) for name, tower in towers.items()}
     assert max(values.values()) - min(values.values()) < 0.02 * abs(values["packed, eager"]), values  # bf16
     layout = towers["packed, eager"].layout(crops)
     words = " + ".join(f"{group.segments} x {group.length}" for group in layout.groups)
     workload = f"trunk of {PRESET}, {words} tokens, bf16, attention {backend}, forward and backward"
-    variants = {name: _step(tower, crops) for name, tower in towers.items()}
+    variants = {name: step_of(tower, crops) for name, tower in towers.items()}
     found = measure("packed", workload, variants, "a pass each, eager", rounds)
     times = {row.variant: row.median_ms for row in found.rows}
     gains = ", ".join(
@@ -60,12 +59,3 @@ def _crops(config: Config) -> dict[str, Tensor]:
         "ssl_local": (views.num_locals * batch.ssl, views.local_size),
     }
     return {name: torch.randn(count, 3, size, size, device=device()) for name, (count, size) in sizes.items()}
-
-
-def _value(tower: Trunk, crops: dict[str, Tensor]) -> Tensor:
-    return tower(crops, {}).float().pow(2).mean()
-
-
-def _step(tower: Trunk, crops: dict[str, Tensor]) -> Callable[[], object]:
-    weights = list(tower.blocks.parameters())
-    return lambda: torch.autograd.grad(_value(tower, crops), weights)

@@ -10,17 +10,15 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import count
 
 import torch
 
 from configs import Config
 from engine.assemble import Assembly, assemble
-from engine.step import train_step
 from model.captions import pack_captions
 from model.objectives.comm import Comm
 from model.rows import Rows
-from profiling.benches.one_rank import configured, layout_of, one_rank
+from profiling.benches.one_rank import configured, layout_of, one_rank, stepper
 from profiling.kernel_time import kernel_time
 from profiling.machine import device, sized
 from profiling.measurement import Measurement, measure
@@ -71,7 +69,7 @@ def _most_images(name: str) -> int:
 
 def _timed(config: Config, comm: Comm, rounds: int, halved: str) -> Measurement:
     parts = assemble(config, layout_of(config), comm)
-    step = _stepper(parts, config)
+    step = stepper(parts, config)
     slots = float(pack_captions(random_batch(config).captions).tokens_RC.numel())
     rows, backend = Rows.per_rank(config, 1), parts.engine.module.trunk.blocks[0].attn.backend
     flops = step_flops(config, rows, slots, backend=backend, device=device().type).model_flops
@@ -91,15 +89,6 @@ def _timed(config: Config, comm: Comm, rounds: int, halved: str) -> Measurement:
         *_gaps(_phase_ms(parts, step, rounds), _work(config, rows, backend, slots), roof),
     )
     return replace(found, notes=notes)
-
-
-def _stepper(parts: Assembly, config: Config) -> Callable[[], object]:
-    """Takes the next step at every call, always on the same images."""
-    batch = random_batch(config)
-    if device().type == "cuda":
-        batch = batch.pinned()
-    numbers = count()
-    return lambda: train_step(parts, replace(batch, step=next(numbers)), parts.centres, config)
 
 
 def _peaks() -> tuple[Peak, Bandwidth]:
@@ -124,10 +113,7 @@ def _work(config: Config, rows: Rows, backend: str, slots: float) -> dict[str, W
 
 def _gaps(ms: dict[str, float], work: dict[str, Work], roof: Roof) -> Iterator[str]:
     """The phases that lose most against the roof, the worst first. Blocks are compiled: bytes are those of products."""
-    least = {
-        phase: 1000 * max(each.flops / roof.flops_per_second, each.product_bytes / roof.bytes_per_second)
-        for phase, each in work.items()
-    }
+    least = {phase: 1000 * roof.seconds(each, is_fused=True) for phase, each in work.items()}
     lost = {phase: taken - least.get(phase, 0.0) for phase, taken in ms.items()}
     for phase in sorted(lost, key=lost.__getitem__, reverse=True)[:WORST]:
         at_least = f"at least {least[phase]:.1f}" if phase in least else "nothing that is counted"

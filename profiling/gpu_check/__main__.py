@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from profiling.gpu_check.carry_out import Record, carry_out
+from profiling.gpu_check.carry_out import Record, carry_out, forget, outcome
 from profiling.gpu_check.page import page
 from profiling.gpu_check.steps import STEPS, Step
 
@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the step that runs, too
     out = given.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
+    for step in chosen:
+        forget(step, out)
     gpu = _gpu()
     print(f"on {gpu}" if gpu else "no GPU here: a dry run on the CPU, whose figures say nothing of a GPU", flush=True)
     minutes = given.minutes or (MINUTES if gpu else math.inf)
@@ -48,7 +50,7 @@ def main(arguments: list[str]) -> int:
     for step in chosen:
         records.append(_record(step, out, deadline, is_dry=gpu is None))
         _write(out, gpu, records)  # at once: what is there is there, whatever ends this command
-        print(_said(records[-1]), flush=True)
+        print(f"{step.name}: {outcome(records[-1])}", flush=True)
     return 1 if any(record["state"] in ("failed", "late") for record in records) else 0
 
 
@@ -72,14 +74,6 @@ def _write(out: Path, gpu: str | None, records: list[Record]) -> None:
     summary = {"gpu": gpu, "records": records}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (out / "page.md").write_text(page(summary, out))
-
-
-def _said(record: Record) -> str:
-    seconds = f" after {record['seconds']:.0f} s" if "seconds" in record else ""
-    why = f": {record['why']}" if "why" in record else ""
-    without = f" (without {', '.join(record['without'])})" if record.get("without") else ""
-    counts = ", ".join(f"{count} {what}" for what, count in record.get("tests", {}).items())
-    return f"{record['step']}: {record['state']}{seconds}{why}{without}{f' [{counts}]' if counts else ''}"
 
 
 def _gpu() -> str | None:

@@ -61,6 +61,20 @@ def carry_out(step: Step, out: Path, limit_seconds: float, is_dry: bool = False)
     return record | {"state": state, "why": why, "last_lines": lines}
 
 
+def outcome(record: Record) -> str:
+    """What came of a step, in words."""
+    seconds = f"after {record['seconds']:.0f} s" if "seconds" in record else ""
+    counts = ", ".join(f"{count} {what}" for what, count in record.get("tests", {}).items())
+    without = f"without {', '.join(record['without'])}" if record.get("without") else ""
+    return "; ".join(filter(None, (f"{record['state']} {seconds}".strip(), record.get("why"), counts, without)))
+
+
+def forget(step: Step, out: Path) -> None:
+    """Removes what an earlier check in the same folder left of a step: nobody should take it for this one's."""
+    for file in out.glob(f"{step.name}.*"):
+        file.unlink()
+
+
 def _run(command: list[str], log: Path, limit_seconds: float) -> int | None:
     """The exit code; None where the limit came first."""
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

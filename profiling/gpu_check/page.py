@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from profiling.gpu_check.carry_out import Record
+from profiling.gpu_check.carry_out import Record, outcome
 
 COLUMNS = ("variant", "median ms", "spread", "times the reference", "peak MiB", "MFU")
 
@@ -27,19 +27,8 @@ def page(summary: Mapping[str, Any], folder: Path) -> str:
 
 
 def _overview(records: list[Record]) -> str:
-    rows = ["| step | asks | came to | seconds |", "|---|---|---|---:|"]
-    for record in records:
-        seconds = f"{record['seconds']:.0f}" if "seconds" in record else ""
-        rows.append(f"| {record['step']} | {record['question']} | {_outcome(record)} | {seconds} |")
-    return "\n".join(rows)
-
-
-def _outcome(record: Record) -> str:
-    counts = ", ".join(f"{count} {what}" for what, count in record.get("tests", {}).items())
-    said = [record["state"], record.get("why", ""), counts]
-    if record.get("without"):
-        said.append(f"without {', '.join(record['without'])}")
-    return "; ".join(filter(None, said))
+    rows = [f"| {record['step']} | {record['question']} | {outcome(record)} |" for record in records]
+    return "\n".join(("| step | asks | came to |", "|---|---|---|", *rows))
 
 
 def _section(record: Record, figures: Path) -> Iterator[str]:

@@ -71,6 +71,11 @@ class Roof:
         """FLOP/s."""
         return min(self.flops_per_second, intensity * self.bytes_per_second)
 
+    def seconds(self, work: Work, is_fused: bool) -> float:
+        """The least that it can take."""
+        moved = work.product_bytes if is_fused else work.bytes
+        return max(work.flops / self.flops_per_second, moved / self.bytes_per_second)
+
 
 class Counted(TorchDispatchMode):
     """Adds up every operator's work, by the innermost phase it runs in; and once more, under `within`, by the file
