@@ -26,7 +26,7 @@ demo-seeds: setup
 	python -m pytest -m demo -s
 
 test: checks
-	python -m pytest -n 2 --dist loadfile -m "L0 or L1"
+	python -m pytest -n 2 --dist loadfile --durations 30 -m "L0 or L1"
 
 # 100,000 hostile inputs for each reader of what comes from outside: shards, indexes, captions, picture headers; minutes.
 fuzz: setup

@@ -9,8 +9,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.15",  # 3.15 brings a standard module called `profiling`
     packages=[
-        "configs", "kernels", "data", "data.emoji", "model", "model.generator", "model.objectives", "engine",
-        "engine.checkpoint", "engine.health", "engine.watch", "engine.zero", "evaluation", "evaluation.study",
+        "configs", "kernels", "data", "data.emoji", "data.latents", "data.synthetic", "data.tars",
+        "model", "model.generator", "model.objectives",
+        "engine", "engine.checkpoint", "engine.health", "engine.watch", "engine.zero",
+        "evaluation", "evaluation.study",
         "profiling", "profiling.benches", "profiling.checks", "profiling.gpu_check", "profiling.plan",
         "profiling.report", "profiling.step",
     ],

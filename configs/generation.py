@@ -18,7 +18,7 @@ from configs.section import Positive, Section, Share, UserError
 
 
 class Latents(Section):
-    """A directory of latents (data/latents.py)."""
+    """A directory of latents (data/latents/store.py)."""
 
     train: str
     flip: bool = True  # half of the samples are those of mirrored pictures [P of LightningDiT]

@@ -15,7 +15,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from configs import UserError
-from data.grammar import with_article
+from data.synthetic.grammar import with_article
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 COLUMNS = {

@@ -28,7 +28,7 @@ from data.emoji.plan import emoji_plan
 from data.folder import ImageFolder, folder_plan
 from data.manifest import is_published, staged, write_json, write_manifest
 from data.sample import Plan, Sample
-from data.synthetic import synthetic_plan
+from data.synthetic.plan import synthetic_plan
 
 # torch is slow to import and the drawing processes import this module: webdataset and data.captions, which
 # need it, are imported where they are used.

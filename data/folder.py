@@ -20,9 +20,9 @@ from typing import Any
 
 from configs import UserError
 from data.caption_sources import SUFFIXES, class_of, is_image, list_files
-from data.grammar import with_article
 from data.pictures import Unusable, load_picture
 from data.sample import Plan, Sample
+from data.synthetic.grammar import with_article
 
 NOT_REPORTED = (".csv", ".jsonl", ".json", ".md")  # tables and notes beside the images
 READ_AHEAD = 64  # images decoded at a time: bounds the memory

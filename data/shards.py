@@ -1,7 +1,7 @@
 """Tar shards as a random-access corpus: which samples there are, and the bytes of any of them.
 
 Reads what img2dataset and webdataset write (`000000123.jpg` + `.txt` and/or `.json` in `00000.tar`). Each tar
-is indexed once into a sidecar `00000.idx` beside it (data/sidecar.py), or in the cache directory where that
+is indexed once into a sidecar `00000.idx` beside it (data/tars/sidecar.py), or in the cache directory where that
 is not writable.
 
     python -m data.shards index DIR...           # beforehand, or the first run does it
@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 
 from configs import UserError
 from data import storage
-from data.indexes import Indexes, ShardIndex, ensure_sidecar
-from data.listing import Member, image_of, is_header_of, key_of
 from data.patience import Patience, Unreadable
 from data.recent import Recent
-from data.tar_headers import BLOCK
+from data.tars.headers import BLOCK
+from data.tars.indexes import Indexes, ShardIndex, ensure_sidecar
+from data.tars.listing import Member, image_of, is_header_of, key_of
 
 Exchange = Callable[[Any], list[Any]]
 T = TypeVar("T")

@@ -20,8 +20,8 @@ from torch import Tensor
 from configs import UserError
 from configs.generation import Generation
 from data.hashing import hash_words
-from data.latent_loader import LatentBatch, LatentLoader
-from data.latents import LatentStore
+from data.latents.loader import LatentBatch, LatentLoader
+from data.latents.store import LatentStore
 from data.lines import Lines
 from data.prefetch import Ahead
 from data.sequence import sum_of_words

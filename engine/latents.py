@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from configs import UserError
 from configs.generation import Generation
-from data.latents import LatentStore
+from data.latents.store import LatentStore
 
 
 def pinned(config: Generation) -> Generation:

@@ -1,8 +1,9 @@
 """python -m evaluation.latents RUN_OR_WEIGHTS --data SHARDS --out DIR: a corpus as latents, to train generators on.
 
 Encodes every labelled picture, centre-cropped, and its mirror image, and writes them with the statistics of their
-channels in LightningDiT's layout (data/latents.py). The store appears whole or not at all, and a second run of the same
-command finds it there and does nothing. Under a launcher the ranks share the pictures, and the store reads the same:
+channels in LightningDiT's layout (data/latents/store.py). The store appears whole or not at all, and a second run of
+the same command finds it there and does nothing. Under a launcher the ranks share the pictures, and the store reads
+the same:
 
     torchrun --nproc-per-node 8 -m evaluation.latents runs/vtp_l --data imagenet/train --out latents --dtype bfloat16
 """
@@ -23,9 +24,9 @@ import torch
 
 from configs import UserError
 from data.held_out import HeldOut, check_number_of_classes
-from data.latent_files import check_statistics, write_statistics
-from data.latent_writer import LatentWriter, Tally
-from data.latents import LatentStore
+from data.latents.files import check_statistics, write_statistics
+from data.latents.store import LatentStore
+from data.latents.writer import LatentWriter, Tally
 from data.manifest import PARTIAL, is_published, staged, write_manifest
 from engine import world
 from engine.agreement import on_first, with_one_answer

@@ -32,11 +32,11 @@ from hypothesis import strategies as st
 from configs import UserError
 from data.captions import CaptionEncoder, train_bpe
 from data.headers import refusal
-from data.indexes import ensure_sidecar
 from data.patience import Unreadable
 from data.shards import BadMember, Shards
-from tests.data.hostile_tars import END, header, long_name, member, octal, padded, record
+from data.tars.indexes import ensure_sidecar
 from tests.data.tar_shards import encoded, write_corpus
+from tests.data.tars.hostile_tars import END, header, long_name, member, octal, padded, record
 
 DAMAGED = 24  # readings of one drawn input, the first one as it is
 MOST_PIXELS = 10**6

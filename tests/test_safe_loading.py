@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from configs import UserError, load_run
-from data.latent_files import STATISTICS, read_statistics
-from data.latents import LatentStore
+from data.latents.files import STATISTICS, read_statistics
+from data.latents.store import LatentStore
 from engine.checkpoint.pieces import Pieces
 from evaluation.inception import read_inception
 from model.generator.weights import read_generator

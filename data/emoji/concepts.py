@@ -23,7 +23,7 @@ from PIL import Image, ImageFilter
 
 from configs import UserError
 from data.emoji.font import Pictures
-from data.scenes import Rgb
+from data.synthetic.scenes import Rgb
 
 RANGES = (range(0x203C, 0x3300), range(0x1F000, 0x1FB00))
 MOST_WORDS = 3

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageFilter
 
-from data.drawing import OVERSAMPLING
 from data.emoji.concepts import Concept, squared
 from data.emoji.font import Pictures
 from data.emoji.scenes import COLOURS, EmojiScene, Sticker
-from data.grounds import blend, paint
-from data.scenes import Rgb
+from data.synthetic.drawing import OVERSAMPLING
+from data.synthetic.grounds import blend, paint
+from data.synthetic.scenes import Rgb
 
 SHADE = 0.22  # how far the second colour of a pattern lies from the first, towards white or black
 SHADOW = 0.35  # opacity

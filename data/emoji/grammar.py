@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 
 from data.emoji.scenes import TILTED, EmojiScene
-from data.grammar import place, relation, with_article
+from data.synthetic.grammar import place, relation, with_article
 
 OPENINGS = (
     "a picture of",

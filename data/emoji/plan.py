@@ -20,7 +20,7 @@ from data.emoji.font import EmojiFont, Pictures
 from data.emoji.grammar import caption, prompts
 from data.emoji.scenes import sample_scene
 from data.sample import Plan, Sample
-from data.scenes import scene_random
+from data.synthetic.scenes import scene_random
 
 FEWEST_WORDS, WORDS_A_CLASS = 1024, 3  # an upper bound on the ids the captions need
 README = """\

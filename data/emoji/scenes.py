@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.emoji.concepts import Concept
-from data.scenes import Rgb, contrast, scene_random
+from data.synthetic.scenes import Rgb, contrast, scene_random
 
 COLOURS: dict[str, Rgb] = {
     "red": (204, 62, 60),
@@ -36,7 +36,7 @@ COLOURS: dict[str, Rgb] = {
 }
 GROUNDS = ("plain", "gradient", "cloudy", "tiled", "striped", "dotted")
 GROUND_WEIGHTS = (4, 3, 2, 1, 1, 1)
-MIN_CONTRAST = 165.0  # between a ground and the outline of the main picture, in the units of data/scenes.py
+MIN_CONTRAST = 165.0  # between a ground and the outline of the main picture, in the units of data/synthetic/scenes.py
 SIZES = {"small": (0.48, 0.56), "medium": (0.62, 0.72), "large": (0.78, 0.92)}  # longer side of the main picture
 TILTS = ((0, 8), (0, 8), (14, 32))  # degrees either way; a third is visibly tilted
 TILTED = 12

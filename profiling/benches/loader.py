@@ -32,7 +32,7 @@ from data.captions import CaptionEncoder
 from data.corpus import build, write_shards
 from data.loader import Loader
 from data.sample import Sample
-from data.synthetic import synthetic_plan
+from data.synthetic.plan import synthetic_plan
 from profiling.benches.loader_ranks import Kind, loader_ranks
 from profiling.benches.pil_loader import pil_loader
 from profiling.machine import device

@@ -40,7 +40,7 @@ def loading() -> Iterator[Finding]:
     from data.captions import CaptionEncoder
     from data.corpus import build
     from data.loader import Loader
-    from data.synthetic import synthetic_plan
+    from data.synthetic.plan import synthetic_plan
 
     with TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"

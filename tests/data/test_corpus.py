@@ -23,8 +23,8 @@ from data.captions import CaptionEncoder
 from data.corpus import main
 from data.folder import ImageFolder
 from data.manifest import staged
-from data.scenes import class_names
-from data.synthetic import render_sample, synthetic_samples
+from data.synthetic.plan import render_sample, synthetic_samples
+from data.synthetic.scenes import class_names
 
 pytestmark = pytest.mark.L0
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from configs import UserError
-from data import sidecar
-from data.indexes import ensure_sidecar
 from data.shards import BadMember, Shards, main
 from data.storage import expand
+from data.tars import sidecar
+from data.tars.indexes import ensure_sidecar
 from tests.data.tar_shards import encoded, write_corpus, write_tar
 
 pytestmark = pytest.mark.L0

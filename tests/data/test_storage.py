@@ -8,9 +8,9 @@ import fsspec
 import pytest
 
 from configs import UserError
-from data.indexes import ensure_sidecar
 from data.shards import Shards
 from data.storage import braces, expand, fetch
+from data.tars.indexes import ensure_sidecar
 from tests.data.tar_shards import write_corpus
 
 pytestmark = pytest.mark.L0

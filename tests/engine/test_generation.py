@@ -11,14 +11,14 @@ import torch
 from configs import UserError
 from configs.generation import Generation
 from configs.load import validate
-from data.latents import LatentStore
+from data.latents.store import LatentStore
 from engine import archive, latents
 from engine.checkpoint.pieces import AVERAGE
 from model.generator.draws import draw
 from model.generator.sampling import Sampling
 from model.generator.weights import read_generator
 from model.objectives.comm import Comm
-from tests.data.latent_stores import write_public_store
+from tests.data.latents.stores import write_public_store
 from tests.engine import trainings
 from tests.harness import run_ranks
 

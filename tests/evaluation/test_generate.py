@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from configs.generator import DIT, Diffusion, Generator
-from data.latents import LatentStore
+from data.latents.store import LatentStore
 from engine.world import Ranks
 from evaluation import generate
 from evaluation import run as evaluation_run

@@ -24,7 +24,7 @@ from data.emoji.drawing import draw, palette
 from data.emoji.font import EmojiFont
 from data.emoji.plan import emoji_plan, render_sample
 from data.emoji.scenes import COLOURS, COMPANION, GROUNDS, MIN_CONTRAST, TILTED, sample_scene
-from data.scenes import contrast, scene_random
+from data.synthetic.scenes import contrast, scene_random
 from evaluation.classes import ClassTable
 
 pytestmark = pytest.mark.L0

@@ -16,7 +16,7 @@ from model.objectives.comm import Comm
 from model.pretrainer import Pretrainer
 from model.rows import Rows
 from model.weights import write_weights
-from tests.data.latent_stores import write_public_store
+from tests.data.latents.stores import write_public_store
 from tests.engine.decoder_gan_runs import stage_config
 from tests.engine.health import runs
 from tests.engine.health.runs import Spoilt, difference

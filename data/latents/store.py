@@ -10,7 +10,7 @@
 
 Files of ours hold `positions` too: where each picture stands in the corpus. By them, index i is the same picture
 whatever number of ranks wrote the store. Nothing but labels and positions is held in memory: the wanted rows are read
-(data/latent_rows.py).
+(data/latents/rows.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from configs import UserError
-from data.latent_files import FLIPPED, LATENTS, REMEDY, read_shard, read_statistics, shard_files
-from data.latent_rows import LatentRows
+from data.latents.files import FLIPPED, LATENTS, REMEDY, read_shard, read_statistics, shard_files
+from data.latents.rows import LatentRows
 from data.losses import StorageFails
 from data.manifest import MANIFEST
 from data.patience import Patience

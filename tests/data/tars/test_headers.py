@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.listing import scan
-from data.tar_headers import BLOCK, LONGEST_NAME, NotATar, walk
-from tests.data.hostile_tars import END, header, long_name, member, octal, padded, pax
+from data.tars.headers import BLOCK, LONGEST_NAME, NotATar, walk
+from data.tars.listing import scan
 from tests.data.tar_shards import encoded
+from tests.data.tars.hostile_tars import END, header, long_name, member, octal, padded, pax
 
 pytestmark = pytest.mark.L0
 

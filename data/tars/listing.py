@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import UserError
-from data.tar_headers import LONGEST_NAME, Entry, Headers, NotATar, parse, walk
+from data.tars.headers import LONGEST_NAME, Entry, Headers, NotATar, parse, walk
 
 IMAGE_EXTS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # in order of preference within a sample
 # members of other kinds hint at a picture in a format we cannot read

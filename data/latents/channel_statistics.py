@@ -1,4 +1,4 @@
-"""python -m data.latent_statistics DIR...: the channel statistics of latents that came without them.
+"""python -m data.latents.channel_statistics DIR...: the channel statistics of latents that came without them.
 
 Stores of ours have theirs from the start. Public latents are often handed out without `latents_stats.pt`, and
 LightningDiT writes it when it first reads them, from 10,000 pictures; here it comes from every value, mirrored or not.
@@ -14,7 +14,7 @@ from rich.progress import track
 from safetensors import safe_open
 
 from configs import UserError
-from data.latent_files import (
+from data.latents.files import (
     FLIPPED,
     LATENTS,
     STATISTICS,
@@ -23,7 +23,7 @@ from data.latent_files import (
     shard_files,
     write_statistics,
 )
-from data.latent_writer import Tally
+from data.latents.writer import Tally
 
 _ROWS = 256  # read at once
 
@@ -47,7 +47,9 @@ def measure(directory: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m data.latent_statistics", description="Measure public latents.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.latents.channel_statistics", description="Measure public latents."
+    )
     parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="directories of *.safetensors")
     try:
         for directory in parser.parse_args(arguments).dirs:

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import UserError
-from data.latent_files import shard_files
-from data.latent_loader import LatentLoader
-from data.latents import LatentStore
-from tests.data.latent_stores import random_latents, write_public_store
+from data.latents.files import shard_files
+from data.latents.loader import LatentLoader
+from data.latents.store import LatentStore
+from tests.data.latents.stores import random_latents, write_public_store
 
 pytestmark = pytest.mark.L0
 

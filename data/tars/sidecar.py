@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from data.listing import IMAGE_EXTS, Listing, Member, key_of
+from data.tars.listing import IMAGE_EXTS, Listing, Member, key_of
 
 _VERSION = "v1.2"
 _TAIL_BYTES = 1 << 14

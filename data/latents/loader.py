@@ -22,7 +22,7 @@ from torch import Tensor
 
 from configs import UserError
 from data.hashing import hash_words, permutation
-from data.latents import LatentStore
+from data.latents.store import LatentStore
 from data.sequence import LOOKED_AT, chained
 
 Ints = NDArray[np.int64]

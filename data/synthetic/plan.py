@@ -12,11 +12,11 @@ import functools
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from data.drawing import draw
 from data.drawn_samples import encoded, in_order
-from data.grammar import caption, class_table
 from data.sample import Plan, Sample
-from data.scenes import class_names, sample_scene, scene_random
+from data.synthetic.drawing import draw
+from data.synthetic.grammar import caption, class_table
+from data.synthetic.scenes import class_names, sample_scene, scene_random
 
 VOCAB = 1024  # an upper bound: the grammar's words need about 590 ids
 

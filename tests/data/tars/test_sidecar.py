@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data import sidecar
-from data.indexes import ensure_sidecar
-from data.listing import Member
 from data.shards import BadMember, Shards
+from data.tars import sidecar
+from data.tars.indexes import ensure_sidecar
+from data.tars.listing import Member
 from tests.data.tar_shards import encoded, write_corpus
 
 pytestmark = pytest.mark.L0

@@ -13,8 +13,8 @@ import random
 
 from PIL import Image, ImageDraw
 
-from data.grounds import blend, paint, ramp
-from data.scenes import COLOURS, Rgb, Scene, Thing
+from data.synthetic.grounds import blend, paint, ramp
+from data.synthetic.scenes import COLOURS, Rgb, Scene, Thing
 
 OVERSAMPLING = 4
 RIM = 0.018  # width of the outline, as a share of the image side

@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import UserError
-from data import latent_statistics, latents, patience
-from data.latent_files import shard_files, write_statistics
-from data.latent_writer import LatentWriter, Tally
-from data.latents import LatentStore
+from data import patience
+from data.latents import channel_statistics
+from data.latents import store as latent_store
+from data.latents.files import shard_files, write_statistics
+from data.latents.store import LatentStore
+from data.latents.writer import LatentWriter, Tally
 from data.losses import StorageFails
 from data.manifest import write_manifest
 from data.storage import OpenFile
-from tests.data.latent_stores import random_latents, write_public_store
+from tests.data.latents.stores import random_latents, write_public_store
 
 pytestmark = pytest.mark.L0
 
@@ -92,13 +94,13 @@ def test_a_public_store_without_statistics_is_measured(
     if not has_flips:
         for path in shard_files(store):
             _without(path, "latents_flip")
-    assert latent_statistics.main([str(store)]) == 0
+    assert channel_statistics.main([str(store)]) == 0
     whole = random_latents(307)
     values = torch.cat([whole[key] for key in ("latents", "latents_flip")[: 1 + has_flips]]).transpose(0, 1).flatten(1)
     torch.testing.assert_close(LatentStore(store).mean, values.mean(1))
     torch.testing.assert_close(LatentStore(store).std, values.std(1))
     for directory, expected in ((store, "is there already"), (tmp_path, "holds no latents")):
-        assert latent_statistics.main([str(directory)]) == 2
+        assert channel_statistics.main([str(directory)]) == 2
         assert expected in capsys.readouterr().err
 
 
@@ -179,7 +181,10 @@ DAMAGES = {
     "label -1": ("with a label from 0 on for each", lambda store, file: _with(file, labels=torch.full((3,), -1))),
     "unlike flips": ("both alike", lambda store, file: _with(file, latents_flip=torch.zeros(3, 4, 2, 2))),
     "unlike files": ("files of one store are alike", lambda store, file: write_unlike(file)),
-    "no statistics": ("python -m data.latent_statistics", lambda store, file: (store / "latents_stats.pt").unlink()),
+    "no statistics": (
+        "python -m data.latents.channel_statistics",
+        lambda store, file: (store / "latents_stats.pt").unlink(),
+    ),
     "cut statistics": (f"latents_stats.pt {DAMAGED}", lambda store, file: _cut(store / "latents_stats.pt")),
     "statistics with code": (
         f"latents_stats.pt {DAMAGED}",
@@ -249,7 +254,7 @@ class _Unsteady:
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatentStore:
     """A store that is being read, one file of which is open; no time is spent on waiting for storage."""
     monkeypatch.setattr(patience, "_FIRST_WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(latents, "_OPEN_FILES", 1)
+    monkeypatch.setattr(latent_store, "_OPEN_FILES", 1)
     store = LatentStore(write_public_store(tmp_path / "store", [4, 3]), tries=3)
     store.read([0, 1], [False, True])
     return store

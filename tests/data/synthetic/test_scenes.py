@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import grammar
-from data.drawing import OUTLINES, draw
-from data.scenes import (
+from data.synthetic import grammar
+from data.synthetic.drawing import OUTLINES, draw
+from data.synthetic.scenes import (
     COLOURS,
     GROUNDS,
     MARGIN,

@@ -1,4 +1,4 @@
-"""Writing a latent store (data/latents.py): each rank its own files, with the sums that statistics are made of.
+"""Writing a latent store (data/latents/store.py): each rank its own files, with the sums that statistics are made of.
 
     writer = LatentWriter(directory, rank=0)
     writer.add(latents, mirrored, labels, positions)        # (b, L, h, w) twice, (b,) twice
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from configs import UserError
 from configs.permissions import follow_umask
-from data.latent_files import FLIPPED, LABELS, LATENTS, POSITIONS, shard_name
+from data.latents.files import FLIPPED, LABELS, LATENTS, POSITIONS, shard_name
 
 SHARD_SIZE = 10_000  # pictures a file, as the public extraction has it
 

@@ -61,7 +61,7 @@ def read_statistics(directory: Path, channels: int) -> tuple[Tensor, Tensor]:
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist: training normalises latents by it; measure them with "
-            f"`python -m data.latent_statistics {directory}`"
+            f"`python -m data.latents.channel_statistics {directory}`"
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): training normalises latents by it") from None

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data import sidecar, storage
-from data.listing import Member, image_of, key_of, scan
+from data import storage
 from data.recent import Recent
-from data.tar_headers import BLOCK
+from data.tars import sidecar
+from data.tars.headers import BLOCK
+from data.tars.listing import Member, image_of, key_of, scan
 
 
 @dataclass(frozen=True)

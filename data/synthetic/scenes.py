@@ -9,8 +9,8 @@ classes).
     scene.main.shape, scene.main.colour, class_names()[scene.label]     # 'heart', 'blue', 'blue heart'
 
 A scene depends on (seed, split, index) alone, and every run of 64 indices holds each class once. Lengths are
-shares of the image side, x to the right and y downwards. data/drawing.py turns a scene into pixels,
-data/grammar.py into words.
+shares of the image side, x to the right and y downwards. data/synthetic/drawing.py turns a scene into pixels,
+data/synthetic/grammar.py into words.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.latent_files import shard_name, write_statistics
+from data.latents.files import shard_name, write_statistics
 
 
 def random_latents(count: int, shape: tuple[int, int, int] = (3, 2, 2), seed: int = 0) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 
 from configs import UserError
-from data.latent_files import REMEDY, Shard
+from data.latents.files import REMEDY, Shard
 from data.storage import OpenFile
 
 _LENGTH_BYTES = 8

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from typing import Any, Protocol
 
-from data.scenes import Scene, Thing, class_names
+from data.synthetic.scenes import Scene, Thing, class_names
 
 # The first word of each is the class name's own and is used half of the time.
 SHAPE_WORDS = {

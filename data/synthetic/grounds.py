@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from PIL import Image, ImageDraw
 
-from data.scenes import Rgb
+from data.synthetic.scenes import Rgb
 
 
 def paint(kind: str, palette: tuple[Rgb, Rgb], side: int, rng: random.Random) -> Image.Image:

@@ -1,0 +1,1 @@
+"""A corpus as latents on a disk: files as LightningDiT writes them, their statistics, batches for a generator."""
