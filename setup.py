@@ -11,7 +11,8 @@ setup(
     packages=[
         "configs", "kernels", "data", "data.emoji", "data.latents", "data.synthetic", "data.tars",
         "model", "model.generator", "model.objectives",
-        "engine", "engine.checkpoint", "engine.health", "engine.watch", "engine.zero",
+        "engine", "engine.checkpoint", "engine.health", "engine.report", "engine.trainings",
+        "engine.watch", "engine.zero",
         "evaluation", "evaluation.study",
         "profiling", "profiling.benches", "profiling.checks", "profiling.gpu_check", "profiling.plan",
         "profiling.report", "profiling.step",

@@ -1,4 +1,4 @@
-"""The schema of a generator's training: latents in, a model of them out (engine/generation.py).
+"""The schema of a generator's training: latents in, a model of them out (engine/trainings/generation.py).
 
     load_run("configs/lightningdit_b.yaml", ["latents.train=latents/vtp_b"]).batch.samples      # 1024
 

@@ -83,7 +83,7 @@ class System(Section):
     run_dir: str | None = None  # runs/NAME when not given
     report_every: Positive = 10  # steps between two host syncs
     images_every: Count = 0  # steps between two picture reports; 0: only at the end
-    phases: bool = True  # reports say where a step's time goes (engine/timing.py)
+    phases: bool = True  # reports say where a step's time goes (engine/report/timing.py)
     compile: Literal["auto", "on", "off"] = "auto"
     attention: Literal["auto", "flash3", "varlen", "flash2", "xformers", "sdpa", "matmul"] = "auto"
     activation_checkpointing: Literal["off", "selective", "full"] = "off"  # engine/recompute.py

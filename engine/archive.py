@@ -22,8 +22,8 @@ from data.whole_file import sync
 from engine.checkpoint.directory import SUMS, candidates
 from engine.checkpoint.pieces import AVERAGE, MASTER, WHOLE, Pieces
 from engine.exits import DONE, FAILED, MISTAKE
-from engine.frozen_tokenizer import write_with_decoder
 from engine.places import checkpoints, run_directory
+from engine.trainings.frozen_tokenizer import write_with_decoder
 from model.generator.shape import LatentShape
 from model.generator.weights import write_generator
 from model.origin import Origin

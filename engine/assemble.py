@@ -39,8 +39,8 @@ from engine.host_memory import keep_freed_blocks
 from engine.hosts import across_hosts
 from engine.initial import initial_weights
 from engine.recompute import recompute_blocks
+from engine.report.timing import TimedComm, time_calls, time_children
 from engine.teacher import Teacher
-from engine.timing import TimedComm, time_calls, time_children
 from engine.training import Kept
 from kernels.attention import Backend, resolve
 from model.block import Block

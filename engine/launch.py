@@ -95,7 +95,7 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, t
     elif isinstance(config, DecoderGan):
         config = _check_decoder_gan(config, resume)
     elif isinstance(config, Generation):
-        from engine import latents
+        from engine.trainings import latents
 
         config = latents.pinned(config)
     from engine.archive import check_start  # imports torch: after what needs milliseconds
@@ -168,7 +168,7 @@ def _check_decoder_gan(config: DecoderGan, resume: bool) -> DecoderGan:
         expand(config.data.train, config.system.loader.cache_dir)
     if config.objectives.rec.perceptual:
         _require_perceptual_weights(str(config.objectives.rec.lpips_weights))
-    from engine.frozen_tokenizer import pinned
+    from engine.trainings.frozen_tokenizer import pinned
 
     return pinned(config)
 

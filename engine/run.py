@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import Run, to_yaml
-from engine import archive, kinds, stop_file, world
+from engine import archive, stop_file, world
 from engine.agreement import trouble_of_first
 from engine.checkpoint.contents import Consumed
 from engine.checkpoint.saver import News, Saver
@@ -32,14 +32,15 @@ from engine.health.alarms import Alarms, rules
 from engine.health.failure import TrainingFailed
 from engine.health.guard import GoBack, Guard
 from engine.health.rollback import Cursor, Rollbacks, check_corpus, restored
-from engine.instruments import Instruments, watching
-from engine.meter import Meter
 from engine.out_of_memory import Memory
-from engine.pictures import png
 from engine.places import checkpoints, run_directory
-from engine.report import Reporter, open_reporter
+from engine.report.instruments import Instruments, watching
+from engine.report.meter import Meter
+from engine.report.pictures import png
+from engine.report.reporter import Reporter, open_reporter
 from engine.samples import SampleLog
 from engine.training import Training
+from engine.trainings import kinds
 from engine.watch.place import Place
 from engine.watch.watch import watched
 from model.objectives.comm import Comm

@@ -1,11 +1,11 @@
 """What a kind of run brings to the engine's one loop (engine/run.py), which knows nothing else of it.
 
-    training = engine.kinds.assemble(config, ds_config, comm, run_dir, resume)
+    training = engine.trainings.kinds.assemble(config, ds_config, comm, run_dir, resume)
     for batch in training.batches(first_step=0):
         record = training.step(batch)
 
-Pre-training a tokenizer is engine/pretraining.py. Batches, losses and pictures differ from kind to kind; reports,
-checkpoints, instruments, stopping and resuming are the same code for all of them.
+Pre-training a tokenizer is engine/trainings/pretraining.py. Batches, losses and pictures differ from kind to kind;
+reports, checkpoints, instruments, stopping and resuming are the same code for all of them.
 """
 
 from __future__ import annotations

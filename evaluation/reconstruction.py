@@ -21,7 +21,7 @@ from torch import Tensor
 from configs import UserError
 from engine import world
 from engine.agreement import in_order
-from engine.pictures import latent_colours, png, reconstructions
+from engine.report.pictures import latent_colours, png, reconstructions
 from evaluation.feature_network import FeatureNetwork, PerceptualNetwork
 from evaluation.fidelity import WINDOW, Fid, ssim
 from evaluation.outcome import Figure, Outcome

@@ -48,8 +48,8 @@ DOORS = {
     "triton": ("kernels/",),
     "apex": ("engine/optim.py",),
     "pynvml": ("profiling/energy.py",),
-    "tensorboard": ("engine/event_file.py",),
-    "torch.utils.tensorboard": ("engine/event_file.py",),
+    "tensorboard": ("engine/report/event_file.py",),
+    "torch.utils.tensorboard": ("engine/report/event_file.py",),
     "matplotlib": ("profiling/report/plots.py", "evaluation/figures.py"),
     "torchmetrics": ("evaluation/fidelity.py",),
     "jinja2": ("profiling/report/page.py",),
@@ -159,7 +159,7 @@ def test_every_package_is_installed() -> None:
 
 def test_every_door_in_use_is_there() -> None:
     """A door whose file was renamed would let nobody in and nobody notice."""
-    in_use = ("engine/zero/", "engine/world.py", "data/decode.py", "data/corpus.py", "engine/event_file.py")
+    in_use = ("engine/zero/", "engine/world.py", "data/decode.py", "data/corpus.py", "engine/report/event_file.py")
     in_use += ("profiling/report/plots.py", "profiling/report/page.py")
     assert [door for door in in_use if not (ROOT / door).exists()] == []
 

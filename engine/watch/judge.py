@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from engine.exits import LOST_RANK
 
-# Phases in which a rank waits for others (engine/timing.py, engine/run.py): one that is elsewhere is waited for.
+# Phases in which a rank waits for others (engine/report/timing.py, engine/run.py): one that is elsewhere is waited for.
 WAITING = ("all_gather", "reduce_scatter", "all_reduce", "backward", "optimizer", "report", "barrier")
 
 

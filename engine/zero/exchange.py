@@ -1,8 +1,8 @@
 """Where a step meets the other ranks inside DeepSpeed, for what times it and what counts bytes.
 
 for kind, owner, method in collectives(engine):
-    phases.wrap(kind, owner, method)         # engine/timing.py
-with observed(note):                         # engine/traffic.py
+    phases.wrap(kind, owner, method)         # engine/report/timing.py
+with observed(note):                         # engine/report/traffic.py
     engine.backward(loss)
 """
 

@@ -7,7 +7,7 @@
 A *message* is the whole tensor: the output of an all-gather, the input of a reduce-scatter, the tensor of an
 all-reduce. On the *wire* a rank sends, around a ring of W, (W-1)/W of the message of an all-gather or reduce-scatter,
 and twice that for an all-reduce. Both are per optimizer step and rank, of a steady step (ZeRO-3 learns its order in the
-first). engine/traffic.py counts messages of a run under the same convention, reported as comm/*_mb.
+first). engine/report/traffic.py counts messages of a run under the same convention, reported as comm/*_mb.
 
 What happens only at reports is no part of a step: means over ranks, phases, memory and stop flags all-reduce some 200
 bytes and 24 (CUDA 32) a rank of the world, once a report; bad samples and joules travel pickled. The EMA teacher moves
@@ -100,7 +100,7 @@ def predict(config: Config, ds_config: dict[str, Any], world_size: int, is_separ
 
 
 def by_kind(collectives: list[Collective]) -> dict[str, int]:
-    """Message bytes of a step by kind, as engine.traffic counts them."""
+    """Message bytes of a step by kind, as engine.report.traffic counts them."""
     counts: Counter[str] = Counter()
     for each in collectives:
         counts[each.kind] += each.message_bytes

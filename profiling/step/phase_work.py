@@ -7,9 +7,9 @@
 
 Counted, not modelled: one step of the real model, its objectives and their backward runs on tensors without memory
 (torch's FakeTensorMode), and every operator is counted by the phase it runs in, the phases being those that a run times
-(engine/timing.py). One rank's, collectives and the copies of ZeRO left out. Losses are counted as they run on a CPU,
-FP8 products as those of the run's precision. With objectives.rec.mask it is the mean over the steps of a run. The
-optimizer and the EMA are counted by hand.
+(engine/report/timing.py). One rank's, collectives and the copies of ZeRO left out. Losses are counted as they run on a
+CPU, FP8 products as those of the run's precision. With objectives.rec.mask it is the mean over the steps of a run.
+The optimizer and the EMA are counted by hand.
 """
 
 from __future__ import annotations

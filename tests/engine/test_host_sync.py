@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configs import Config
 from engine.assemble import Assembly
 from engine.health.guard import Guard
-from engine.meter import Meter
+from engine.report.meter import Meter
 from engine.step import train_step
 from model.objectives.comm import Comm
 from tests.engine import ranks

@@ -17,7 +17,7 @@ from engine import archive, world
 from engine.assemble import Assembly, assemble
 from engine.checkpoint.contents import load
 from engine.checkpoint.saver import save
-from engine.traffic import counting
+from engine.report.traffic import counting
 from engine.zero.quantise import RUN, dequantise, num_scales, quantise
 from model.objectives.comm import Comm
 from tests.engine import ranks

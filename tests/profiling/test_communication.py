@@ -10,8 +10,8 @@ import pytest
 from configs import Config, UserError
 from configs.ds import load_ds_config
 from engine.assemble import assemble
+from engine.report.traffic import counting
 from engine.step import train_step
-from engine.traffic import counting
 from model.objectives.comm import Comm
 from profiling.step.communication import Collective, by_kind, predict, table
 from tests.engine import ranks

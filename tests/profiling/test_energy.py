@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import engine.energy
-from engine.energy import Energy, metered
+import engine.report.energy
+from engine.report.energy import Energy, metered
 from model.objectives.comm import Comm
 from profiling import energy as module
 from profiling.energy import EnergyMeter, over_ranks
@@ -274,7 +274,7 @@ def test_joules_per_sample_are_of_the_steps_since_the_last_report(nvml: FakeNvml
 
 
 def report_of(comm: Comm, powercap: Path) -> tuple[dict[str, float], list[str]]:
-    vars(engine.energy)["EnergyMeter"] = partial(EnergyMeter, interval=1000.0, powercap=powercap)
+    vars(engine.report.energy)["EnergyMeter"] = partial(EnergyMeter, interval=1000.0, powercap=powercap)
     said: list[str] = []
     with metered(torch.device("cpu"), samples_per_step=4, say=said.append) as energy:
         if comm.rank == 0:

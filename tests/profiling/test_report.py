@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from configs import UserError, to_yaml
-from engine.pictures import png
-from engine.sinks import Log
+from engine.report.pictures import png
+from engine.report.sinks import Log
 from model.rows import Rows
 from profiling.report.blocks import Line, Plot, Stack, as_json, shown
 from profiling.report.data import read_run

@@ -21,15 +21,16 @@ from configs import Config, DecoderGan, Run
 from configs.ds import load_ds_config
 from data.order import Order
 from data.prefetch import Ahead
-from engine import archive, kinds, run
+from engine import archive, run
 from engine.assemble import assemble
 from engine.checkpoint.pieces import Pieces
-from engine.generation import GeneratorTraining
-from engine.pretraining import Pretraining
 from engine.training import Training
+from engine.trainings import kinds
+from engine.trainings.generation import GeneratorTraining
+from engine.trainings.pretraining import Pretraining
 from model.objectives.comm import Comm
-from tests.engine import decoder_gan_runs
 from tests.engine.ranks import DEEPSPEED
+from tests.engine.trainings import decoder_gan_runs
 from tests.tiny import random_batch
 
 CORPUS = Order([64], 1, 1, 0)

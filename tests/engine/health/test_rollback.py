@@ -17,10 +17,10 @@ from model.pretrainer import Pretrainer
 from model.rows import Rows
 from model.weights import write_weights
 from tests.data.latents.stores import write_public_store
-from tests.engine.decoder_gan_runs import stage_config
 from tests.engine.health import runs
 from tests.engine.health.runs import Spoilt, difference
-from tests.engine.test_generation import SHAPE, tiny
+from tests.engine.trainings.decoder_gan_runs import stage_config
+from tests.engine.trainings.test_generation import SHAPE, tiny
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.meter import Meter
+from engine.report.meter import Meter
+from engine.report.utilisation import Utilisation, utilisation
 from engine.step import StepRecord
-from engine.utilisation import Utilisation, utilisation
 from model.objectives.comm import Solo
 from model.outputs import Outputs
 from model.rows import Rows

@@ -12,8 +12,8 @@ import time
 import torch
 from torch import Tensor
 
+from engine.report.utilisation import Utilisation
 from engine.training import Record
-from engine.utilisation import Utilisation
 from model.objectives.comm import Comm
 
 # Named terms that are no losses.

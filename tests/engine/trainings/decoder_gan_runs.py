@@ -14,11 +14,11 @@ from configs.ds import load_ds_config
 from configs.load import validate
 from data.picture_loader import PictureBatch
 from engine import zero
-from engine.decoder_gan import DecoderTraining, assemble
-from engine.decoder_step import DecoderAssembly, is_on
-from engine.frozen_tokenizer import described, pinned
 from engine.optim import parameter_groups
 from engine.schedule import learning_rate
+from engine.trainings.decoder_gan import DecoderTraining, assemble
+from engine.trainings.decoder_step import DecoderAssembly, is_on
+from engine.trainings.frozen_tokenizer import described, pinned
 from model.decoder_stage import DecoderStage
 from model.discriminator import PatchGan, initialise_discriminator
 from model.objectives.adversarial import discriminator_loss, generator_loss

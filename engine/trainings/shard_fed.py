@@ -16,8 +16,8 @@ from data.health import Health
 from data.lines import Lines
 from data.reading import SampleReader
 from data.sequence import CorpusFacts, sum_of_keys
-from engine.bad_samples import bad_samples
 from engine.training import renumbered
+from engine.trainings.bad_samples import bad_samples
 
 
 class Keyed(Protocol):

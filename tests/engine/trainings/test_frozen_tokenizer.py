@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from configs import UserError, fingerprint
 from configs.architecture import Model
-from engine.frozen_tokenizer import described, initial_decoder
+from engine.trainings.frozen_tokenizer import described, initial_decoder
 from model.tokenizer import VisualTokenizer, pixels_of
 from model.weights import digest, write_weights
-from tests.engine.decoder_gan_runs import stage_config
+from tests.engine.trainings.decoder_gan_runs import stage_config
 from tests.model.tiny_weights import NO_REC, write_run
 from tests.tiny import tiny_config
 

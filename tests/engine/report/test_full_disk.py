@@ -19,11 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine import archive, run
 from engine.complaint import complain
-from engine.event_file import EventFile
 from engine.exits import FAILED
 from engine.failures import Failure, last, record
-from engine.pictures import png
-from engine.report import open_reporter
+from engine.report.event_file import EventFile
+from engine.report.pictures import png
+from engine.report.reporter import open_reporter
 from model.weights import read_weights
 from profiling.report.data import read_run
 from tests.engine.small_runs import arguments, differing_weights, launch_here, reported, write_shards

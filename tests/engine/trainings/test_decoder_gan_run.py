@@ -25,13 +25,13 @@ from model.decoder_stage import DecoderStage
 from model.objectives.comm import Comm
 from model.objectives.pixels import l1_loss
 from model.weights import write_weights
-from tests.engine.decoder_gan_runs import stage_config
 from tests.engine.ranks import DEEPSPEED
+from tests.engine.trainings.decoder_gan_runs import stage_config
 from tests.evaluation.tiny_runs import run_config, untrained, write_labelled_corpus
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.L1
-PRESET = Path(__file__).resolve().parents[2] / "configs" / "decoder_gan.yaml"
+PRESET = Path(__file__).resolve().parents[3] / "configs" / "decoder_gan.yaml"
 STEPS = 60
 REPORTED = {"loss/total", "loss/rec", "loss/l1", "loss/gan", "loss/disc", "health/gan_weight", "health/logits_real"}
 REPORTED |= {"health/logits_fake", "speed/mfu", "phase/trunk_ms", "phase/decoder_ms", "phase/ema_ms"}

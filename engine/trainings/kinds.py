@@ -10,10 +10,10 @@ from typing import Any
 
 from configs import Config, DecoderGan, Run
 from configs.generation import Generation
-from engine.decoder_gan import decoder_gan
-from engine.generation import generation
-from engine.pretraining import pretraining
 from engine.training import Training
+from engine.trainings.decoder_gan import decoder_gan
+from engine.trainings.generation import generation
+from engine.trainings.pretraining import pretraining
 from model.objectives.comm import Comm
 
 

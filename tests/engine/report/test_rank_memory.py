@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine import world
-from engine.rank_memory import report, spread
+from engine.report.rank_memory import report, spread
 from model.objectives.comm import Comm, Solo
 from profiling.memory import peak_and_now
 from tests.harness import run_ranks

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from engine import world
-from engine.traffic import Traffic
+from engine.report.traffic import Traffic
 
 pytestmark = pytest.mark.L0
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from configs import Run
 from configs.ds import load_ds_config
-from engine import archive, kinds, zero
+from engine import archive, zero
 from engine.checkpoint.contents import load
 from engine.checkpoint.saver import save
 from engine.training import Training
+from engine.trainings import kinds
 from model.objectives.comm import Comm
 from tests.engine.ranks import DEEPSPEED
 

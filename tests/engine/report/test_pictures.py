@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.pictures import latent_colours, png, reconstructions
+from engine.report.pictures import latent_colours, png, reconstructions
 
 pytestmark = pytest.mark.L0
 

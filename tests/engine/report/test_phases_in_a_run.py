@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from configs import Config
-from engine.timing import report, straggler
+from engine.report.timing import report, straggler
 from model.objectives.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks

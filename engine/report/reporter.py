@@ -1,4 +1,4 @@
-"""What a run tells, and to whom: reports and sentences to every sink (engine/sinks.py), files beside them.
+"""What a run tells, and to whom: reports and sentences to every sink (engine/report/sinks.py), files beside them.
 
 Only the main rank writes; the others get a Reporter without sinks. A report is a step number and a flat dict of floats,
 named with slashes as TensorBoard groups them ("loss/clip", "speed/samples_per_second").
@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data.whole_file import write_whole
-from engine.sinks import GrowingFile, Log, Sink, TensorBoard, Terminal
+from engine.report.sinks import GrowingFile, Log, Sink, TensorBoard, Terminal
 
 
 class Reporter:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from data.lines import Lines
-from engine.event_file import EventFile
+from engine.report.event_file import EventFile
 
 HEADLINE = {
     "loss/total": "loss",
@@ -38,7 +38,7 @@ HEADLINE = {
 
 
 class GrowingFile(Protocol):
-    """A file that keeps what it cannot write for later; data/lines.py has one, engine/event_file.py another."""
+    """A file that keeps what it cannot write for later; data/lines.py has one, engine/report/event_file.py another."""
 
     path: Path
     trouble: str  # what the last try to write met, with the path; "" where all is written

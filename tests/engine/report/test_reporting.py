@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.meter import Meter
 from engine.optim import parameter_groups
-from engine.report import open_reporter
-from engine.sinks import plain_line
+from engine.report.meter import Meter
+from engine.report.reporter import open_reporter
+from engine.report.sinks import plain_line
 from engine.step import StepRecord
 from model.objectives.comm import Comm, Solo
 from model.outputs import Outputs

@@ -16,7 +16,7 @@ from engine.checkpoint.pieces import AVERAGE
 from engine.checkpoint.saver import save
 from model.objectives.comm import Comm
 from model.tokenizer import VisualTokenizer
-from tests.engine import decoder_gan_runs as runs
+from tests.engine.trainings import decoder_gan_runs as runs
 from tests.harness import run_ranks
 from tests.model.tiny_weights import write_run
 from tests.tiny import tiny_config

@@ -19,10 +19,10 @@ from data.loader import Loader
 from engine import world
 from engine.assemble import Assembly, assemble
 from engine.health.judge import Judge
-from engine.pictures import latent_colours, reconstructions
-from engine.shard_fed import ShardFed
+from engine.report.pictures import latent_colours, reconstructions
 from engine.step import StepRecord, train_step
 from engine.training import Kept
+from engine.trainings.shard_fed import ShardFed
 from model.describe import describe
 from model.imagenet import denormalise
 from model.objectives.comm import Comm

@@ -1,4 +1,4 @@
-"""Stage 2 as the loop sees it: pictures in, engine/decoder_step.py's step, reconstructions before and after.
+"""Stage 2 as the loop sees it: pictures in, engine/trainings/decoder_step.py's step, reconstructions before and after.
 
 training = decoder_gan(config, ds_config, comm, run_dir, is_resumed=False)
 record = training.step(next(training.batches(first_step=0)))
@@ -25,13 +25,13 @@ from engine import world
 from engine.assemble import fill_parameters, start, timed
 from engine.average import Average
 from engine.checkpoint.pieces import MAIN
-from engine.decoder_step import JUDGES, LISTENS, DecoderAssembly, DecoderRecord, decoder_step
-from engine.frozen_tokenizer import described, initial_decoder
 from engine.health.judge import Judge
-from engine.pictures import reconstructions
-from engine.shard_fed import ShardFed
-from engine.timing import TimedComm
+from engine.report.pictures import reconstructions
+from engine.report.timing import TimedComm
 from engine.training import Kept
+from engine.trainings.decoder_step import JUDGES, LISTENS, DecoderAssembly, DecoderRecord, decoder_step
+from engine.trainings.frozen_tokenizer import described, initial_decoder
+from engine.trainings.shard_fed import ShardFed
 from model.block import Block
 from model.decoder_stage import DecoderStage, StageOutputs
 from model.describe import describe_decoder_gan
@@ -80,7 +80,7 @@ class DecoderTraining(ShardFed[PictureBatch]):
         return self.parts.judges
 
     def step(self, batch: PictureBatch) -> DecoderRecord:
-        """engine/decoder_step.py's."""
+        """engine/trainings/decoder_step.py's."""
         record = decoder_step(self.parts, batch, self.config)
         self._shown = record.outputs
         return record

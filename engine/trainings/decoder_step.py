@@ -11,7 +11,7 @@ one that has seen nothing has nothing to say.
 
 In the decoder's term the discriminator is called as `engine.module(x)`: a forward of the engine itself would want a
 backward of its own. Measured with deepspeed 0.19.8: its parameters are gathered and let go by hooks on its layers all
-the same, and on ZeRO 1, 2 and 3 the steps are those of plain PyTorch (tests/engine/test_decoder_gan.py).
+the same, and on ZeRO 1, 2 and 3 the steps are those of plain PyTorch (tests/engine/trainings/test_decoder_gan.py).
 """
 
 from __future__ import annotations

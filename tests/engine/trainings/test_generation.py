@@ -12,14 +12,15 @@ from configs import UserError
 from configs.generation import Generation
 from configs.load import validate
 from data.latents.store import LatentStore
-from engine import archive, latents
+from engine import archive
 from engine.checkpoint.pieces import AVERAGE
+from engine.trainings import latents
 from model.generator.draws import draw
 from model.generator.sampling import Sampling
 from model.generator.weights import read_generator
 from model.objectives.comm import Comm
 from tests.data.latents.stores import write_public_store
-from tests.engine import trainings
+from tests.engine.trainings import small as trainings
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.L1

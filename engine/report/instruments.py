@@ -19,13 +19,13 @@ from pathlib import Path
 
 from engine.assemble import resolve_compile
 from engine.complaint import complain
-from engine.energy import Energy, metered
-from engine.rank_memory import report as memory_of_ranks
-from engine.report import Reporter
-from engine.timing import report as phase_times
-from engine.traffic import Traffic, counting
+from engine.report.energy import Energy, metered
+from engine.report.rank_memory import report as memory_of_ranks
+from engine.report.reporter import Reporter
+from engine.report.timing import report as phase_times
+from engine.report.traffic import Traffic, counting
+from engine.report.utilisation import Utilisation, utilisation
 from engine.training import Training
-from engine.utilisation import Utilisation, utilisation
 from model.objectives.comm import Comm
 from profiling.phases import Phases
 from profiling.window import Window
