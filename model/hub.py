@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from configs import UserError
 from configs.architecture import Model
 from model.model_card import card_text
 from model.origin import Origin
-from model.public_directory import CONFIG, WEIGHTS, read_config, read_public, write_public
+from model.public_directory import CONFIG, read_config, read_public, write_public
 from model.public_layout import check_exportable
+from model.public_weights import INDEX, WEIGHTS, read_index
 
 T = TypeVar("T", bound="OnHub")
 
@@ -85,7 +86,7 @@ class OnHub(ModelHubMixin, library_name="vtp-engine", tags=["visual-tokenizer", 
         directory = Path(model_id)
         if not directory.is_dir():
             directory = Path(hf_hub_download(model_id, CONFIG, **hub)).parent
-            hf_hub_download(model_id, WEIGHTS, **{**hub, "revision": directory.name})  # the commit of the first
+            _fetch_weights(model_id, directory, {**hub, "revision": directory.name})  # the commit of the first
         state, model, origin = read_public(directory)
         return cls.from_state(model, state, attention, origin)
 
@@ -96,3 +97,16 @@ class OnHub(ModelHubMixin, library_name="vtp-engine", tags=["visual-tokenizer", 
                 "VisualTokenizer.from_state an origin=Origin(image_size=...)"
             )
         return self.origin
+
+
+def _fetch_weights(name: str, directory: Path, hub: dict[str, Any]) -> None:
+    """Into the cache's `directory`: the file of weights, or, where the hub has none, the index and what it names."""
+    try:
+        hf_hub_download(name, WEIGHTS, **hub)
+    except EntryNotFoundError as none:
+        try:
+            hf_hub_download(name, INDEX, **hub)
+        except EntryNotFoundError:
+            raise none from None
+        for file in sorted(set(read_index(directory / INDEX).values())):
+            hf_hub_download(name, file, **hub)

@@ -1,4 +1,4 @@
-"""A directory in the public VTP layout: config.json and model.safetensors.
+"""A directory in the public VTP layout: config.json and model.safetensors (or the parts of one).
 
 write_public(directory, state, config.model, Origin(image_size=256))
 state, model, origin = read_public(directory)       # ours, or one that public code wrote
@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,8 +19,9 @@ from configs.permissions import follow_umask
 from model.origin import METADATA, Origin
 from model.public_config import read_key
 from model.public_layout import from_public, to_public
+from model.public_weights import LAYOUT, WEIGHTS, read_tensors
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
 
 
 def read_public(directory: Path) -> tuple[dict[str, Tensor], Model, Origin]:
@@ -29,13 +29,8 @@ def read_public(directory: Path) -> tuple[dict[str, Tensor], Model, Origin]:
 
     Raises UserError for a missing or damaged file, and for all that `from_public` refuses.
     """
-    described, path = read_config(directory), _existing(directory / WEIGHTS)
-    try:
-        with safe_open(path, "pt") as stored:
-            metadata = stored.metadata() or {}
-            public = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise UserError(f"{path} is cut off or no safetensors file ({error}); fetch it again") from None
+    described = read_config(directory)
+    public, metadata = read_tensors(directory)
     try:
         state, model = from_public(public, described)
     except UserError as error:
@@ -46,7 +41,9 @@ def read_public(directory: Path) -> tuple[dict[str, Tensor], Model, Origin]:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """DIR/config.json. Raises UserError where it is missing or holds no keys and values."""
-    path = _existing(directory / CONFIG)
+    path = directory / CONFIG
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {LAYOUT}")
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -64,9 +61,3 @@ def write_public(directory: Path, state: dict[str, Tensor], model: Model, origin
     save_file(tensors, directory / WEIGHTS, {"format": "pt", METADATA: origin.to_json()})
     follow_umask(directory / WEIGHTS)
     (directory / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the public layout is {CONFIG} and {WEIGHTS}")
-    return path

@@ -39,7 +39,11 @@ def serving(directory: Path, name: str) -> Iterator[Hub]:
             hub.asked.append((self.command, self.path, self.headers.get("Authorization")))
             file = directory / self.path.rsplit("/", 1)[-1]
             if not self.path.startswith(f"/{name}/resolve/") or not file.is_file():
-                self.send_error(404)
+                self.send_response(404)
+                is_known = self.path.startswith(f"/{name}/")
+                self.send_header("X-Error-Code", "EntryNotFound" if is_known else "RepoNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
                 return
             body = file.read_bytes()
             self.send_response(200)

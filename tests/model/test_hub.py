@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from configs import UserError
@@ -74,6 +75,84 @@ def test_the_card_says_what_is_known_and_names_what_the_weights_can_do() -> None
     assert card.data.library_name == "vtp-engine"
     for said in ("# mine", "| training steps | 1,200 |", "0123456789abcdef", "| methods | encode, decode |"):
         assert said in card.text
+
+
+@pytest.fixture
+def in_parts(saved: Path, tmp_path: Path) -> Path:
+    """The same weights as huggingface_hub writes what is larger than a file may be."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    save_torch_state_dict(load_file(saved / "model.safetensors"), folder, max_shard_size=40_000)
+    (folder / "config.json").write_bytes((saved / "config.json").read_bytes())
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    return folder
+
+
+def test_weights_in_several_files_are_those_in_one(saved: Path, in_parts: Path) -> None:
+    whole = VisualTokenizer.from_pretrained(saved).state_dict()
+    parts = VisualTokenizer.from_pretrained(in_parts).state_dict()
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model-*-of-*.safetensors"))
+
+
+def _index(folder: Path, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+BAD_PARTS = {
+    "a part is missing": ("does not exist: the public layout is", lambda folder: _parts(folder)[0].unlink()),
+    "a part is cut off": ("is cut off or no safetensors", lambda folder: _parts(folder)[0].write_bytes(b"x" * 50)),
+    "a part has another's tensors": (
+        r"holds no .*, though model.safetensors.index.json says so",
+        lambda folder: _parts(folder)[0].write_bytes(_parts(folder)[1].read_bytes()),
+    ),
+    "no JSON": ("is not JSON", lambda folder: _index(folder, "{")),
+    "a list": ("has no weight_map", lambda folder: _index(folder, "[]")),
+    "an empty map": ("has no weight_map", lambda folder: _index(folder, '{"weight_map": {}}')),
+    "a way out": (
+        r"puts norm into '\.\./other.safetensors': only",
+        lambda folder: _index(folder, '{"weight_map": {"norm": "../other.safetensors"}}'),
+    ),
+    "a pickle": (
+        r"puts norm into 'norm.bin': only",
+        lambda folder: _index(folder, '{"weight_map": {"norm": "norm.bin"}}'),
+    ),
+    "a number": (r"puts norm into 1: only", lambda folder: _index(folder, '{"weight_map": {"norm": 1}}')),
+}
+
+
+@pytest.mark.parametrize("what", BAD_PARTS)
+def test_parts_that_do_not_fit_together_are_one_clear_error(what: str, in_parts: Path) -> None:
+    message, spoil = BAD_PARTS[what]
+    spoil(in_parts)
+    with pytest.raises(UserError, match=message):
+        VisualTokenizer.from_pretrained(in_parts)
+
+
+def test_a_hub_name_with_weights_in_several_files_is_fetched_and_then_found_without_the_hub(
+    in_parts: Path, tmp_path: Path
+) -> None:
+    (in_parts / "more.safetensors").write_bytes(b"")
+    load = "V.from_pretrained('someone/large', cache_dir=argv[1], local_files_only={})"
+    with serving(in_parts, "someone/large") as hub:
+        fetched = fetch(hub.url, tmp_path, f"{load.format(False)}; t = {load.format(True)}; print(t.origin.image_size)")
+    assert fetched.stdout == "32\n", fetched.stderr
+    assert not any(path.endswith("more.safetensors") for _, path, _ in hub.asked), "only what the index names"
+
+
+def test_a_hub_name_without_weights_is_one_clear_error(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((saved / "config.json").read_bytes())
+    with serving(folder, "someone/bare") as hub:
+        missing = fetch(hub.url, tmp_path, "V.from_pretrained('someone/bare', cache_dir=argv[1])")
+    last = missing.stderr.splitlines()[-1]
+    assert "UserError: someone/bare is no directory and the hub did not deliver it (" in last
+    assert "index.json" not in last, "it names the file that was asked for first"
 
 
 def fetch(hub: str, cache: Path, code: str) -> subprocess.CompletedProcess[str]:
