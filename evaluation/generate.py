@@ -50,9 +50,11 @@ def generate(generator: Path, tokenizer: str | Path, out: Path | None, options: 
         rows += with_one_answer(partial(_checked, judged.judge(guidance)))
     judged.grid.gather()
     found = {
-        "generator": str(generator), "tokenizer": str(tokenizer), "seed": options.seed,
-        "image_size": judged.pair.source.crop, "reference": list(judged.data) if options.fid else [],
-        "reference_limit": options.limit, "results": rows, "bad_samples": dict(judged.bad_samples()),
+        "generator": str(generator), "generator_weights": judged.pair.weights,
+        "tokenizer": str(tokenizer), "tokenizer_weights": judged.pair.source.digest(),
+        "seed": options.seed, "image_size": judged.pair.source.crop,
+        "reference": list(judged.data) if options.fid else [], "reference_limit": options.limit,
+        "results": rows, "bad_samples": dict(judged.bad_samples()),
     }  # fmt: skip
 
     def write() -> None:

@@ -27,6 +27,7 @@ from evaluation.source import Source, check_finite, open_source
 from model.generator.draws import draw
 from model.generator.sampling import Sampling
 from model.generator.weights import LoadedGenerator, read_generator
+from model.weights import digest
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLING_STEP = 1 << 40  # where training has its step: no run comes so far, so samples start from noise of their own
@@ -42,11 +43,16 @@ class Samples:
 
 
 class Pair:
-    """A generator and the tokenizer of its latents, on `device`; `calls` counts how often each part was asked."""
+    """A generator and the tokenizer of its latents, on `device`.
 
-    def __init__(self, generator: LoadedGenerator, source: Source, device: torch.device) -> None:
+    `calls` counts how often each part was asked; `weights` is the sha256 of the generator's tensors, if from a file.
+    """
+
+    def __init__(
+        self, generator: LoadedGenerator, source: Source, device: torch.device, weights: str | None = None
+    ) -> None:
         check_fit(generator, source)
-        self.generator, self.device = generator, device
+        self.generator, self.device, self.weights = generator, device, weights
         self.generator.module.to(device)
         side = generator.shape.height * source.tokenizer.model.patch_size
         self.source = replace(source, crop=side)  # whatever the tokenizer was trained at
@@ -61,7 +67,7 @@ class Pair:
         file = generator / "weights.safetensors" if generator.is_dir() else generator
         loaded = read_generator(file)
         check_finite(loaded.module, file)
-        return cls(loaded, open_source(tokenizer, device), device)
+        return cls(loaded, open_source(tokenizer, device), device, digest(file))
 
     @torch.no_grad()
     def samples(

@@ -89,7 +89,7 @@ def write_random_generator(folder: Path, store: LatentStore, section: Generator 
     """A run directory whose generator was never trained, but no weight of which is zero."""
     folder.mkdir()
     shape = changed.pop("shape", LatentShape(*store.shape))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(changed.pop("seed", 0))
     state = {
         name: torch.randn(tensor.shape, generator=generator) * 0.2
         for name, tensor in build(section, shape, CLASSES).state_dict().items()
@@ -185,6 +185,23 @@ def test_the_command_leaves_figures_a_table_and_a_picture(
     # One scale alone, in other batches: nothing of the first scale is left in the figures of the second.
     alone = (*asked, "--guidance", 4, "--fid", network, "--steps", 3, "--batch-size", 12)
     assert generated(tmp_path / "alone", *alone)["results"][0]["gfid"] == pytest.approx(other, rel=1e-4)
+
+
+def test_results_say_by_digest_whose_weights_they_are_of(
+    trained: Path, tokenizer: Path, store: LatentStore, tmp_path: Path
+) -> None:
+    other = write_random_generator(tmp_path / "other", store, seed=1)
+    found = [
+        generated(tmp_path, generator, "--tokenizer", weights, "--num-samples", 1, "--steps", 1)
+        for generator, weights in (
+            (trained, tokenizer),
+            (trained / "weights.safetensors", tokenizer / "weights.safetensors"),
+            (other, tokenizer),
+        )
+    ]
+    [ours, by_file, others] = [row["generator_weights"] for row in found]
+    assert ours == by_file != others
+    assert {row["tokenizer_weights"] for row in found} == {open_source(tokenizer, CPU).digest()}
 
 
 def test_samplers_differ_in_how_often_they_ask(trained: Path, tokenizer: Path, tmp_path: Path) -> None:
