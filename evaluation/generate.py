@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--steps", type=int, help="of the sampler (default: the published number; dopri5 chooses its own)")
     add("--shift", type=float, default=1.0, help="of the times of euler and heun (%(default)s, none)")
-    add("--temperature", type=float, default=1.0, help="of noise added on the way (%(default)s)")
+    add("--temperature", type=float, default=1.0, help="of noise added on the way, by sde and ancestral (%(default)s)")
     add("--iterations", type=int, help="in which a masked generator draws all tokens (default: the published number)")
     add("--seed", type=int, default=0, help="of the samples' noise (%(default)s)")
     add("--batch-size", type=int, default=64, help="pictures a rank makes together (%(default)s)")

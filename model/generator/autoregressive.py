@@ -100,7 +100,7 @@ class AutoregressiveGenerator(nn.Module):
 
     def sampling_needs(self, sampling: Sampling) -> Needs:
         """The numbers one row takes in `sample`."""
-        each = token_process.normals_per_number(self.resolved(sampling))
+        each = self.resolved(sampling).num_latents
         return Needs(normals=each * self.tokens * self.channels, uniforms=self.tokens)
 
     @torch.no_grad()

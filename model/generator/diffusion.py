@@ -64,9 +64,7 @@ class DiffusionGenerator(nn.Module):
 
     def sampling_needs(self, sampling: Sampling) -> Needs:
         """The numbers one row takes in `sample`; raises UserError as it does, before they are drawn."""
-        sampling = self.resolved(sampling)
-        latents = sampling.num_steps if sampling.method == "ancestral" else 1
-        return Needs(normals=latents * self.shape.numel, uniforms=0)
+        return Needs(normals=self.resolved(sampling).num_latents * self.shape.numel, uniforms=0)
 
     @torch.no_grad()
     def sample(self, labels_B: Tensor, sampling: Sampling, draws: Draws) -> Tensor:
@@ -89,10 +87,7 @@ class DiffusionGenerator(nn.Module):
         def field(x_BLhw: Tensor, time: float) -> Tensor:
             return predict(x_BLhw, x_BLhw.new_full((len(x_BLhw),), self.section.time_scale * time), time)
 
-        if sampling.method == "dopri5":
-            return ode.dopri5(field, noise_SBLhw[0], sampling.rtol, sampling.atol)
-        solver = ode.euler if sampling.method == "euler" else ode.heun
-        return solver(field, noise_SBLhw[0], ode.grid(sampling.num_steps, sampling.timestep_shift))
+        return velocity.followed(field, noise_SBLhw, sampling)
 
     def _denoised(self, predict: Guided, noise_SBLhw: Tensor, sampling: Sampling) -> ode.Path:
         survival_S, count = noising.linear_survival(), sampling.num_steps

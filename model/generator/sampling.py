@@ -13,13 +13,14 @@ from typing import Literal, get_args
 
 from configs import UserError
 
-Method = Literal["euler", "heun", "dopri5", "ddim", "ancestral"]
-STEPS = {"euler": 250, "heun": 125, "ddim": 250, "ancestral": 250}  # where none are asked for: 250 evaluations [P]
+Method = Literal["euler", "heun", "dopri5", "sde", "ddim", "ancestral"]
+# Where none are asked for: 250 evaluations [P].
+STEPS = {"euler": 250, "heun": 125, "sde": 250, "ddim": 250, "ancestral": 250}
 METHODS: dict[str, tuple[Method, ...]] = {  # by objective; the first is taken where none is asked for
-    "velocity": ("euler", "heun", "dopri5"),
+    "velocity": ("euler", "heun", "dopri5", "sde"),
     "noise": ("ancestral", "ddim"),
 }
-DETERMINISTIC = ("euler", "heun", "dopri5", "ddim")
+RANDOM = ("sde", "ancestral")  # add noise on the way
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Sampling:
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which there is guidance
     timestep_shift: float = 1.0  # t' = s t / (1 + (s - 1) t): below 1 more of the steps are near the noise
-    temperature: float = 1.0  # of the noise that "ancestral" adds
+    temperature: float = 1.0  # of the noise that is added on the way
     rtol: float = 1e-3
     atol: float = 1e-6
     iterations: int | None = None  # in which an autoregressive generator of order=masked draws all tokens; None: 64
@@ -72,7 +73,7 @@ class Sampling:
                 f"timestep shift={self.timestep_shift:g} with sampler={self.method}: only euler and heun have a grid "
                 "of times to shift; set it to 1"
             )
-        if self.temperature != 1 and self.method in DETERMINISTIC:
+        if self.temperature != 1 and self.method not in (None, *RANDOM):
             raise UserError(
                 f"temperature={self.temperature:g} with sampler={self.method}: it adds no noise that a temperature "
                 "could scale; set it to 1"
@@ -94,6 +95,11 @@ class Sampling:
         """Steps of a method that has a fixed number of them; `fitted` chose it where nobody did."""
         assert self.method is not None
         return STEPS[self.method] if self.steps is None else self.steps
+
+    @property
+    def num_latents(self) -> int:
+        """How many latents' worth of normals a sample takes: what it starts from, and what is added on the way."""
+        return self.num_steps if self.method in RANDOM else 1
 
     def guides(self, time: float) -> bool:
         """Whether there is guidance at `time`."""

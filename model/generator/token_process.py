@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from model.generator import noising, ode
+from model.generator import noising, velocity
 from model.generator.sampling import Sampling
 
 Objective = Literal["noise", "velocity"]
@@ -52,23 +52,15 @@ def corrupt(objective: Objective, tokens_RC: Tensor, noise_RC: Tensor, uniform_R
     return Corrupted(noisy_RC, 1000 * uniform_R, tokens_RC - noise_RC)
 
 
-def normals_per_number(sampling: Sampling) -> int:
-    """How many normals one number of a token takes to be drawn."""
-    return sampling.num_steps if sampling.method == "ancestral" else 1
-
-
 def generated(predict: Predict, noise_KRC: Tensor, sampling: Sampling) -> Tensor:
-    """(R, C) float32 tokens from K = normals_per_number (R, C) normals."""
+    """(R, C) float32 tokens from K = sampling.num_latents (R, C) normals."""
     if sampling.method in ("ddim", "ancestral"):
         return _denoised(predict, noise_KRC, sampling)
 
     def field(x_RC: Tensor, time: float) -> Tensor:
         return predict(x_RC, 1000 * time, time)
 
-    if sampling.method == "dopri5":
-        return ode.dopri5(field, noise_KRC[0], sampling.rtol, sampling.atol).end
-    solver = ode.euler if sampling.method == "euler" else ode.heun
-    return solver(field, noise_KRC[0], ode.grid(sampling.num_steps, sampling.timestep_shift)).end
+    return velocity.followed(field, noise_KRC, sampling).end
 
 
 @lru_cache(maxsize=1)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.generator import Times
+from model.generator import ode, sde
+from model.generator.sampling import Sampling
 
 # Lengths below it count as this. A fresh model predicts zeros, where the gradient of the cosine is 1 / SHORTEST; at the
 # customary 1e-8 the first step would clip the velocity term away. Latents are of unit variance: lengths are near 1.
@@ -47,3 +49,14 @@ def velocity_terms(
         return {"total": terms["velocity"], **terms}
     terms["direction"] = (1 - F.cosine_similarity(predicted_BLhw, velocity_BLhw, dim=1, eps=SHORTEST)).mean()
     return {"total": terms["velocity"] + direction * terms["direction"], **terms}
+
+
+def followed(field: ode.Field, noise_S: Tensor, sampling: Sampling) -> ode.Path:
+    """From noise to latents by a method of this objective. `noise_S` (S, ...): what it starts from, then what is added;
+    S is `sampling.num_latents`."""
+    if sampling.method == "dopri5":
+        return ode.dopri5(field, noise_S[0], sampling.rtol, sampling.atol)
+    if sampling.method == "sde":
+        return sde.euler_maruyama(field, noise_S[0], noise_S[1:], sampling.num_steps, sampling.temperature)
+    solver = ode.euler if sampling.method == "euler" else ode.heun
+    return solver(field, noise_S[0], ode.grid(sampling.num_steps, sampling.timestep_shift))

@@ -181,9 +181,9 @@ def sampled(generator: Any, sampling: Sampling, labels_B: Tensor, seed: int = 0)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("method", ["ancestral", "ddim", "euler", "heun", "dopri5"])
+@pytest.mark.parametrize("method", ["ancestral", "ddim", "euler", "heun", "dopri5", "sde"])
 def test_sampling_is_a_function_of_its_draws(order: str, method: Any) -> None:
-    generator = tiny(order, "velocity" if method in ("euler", "heun", "dopri5") else "noise")
+    generator = tiny(order, "velocity" if method in ("euler", "heun", "dopri5", "sde") else "noise")
     sampling = Sampling(method, steps=None if method == "dopri5" else 2, guidance=2.0, rtol=0.1, atol=0.1)
     labels_B = torch.tensor([0, CLASSES])
     first = sampled(generator, sampling, labels_B)

@@ -14,16 +14,13 @@ from configs.autoregressive import Head, MaskRatio
 from model.generator import token_process
 from model.generator.diffusion_head import DiffusionHead
 from model.generator.initialise import initialise
-from model.generator.sampling import Sampling
+from model.generator.sampling import METHODS, Sampling
 from model.generator.shape import LatentShape
 from tests.model.generator.tiny_autoregressive import drawn, section, tiny
 
 pytestmark = pytest.mark.L0
 KINDS, STEPS = 3, 250
-SAMPLINGS = {
-    "noise": (Sampling("ancestral", steps=40), Sampling("ddim", steps=40)),
-    "velocity": (Sampling("euler", steps=25), Sampling("heun", steps=10)),
-}
+STEPS_OF = {"ancestral": 40, "ddim": 40, "euler": 25, "heun": 10, "sde": 60}
 
 
 def two_blobs(kind_R: Tensor, random: torch.Generator) -> Tensor:
@@ -34,10 +31,14 @@ def two_blobs(kind_R: Tensor, random: torch.Generator) -> Tensor:
     return centres_R2 + 0.15 * torch.randn(len(kind_R), 2, generator=random)
 
 
-@pytest.fixture(scope="module", params=["noise", "velocity"])
-def trained(request: pytest.FixtureRequest) -> tuple[str, DiffusionHead]:
+@pytest.fixture(scope="module")
+def trained() -> dict[str, DiffusionHead]:
+    return {objective: train(objective) for objective in ("noise", "velocity")}
+
+
+def train(objective: Any) -> DiffusionHead:
     torch.manual_seed(0)
-    random, objective = torch.Generator().manual_seed(1), request.param
+    random = torch.Generator().manual_seed(1)
     head = DiffusionHead(Head(width=64, depth=2, objective=objective), channels=2, condition=KINDS)
     initialise(torch.nn.ModuleDict({"head": head}), section(), seed=0)
     optimizer = torch.optim.AdamW(head.parameters(), lr=4e-3, weight_decay=0)
@@ -51,20 +52,21 @@ def trained(request: pytest.FixtureRequest) -> tuple[str, DiffusionHead]:
         optimizer.zero_grad()
         F.mse_loss(predicted_RC, rows.target_RC).backward()
         optimizer.step()
-    return objective, head
+    return head
 
 
-@pytest.mark.parametrize("idx", [0, 1])
-def test_the_head_learns_both_blobs_of_every_kind(trained: tuple[str, DiffusionHead], idx: int) -> None:
-    objective, head = trained
-    random, sampling = torch.Generator().manual_seed(2), SAMPLINGS[objective][idx]
+@pytest.mark.parametrize("method", ["ancestral", "ddim", "euler", "heun", "sde"])
+def test_the_head_learns_both_blobs_of_every_kind(trained: dict[str, DiffusionHead], method: Any) -> None:
+    sampling = Sampling(method, steps=STEPS_OF[method])
+    head = trained["noise" if method in METHODS["noise"] else "velocity"]
+    random = torch.Generator().manual_seed(2)
     kind_R = torch.arange(KINDS).repeat_interleave(500)
     z_RK = F.one_hot(kind_R, KINDS).float()
 
     def predict(x_RC: Tensor, thousandths: float, _time: float) -> Tensor:
         return head(x_RC, torch.full((len(x_RC),), thousandths), z_RK)
 
-    noise_KRC = torch.randn(token_process.normals_per_number(sampling), len(kind_R), 2, generator=random)
+    noise_KRC = torch.randn(sampling.num_latents, len(kind_R), 2, generator=random)
     with torch.no_grad():
         tokens_R2 = token_process.generated(predict, noise_KRC, sampling)
     for kind in range(KINDS):

@@ -16,7 +16,7 @@ from tests.model.generator.tiny_generator import KINDS, NUM_CLASSES, SHAPE, Exac
 
 pytestmark = pytest.mark.L0
 LABELS = torch.arange(6) % NUM_CLASSES
-METHODS = {"euler": "sit", "heun": "sit", "dopri5": "sit", "ddim": "dit", "ancestral": "dit"}
+METHODS = {"euler": "sit", "heun": "sit", "dopri5": "sit", "sde": "sit", "ddim": "dit", "ancestral": "dit"}
 
 
 def sampling(method: str, **settings: object) -> Sampling:
@@ -142,7 +142,7 @@ def test_a_row_is_sampled_alike_in_any_batch() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "rk4"}, "sampler=rk4: it is one of euler, heun, dopri5, ddim, ancestral"),
+        ({"method": "rk4"}, "sampler=rk4: it is one of euler, heun, dopri5, sde, ddim, ancestral"),
         ({"steps": 0}, "steps=0: there is at least one"),
         ({"guidance": -1.0}, "guidance=-1: 1 is none"),
         ({"guidance_interval": (0.8, 0.2)}, "guidance interval=0.8, 0.2"),
