@@ -2,7 +2,7 @@
 
     Diffusion(width=768, depth=12, heads=12)             # LightningDiT-B/1: {width: 768, depth: 12, heads: 12} in YAML
     Diffusion(width=768, depth=12, heads=12, **SIT)      # SiT-B/1: and mlp: gelu, norm: layernorm, ...
-    Diffusion(width=768, depth=12, heads=12, **DIT)      # DiT-B/1: SiT's and objective: noise
+    Diffusion(width=768, depth=12, heads=12, **DIT)      # DiT-B/1: SiT's and objective: noise, variance: learnt
 
     size     width, depth, heads
     B        768, 12, 12 [P]
@@ -55,6 +55,7 @@ class Diffusion(Section):
     # rope [P]; DiT, SiT: fixed sines and cosines, added once [P]; "both" is what LightningDiT's code does [C].
     positions: Literal["rope", "sincos", "both"] = "rope"
     objective: Literal["velocity", "noise"] = "velocity"  # straight path, its velocity; DiT: DDPM's noise [P]
+    variance: Literal["fixed", "learnt"] = "fixed"  # of the noise's way back; DiT: learnt [P]
     direction: float = Field(1.0, ge=0)  # weight of 1 - cos(velocity, predicted) [P]; SiT: 0 [P]
     times: Times = Times()
     time_scale: float = Field(1.0, gt=0)  # times 0 to 1 are multiplied by it before they are embedded; 1 [C]
@@ -80,6 +81,15 @@ class Diffusion(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _velocity_has_no_variance(self) -> Diffusion:
+        if self.objective == "velocity" and self.variance == "learnt":
+            raise ValueError(
+                "variance=learnt with objective=velocity: only the steps of DDPM have one to learn; set "
+                "variance=fixed, or objective=noise"
+            )
+        return self
+
 
 # How the older kinds differ from the defaults.
 SIT: dict[str, Any] = {
@@ -89,6 +99,6 @@ SIT: dict[str, Any] = {
     "direction": 0.0,
     "times": {"kind": "uniform"},
 }
-DIT: dict[str, Any] = {**SIT, "objective": "noise"}
+DIT: dict[str, Any] = {**SIT, "objective": "noise", "variance": "learnt"}
 
 Generator: TypeAlias = Annotated[Diffusion | Autoregressive, Field(discriminator="model")]

@@ -4,6 +4,8 @@
     backbone = Backbone(section, LatentShape(64, 16, 16), num_classes=1000, backend="sdpa")
     backbone(x_BLhw, time_B, labels_B)        # (B, 64, 16, 16) float32; zeros before the first step
 
+Where the variance is learnt too, twice as many channels come out: what it says of it after the noise.
+
 Tokens of `patch` x `patch` latents -> Linear -> (fixed positions) -> blocks under time and class -> norm, modulated ->
 Linear, zero at the start. The embedding is outside the blocks, so that what enters the first of them requires a
 gradient.
@@ -19,6 +21,7 @@ from configs.generator import Diffusion
 from model.generator.conditioning import ClassEmbedding, TimeEmbedding, waves
 from model.generator.modulated_block import ModulatedBlock, modulated, norm_of
 from model.generator.shape import LatentShape
+from model.generator.variance import outputs
 from model.rope import Rope
 
 ROPE_BASE = 100.0  # coordinates normalised to [-1, 1], as the trunk's (model/rope.py) [D]
@@ -52,7 +55,7 @@ class FinalLayer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """(latents, time, class) -> one number for each of theirs."""
+    """(latents, time, class) -> one number for each of theirs, or two, where it learns the variance."""
 
     def __init__(self, section: Diffusion, shape: LatentShape, num_classes: int, backend: str) -> None:
         super().__init__()
@@ -62,15 +65,17 @@ class Backbone(nn.Module):
         self.time = TimeEmbedding(section.width)
         self.label = ClassEmbedding(num_classes, section.width)
         self.blocks = nn.ModuleList(ModulatedBlock(section, backend) for _ in range(section.depth))
-        self.final = FinalLayer(section, numbers)
+        self.final = FinalLayer(section, numbers * outputs(section))
 
     def forward(self, x_BLhw: Tensor, time_B: Tensor, labels_B: Tensor) -> Tensor:
-        """(B, L, h, w), (B,), (B,) int64 -> (B, L, h, w) float32."""
+        """(B, L, h, w), (B,), (B,) int64 -> (B, L or 2L, h, w) float32."""
         x_TD, rope_2TE = self._tokens(x_BLhw)
         condition_BD = self.time(time_B, x_TD.dtype) + self.label(labels_B)
         for block in self.blocks:
             x_TD = block(x_TD, condition_BD, rope_2TE)
-        return unpatched(self.final(x_TD, condition_BD).float(), x_BLhw.shape, self.section.patch)
+        count, channels, *sides = x_BLhw.shape
+        shape = torch.Size((count, channels * outputs(self.section), *sides))
+        return unpatched(self.final(x_TD, condition_BD).float(), shape, self.section.patch)
 
     def _tokens(self, x_BLhw: Tensor) -> tuple[Tensor, Tensor | None]:
         """(T, D) tokens, with their positions added or not, and how attention turns them, if it does."""

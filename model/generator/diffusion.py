@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from configs.generator import Diffusion
-from model.generator import noising, ode, velocity
+from model.generator import noising, ode, variance, velocity
 from model.generator.backbone import Backbone
 from model.generator.draws import Draws, Needs
 from model.generator.sampling import Sampling
@@ -45,12 +45,23 @@ class DiffusionGenerator(nn.Module):
         if self.section.objective == "noise":
             step_B = noising.drawn_steps(time_B)
             x_BLhw = noising.noised(latents_BLhw, noise_BLhw, step_B, noising.linear_survival())
-            loss = F.mse_loss(self.backbone(x_BLhw, step_B, labels_B), noise_BLhw)
-            return {"total": loss, "noise": loss}
+            return self._noise_terms(self.backbone(x_BLhw, step_B, labels_B), noise_BLhw, x_BLhw, latents_BLhw, step_B)
         time_B = velocity.drawn_times(time_B, self.section.times)
         x_BLhw = velocity.on_path(latents_BLhw, noise_BLhw, time_B)
         predicted_BLhw = self.backbone(x_BLhw, self.section.time_scale * time_B, labels_B)
         return velocity.velocity_terms(predicted_BLhw, latents_BLhw, noise_BLhw, self.section.direction)
+
+    def _noise_terms(
+        self, said_BXhw: Tensor, noise_BLhw: Tensor, x_BLhw: Tensor, latents_BLhw: Tensor, step_B: Tensor
+    ) -> dict[str, Tensor]:
+        """DDPM's loss; where the variance is learnt, with its bound."""
+        predicted_BLhw, *of_variance = said_BXhw.split(self.shape.channels, dim=1)
+        terms = {"noise": F.mse_loss(predicted_BLhw, noise_BLhw)}
+        if not of_variance:
+            return {"total": terms["noise"], **terms}
+        survival_S = noising.linear_survival()
+        terms["bound"] = variance.bound(of_variance[0], predicted_BLhw, x_BLhw, latents_BLhw, step_B, survival_S)
+        return {"total": terms["noise"] + terms["bound"], **terms}
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """`sampling` with what it leaves open as this generator takes it. Raises UserError for what cannot be."""
@@ -92,9 +103,11 @@ class DiffusionGenerator(nn.Module):
     def _denoised(self, predict: Guided, noise_SBLhw: Tensor, sampling: Sampling) -> ode.Path:
         survival_S, count = noising.linear_survival(), sampling.num_steps
 
-        def noise_in(x_BLhw: Tensor, step: int) -> Tensor:
+        def noise_in(x_BLhw: Tensor, step: int) -> noising.Said:
             steps_B = torch.full((len(x_BLhw),), step, device=x_BLhw.device)
-            return predict(x_BLhw, steps_B, 1 - step / (len(survival_S) - 1))
+            said_BXhw = predict(x_BLhw, steps_B, 1 - step / (len(survival_S) - 1))
+            noise_BLhw, *of_variance = said_BXhw.split(self.shape.channels, dim=1)
+            return noising.Said(noise_BLhw, variance.share(of_variance[0]) if of_variance else None)
 
         if sampling.method == "ddim":
             return ode.Path(noising.ddim(noise_in, noise_SBLhw[0], survival_S, count), count)
@@ -104,7 +117,10 @@ class DiffusionGenerator(nn.Module):
         )
 
     def _guided(self, labels_B: Tensor, sampling: Sampling) -> Guided:
-        """Without + guidance * (with - without the class), both in one pass; where there is none, the class's alone."""
+        """Without + guidance * (with - without the class), both in one pass; where there is none, the class's alone.
+
+        What is said of a variance is the class's in either case [C].
+        """
         both_B = torch.cat((labels_B, torch.full_like(labels_B, self.num_classes)))
 
         def predict(x_BLhw: Tensor, model_time_B: Tensor, time: float) -> Tensor:
@@ -112,6 +128,8 @@ class DiffusionGenerator(nn.Module):
                 return self.backbone(x_BLhw, model_time_B, labels_B)
             twice = self.backbone(torch.cat((x_BLhw, x_BLhw)), torch.cat((model_time_B, model_time_B)), both_B)
             of_class, of_none = twice.chunk(2)
-            return of_none + sampling.guidance * (of_class - of_none)
+            guided = of_none + sampling.guidance * (of_class - of_none)
+            channels = self.shape.channels
+            return torch.cat((guided[:, :channels], of_class[:, channels:]), dim=1)
 
         return predict

@@ -7,8 +7,8 @@ Time and condition, summed, modulate every block (AdaLN) and gate its branch; ga
     head(noisy_RC, thousandths_R, z_ND, row_idx_R)      # (R, 16) float32; row r is denoised given z_ND[row_idx_R[r]]
 
 One call a step, however many levels a token meets: a block is a leaf of ZeRO-3, and runs once. The condition is
-projected before rows repeat it. From MAR (arXiv 2406.11838); the learnt variance of its code is left out, as in
-model/generator/noising.py: the paper's loss has none.
+projected before rows repeat it. From MAR (arXiv 2406.11838); the learnt variance of its code is left out: the
+paper's loss has none.
 """
 
 from __future__ import annotations

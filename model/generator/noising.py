@@ -8,22 +8,33 @@ Back, over some of the steps, from s to the next lower one, r (survival 1 after 
 
     latent          = (x_s - sqrt(1 - survival_s) predicted) / sqrt(survival_s)
     ddim            x_r = sqrt(survival_r) latent + sqrt(1 - survival_r) predicted               (Song et al. 2021)
-    ancestral       x_r = a draw of q(x_r | x_s, latent): what DDPM does, its variance the posterior's
-
-DiT also learns a variance between the posterior's and the forward step's. That is left out: it mends samples of few
-steps, and the variances agree as the steps become many.
+    ancestral       x_r = a draw of q(x_r | x_s, latent): what DDPM does; its variance is the posterior's, or what the
+                    model has learnt of it (model/generator/variance.py)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from model.generator import variance
+
 STEPS = 1000  # of the schedule [P]
-Predict = Callable[[Tensor, int], Tensor]  # (x (B, ...), step) -> the noise in it
+
+
+class Said(NamedTuple):
+    """What a model says of x (B, ...): the noise in it and, if it has learnt that, its variance's place between the
+    bounds."""
+
+    noise: Tensor
+    share: Tensor | None = None
+
+
+Predict = Callable[[Tensor, int], Said]  # (x, step)
 
 
 @lru_cache(maxsize=1)
@@ -52,7 +63,7 @@ def back_steps(count: int, steps: int = STEPS) -> list[int]:
 def ddim(predict: Predict, x: Tensor, survival_S: Tensor, count: int) -> Tensor:
     """The deterministic way from noise `x` (B, ...) to latents in `count` predictions."""
     for step, before, after in _stages(survival_S, count):
-        noise = predict(x, step)
+        noise = predict(x, step).noise
         x = after**0.5 * _latent(x, noise, before) + (1 - after) ** 0.5 * noise
     return x
 
@@ -65,12 +76,19 @@ def ancestral(
     `added` (count - 1, B, ...) is the noise of each stage but the last, which adds none; `temperature` scales it.
     """
     for stage, (step, before, after) in enumerate(_stages(survival_S, count)):
-        latent = _latent(x, predict(x, step), before)
+        said = predict(x, step)
+        latent = _latent(x, said.noise, before)
         kept = before / after  # share of the variance at r that is left at s
         mean = (after**0.5 * (1 - kept) * latent + kept**0.5 * (1 - after) * x) / (1 - before)
-        spread = ((1 - kept) * (1 - after) / (1 - before)) ** 0.5
-        x = mean if stage == count - 1 else mean + temperature * spread * added[stage]
+        x = mean if stage == count - 1 else mean + temperature * _spread(said.share, before, after) * added[stage]
     return x
+
+
+def _spread(share: Tensor | None, before: float, after: float) -> Tensor | float:
+    """The deviation of what a stage adds: the posterior's where none was learnt."""
+    if share is None:
+        return ((1 - before / after) * (1 - after) / (1 - before)) ** 0.5
+    return variance.spread(share, before, after)
 
 
 def _stages(survival_S: Tensor, count: int) -> list[tuple[int, float, float]]:

@@ -76,8 +76,8 @@ def cosine_survival() -> Tensor:
 def _denoised(predict: Predict, noise_KRC: Tensor, sampling: Sampling) -> Tensor:
     survival_S, count = cosine_survival()[: FIRST + 1], sampling.num_steps
 
-    def noise_in(x_RC: Tensor, step: int) -> Tensor:
-        return predict(x_RC, step, 1 - step / (noising.STEPS - 1))
+    def noise_in(x_RC: Tensor, step: int) -> noising.Said:
+        return noising.Said(predict(x_RC, step, 1 - step / (noising.STEPS - 1)))
 
     if sampling.method == "ddim":
         return noising.ddim(noise_in, noise_KRC[0], survival_S, count)

@@ -14,6 +14,7 @@ from configs.generator import Diffusion, Generator
 from model.block import swiglu_hidden
 from model.generator.conditioning import FREQUENCIES
 from model.generator.shape import LatentShape
+from model.generator.variance import outputs
 from profiling.flops import attention, linear
 from profiling.step.autoregressive_flops import autoregressive_flops
 
@@ -34,7 +35,11 @@ def _diffusion(section: Diffusion, shape: LatentShape, batch: int) -> float:
         + attention(batch * (rows * columns) ** 2, width)
         + _mlp(section, tokens)
     )
-    ends = linear(tokens, numbers, width) + linear(batch, width, 2 * width) + linear(tokens, width, numbers)
+    ends = (
+        linear(tokens, numbers, width)
+        + linear(batch, width, 2 * width)
+        + linear(tokens, width, outputs(section) * numbers)
+    )
     time = linear(batch, FREQUENCIES, width) + linear(batch, width, width)
     return section.depth * block + ends + time
 

@@ -38,7 +38,7 @@ def test_the_count_is_torchs_own(size: str, batch: int) -> None:
     assert generator_flops(section, shape, 10, batch) == counter.get_total_flops()
 
 
-# Multiply-adds in G and parameters in M, as published for 256 pixels; ours predicts no variance, and has no row of it.
+# Multiply-adds in G and parameters in M, as published for 256 pixels.
 @pytest.mark.parametrize(("size", "multiply_adds", "parameters"), [("DiT-XL/2", 118.6, 675), ("DiT-B/2", 23.0, 130)])
 def test_a_dit_costs_what_was_published(size: str, multiply_adds: float, parameters: float) -> None:
     section, shape = Diffusion(**(XL if "XL" in size else B), **DIT, patch=2), LatentShape(4, 32, 32)

@@ -38,7 +38,7 @@ def test_the_backbone_keeps_the_latents_shape_and_a_fresh_one_gives_zeros(varian
     latents, labels = batch()
     backbone = fresh(section(**VARIANTS[variant])).backbone
     out = backbone(latents, torch.rand(6), labels)
-    assert out.shape == latents.shape
+    assert out.shape == (6, SHAPE.channels * (2 if variant == "dit" else 1), SHAPE.height, SHAPE.width)
     assert out.dtype == torch.float32
     assert not out.any()
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.generator.noising import ancestral, back_steps, ddim, drawn_steps, linear_survival, noised
+from model.generator.noising import Predict, Said, ancestral, back_steps, ddim, drawn_steps, linear_survival, noised
 
 pytestmark = pytest.mark.L0
 SURVIVAL = linear_survival()
 
 
-def normal_data(std: float) -> object:
+def normal_data(std: float) -> Predict:
     """The expected noise in x at a step, for data that are normal with this deviation."""
 
-    def predict(x: Tensor, step: int) -> Tensor:
+    def predict(x: Tensor, step: int) -> Said:
         survival = SURVIVAL[step].item()
-        return (1 - survival) ** 0.5 * x / (survival * std**2 + 1 - survival)
+        return Said((1 - survival) ** 0.5 * x / (survival * std**2 + 1 - survival))
 
     return predict
 
@@ -77,4 +77,4 @@ def test_temperature_scales_what_ancestral_sampling_adds() -> None:
 def test_a_perfect_prediction_leads_back_in_one_step() -> None:
     latent, noise = torch.tensor([0.7], dtype=torch.float64), torch.tensor([-1.3], dtype=torch.float64)
     x = SURVIVAL[999].sqrt() * latent + (1 - SURVIVAL[999]).sqrt() * noise
-    torch.testing.assert_close(ddim(lambda x, step: noise, x, SURVIVAL, 1), latent)
+    torch.testing.assert_close(ddim(lambda x, step: Said(noise), x, SURVIVAL, 1), latent)

@@ -56,7 +56,7 @@ class Exact(nn.Module):
         self.kind, self.mean, self.std, self.survival_S = kind, mean, std, survival_S
 
     def forward(self, x: torch.Tensor, time_B: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-        """The expected velocity at time t, or the expected noise at a step."""
+        """The expected velocity at time t, or the expected noise at a step, and nothing of its variance."""
         if self.kind == "velocity":
             of_latent, of_noise = time_B, 1 - time_B
         else:
@@ -65,4 +65,4 @@ class Exact(nn.Module):
         of_latent, of_noise = of_latent.view(-1, 1, 1, 1), of_noise.view(-1, 1, 1, 1)
         away = (x - of_latent * self.mean) / (of_latent**2 * self.std**2 + of_noise**2)
         latent, noise = self.mean + of_latent * self.std**2 * away, of_noise * away
-        return latent - noise if self.kind == "velocity" else noise
+        return latent - noise if self.kind == "velocity" else torch.cat((noise, torch.zeros_like(noise)), dim=1)
