@@ -55,15 +55,26 @@ class Align(Section):
     Defaults are those of the last stage of its published training; the first has weight 0.5 and no margins.
     """
 
-    weights: str  # a weights file of ours; its trunk is the frozen encoder. Where it lies is not science
+    kind: Literal["trunk", "dinov2"] = "trunk"  # of a weights file of ours; or DINOv2, what VA-VAE aligned with [P]
+    weights: str  # that file; DINOv2's as transformers or timm have it. Where it lies is not science
     sha256: str | None = None  # of the file's tensors; filled in at the start, and one that is given must be the file's
-    encoder: Vit  # that trunk, as the file describes it: the linear map onto its width is part of this run's model
-    patch_size: Positive = 16  # of the encoder
+    encoder: Vit  # as the file describes it: the linear map onto its width is part of this run's model
+    patch_size: Positive = 16  # of the encoder; DINOv2's is 14
     registers: Count = 0  # of the encoder
     weight: float = Field(0.1, gt=0)  # beside l1 and perceptual
     cosine_margin: Share = 0.5  # m1: latent and feature need no cosine above 1 - m1
     distance_margin: Share = 0.25  # m2: a pair's two cosines may differ by so much
     adaptive: bool = True  # weight x the ratio of the gradients' norms at the encoder's last layer; False: weight alone
+
+    @model_validator(mode="after")
+    def _dinov2_has_blocks_of_its_own(self) -> Align:
+        vit = self.encoder
+        if self.kind == "dinov2" and vit != Vit(width=vit.width, depth=vit.depth, heads=vit.heads):
+            raise ValueError(
+                "kind=dinov2 with more in encoder than width, depth and heads: its blocks are DINOv2's, whatever else "
+                "is said of them; remove the rest"
+            )
+        return self
 
 
 class Rec(Section):

@@ -80,7 +80,7 @@ class Config(Run):
     @model_validator(mode="after")
     def _the_frozen_encoder_sees_whole_patches(self) -> Config:
         align, size = self.objectives.rec.align, self.views.image_size
-        if align is not None and size % align.patch_size:
+        if align is not None and align.kind == "trunk" and size % align.patch_size:
             raise ValueError(
                 f"views.image_size={size} is not a multiple of objectives.rec.align.patch_size={align.patch_size}: the "
                 "frozen encoder sees the pictures that are reconstructed; change either"

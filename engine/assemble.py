@@ -45,7 +45,9 @@ from engine.training import Kept
 from kernels.attention import Backend, resolve
 from model.block import Block
 from model.conv import ResBlock
-from model.frozen import FrozenEncoder
+from model.dinov2 import Dinov2Block
+from model.frozen import Frozen
+from model.frozen import load as load_frozen
 from model.initialise import initialise_parameter
 from model.objectives.comm import Comm
 from model.objectives.perceptual import Perceptual
@@ -82,7 +84,7 @@ class Assembly:
     average: Average | None
     comm: Comm
     perceptual: Perceptual | None
-    frozen: FrozenEncoder | None  # with objectives.rec.align
+    frozen: Frozen | None  # with objectives.rec.align
     centres: Centres | None
     drop_path: DropPath | None
     corruptor: Corruptor | None
@@ -275,14 +277,14 @@ def _perceptual(config: Config, device: torch.device) -> Perceptual | None:
     return Perceptual.load(rec.lpips_weights).to(device)
 
 
-def _frozen(config: Config, device: torch.device) -> FrozenEncoder | None:
+def _frozen(config: Config, device: torch.device) -> Frozen | None:
     align = config.objectives.rec.align
     if align is None:
         return None
     attention, dtype = _attention(config, device), zero.DTYPES[config.optim.precision]
-    encoder = FrozenEncoder.load(align, attention.name, dtype).to(device)
+    encoder = load_frozen(align, attention.name, dtype).to(device)
     if resolve_compile(config, device)[0]:
-        compile_blocks(encoder, LEAVES)
+        compile_blocks(encoder, (*LEAVES, Dinov2Block))
     return encoder
 
 
@@ -290,7 +292,7 @@ def _said_of_alignment(align: Align | None) -> str:
     if align is None:
         return "off (objectives.rec.align is not set)"
     how = "gradients balanced" if align.adaptive else "fixed weight"
-    return f"with the frozen trunk of {align.weights}, weight {align.weight:g}, {how}"
+    return f"with the frozen {align.kind} of {align.weights}, weight {align.weight:g}, {how}"
 
 
 def _centres(config: Config, device: torch.device) -> Centres | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from configs import Config, UserError
 from configs.architecture import Model
 from configs.learning import Align
-from model.frozen import described
+from model.frozen import check
 from model.parts import TRAINING_ALONE
 from model.weights import described_model, digest, opened
 
@@ -61,7 +61,7 @@ def pinned(config: Config, resume: bool) -> Config:
 
 def _pinned_align(config: Config, align: Align) -> Config:
     """A resumed run needs the file too: no checkpoint holds a frozen encoder."""
-    described(align)
+    check(align)
     found = digest(Path(align.weights))
     _require_digest("objectives.rec.align", align.weights, align.sha256, found)
     rec = config.objectives.rec.model_copy(update={"align": align.model_copy(update={"sha256": found})})

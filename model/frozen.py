@@ -1,10 +1,11 @@
-"""A trunk that learns nothing: the encoder whose features the latents are aligned with (objectives.rec.align).
+"""The encoder that learns nothing, whose features the latents are aligned with (objectives.rec.align).
 
-    encoder = FrozenEncoder.load(config.objectives.rec.align, attention="sdpa", dtype=torch.bfloat16)
+    encoder = load(config.objectives.rec.align, attention="sdpa", dtype=torch.bfloat16)
     encoder(images, grid=(16, 16)).shape        # (R, 256, W) float32: its final-normed patch tokens
 
-Any weights file with a trunk will do: a run's, or an imported public one. It lies whole on every rank, outside ZeRO,
-as the perceptual network does; nothing in it takes a gradient, and no checkpoint holds it.
+It is the trunk of any weights file of ours, a run's or an imported public one, or DINOv2 (model/dinov2.py). It lies
+whole on every rank, outside ZeRO, as the perceptual network does; nothing in it takes a gradient, and no checkpoint
+holds it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from configs import UserError
 from configs.architecture import Model, Vit
 from configs.learning import Align
+from model.dinov2 import PLACES, Dinov2
+from model.dinov2_file import load as load_dinov2
+from model.dinov2_file import shape_of
 from model.trunk import Trunk
 from model.weights import described_model, opened
 
@@ -64,6 +68,47 @@ class FrozenEncoder(nn.Module):
         feature_RWhw = patch_RPW.transpose(1, 2).unflatten(2, own)
         resized = F.interpolate(feature_RWhw, grid, mode="bilinear", align_corners=False, antialias=True)
         return resized.flatten(2).transpose(1, 2)
+
+
+Frozen = FrozenEncoder | Dinov2
+
+
+def load(align: Align, attention: str, dtype: torch.dtype) -> Frozen:
+    """The encoder that `align` describes, from its file, its numbers rounded to `dtype`. Raises UserError like
+    `check`, and where the file holds but a part of it."""
+    check(align)
+    if align.kind == "trunk":
+        return FrozenEncoder.load(align, attention, dtype)
+    try:
+        return load_dinov2(Path(align.weights), align.encoder, align.patch_size, align.registers, attention, dtype)
+    except UserError as error:
+        raise UserError(f"{KEY}.weights: {error}") from None
+
+
+def without_file(align: Align, attention: str) -> Frozen:
+    """The same by the section's word alone, with no numbers in it: for what is counted and predicted."""
+    if align.kind == "dinov2":
+        return Dinov2(align.encoder, align.patch_size, align.registers, PLACES, attention)
+    sizes = {"patch_size": align.patch_size, "registers": align.registers}
+    return FrozenEncoder(Model(**sizes, trunk=align.encoder, decoder=align.encoder), attention)
+
+
+def check(align: Align) -> None:
+    """Raises UserError where the file is missing or damaged, or holds another encoder than `align` describes."""
+    if align.kind == "trunk":
+        described(align)
+        return
+    path = Path(align.weights)
+    try:
+        found = shape_of(path)
+    except UserError as error:
+        raise UserError(f"{KEY}.weights: {error}") from None
+    _require_same({
+        "encoder.width": (found.width, align.encoder.width),
+        "encoder.depth": (found.depth, align.encoder.depth),
+        "patch_size": (found.patch_size, align.patch_size),
+        "registers": (found.registers, align.registers),
+    }, path)  # fmt: skip
 
 
 def described(align: Align) -> Model:

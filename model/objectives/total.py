@@ -17,7 +17,7 @@ from torch import Tensor
 
 from configs.learning import Align, Clip, Objectives, Rec, Ssl
 from kernels.prototypes import target_health
-from model.frozen import FrozenEncoder
+from model.frozen import Frozen
 from model.objectives.align import cosine_loss, distance_loss
 from model.objectives.comm import Comm
 from model.objectives.contrastive import sigmoid_loss, softmax_loss
@@ -96,7 +96,7 @@ def compute(
     comm: Comm,
     centres: Centres | None = None,
     perceptual: Perceptual | None = None,
-    frozen: FrozenEncoder | None = None,
+    frozen: Frozen | None = None,
 ) -> Losses:
     """Every objective with a weight, in float32 whatever autocast says.
 
@@ -166,7 +166,7 @@ def _ssl(ssl: SslOutputs, config: Ssl, cls: Targets, patch: Targets, comm: Comm)
     return Objective("ssl", config.weight, tuple(terms), health)
 
 
-def _rec(rec: RecOutputs, config: Rec, perceptual: Perceptual | None, frozen: FrozenEncoder | None) -> Objective:
+def _rec(rec: RecOutputs, config: Rec, perceptual: Perceptual | None, frozen: Frozen | None) -> Objective:
     pixels = (("l1", l1_loss, config.l1), ("l2", l2_loss, config.l2))
     terms = [Term(name, loss(rec.recon, rec.target), weight) for name, loss, weight in pixels if weight]
     if config.perceptual:
@@ -185,7 +185,7 @@ def _rec(rec: RecOutputs, config: Rec, perceptual: Perceptual | None, frozen: Fr
     return Objective("rec", config.weight, tuple(terms), health)
 
 
-def _align(rec: RecOutputs, config: Align, frozen: FrozenEncoder) -> list[Term]:
+def _align(rec: RecOutputs, config: Align, frozen: Frozen) -> list[Term]:
     """With the weight alone: the adaptive ratio is of gradients and is known in backward only (balance.py)."""
     assert rec.align is not None, "rec.align is set but the model gave no latents to align"
     feature_RPW = frozen(rec.target, (rec.latent.shape[2], rec.latent.shape[3]))

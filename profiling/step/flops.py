@@ -26,10 +26,10 @@ from model.captions import row_width
 from model.describe import step_layouts
 from model.latent import feature_width, head_width, moment_channels
 from model.objectives.targets import ITERATIONS
-from model.pack import ALIGN
 from model.rows import Rows
 from profiling.flops import Component, StepFlops, linear
 from profiling.step.conv_flops import ConvFlops, conv_decoder, conv_encoder
+from profiling.step.frozen_flops import frozen_encoder
 from profiling.step.layer_flops import (
     patch_edge,
     perceptual_forward,
@@ -192,14 +192,8 @@ class _Step:
         align, model, rows = self.config.objectives.rec.align, self.model, self.rows
         if align is None:
             return
-        size = self.config.views.image_size
-        own, patches = (size // align.patch_size) ** 2, (size // model.patch_size) ** 2
-        tokens, squares = tokens_and_squares(rows.rec, 1 + align.registers + own)
-        tokens += -tokens % ALIGN
-        block = vit_block(align.encoder, tokens, squares, tokens)
-        forward = align.encoder.depth * block.forward
-        forward += linear(rows.rec * own, 3 * align.patch_size**2, align.encoder.width)
-        yield Component("frozen encoder", "rec", forward, scores=align.encoder.depth * block.scores)
+        patches = (self.config.views.image_size // model.patch_size) ** 2
+        yield frozen_encoder(align, rows.rec, self.config.views.image_size, patches)
         projected = linear(rows.rec * patches, model.latent_channels, align.encoder.width)
         yield Component("align", "rec", projected, 2 * projected)
         latents, features = (

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from configs import Config
-from configs.architecture import Model
 from model.corruption import Corruption, is_corrupted, num_patches
 from model.describe import step_layout
 from model.drop_path import subset
-from model.frozen import FrozenEncoder
+from model.frozen import Frozen, without_file
 from model.objectives.perceptual import GROUPS, Perceptual
 from model.outputs import ClipOutputs
 from model.rows import Rows
@@ -70,13 +69,10 @@ def perceptual_network() -> Perceptual:
     return Perceptual({key: value.float() for key, value in (weights | heads).items()})
 
 
-def frozen_encoder(config: Config, attention: str) -> FrozenEncoder | None:
-    """The trunk that objectives.rec.align describes, without its file; None without the section."""
+def frozen_encoder(config: Config, attention: str) -> Frozen | None:
+    """The encoder that objectives.rec.align describes, without its file; None without the section."""
     align = config.objectives.rec.align
-    if align is None:
-        return None
-    sizes = {"patch_size": align.patch_size, "registers": align.registers}
-    return FrozenEncoder(Model(**sizes, trunk=align.encoder, decoder=align.encoder), attention)
+    return None if align is None else without_file(align, attention)
 
 
 def kept_idx(config: Config, rows: Rows, hidden: int) -> Tensor | None:

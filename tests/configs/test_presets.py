@@ -156,7 +156,8 @@ def test_the_aligned_baseline_differs_from_the_plain_one_in_the_alignment_alone(
     assert aligned.model_copy(update=same) == plain
     encoder = aligned.objectives.rec.align
     assert encoder is not None
-    assert encoder.encoder == preset("vtp_l").model.trunk, "whose released weights the header names"
+    assert (encoder.kind, encoder.patch_size) == ("dinov2", 14), "what VA-VAE aligned with"
+    assert encoder.encoder == preset("vtp_l").model.trunk, "the sizes of DINOv2-L too"
 
 
 def test_the_convolutional_baseline_differs_from_the_plain_one_in_architecture_and_kl_alone() -> None:

@@ -11,13 +11,14 @@ import torch
 from configs import Config, UserError, fingerprint
 from engine.initial import pinned
 from engine.step import train_step
-from model.frozen import FrozenEncoder
+from model.frozen import FrozenEncoder, load
 from model.objectives.comm import Comm
 from profiling.step.communication import by_kind
 from profiling.step.communication import predict as communication
 from profiling.step.footprint import predict as footprint
 from tests.engine import ranks
 from tests.harness import run_ranks
+from tests.model.dinov2_files import write_transformers
 from tests.model.tiny_weights import write_run
 from tests.profiling import test_communication, test_footprint
 from tests.tiny import CONV, of_all_rows, random_batch, tiny_config
@@ -86,6 +87,21 @@ def test_alignment_moves_the_latents_and_nothing_moves_the_frozen_encoder(encode
     [plain] = run_ranks(ranks.train, 1, tiny_config(*REC_ALONE, "optim.steps=8"), "zero3", steps)
     assert not torch.equal(plain.weights["bottleneck.weight"], aligned_run.weights["bottleneck.weight"])
     assert set(aligned_run.weights) - set(plain.weights) == {"align.weight"}
+
+
+@pytest.mark.L1
+def test_latents_follow_dinov2(tmp_path: Path) -> None:
+    """The term falls, and the file's numbers stay."""
+    path = write_transformers(tmp_path / "model.safetensors")
+    section = f"{{kind: dinov2, weights: {path}, patch_size: 4, encoder: {{width: 32, depth: 2, heads: 2}}, weight: 5}}"
+    more = (f"objectives.rec.align={section}", "optim.steps=8", "optim.lr=1e-2")
+    config = tiny_config(*REC_ALONE, *more)
+    [(_, losses, after)] = run_ranks(trained, 1, config, "zero3", 8)
+    first, last = (step["align_cosine"] + step["align_distance"] for step in (losses[0], losses[-1]))
+    assert last < 0.9 * first
+    align = config.objectives.rec.align
+    assert align is not None
+    assert after == frozen_bytes(load(align, "sdpa", torch.float32))
 
 
 @pytest.mark.L1

@@ -55,6 +55,10 @@ NO_REC = ("objectives.rec.weight=0", "batch.rec=0")
 CACHE = ("batch.rec=3", "data.streams=3", "system.clip.micro_batches=4")
 MASKED = "objectives.rec.mask=[0.375,0.375]"
 FULL, SELECTIVE = "system.activation_checkpointing=full", "system.activation_checkpointing=selective"
+DINOV2 = (
+    "objectives.rec.align={kind: dinov2, weights: unread, encoder: {width: 48, depth: 3, heads: 2}, patch_size: 14, "
+    "registers: 4}"
+)
 ALIGN = "objectives.rec.align={weights: unread, encoder: {width: 48, depth: 3, heads: 2}, patch_size: 8, registers: 2}"
 F4 = "model.conv={channels: 8, multipliers: [2, 1, 3], groups: 4, num_res_blocks: 3}"
 VARIANTS = {
@@ -102,6 +106,8 @@ VARIANTS = {
     "masked, nothing hidden": ("objectives.rec.mask=[0.01,0.01]",),
     "aligned": (ALIGN,),
     "aligned, rec alone, latents of another grid": (ALIGN, "objectives.rec.align.patch_size=16", *NO_CLIP, *NO_SSL),
+    "aligned to DINOv2": (DINOV2, "views.image_size=64"),
+    "convolutions, aligned to DINOv2": (*CONV, DINOV2, "model.latent=gaussian"),
     "aligned, fixed weight": (ALIGN, "objectives.rec.align.adaptive=false", "model.bottleneck_ae_only=false", FULL),
     "convolutions": CONV,
     "convolutions of f4, gaussian": (*CONV, F4, "model.patch_size=4", "model.latent=gaussian"),
