@@ -26,7 +26,7 @@ from torch import nn
 
 from configs import Config, Run, UserError
 from configs.ds import offloads_optimizer, zero_stage
-from configs.learning import Align, Optim
+from configs.learning import Optim
 from configs.scale_out import asks_deepcompile, said_of
 from engine import deterministic, linears, optim, world, zero
 from engine.average import Average
@@ -46,8 +46,7 @@ from kernels.attention import Backend, resolve
 from model.block import Block
 from model.conv import ResBlock
 from model.dinov2 import Dinov2Block
-from model.frozen import Frozen
-from model.frozen import load as load_frozen
+from model.frozen import Frozen, load_frozen, said_of_alignment
 from model.initialise import initialise_parameter
 from model.objectives.comm import Comm
 from model.objectives.perceptual import Perceptual
@@ -127,7 +126,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
         "weights of the run": "the last step's (ema=null)"
         if config.ema is None
         else f"an average (ema={config.ema:g})",
-        "alignment": _said_of_alignment(config.objectives.rec.align),
+        "alignment": said_of_alignment(config.objectives.rec.align),
     }
     return Assembly(
         engine=engine,
@@ -286,13 +285,6 @@ def _frozen(config: Config, device: torch.device) -> Frozen | None:
     if resolve_compile(config, device)[0]:
         compile_blocks(encoder, (*LEAVES, Dinov2Block))
     return encoder
-
-
-def _said_of_alignment(align: Align | None) -> str:
-    if align is None:
-        return "off (objectives.rec.align is not set)"
-    how = "gradients balanced" if align.adaptive else "fixed weight"
-    return f"with the frozen {align.kind} of {align.weights}, weight {align.weight:g}, {how}"
 
 
 def _centres(config: Config, device: torch.device) -> Centres | None:

@@ -1,6 +1,6 @@
 """DINOv2 from a public file: `model.safetensors` as Hugging Face's transformers or timm have it.
 
-    Dinov2File.read("dinov2-large/model.safetensors").shape     # Shape(width=1024, depth=24, patch_size=14, ...)
+    shape_of(Path("dinov2-large/model.safetensors"))        # Shape(width=1024, depth=24, patch_size=14, ...)
     load(path, Vit(width=1024, depth=24, heads=16), patch_size=14, registers=0, attention="sdpa", dtype=torch.bfloat16)
 
 Names here are those of the published code, which timm keeps; transformers has others, and queries, keys and values

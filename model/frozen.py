@@ -1,6 +1,6 @@
 """The encoder that learns nothing, whose features the latents are aligned with (objectives.rec.align).
 
-    encoder = load(config.objectives.rec.align, attention="sdpa", dtype=torch.bfloat16)
+    encoder = load_frozen(config.objectives.rec.align, attention="sdpa", dtype=torch.bfloat16)
     encoder(images, grid=(16, 16)).shape        # (R, 256, W) float32: its final-normed patch tokens
 
 It is the trunk of any weights file of ours, a run's or an imported public one, or DINOv2 (model/dinov2.py). It lies
@@ -73,16 +73,24 @@ class FrozenEncoder(nn.Module):
 Frozen = FrozenEncoder | Dinov2
 
 
-def load(align: Align, attention: str, dtype: torch.dtype) -> Frozen:
+def load_frozen(align: Align, attention: str, dtype: torch.dtype) -> Frozen:
     """The encoder that `align` describes, from its file, its numbers rounded to `dtype`. Raises UserError like
     `check`, and where the file holds but a part of it."""
-    check(align)
     if align.kind == "trunk":
         return FrozenEncoder.load(align, attention, dtype)
+    check(align)
     try:
         return load_dinov2(Path(align.weights), align.encoder, align.patch_size, align.registers, attention, dtype)
     except UserError as error:
         raise UserError(f"{KEY}.weights: {error}") from None
+
+
+def said_of_alignment(align: Align | None) -> str:
+    """What a run's choices say of it."""
+    if align is None:
+        return "off (objectives.rec.align is not set)"
+    how = "gradients balanced" if align.adaptive else "fixed weight"
+    return f"with the frozen {align.kind} of {align.weights}, weight {align.weight:g}, {how}"
 
 
 def without_file(align: Align, attention: str) -> Frozen:

@@ -52,7 +52,7 @@ def _measure(name: str, width: int, heads: int, images: int, rounds: int) -> Mea
     outputs = {kind: tower.output(blocks) for kind, blocks in towers.items()}
     variants = {kind: tower.step(blocks, is_compiled=kind != "fp8_te") for kind, blocks in towers.items()}
     for kind, output_TD in outputs.items():
-        error = float((output_TD - outputs["bf16"]).norm() / (outputs["bf16"] - tower.x_TD.float()).norm())
+        error = float((output_TD - outputs["bf16"]).norm() / (outputs["bf16"] - tower.x_TD.detach().float()).norm())
         assert error < 0.2, f"{kind} is off bf16 by {error:.0%} of what the blocks add"
         notes += [f"{kind}: off bf16 by {error:.1%} of what the blocks add"] * (kind != "bf16")
     workload = f"{name}: {DEPTH} blocks of {width}, {tower.layout.tokens} tokens, forward and backward"

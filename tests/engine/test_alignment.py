@@ -11,7 +11,7 @@ import torch
 from configs import Config, UserError, fingerprint
 from engine.initial import pinned
 from engine.step import train_step
-from model.frozen import FrozenEncoder, load
+from model.frozen import FrozenEncoder, load_frozen
 from model.objectives.comm import Comm
 from profiling.step.communication import by_kind
 from profiling.step.communication import predict as communication
@@ -101,7 +101,7 @@ def test_latents_follow_dinov2(tmp_path: Path) -> None:
     assert last < 0.9 * first
     align = config.objectives.rec.align
     assert align is not None
-    assert after == frozen_bytes(load(align, "sdpa", torch.float32))
+    assert after == frozen_bytes(load_frozen(align, "sdpa", torch.float32))
 
 
 @pytest.mark.L1

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from configs import Config, UserError
 from configs.learning import Align
 from model.dinov2_file import Shape, shape_of
-from model.frozen import check, load
+from model.frozen import check, load_frozen
 from tests.model.dinov2_files import DEPTH, HEADS, PATCH, SIDE, WIDTH, pictures, write_timm, write_transformers
 from tests.tiny import tiny_config
 
@@ -43,7 +43,7 @@ def align_of(path: Path, *overrides: str) -> Align:
 @pytest.mark.parametrize("library", WRITERS)
 def test_features_are_the_references(library: str, registers: int, tmp_path: Path) -> None:
     path = WRITERS[library](tmp_path / "model.safetensors", registers)
-    encoder = load(align_of(path, f"objectives.rec.align.registers={registers}"), "sdpa", torch.float32)
+    encoder = load_frozen(align_of(path, f"objectives.rec.align.registers={registers}"), "sdpa", torch.float32)
     for (count, height, width), (second, last, square) in REFERENCE.items():
         if count != registers:
             continue
@@ -56,7 +56,7 @@ def test_features_are_the_references(library: str, registers: int, tmp_path: Pat
 
 
 def test_pictures_are_resized_so_that_a_patch_is_a_latent(tmp_path: Path) -> None:
-    encoder = load(align_of(write_transformers(tmp_path / "model.safetensors")), "sdpa", torch.float32)
+    encoder = load_frozen(align_of(write_transformers(tmp_path / "model.safetensors")), "sdpa", torch.float32)
     coarse = pictures(5, 5)
     small, large = (F.interpolate(coarse, (side, side), mode="bicubic") for side in (28, 64))
     found, asked = encoder(large, (SIDE, SIDE)), encoder(small, (SIDE, SIDE))
@@ -67,7 +67,7 @@ def test_pictures_are_resized_so_that_a_patch_is_a_latent(tmp_path: Path) -> Non
 
 def test_its_numbers_are_rounded_to_the_runs_precision(tmp_path: Path) -> None:
     path = write_transformers(tmp_path / "model.safetensors")
-    whole, half = (load(align_of(path), "sdpa", dtype) for dtype in (torch.float32, torch.bfloat16))
+    whole, half = (load_frozen(align_of(path), "sdpa", dtype) for dtype in (torch.float32, torch.bfloat16))
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     close, exact = (encoder(pictures(16, 24), (4, 6)) for encoder in (half, whole))
     assert close.dtype == torch.float32
@@ -75,7 +75,7 @@ def test_its_numbers_are_rounded_to_the_runs_precision(tmp_path: Path) -> None:
 
 
 def test_a_block_is_one_graph_for_all_blocks(tmp_path: Path) -> None:
-    encoder = load(align_of(write_transformers(tmp_path / "model.safetensors")), "sdpa", torch.float32)
+    encoder = load_frozen(align_of(write_transformers(tmp_path / "model.safetensors")), "sdpa", torch.float32)
     expected = encoder(pictures(16, 24), (4, 6))
     counter = CompileCounter()
     for block in encoder.blocks:
@@ -136,7 +136,7 @@ def test_a_file_that_is_no_such_encoder_is_one_clear_error(what: str, tmp_path: 
     path = write_transformers(tmp_path / "model.safetensors")
     spoil(path)
     with pytest.raises(UserError, match=f"^objectives.rec.align.weights: .*{message}"):
-        load(align_of(path), "sdpa", torch.float32)
+        load_frozen(align_of(path), "sdpa", torch.float32)
 
 
 def test_more_said_of_its_blocks_than_sizes_is_refused(tmp_path: Path) -> None:
