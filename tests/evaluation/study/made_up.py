@@ -7,7 +7,7 @@ OUT/hang-CELL-STAGE makes it save a checkpoint and wait to be stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def four_cells() -> list[Cell]:
     return [Cell(objective, idx, 10 * 2**idx, 1e12 * 2**idx) for idx in range(2) for objective in OBJECTIVES[:2]]
 
 
-def rows(gfid_by_objective: dict[str, Iterable[float]]) -> list[dict[str, Any]]:
+def rows(gfid_by_objective: Mapping[str, Iterable[float]]) -> list[dict[str, Any]]:
     """Rows of results.json with so many budgets, doubling from 1e12 FLOPs."""
     titles = {objective.name: objective.title for objective in OBJECTIVES}
     return [
