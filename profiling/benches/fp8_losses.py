@@ -2,7 +2,8 @@
 
 Both are the engine's own, from the same weights, over the same few batches of random pixels, which a model learns by
 heart; so the curves fall, and fall together or apart. On a GPU vtp_l over 200 steps; on a CPU, where float8 products
-are emulated, a few steps of the tokenizer of the scaling study, which show that the bench runs.
+are emulated at some ten million multiplications a second, a few steps of as little as has every part, which show that
+the bench runs.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from profiling.benches.one_rank import configured, layout_of, one_rank
 from profiling.machine import describe, sized
 from profiling.workload import random_batch
 
-PRESET, CLIP, STEPS = sized(cuda=("vtp_l", 32, 200), cpu=("study_mini", 16, 6))
-SHORT = (f"optim.steps={STEPS}", f"optim.lr_batch={CLIP}")  # the rate as the preset has it at its own batch
+PRESET, CLIP, STEPS = sized(cuda=("vtp_l", 32, 200), cpu=("study_mini", 8, 6))
+SMALL = tuple(f"model.{tower}.{side}" for tower in ("trunk", "decoder", "text") for side in ("width=32", "depth=1"))
+# The rate is as the preset has it at its own batch.
+SHORT = (f"optim.steps={STEPS}", f"optim.lr_batch={CLIP}", *sized(cuda=(), cpu=SMALL))
 NUM_BATCHES = sized(cuda=8, cpu=2)
 KINDS = ("bf16", "fp8_torchao", "fp8_te")
 LAST = 20  # steps whose mean is compared
