@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from configs.autoregressive import Autoregressive
-from configs.section import Positive, Section, Share
+from configs.section import Later, Positive, Section, Share
 
 
 class Times(Section):
@@ -55,7 +55,7 @@ class Diffusion(Section):
     # rope [P]; DiT, SiT: fixed sines and cosines, added once [P]; "both" is what LightningDiT's code does [C].
     positions: Literal["rope", "sincos", "both"] = "rope"
     objective: Literal["velocity", "noise"] = "velocity"  # straight path, its velocity; DiT: DDPM's noise [P]
-    variance: Literal["fixed", "learnt"] = "fixed"  # of the noise's way back; DiT: learnt [P]
+    variance: Annotated[Literal["fixed", "learnt"], Later()] = "fixed"  # of the noise's way back; DiT: learnt [P]
     direction: float = Field(1.0, ge=0)  # weight of 1 - cos(velocity, predicted) [P]; SiT: 0 [P]
     times: Times = Times()
     time_scale: float = Field(1.0, gt=0)  # times 0 to 1 are multiplied by it before they are embedded; 1 [C]

@@ -24,7 +24,7 @@ from configs.decoder_gan import DecoderGan
 from configs.generation import Generation
 from configs.run import Run
 from configs.schema import Config
-from configs.section import UserError
+from configs.section import UserError, leave_out_later
 
 R = TypeVar("R", bound=Run)
 KINDS: dict[str, type[Run]] = {"pretraining": Config, "decoder_gan": DecoderGan, "generator": Generation}
@@ -111,9 +111,12 @@ def to_yaml(config: Run) -> str:
 def fingerprint(config: Run) -> str:
     """16 hex digits of everything that changes results: the config less its name, `system` and `profile`.
 
-    Of a file that is pinned by its digest the digest counts, not the place (Run.places).
+    Of a file that is pinned by its digest the digest counts, not the place (Run.places); a setting that came later
+    (configs/section.py) counts where it is not at its default.
     """
-    return hashlib.sha256(json.dumps(_science(config), sort_keys=True).encode()).hexdigest()[:16]
+    science = _science(config)
+    leave_out_later(config, science)
+    return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def science_changes(old: Run, changed: Run) -> list[str]:

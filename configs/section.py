@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -62,3 +63,21 @@ class Section(BaseModel):
     """Base of every section: frozen. An unknown key or a number that is not finite is pydantic's ValidationError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Later:
+    """Marks a setting that came when runs had been made without it: `variance: Annotated[..., Later()] = "fixed"`.
+
+    Its default is what those runs did, and never changes; so a config that leaves it there has their fingerprint still.
+    """
+
+
+def leave_out_later(section: Section, tree: dict[str, Any]) -> None:
+    """Takes out of `tree`, a dump of the section, every later setting that is at its default."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if any(isinstance(mark, Later) for mark in field.metadata) and value == field.default:
+            tree.pop(name, None)
+        elif isinstance(value, Section) and name in tree:
+            leave_out_later(value, tree[name])

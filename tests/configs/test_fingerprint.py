@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from configs import Config, fingerprint
+from configs import Config, fingerprint, load_run
 from configs.load import science_changes
-from configs.section import Section
+from configs.section import Later, Section, leave_out_later
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -94,6 +94,26 @@ def test_a_section_that_only_one_run_has_is_told_setting_by_setting() -> None:
     assert "objectives.rec.align.weight: None -> 0.1" in changes
     assert all(change.startswith("objectives.rec.align.") for change in changes)
     assert len(science_changes(CONFIG, tiny_config())) == len(changes)
+
+
+class Inner(Section):
+    width: int = 8
+    later: typing.Annotated[int, Later()] = 3
+
+
+class Outer(Section):
+    inner: Inner = Inner()
+    other: Inner | None = None
+
+
+def test_a_setting_that_came_later_counts_where_it_is_not_at_its_default() -> None:
+    outer = Outer(inner=Inner(later=4), other=Inner())
+    tree = outer.model_dump()
+    leave_out_later(outer, tree)
+    assert tree == {"inner": {"width": 8, "later": 4}, "other": {"width": 8}}
+    plain, learnt = (load_run("configs/dit_b.yaml", [f"generator.variance={kind}"]) for kind in ("fixed", "learnt"))
+    assert fingerprint(plain) != fingerprint(learnt)
+    assert science_changes(plain, learnt) == ["generator.variance: fixed -> learnt"]
 
 
 def test_the_fingerprint_is_the_same_in_every_process() -> None:

@@ -16,7 +16,8 @@ from evaluation.study.carry_out import Session
 from evaluation.study.known import Known, publish, read_known
 from evaluation.study.overview import overview
 from evaluation.study.page import write_page
-from evaluation.study.preset import PRESETS
+from evaluation.study.preset import PRESETS, cells
+from evaluation.study.stages import Layout
 from evaluation.study.work import work
 from tests.evaluation.study import made_up
 from tests.evaluation.study.made_up import MadeUp, four_cells
@@ -130,3 +131,13 @@ def test_what_is_no_published_study_is_one_line(there: Path, tmp_path: Path) -> 
         read_known([there], here, CELLS)
     with pytest.raises(UserError, match="has no feature network yet"):
         publish(here, {}, tmp_path / "published")
+
+
+def test_what_this_house_has_published_counts_as_done(tmp_path: Path) -> None:
+    """Where it does not: a setting was added without configs/section.py's Later, or what those cells did has changed,
+    and then they are to be measured again."""
+    layout, folder = Layout(tmp_path, PRESETS["mini"]), Path("docs/study")
+    published = json.loads((folder / "results.json").read_text())["cells"]
+    known = read_known([folder], layout, cells(layout.preset))
+    assert [*known.rows] == [row["cell"] for row in published if row["state"] == "done"]
+    assert len(known.rows) >= 18
