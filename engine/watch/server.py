@@ -115,7 +115,8 @@ class Server:
             peer.send({"first": asdict(self._judge.beat_of(0))})
 
     def _tell_all(self, message: dict[str, Any], but: _Peer | None = None) -> None:
-        for peer in self._peers:
+        """Rank 0 at last: its end is that of this server."""
+        for peer in sorted(self._peers, key=lambda peer: peer.rank == 0):
             if peer is not but:
                 peer.send(message)
 

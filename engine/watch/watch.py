@@ -47,7 +47,7 @@ class Watch:
         self._every = min(BEAT_EVERY, self._silent / 4)
         self._host, self._received = socket.gethostname(), b""
         self._is_closing, self._may_send = threading.Event(), threading.Lock()
-        self._is_idle = False
+        self._is_idle, self._heard = False, 0.0
         self._first = Beat(0, "?", 0, "?")  # where rank 0 was when it last answered
         self._left: tuple[float, Verdict] | None = None  # when a rank's own failure is held against all
         connection.settimeout(self._every)
@@ -73,25 +73,34 @@ class Watch:
         self._thread.join(self._silent + 2 * GRACE_SECONDS)
 
     def _beat(self) -> None:
-        heard = time.monotonic()
+        self._heard = time.monotonic()
         while not self._is_closing.wait(0):
-            began, trouble = time.monotonic(), ""
-            try:
-                self._send(asdict(Beat(self._rank, self._host, self._place.step, self._place.phase)))
-                if self._take():
-                    heard = time.monotonic()
-            except TimeoutError:
-                pass
-            except OSError:
-                trouble = "its connection has ended"
+            began = time.monotonic()
+            # Where rank 0 takes no word any more, its last may still be to be read: it ends over a verdict, too.
+            is_deaf, is_mute = self._has_ended(self._say_where), self._has_ended(self._take)
             if self._is_closing.is_set():
                 return
-            if time.monotonic() - heard > self._silent:
+            trouble = "its connection has ended" if is_deaf or is_mute else ""
+            if time.monotonic() - self._heard > self._silent:
                 trouble = f"not heard of for {self._silent:g} s: stopped, or cut off"
             if verdict := self._verdict(trouble):
                 self._lost(verdict)
                 return
             self._is_closing.wait(max(0.0, self._every - (time.monotonic() - began)))
+
+    @staticmethod
+    def _has_ended(use: Callable[[], None]) -> bool:
+        """Whether the connection has, as its use tells."""
+        try:
+            use()
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+        return False
+
+    def _say_where(self) -> None:
+        self._send(asdict(Beat(self._rank, self._host, self._place.step, self._place.phase)))
 
     def _verdict(self, trouble: str) -> Verdict | None:
         """What this rank has to go by once a rank has left, or rank 0 is not to be heard."""
@@ -109,11 +118,12 @@ class Watch:
         with self._may_send:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def _take(self) -> bool:
-        """Whether rank 0 has said anything. Raises TimeoutError, and OSError where the connection has ended."""
+    def _take(self) -> None:
+        """What rank 0 has said. Raises TimeoutError, and OSError where the connection has ended."""
         received = self._connection.recv(1 << 16)
         if not received:
             raise ConnectionError("closed")
+        self._heard = time.monotonic()
         *lines, self._received = (self._received + received).split(b"\n")
         for message in map(json.loads, lines):
             if "first" in message:
@@ -127,7 +137,6 @@ class Watch:
                 words = f"failed: rank {beat.rank} (host {beat.host}) after step {beat.step} in {beat.phase}"
                 verdict = Verdict("failed", (beat.rank,), beat, f"{words}: {message['why']}", message["code"])
                 self._left = (time.monotonic() + GRACE_SECONDS, verdict)
-        return True
 
 
 @contextmanager
