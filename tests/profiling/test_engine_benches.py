@@ -34,7 +34,7 @@ def run_small(name: str) -> list[Any]:
     train.measured_bandwidth = lambda: Bandwidth(1e10, "made up")
     packed.IMAGES = 8
     grad_cache.PAIRS, grad_cache.PART = 32, 8
-    fp8_losses.CLIP, fp8_losses.SHORT = 8, ("optim.steps=6",)
+    fp8_losses.CLIP, fp8_losses.SHORT = 8, ("optim.steps=6", "model.trunk.depth=1")
     fp8_blocks.TRUNKS = {"L": fp8_blocks.TRUNKS["tiny"]}
     fp8_blocks.matmul_peak = lambda dtype: 1e12
     modules = {"train": train, "packed": packed, "grad_cache": grad_cache, "fp8_losses": fp8_losses}

@@ -137,7 +137,10 @@ def test_no_gpus_are_no_plan(preset: str, capsys: pytest.CaptureFixture[str]) ->
     assert "--gpus 0" in capsys.readouterr().err
 
 
-def test_a_dry_run_builds_the_largest_preset_on_1024_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_builds_the_largest_preset_on_1024_gpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan_search, "STAGES", ((3, None),))
     arguments = ["--config", "configs/vtp_7b.yaml", "--gpus", "1024", "objectives.rec.lpips_weights=none"]
     assert plan.main(arguments) == 0
     said = capsys.readouterr().out
@@ -173,6 +176,7 @@ def test_the_scaling_tables_end_with_the_rows_and_name_what_breaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(scaling, "SIZES", (128, 4096))
+    monkeypatch.setattr(plan_search, "STAGES", ((3, 0),))
     assert scaling.main(["--preset", "vtp_l"]) == 0
     weak, strong = capsys.readouterr().out.split("strong scaling")
     assert "| 128 | 16,384 |" in weak
