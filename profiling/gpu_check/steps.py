@@ -50,7 +50,7 @@ STEPS = (
     _bench("train", "MFU of whole steps: VTP-L at least 40 %; where the time goes", 150, rounds=10),
     _bench("fp8_blocks", "FP8 against bf16: 1.15 x at VTP-L's width, 1.3 x from 1,536 on", 60, rounds=10,
            extra=("torchao", "transformer_engine")),
-    _bench("step", "a shared pass against three: eager and compiled", 75, rounds=5),
+    _bench("step", "a shared pass against three: eager and compiled", 75, rounds=5, dry=1800),
     _bench("fp8_losses", "do FP8 and bf16 learn alike over 200 steps?", 90, rounds=1,
            extra=("torchao", "transformer_engine")),
     _bench("packed", "packed crops against a pass each: at least 1.3 x", 45, rounds=10),

@@ -30,19 +30,19 @@ def count(comm: Comm, steps: int, *overrides: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "graphs"),
-    [((), 6), (("model.trunk.drop_path=0.4", "system.activation_checkpointing=selective"), 5)],
+    ("world_size", "overrides", "graphs"),
+    [(2, (), 6), (1, ("model.trunk.drop_path=0.4", "system.activation_checkpointing=selective"), 5)],
 )
 def test_blocks_compile_to_few_graphs_without_breaks_or_late_recompiles(
-    overrides: tuple[str, ...], graphs: int
+    world_size: int, overrides: tuple[str, ...], graphs: int
 ) -> None:
-    seen = run_ranks(count, 2, 4, *overrides, timeout=300.0)[0]
+    seen = run_ranks(count, world_size, 4, *overrides, timeout=300.0)[0]
     assert [step["breaks"] for step in seen] == [0, 0, 0, 0]
     # Four layouts: the student's packed sequence, the teacher's global crops (no gradient), the decoder, the captions;
     # and the last blocks of student and teacher, whose MLPs see only what is read (with drop_path the teacher's alone).
     assert seen[0]["graphs"] == graphs
     assert seen[-1]["graphs"] == seen[1]["graphs"]
-    eager = run_ranks(ranks.train, 2, tiny_config("system.compile=off", *overrides), "zero3", 4)[0]
+    eager = run_ranks(ranks.train, world_size, tiny_config("system.compile=off", *overrides), "zero3", 4)[0]
     # Fused kernels round differently: worst seen 4e-7.
     assert [step["loss"] for step in seen] == pytest.approx(eager.losses, rel=1e-5)
 
