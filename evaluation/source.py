@@ -29,8 +29,7 @@ from model.tokenizer import VisualTokenizer
 
 HUB = "hf://"  # before a hub name, which a path would be taken for
 CROP = 256  # pixels, of a weights file: the published models' resolution [P]
-
-
+PROGRAM = ".pt2"
 NO_LATENTS = ("decoder", "text", "clip")  # parts that latents do not come from
 
 
@@ -170,6 +169,11 @@ def _from_disk(path: Path) -> Opened:
     config = _config_of(path)
     folder = path if path.is_dir() else path.parent
     is_published = (path / "config.json").is_file()
+    if config is None and not is_published and (path.suffix == PROGRAM or any(path.glob(f"*{PROGRAM}"))):
+        raise UserError(
+            f"{path} holds programs of torch.export: to load one may run what its file holds, so none is opened here; "
+            "name the run, directory or weights file that `model.interchange programs` made it from"
+        )
     if config is None and not is_published and not path.is_file():
         raise UserError(
             f"{path} is no run directory, which has a config.yaml, none in the public layout, which has a config.json, "

@@ -213,9 +213,14 @@ def test_every_mistake_is_one_line(
     write_weights(astray, state | {"trunk.norm.weight": torch.full((32,), torch.nan)}, model)
     overflows = tmp_path / "overflows.safetensors"
     write_weights(overflows, {k: v * (1e36 if k.startswith("decoder.") else 1) for k, v in state.items()}, model)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "encode.pt2").touch()
     mistakes: list[tuple[str, tuple[object, ...]]] = [
         ("'rfid' is not one of zero_shot, linear_probe, knn, reconstruction", (trained, "--tasks", "zero_shot,rfid")),
         ("is no run directory", (tmp_path / "nowhere",)),
+        ("holds programs of torch.export: to load one may run what its file holds", (programs,)),
+        ("holds programs of torch.export", (programs / "encode.pt2",)),
         ("is no run directory", (tmp_path,)),
         ("or of the hub hf://OWNER/NAME", ("someone/tiny",)),
         ("hf://tiny is no hub name: those are hf://OWNER/NAME or", ("hf://tiny",)),
