@@ -130,7 +130,7 @@ def test_fp8_trains_like_bf16_under_zero3_and_each_goes_on_from_the_others_check
     # 13 linears, an output and two gradients each, HALF the steps; the teacher's forward adds none.
     assert fp8["products"].count((E4M3, E4M3)) == 13 * HALF
     assert fp8["products"].count((E5M2, E4M3)) == 2 * 13 * HALF
-    # Worst seen 0.7 %, on both sides of bf16's curve, which itself falls by 30 %.
+    # Worst seen 0.8 %, on both sides of bf16's curve, which itself falls by 29 %.
     assert fp8["losses"] == pytest.approx(bf16["losses"], rel=0.015)
     assert fp8["losses"] != pytest.approx(bf16["losses"], rel=1e-4)
     for mine, other in ((bf16, fp8), (fp8, bf16)):
