@@ -10,7 +10,7 @@ GPU_OUT   := runs/gpu_check
 # One rank per GPU, two at most (the demo deals its data to two streams); two ranks on a machine without a GPU.
 RANKS = $(shell $(BIN)/python -c "import torch; print(min(torch.cuda.device_count(), 2) or 2)")
 
-.PHONY: demo demo-seeds test fuzz soak gpu-check checks setup format clean
+.PHONY: demo demo-seeds test test-all fuzz soak gpu-check checks pins setup format clean
 
 demo: setup
 	python -m data.corpus synthetic --out $(DEMO_DATA) --samples 6000 --held-out 1024
@@ -21,12 +21,16 @@ demo: setup
 	python -m evaluation.summary $(DEMO)
 	python -m profiling.report $(DEMO)
 
-# The demo with the seed that ships and two others, each held against its bounds; half an hour.
+# The demo with the seed that ships and two others, each held against its bounds.
 demo-seeds: setup
 	python -m pytest -m demo -s
 
+# Seconds to a minute each; `test-all` adds those of minutes (tier L2).
 test: checks
 	python -m pytest -n 2 --dist loadfile --durations 30 -m "L0 or L1"
+
+test-all: checks
+	python -m pytest -n 2 --dist loadfile --durations 30 -m "L0 or L1 or L2"
 
 # 100,000 hostile inputs for each reader of what comes from outside: shards, indexes, captions, picture headers; minutes.
 fuzz: setup
@@ -45,6 +49,11 @@ checks: setup
 	ruff check .
 	mypy
 	python -m pytest -q tests/test_layering.py
+	python -m tests.resolution
+
+# Rewrite constraints.txt: one set of versions for every supported Python and every extra.
+pins: setup
+	python -m tests.resolution --update
 
 format: setup
 	ruff format .
@@ -52,10 +61,27 @@ format: setup
 
 setup: $(VENV)/installed
 
+# torch first, in the build that fits the machine: without a GPU the CPU build (200 MB) instead of PyPI's, which brings
+# 3 GB of CUDA libraries. It may come from an index that pip is configured with, or from where uv finds torch's builds;
+# where neither has it, the second install takes PyPI's.
+TORCH := $(shell grep '^torch==' constraints.txt)
+PIP   := $(BIN)/pip --disable-pip-version-check
+UV    := UV_HTTP_TIMEOUT=15 UV_HTTP_RETRIES=0 $(BIN)/uv pip install --python $(BIN)/python --no-config
+HAS_GPU := { test -e /dev/nvidiactl || nvidia-smi -L; } > /dev/null 2>&1
+
 $(VENV)/installed: setup.py constraints.txt
+	@echo "== set-up 1/3: virtual environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $@
+	@echo "== set-up 2/3: torch, in the build for this machine"
+	@if $(HAS_GPU); then false; else $(PIP) install -c constraints.txt "$(TORCH)+cpu" 2> $(VENV)/no_cpu_build; fi \
+	    && echo "== torch: the CPU build, from pip's index" \
+	|| { echo "== torch: asking uv for the build for this machine" \
+	    && $(PIP) install --quiet -c constraints.txt uv && $(UV) --torch-backend auto -c constraints.txt "$(TORCH)"; } \
+	|| echo "== torch: no build for this machine alone is within reach (the error above); PyPI's serves every machine"
+	@echo "== set-up 3/3: everything else"
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+	@echo "== set-up done. To type commands yourself: source $(VENV)/bin/activate"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -41,10 +41,14 @@ setup(
         "setuptools",  # torch.utils.tensorboard and DeepSpeed's extension builder import it at run time
     ],
     extras_require={
-        "gpu": ["flash-attn", "xformers", "transformer-engine[pytorch]", "torchao"],
+        # Wheels only. FlashAttention 2 is not asked for: torch's own varlen attention is the same kernel.
+        "gpu": ["xformers", "torchao"],
+        # Built against the torch that is installed: pip install --no-build-isolation -e ".[transformer-engine]"
+        "transformer-engine": ["transformer-engine[pytorch]"],
         "dev": [
             "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "beartype",
             "scikit-image", "scikit-learn",
+            "uv",  # resolves the pins against PyPI (tests/resolution.py)
             "torchao", "triton",  # both run on the CPU too: real float8, interpreted kernels
         ],
     },

@@ -9,7 +9,7 @@ import torch
 
 torch.set_num_threads(1)
 
-TIERS = {"L0", "L1", "gpu", "demo"}
+TIERS = {"L0", "L1", "L2", "gpu", "demo"}
 
 
 @pytest.hookimpl(tryfirst=True)
