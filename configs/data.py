@@ -7,11 +7,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import Amount, AreaRange, Count, Paths, PixelRange, Positive, Section, Share, ShareRange, UserError
+from configs.section import (
+    Amount,
+    AreaRange,
+    Count,
+    Digest,
+    Later,
+    Paths,
+    PixelRange,
+    Positive,
+    Section,
+    Share,
+    ShareRange,
+    UserError,
+)  # fmt: skip
 
 
 class Pictures(Section):
@@ -38,6 +51,8 @@ class Data(Pictures):
     """Pictures and what is said of them."""
 
     tokenizer: str  # a tokenizer.json file, or a Hugging Face hub name (CLIP's for the real presets)
+    # sha256 of that file; filled in at the start, and one that is given must be the file's
+    tokenizer_sha256: Annotated[Digest | None, Later()] = None
     caption: str = "txt"  # member extension holding the caption; "json:KEY" reads a field of the .json member
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from configs.data import ImageView, Pictures
 from configs.run import Run
-from configs.section import Positive, Section, Share
+from configs.section import Digest, Later, Positive, Section, Share
 
 
 class Tokenizer(Section):
@@ -47,6 +47,8 @@ class PixelLosses(Section):
     l1: float = Field(1.0, ge=0)
     perceptual: float = Field(1.0, ge=0)  # L1 : LPIPS = 1 : 1, as in stage 1 [P]; needs lpips_weights
     lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
+    # sha256 of its tensors; filled in at the start, and one that is given must be the file's
+    lpips_sha256: Annotated[Digest | None, Later()] = None
 
     @model_validator(mode="after")
     def _perceptual_is_explicit(self) -> PixelLosses:
@@ -55,6 +57,11 @@ class PixelLosses(Section):
                 f"perceptual={self.perceptual:g} but lpips_weights is not set: the perceptual term is never "
                 "dropped silently; give objectives.rec.lpips_weights=FILE, or switch it off with "
                 "objectives.rec.perceptual=0"
+            )
+        if self.lpips_sha256 and self.lpips_weights is None:
+            raise ValueError(
+                f"lpips_sha256={self.lpips_sha256} of no file: give objectives.rec.lpips_weights too, or remove "
+                "objectives.rec.lpips_sha256"
             )
         if not (self.l1 or self.perceptual):
             raise ValueError("l1=0 and perceptual=0: nothing holds the decoder to the picture; set one of them")
@@ -97,6 +104,7 @@ class DecoderGan(Run):
     """A stage-2 run; configs/run.py has what it shares with other kinds of runs."""
 
     places: ClassVar[dict[str, Any]] = {"tokenizer": {"weights"}}
+    digests: ClassVar[dict[str, str]] = {"objectives.rec.lpips_weights": "objectives.rec.lpips_sha256"}
 
     kind: Literal["decoder_gan"] = "decoder_gan"
     tokenizer: Tokenizer

@@ -7,12 +7,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from configs.architecture import Vit
-from configs.section import Count, MaskRange, Positive, Section, Share
+from configs.section import Count, Digest, Later, MaskRange, Positive, Section, Share
 
 
 class Clip(Section):
@@ -88,6 +88,8 @@ class Rec(Section):
     l2: float = Field(0.0, ge=0)  # mean square; l-DeTok's 1, with l1 at 0
     perceptual: float = Field(1.0, ge=0)  # L1 : LPIPS = 1 : 1 [P]; needs lpips_weights
     lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
+    # sha256 of its tensors; filled in at the start, and one that is given must be the file's
+    lpips_sha256: Annotated[Digest | None, Later()] = None
     kl: float = Field(0.0, ge=0)  # nats of an image, with model.latent=gaussian; l-DeTok's 1e-6
     noise: Noise = Noise()
     mask: MaskRange | None = None  # share of patches hidden from the encoder, U(low, high); l-DeTok's -0.1, 0.7
@@ -100,6 +102,15 @@ class Rec(Section):
                 f"perceptual={self.perceptual:g} but lpips_weights is not set: the perceptual term is never "
                 "dropped silently; give objectives.rec.lpips_weights=FILE, or switch it off with "
                 "objectives.rec.perceptual=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _digest_has_a_file(self) -> Rec:
+        if self.lpips_sha256 and self.lpips_weights is None:
+            raise ValueError(
+                f"lpips_sha256={self.lpips_sha256} of no file: give objectives.rec.lpips_weights too, or remove "
+                "objectives.rec.lpips_sha256"
             )
         return self
 

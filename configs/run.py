@@ -21,6 +21,9 @@ class Run(Section):
 
     # Where files lie that are pinned by a digest beside the place: no science. As pydantic's `exclude` takes it.
     places: ClassVar[dict[str, Any]] = {}
+    # Path of a file -> its digest. The path is science while there is no digest, as in runs of earlier versions; then
+    # the digest is, and the file may lie elsewhere.
+    digests: ClassVar[dict[str, str]] = {}
 
     kind: str
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]

@@ -44,6 +44,10 @@ class Config(Run):
     """Pre-training a tokenizer; configs/run.py has what it shares with other kinds of runs."""
 
     places: ClassVar[dict[str, Any]] = {"init": {"weights"}, "objectives": {"rec": {"align": {"weights"}}}}
+    digests: ClassVar[dict[str, str]] = {
+        "data.tokenizer": "data.tokenizer_sha256",
+        "objectives.rec.lpips_weights": "objectives.rec.lpips_sha256",
+    }
 
     kind: Literal["pretraining"] = "pretraining"
     data: Data

@@ -56,7 +56,17 @@ MaskRange = Annotated[tuple[float, Annotated[float, Field(gt=0.0, lt=1.0)]], Aft
 AmountRange = Annotated[tuple[Amount, Amount], AfterValidator(_ordered)]
 PixelRange = Annotated[tuple[Amount, Amount], AfterValidator(_ordered)]
 StepSpan = Annotated[str, BeforeValidator(_steps_in_order)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # sha256 in hexadecimal digits
 Paths = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
+
+
+def require_digest(key: str, path: str | None, digest_key: str, given: str | None, found: str | None) -> None:
+    """Raises UserError where the file `path` of the setting `key` is not the one whose digest was given."""
+    if given not in (None, found):
+        raise UserError(
+            f"{key}={path} has the digest {found}, but {digest_key}={given}: this is another file; give the one that "
+            f"was meant, or remove {digest_key}"
+        )
 
 
 class Section(BaseModel):

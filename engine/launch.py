@@ -147,40 +147,27 @@ def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes
 
 
 def _check_pretraining(config: Config, resume: bool) -> Config:
-    """The config with init's digest filled in; its files are there."""
+    """The config with its files' digests filled in; they are there."""
     from data.storage import expand
 
     if not resume:  # a run that goes on skips what vanished since
         expand(config.data.train, config.system.loader.cache_dir)
-    rec = config.objectives.rec
-    if rec.weight and rec.perceptual:
-        _require_perceptual_weights(str(rec.lpips_weights))
+    from data import captions
     from engine.initial import pinned
 
+    config = config.model_copy(update={"data": captions.pinned(config.data)})
     return pinned(config, resume)
 
 
 def _check_decoder_gan(config: DecoderGan, resume: bool) -> DecoderGan:
-    """The config with the tokenizer's digest filled in; its files are there."""
+    """The config with its files' digests filled in; they are there."""
     from data.storage import expand
 
     if not resume:  # a run that goes on skips what vanished since
         expand(config.data.train, config.system.loader.cache_dir)
-    if config.objectives.rec.perceptual:
-        _require_perceptual_weights(str(config.objectives.rec.lpips_weights))
     from engine.trainings.frozen_tokenizer import pinned
 
     return pinned(config)
-
-
-def _require_perceptual_weights(path: str) -> None:
-    """The file is opened only when the model stands; on a large run that is minutes later."""
-    if not Path(path).is_file():
-        raise UserError(
-            f"objectives.rec.lpips_weights={path} is not a file: the perceptual term needs its "
-            "network; make the file with `python -m model.objectives.perceptual --help`, or set "
-            "objectives.rec.perceptual=0"
-        )
 
 
 def _require_profiled_ranks(config: Run, world_size: int) -> None:
