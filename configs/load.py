@@ -177,7 +177,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or a number of thousands of digits
         raise UserError(f"--config {path} is not valid YAML: {_problem(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--config {path} holds {_kind(tree)}, not keys and values")
@@ -197,7 +197,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {parent} holds {_kind(tree)}, not keys")
     try:
         tree[leaf] = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, UserError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # UserError, or a number of thousands of digits
         raise UserError(
             f"override {override!r}: {text!r} is not a YAML value ({_problem(error)}); a text with signs "
             "in it wants quotes"
