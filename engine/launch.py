@@ -24,8 +24,10 @@ from configs.ds import load_ds_config  # noqa: E402
 from configs.generation import Generation  # noqa: E402
 from engine.checkpoint.directory import candidates  # noqa: E402
 from engine.complaint import complain  # noqa: E402
+from engine.launcher_numbers import launcher_numbers  # noqa: E402
 from engine.places import checkpoints, run_directory  # noqa: E402
 
+LONGEST_PATH, LONGEST_BELOW = 4095, 200  # bytes: of a path on Linux; of what a run writes below its directory
 FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
 
 
@@ -86,7 +88,8 @@ def _explicit(arguments: list[str]) -> list[str]:
 def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, tuple[str, ...]]:
     """The resolved config, DeepSpeed dictionary, whether the run goes on, and what may differ then; all checked that
     needs no model."""
-    config, world_size = load_run(options.config, options.overrides), int(os.environ.get("WORLD_SIZE", 1))
+    world_size = launcher_numbers()["WORLD_SIZE"]
+    config = load_run(options.config, options.overrides)
     resume = options.resume == "latest" or (options.resume == "auto" and bool(candidates(checkpoints(config))))
     ds_config = load_ds_config(options.ds_config, config, world_size)
     _require_profiled_ranks(config, world_size)
@@ -101,7 +104,7 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, t
     from engine.archive import check_start  # imports torch: after what needs milliseconds
 
     _require_writable(run_directory(config))
-    allowed = tuple(filter(None, options.allow_change.split(",")))
+    allowed = tuple(filter(None, map(str.strip, options.allow_change.split(","))))
     check_start(config, resume, allowed)
     return config, ds_config, resume, allowed
 
@@ -114,7 +117,7 @@ def main(arguments: list[str]) -> int:
             return _supervise(options, arguments)
         return _train(*preflight(options))
     except UserError as error:
-        return _refuse(error, int(os.environ.get("RANK", 0)))
+        return _refuse(error)
 
 
 def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -180,6 +183,12 @@ def _require_profiled_ranks(config: Run, world_size: int) -> None:
 
 
 def _require_writable(run_dir: Path) -> None:
+    longest = len(os.fsencode(run_dir.absolute())) + LONGEST_BELOW
+    if longest > LONGEST_PATH:
+        raise UserError(
+            f"system.run_dir={run_dir}: paths of files in it would have up to {longest} bytes, and the system takes "
+            f"{LONGEST_PATH}; choose a shorter one"
+        )
     there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
@@ -187,12 +196,13 @@ def _require_writable(run_dir: Path) -> None:
         )
 
 
-def _refuse(error: UserError, rank: int) -> int:
+def _refuse(error: UserError) -> int:
     """One line for all ranks. The launcher ends every rank when one leaves, so what rank 0 sees too, it tells alone.
 
     Another rank speaks up when it is still there after a while: then it alone has met the mistake.
     """
-    if rank > 0:
+    rank = os.environ.get("RANK", "0")
+    if rank.isdecimal() and int(rank) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's call; a running run would save first
         time.sleep(FIRST_RANK_SECONDS)
     complain(f"error: {error}")
