@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from configs import UserError
+from configs.command_line import CommandParser
 from data.caption_sources import folder_captions, listed_captions, sidecar_captions
 from data.emoji.font import EmojiFont
 from data.emoji.plan import emoji_plan
@@ -160,7 +161,7 @@ def _folder(options: argparse.Namespace) -> Shards | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data.corpus", description="Write a corpus of webdataset shards.")
+    parser = CommandParser(prog="python -m data.corpus", description="Write a corpus of webdataset shards.")
     commands = parser.add_subparsers(required=True, metavar="synthetic | emoji | folder")
     _add_synthetic(commands.add_parser("synthetic", help="draw a captioned demo corpus"))
     _add_emoji(commands.add_parser("emoji", help="draw captioned scenes from a colour emoji font"))

@@ -5,7 +5,6 @@ python -m engine.archive runs/demo --out weights.safetensors
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from contextlib import suppress
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from configs import Config, DecoderGan, Run, UserError, fingerprint, load_run
+from configs.command_line import CommandParser, output_file
 from configs.generation import Generation
 from configs.load import science_changes
 from data.whole_file import sync
@@ -174,9 +174,9 @@ def _checkpoints_in(directory: Path) -> Path:
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m engine.archive", description="Checkpoint -> one safetensors file.")
+    parser = CommandParser(prog="python -m engine.archive", description="Checkpoint -> one safetensors file.")
     parser.add_argument("run", type=Path, help="a run directory, or its checkpoints directory; the latest one is read")
-    parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
+    parser.add_argument("--out", type=output_file, required=True, help="the safetensors file to write")
     parsed = parser.parse_args(arguments)
     try:
         consolidate(find(_checkpoints_in(parsed.run)), parsed.out)

@@ -20,6 +20,7 @@ import time  # noqa: E402
 from typing import Any, NoReturn  # noqa: E402
 
 from configs import Config, DecoderGan, Run, UserError, load_run  # noqa: E402
+from configs.command_line import CommandParser  # noqa: E402
 from configs.ds import load_ds_config  # noqa: E402
 from configs.generation import Generation  # noqa: E402
 from engine.checkpoint.directory import candidates  # noqa: E402
@@ -31,11 +32,11 @@ LONGEST_PATH, LONGEST_BELOW = 4095, 200  # bytes: of a path on Linux; of what a 
 FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are like all others: one line, exit code 2."""
+class _Parser(CommandParser):
+    """A CommandParser whose mistakes one rank tells for all of them."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+        raise UserError(self.explained(message))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -26,6 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from configs import UserError
+from configs.command_line import CommandParser
 from engine import world
 from engine.agreement import with_one_answer
 from evaluation.command import check_counts, made, run_command
@@ -143,7 +144,7 @@ def _numbers(text: str, key: str, count: int | None = None) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.generate", description="What a generator is worth.")
+    parser = CommandParser(prog="python -m evaluation.generate", description="What a generator is worth.")
     add = parser.add_argument
     add("generator", type=Path, help="the run directory of a generator, or a weights file of one")
     add("--tokenizer", required=True, help="of its latents: a run, public directory, weights file or hf://OWNER/NAME")
