@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from configs import UserError
 from configs.command_line import CommandParser, output_file
 
 BENCHES = (
@@ -69,7 +70,11 @@ def main(arguments: list[str]) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     run: Callable[[int], list[Shown]] = import_module(f"profiling.benches.{options.name}").run
-    measurements = run(options.rounds)
+    try:
+        measurements = run(options.rounds)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     console = Console(width=None if sys.stdout.isatty() else 120)
     for measurement in measurements:
         console.print(measurement.as_table())

@@ -20,7 +20,7 @@ from engine.assemble import assemble
 from engine.step import train_step
 from model.objectives.comm import Comm
 from profiling.benches.one_rank import configured, layout_of, one_rank
-from profiling.machine import describe, sized
+from profiling.machine import describe, require_bf16, sized
 from profiling.workload import random_batch
 
 PRESET, CLIP, STEPS = sized(cuda=("vtp_l", 32, 200), cpu=("study_mini", 8, 6))
@@ -58,6 +58,7 @@ class Curves:
 
 def run(rounds: int) -> list[Curves]:
     """One set of curves; `rounds` does not count here: a run is one run."""
+    require_bf16()
     with one_rank() as comm:
         return [_curves(comm)]
 

@@ -76,8 +76,8 @@ def inlined(picture: Path) -> str | None:
 
 
 def breakable(name: str) -> Markup:
-    """A figure's name, which may be broken behind / and _ where a phone has no room for it."""
-    return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(name))))
+    """A figure's name, which may be broken behind / and _ where a phone has no room for it; GFLOP/s may not."""
+    return Markup(re.sub(r"(?<=\w{3})([/_])(?=\w{3})", r"\1<wbr>", str(escape(name))))
 
 
 def told(plot: Plot) -> str:
