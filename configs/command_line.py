@@ -37,6 +37,13 @@ class CommandParser(argparse.ArgumentParser):
         return f"{message}; see --help"
 
 
+def seed(text: str) -> int:
+    """A seed as a run takes it: a word of 64 bits. For argparse."""
+    if not text.isdecimal() or not 0 <= int(text) < 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 2^64 - 1")
+    return int(text)
+
+
 def output_file(text: str) -> Path:
     """The path of a file that is going to be written; its directory is made now. For argparse: a mistake costs no work.
 

@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from configs import UserError
-from configs.command_line import CommandParser, output_file
+from configs.command_line import CommandParser, output_file, seed
 from configs.data import Data
 from configs.system import System
 from data.held_out import HeldOut, check_number_of_classes
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=output_file, required=True, help="safetensors file to write")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (%(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the training pictures (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     given = parser.parse_args(arguments)
     try:
         accuracy = make(given.data, given.out, given.size, given.epochs, given.seed)

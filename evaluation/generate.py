@@ -104,8 +104,8 @@ def main(arguments: list[str]) -> int:
 
 def _options(given: argparse.Namespace) -> Options:
     check_counts(given, "num_samples", "batch_size", "limit")
-    if given.seed < 0:
-        raise UserError(f"--seed {given.seed}: give a number from 0 on")
+    if not 0 <= given.seed < 2**64:
+        raise UserError(f"--seed {given.seed}: give a number from 0 to 2^64 - 1")
     if given.limit is not None and not given.fid:
         raise UserError(f"--limit {given.limit} without --fid: no pictures are compared with; leave it out")
     sampling = Sampling(

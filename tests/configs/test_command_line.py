@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 from pathlib import Path
 
 import pytest
 
-from configs.command_line import CommandParser, output_file
+from configs.command_line import CommandParser, output_file, seed
 from profiling.plan import command as plan
 
 pytestmark = pytest.mark.L0
@@ -69,6 +70,13 @@ def test_the_directory_of_a_file_is_there_before_the_work_begins(
     assert line.startswith(f"error: argument --json: {tmp_path}/file/plans.json cannot be written (")
     assert mistake(["--json", str(tmp_path)], capsys).endswith("is a directory: give the name of a file; see --help")
     assert "File name too long" in mistake(["--json", f"{tmp_path}/{'x' * 300}/plans.json"], capsys)
+
+
+def test_a_seed_is_a_word_of_64_bits() -> None:
+    assert seed(str(2**64 - 1)) == 2**64 - 1
+    for text in ("-1", str(2**64), "1.5", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"is not a number from 0 to 2\^64 - 1"):
+            seed(text)
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,12 @@ def test_a_value_between_two_gaps_gets_a_dot() -> None:
     assert marks(gaps) - ticks >= 15, "a dot for each of 20, less what the ticks of the other axis differ by"
 
 
+def test_every_phase_of_a_step_has_a_colour_of_its_own() -> None:
+    parts = {f"phase {number}": [1.0] for number in range(16)}
+    svg = stacked_bars(Stack("phases", "ms a step", ["demo"], parts))
+    assert len(set(re.findall(r"fill: (#[0-9a-f]{6})", svg))) == 16
+
+
 def test_names_break_between_words_and_units_do_not() -> None:
     assert breakable("health/grad_share<") == "health/<wbr>grad_<wbr>share&lt;"
     assert breakable("GFLOP/s") == "GFLOP/s"
