@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, WrapValidator, model_validator
 
-from configs.section import Count, Positive, Section
+from configs.section import Count, Depth, MlpRatio, NotBool, Number, Section, Width, require_hidden
 
 
 def _or_nothing(value: Any, validate: Callable[[Any], Any]) -> Any:
@@ -24,14 +24,14 @@ def _nothing() -> Any:
 class Vit(Section):
     """One transformer over patches: the trunk or the decoder."""
 
-    width: Positive
-    depth: Positive
-    heads: Positive
-    mlp_ratio: float = Field(4.0, gt=0)  # SwiGLU hidden = int(width * ratio * 2/3), aligned up to 8 [C]
+    width: Width
+    depth: Depth
+    heads: Depth
+    mlp_ratio: MlpRatio = 4.0  # SwiGLU hidden = int(width * ratio * 2/3), aligned up to 8 [C]
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # eps 1e-5 / 1e-6 [C]
     qk_norm: bool = False
-    layer_scale: float | None = None  # initial value; None is off [C]
-    drop_path: float = Field(0.0, ge=0, lt=1)  # share of segments a branch leaves out; not published, off [D]
+    layer_scale: Annotated[Number, Field(ge=0.0, le=100.0)] | None = None  # initial value; None is off [C]
+    drop_path: Number = Field(0.0, ge=0, lt=1)  # share of segments a branch leaves out; not published, off [D]
 
     @model_validator(mode="after")
     def _head_dim(self) -> Vit:
@@ -40,6 +40,7 @@ class Vit(Section):
                 f"width={self.width} over heads={self.heads}: the head width must be a multiple of 4 (axial "
                 "RoPE turns pairs on two axes); change width or heads"
             )
+        require_hidden(self.width, self.mlp_ratio * 2 / 3)
         return self
 
 
@@ -51,10 +52,10 @@ class Conv(Section):
     coarsest level too; of f8 the multipliers are 1, 2, 4, 4, and it does not [C of latent diffusion].
     """
 
-    channels: Positive = 128
-    multipliers: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 1, 2, 2, 4)
-    num_res_blocks: Positive = 2  # of a level of the encoder; the decoder has one more
-    groups: Positive = 32  # of every norm
+    channels: Width = 128
+    multipliers: Annotated[tuple[Depth, ...], Field(min_length=1, max_length=12)] = (1, 1, 2, 2, 4)
+    num_res_blocks: Depth = 2  # of a level of the encoder; the decoder has one more
+    groups: Width = 32  # of every norm
     attention_levels: Count = 0  # so many of the coarsest attend behind every residual block; the middle always does
 
     @model_validator(mode="after")
@@ -78,41 +79,42 @@ class Conv(Section):
 class Text(Section):
     """Causal text transformer with end-of-text pooling [C]."""
 
-    width: Positive = 768
-    depth: Positive = 12
-    heads: Positive = 12
-    context: Positive = 77
-    vocab: Positive = 49_408
-    mlp_ratio: float = Field(4.0, gt=0)
+    width: Width = 768
+    depth: Depth = 12
+    heads: Depth = 12
+    context: Annotated[int, Field(ge=3, le=65_536), NotBool] = 77  # start, a word, end of text
+    vocab: Annotated[int, Field(ge=3, le=2**24), NotBool] = 49_408
+    mlp_ratio: MlpRatio = 4.0
 
     @model_validator(mode="after")
     def _head_dim(self) -> Text:
         if self.width % self.heads:
             raise ValueError(f"width={self.width} over heads={self.heads}: heads share the width evenly; change either")
+        require_hidden(self.width, self.mlp_ratio)
         return self
 
 
 class Prototypes(Section):
     """The one head shared by CLS and masked patches: MLP -> L2 norm -> weight-normed prototypes [D]."""
 
-    num: Positive = 65_536
-    hidden: Positive = 2048
-    bottleneck: Positive = 256
-    layers: Annotated[int, Field(ge=2)] = 3
+    num: Annotated[int, Field(ge=2, le=2**24), NotBool] = 65_536
+    hidden: Width = 2048
+    bottleneck: Width = 256
+    layers: Annotated[int, Field(ge=2, le=64), NotBool] = 3
 
 
 class Model(Section):
     """Everything with weights: trunk, bottleneck, decoder, text tower, heads; with `conv`, convolutions in the place of
     trunk and decoder. Which of them a run builds, its objectives' weights decide (model/pretrainer.py)."""
 
-    patch_size: Positive = 16
-    latent_channels: Positive = 64  # "f16d64" [P]
+    patch_size: Depth = 16
+    latent_channels: Width = 64  # "f16d64" [P]
     latent: Literal["deterministic", "gaussian"] = "deterministic"  # point [P], or mean and variance
     bottleneck_ae_only: bool = True  # heads read features before the bottleneck [C]; False: after it
     image_feature: Literal["cls", "patch_mean"] = "cls"
-    clip_width: Positive = 768  # width of the joint image-text space [C]
-    registers: Count = 0
-    rope_base: float = Field(100.0, gt=0)
+    clip_width: Width = 768  # width of the joint image-text space [C]
+    registers: Annotated[int, Field(ge=0, le=1024), NotBool] = 0
+    rope_base: Number = Field(100.0, ge=1, le=1e9)
     rope_dtype: Literal["bf16", "fp32"] = "bf16"  # the released weights keep the periods in bf16 [C]
     # Always there but with conv, and then neither is: nothing asks an autoencoder of convolutions for them.
     trunk: Annotated[Vit, WrapValidator(_or_nothing)] = Field(default_factory=_nothing)

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import Positive, Section, Share
+from configs.section import ClassDropout, Depth, MlpRatio, Number, Section, Width, require_hidden
 
 
 class MaskRatio(Section):
@@ -27,18 +27,18 @@ class MaskRatio(Section):
     A lower `low` costs more: the encoder has room for the share 1 - low of the tokens.
     """
 
-    low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7  # [P]
-    std: float = Field(0.25, gt=0)  # [P]
+    low: Annotated[Number, Field(gt=0.0, le=0.999)] = 0.7  # [P]
+    std: Number = Field(0.25, ge=1e-3, le=1e3)  # [P]
 
 
 class Head(Section):
     """The MLP that denoises one token, given what the transformer says of it."""
 
-    width: Positive = 1024  # [P]
-    depth: Positive = 6  # residual blocks [P]; 3 in the study of tokenizers, arXiv 2507.15856
+    width: Width = 1024  # [P]
+    depth: Depth = 6  # residual blocks [P]; 3 in the study of tokenizers, arXiv 2507.15856
     # "noise" is the published one [P]; "velocity" needs fewer steps to draw a token (docs/decisions.md).
     objective: Literal["noise", "velocity"] = "noise"
-    repeats: Positive = 4  # noise levels a token meets in one step, on average [P]
+    repeats: Depth = 4  # noise levels a token meets in one step, on average [P]
 
 
 class Autoregressive(Section):
@@ -46,13 +46,13 @@ class Autoregressive(Section):
 
     model: Literal["autoregressive"] = "autoregressive"
     order: Literal["masked", "random", "raster"] = "masked"
-    width: Positive = 768  # [P]
-    depth: Positive = 24  # blocks in all; with order=masked half of them encode and half decode [P]
-    heads: Positive = 12  # [P]
-    mlp_ratio: float = Field(4.0, gt=0)  # [P]
-    patch: Positive = 1  # latents on a side of one token [P]
-    buffer: Positive = 64  # copies of the class embedding before the tokens [P]
-    class_dropout: Share = 0.1  # share of samples that are trained without their class [P]
+    width: Width = 768  # [P]
+    depth: Depth = 24  # blocks in all; with order=masked half of them encode and half decode [P]
+    heads: Depth = 12  # [P]
+    mlp_ratio: MlpRatio = 4.0  # [P]
+    patch: Depth = 1  # latents on a side of one token [P]
+    buffer: Depth = 64  # copies of the class embedding before the tokens [P]
+    class_dropout: ClassDropout = 0.1  # share of samples that are trained without their class [P]
     mask_ratio: MaskRatio = MaskRatio()  # of order=masked
     head: Head = Head()
 
@@ -60,6 +60,7 @@ class Autoregressive(Section):
     def _heads_share_the_width(self) -> Autoregressive:
         if self.width % self.heads:
             raise ValueError(f"width={self.width} over heads={self.heads}: heads share the width evenly; change either")
+        require_hidden(self.width, self.mlp_ratio)
         return self
 
     @model_validator(mode="after")

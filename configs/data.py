@@ -7,11 +7,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import Amount, AreaRange, Count, Paths, PixelRange, Positive, Section, Share, ShareRange, UserError
+from configs.section import (
+    AreaRange,
+    Count,
+    Digest,
+    Later,
+    NotBool,
+    Number,
+    Paths,
+    PixelRange,
+    Positive,
+    Section,
+    Share,
+    ShareRange,
+    UserError,
+    Width,
+)
+
+Jitter = Annotated[Number, Field(ge=0.0, le=10.0)]  # factors are drawn from 1 - this, or 0, to 1 + this
 
 
 class Pictures(Section):
@@ -38,6 +55,8 @@ class Data(Pictures):
     """Pictures and what is said of them."""
 
     tokenizer: str  # a tokenizer.json file, or a Hugging Face hub name (CLIP's for the real presets)
+    # sha256 of that file; filled in at the start, and one that is given must be the file's
+    tokenizer_sha256: Annotated[Digest | None, Later()] = None
     caption: str = "txt"  # member extension holding the caption; "json:KEY" reads a field of the .json member
 
 
@@ -64,24 +83,24 @@ class Batch(Section):
 class ImageView(Section):
     """The crop that clip and rec see. Sizes in pixels, scales as shares of the image area."""
 
-    image_size: Positive = 256  # [P]
+    image_size: Width = 256  # [P]
     image_scale: AreaRange = (0.9, 1.0)
 
 
 class Views(ImageView):
     """All crops, and colours. [D] of DINOv2."""
 
-    global_size: Positive = 256
+    global_size: Width = 256
     global_scale: AreaRange = (0.32, 1.0)
-    local_size: Positive = 96
+    local_size: Width = 96
     local_scale: AreaRange = (0.05, 0.32)
-    num_locals: Count = 8
+    num_locals: Annotated[int, Field(ge=0, le=1024), NotBool] = 8
     flip: Share = 0.5  # ssl crops only: captions speak of left and right
     jitter: Share = 0.8  # probability of the colour jitter
-    brightness: Amount = 0.4
-    contrast: Amount = 0.4
-    saturation: Amount = 0.2
-    hue: float = Field(0.1, ge=0, le=0.5)  # in turns of the colour circle
+    brightness: Jitter = 0.4
+    contrast: Jitter = 0.4
+    saturation: Jitter = 0.2
+    hue: Number = Field(0.1, ge=0, le=0.5)  # in turns of the colour circle
     grey: Share = 0.2
     blur: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)  # probability on global view 0, on 1, on local ones
     blur_sigma: PixelRange = (0.1, 2.0)  # in pixels at the crop's own size

@@ -14,7 +14,22 @@ from pydantic import Field, model_validator
 
 from configs.data import ImageView, Pictures
 from configs.run import Run
-from configs.section import Positive, Section, Share
+from configs.section import (
+    Betas,
+    ClipNorm,
+    Digest,
+    Later,
+    LearningRate,
+    Momentum,
+    NotBool,
+    Number,
+    Positive,
+    Section,
+    Weight,
+    WeightDecay,
+)
+
+BeforeTheEnd = Annotated[Number, Field(ge=0.0, lt=1.0)]  # at 1 the run would be over
 
 
 class Tokenizer(Section):
@@ -33,20 +48,24 @@ class DecoderBatch(Section):
 class Discriminator(Section):
     """The PatchGAN (model/discriminator.py) and its AdamW; steps, warm-up, eps and precision are the decoder's."""
 
-    width: Annotated[int, Field(ge=8, multiple_of=8)] = 64  # channels of the first layer; later norms take 16 at a time
-    layers: Annotated[int, Field(ge=1, le=6)] = 3
-    lr: float = Field(2e-4, gt=0)  # peak, at optim.lr_batch pictures a step [D]
-    betas: tuple[Share, Share] = (0.5, 0.9)  # [D of VQGAN]: little memory, because its task moves
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    width: Annotated[int, Field(ge=8, le=8192, multiple_of=8), NotBool] = (
+        64  # channels of the first layer; later norms take 16 at a time
+    )
+    layers: Annotated[int, Field(ge=1, le=6), NotBool] = 3
+    lr: LearningRate = 2e-4  # peak, at optim.lr_batch pictures a step [D]
+    betas: Betas = (0.5, 0.9)  # [D of VQGAN]: little memory, because its task moves
+    weight_decay: WeightDecay = 0.0
+    clip_norm: ClipNorm = 1.0
 
 
 class PixelLosses(Section):
     """What holds the decoder to the picture: rec = l1 * L1 + perceptual * LPIPS, one of them at least."""
 
-    l1: float = Field(1.0, ge=0)
-    perceptual: float = Field(1.0, ge=0)  # L1 : LPIPS = 1 : 1, as in stage 1 [P]; needs lpips_weights
+    l1: Weight = 1.0
+    perceptual: Weight = 1.0  # L1 : LPIPS = 1 : 1, as in stage 1 [P]; needs lpips_weights
     lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
+    # sha256 of its tensors; filled in at the start, and one that is given must be the file's
+    lpips_sha256: Annotated[Digest | None, Later()] = None
 
     @model_validator(mode="after")
     def _perceptual_is_explicit(self) -> PixelLosses:
@@ -55,6 +74,11 @@ class PixelLosses(Section):
                 f"perceptual={self.perceptual:g} but lpips_weights is not set: the perceptual term is never "
                 "dropped silently; give objectives.rec.lpips_weights=FILE, or switch it off with "
                 "objectives.rec.perceptual=0"
+            )
+        if self.lpips_sha256 and self.lpips_weights is None:
+            raise ValueError(
+                f"lpips_sha256={self.lpips_sha256} of no file: give objectives.rec.lpips_weights too, or remove "
+                "objectives.rec.lpips_sha256"
             )
         if not (self.l1 or self.perceptual):
             raise ValueError("l1=0 and perceptual=0: nothing holds the decoder to the picture; set one of them")
@@ -66,10 +90,10 @@ class Gan(Section):
 
     kind: Literal["hinge", "vanilla"] = "hinge"
     balance: Literal["adaptive", "fixed"] = "adaptive"  # adaptive: times |grad rec| / |grad gan| at the last layer
-    weight: float = Field(0.75, gt=0)  # adaptive 0.5 to 0.75, fixed about 0.1 [D of RAE, VA-VAE, l-DeTok]
-    limit: float = Field(1e4, gt=0)  # of the adaptive ratio [D of VQGAN]
-    discriminator_start: Share = 0.375  # of optim.steps: the discriminator steps from here on [D]
-    start: Share = 0.5  # of optim.steps: the term is in the decoder's loss from here on [D of l-DeTok]
+    weight: Number = Field(0.75, gt=0, le=1e6)  # adaptive 0.5 to 0.75, fixed about 0.1 [D of RAE, VA-VAE, l-DeTok]
+    limit: Number = Field(1e4, gt=0, le=1e9)  # of the adaptive ratio [D of VQGAN]
+    discriminator_start: BeforeTheEnd = 0.375  # of optim.steps: the discriminator steps from here on [D]
+    start: BeforeTheEnd = 0.5  # of optim.steps: the term is in the decoder's loss from here on [D of l-DeTok]
 
     @model_validator(mode="after")
     def _the_discriminator_leads(self) -> Gan:
@@ -97,6 +121,7 @@ class DecoderGan(Run):
     """A stage-2 run; configs/run.py has what it shares with other kinds of runs."""
 
     places: ClassVar[dict[str, Any]] = {"tokenizer": {"weights"}}
+    digests: ClassVar[dict[str, str]] = {"objectives.rec.lpips_weights": "objectives.rec.lpips_sha256"}
 
     kind: Literal["decoder_gan"] = "decoder_gan"
     tokenizer: Tokenizer
@@ -105,7 +130,7 @@ class DecoderGan(Run):
     views: ImageView = ImageView()
     objectives: DecoderObjectives
     discriminator: Discriminator = Discriminator()
-    ema: Share = 0.999  # of the averaged decoder, which is what is written: the share kept at a step [D of l-DeTok]
+    ema: Momentum = 0.999  # of the averaged decoder, which is what is written: the share kept at a step [D of l-DeTok]
 
     @property
     def samples_per_step(self) -> int:

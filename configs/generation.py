@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from configs.generator import Generator
 from configs.run import Run
-from configs.section import Positive, Section, Share, UserError
+from configs.section import Momentum, Positive, Section, UserError
 
 
 class Latents(Section):
@@ -38,7 +38,7 @@ class Generation(Run):
     latents: Latents
     batch: LatentBatch = LatentBatch()
     generator: Generator
-    ema: Share = 0.9999  # momentum of the average that is sampled from [P]
+    ema: Momentum = 0.9999  # momentum of the average that is sampled from [P]
 
     @property
     def samples_per_step(self) -> int:

@@ -20,15 +20,15 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from configs.autoregressive import Autoregressive
-from configs.section import Later, Positive, Section, Share
+from configs.section import ClassDropout, Depth, Later, MlpRatio, Number, Section, Weight, Width, require_hidden
 
 
 class Times(Section):
     """Which times of the path are trained on; time 0 is noise, time 1 a latent."""
 
     kind: Literal["logit_normal", "uniform"] = "logit_normal"  # LightningDiT [P]; DiT, SiT: uniform [P]
-    mean: float = 0.0  # of logit(time) [P]; VTP: -0.5 for the latents of S and B, -0.75 for L's
-    std: float = Field(1.0, gt=0)  # [P]; VTP: 1.25 and 1.0
+    mean: Number = Field(0.0, ge=-50, le=50)  # of logit(time) [P]; VTP: -0.5 for the latents of S and B, -0.75 for L's
+    std: Number = Field(1.0, ge=1e-3, le=50)  # [P]; VTP: 1.25 and 1.0
 
     @model_validator(mode="after")
     def _uniform_has_no_shape(self) -> Times:
@@ -44,22 +44,22 @@ class Diffusion(Section):
     """A transformer over latents that learns to undo noise; the defaults are LightningDiT's."""
 
     model: Literal["diffusion"] = "diffusion"
-    width: Positive
-    depth: Positive
-    heads: Positive
-    patch: Positive = 1  # latents on a side of a token; 1 for 16-fold tokenizers [P]
+    width: Width
+    depth: Depth
+    heads: Depth
+    patch: Depth = 1  # latents on a side of a token; 1 for 16-fold tokenizers [P]
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # hidden width * ratio * 2/3, or width * ratio; DiT, SiT: gelu [P]
-    mlp_ratio: float = Field(4.0, gt=0)  # [P]
+    mlp_ratio: MlpRatio = 4.0  # [P]
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # DiT, SiT: layernorm, with nothing learnt [P]
     qk_norm: bool = False  # off in the published B and XL; steadies half precision at long runs [P]
     # rope [P]; DiT, SiT: fixed sines and cosines, added once [P]; "both" is what LightningDiT's code does [C].
     positions: Literal["rope", "sincos", "both"] = "rope"
     objective: Literal["velocity", "noise"] = "velocity"  # straight path, its velocity; DiT: DDPM's noise [P]
     variance: Annotated[Literal["fixed", "learnt"], Later()] = "fixed"  # of the noise's way back; DiT: learnt [P]
-    direction: float = Field(1.0, ge=0)  # weight of 1 - cos(velocity, predicted) [P]; SiT: 0 [P]
+    direction: Weight = 1.0  # weight of 1 - cos(velocity, predicted) [P]; SiT: 0 [P]
     times: Times = Times()
-    time_scale: float = Field(1.0, gt=0)  # times 0 to 1 are multiplied by it before they are embedded; 1 [C]
-    class_dropout: Share = 0.1  # classes hidden in training, for guidance without a classifier [P]
+    time_scale: Number = Field(1.0, gt=0, le=1e6)  # times 0 to 1 are multiplied by it before they are embedded; 1 [C]
+    class_dropout: ClassDropout = 0.1  # classes hidden in training, for guidance without a classifier [P]
 
     @model_validator(mode="after")
     def _head_width(self) -> Diffusion:
@@ -68,6 +68,7 @@ class Diffusion(Section):
                 f"width={self.width} over heads={self.heads}: the head width must be a multiple of 4 (positions turn "
                 "pairs on two axes); change width or heads"
             )
+        require_hidden(self.width, self.mlp_ratio * (2 / 3 if self.mlp == "swiglu" else 1))
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import Positive, Section
+from configs.section import NotBool, Number, Positive, Section
 
 
 class Health(Section):
@@ -25,8 +25,10 @@ class Health(Section):
 
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"  # a loss or a gradient that is no number
     spike: Literal["off", "skip", "rollback"] = "off"
-    spike_window: Annotated[int, Field(ge=4)] = 128  # steps the median is over; before so many nothing is a spike
-    spike_factor: float = Field(5.0, gt=1)  # times the median [D]
+    spike_window: Annotated[int, Field(ge=4, le=100_000), NotBool] = (
+        128  # steps the median is over; before so many nothing is a spike
+    )
+    spike_factor: Number = Field(5.0, gt=1, le=1e6)  # times the median [D]
     most_rollbacks: Positive = 3  # to one checkpoint; then the run stops [D]
 
     @model_validator(mode="after")

@@ -7,29 +7,46 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from configs.architecture import Vit
-from configs.section import Count, MaskRange, Positive, Section, Share
+from configs.section import (
+    Betas,
+    ClipNorm,
+    Depth,
+    Digest,
+    Later,
+    LearningRate,
+    MaskRange,
+    Momentum,
+    NotBool,
+    Number,
+    Positive,
+    Section,
+    Share,
+    Temperature,
+    Weight,
+    WeightDecay,
+)
 
 
 class Clip(Section):
     """Images against captions (model/objectives/contrastive.py): softmax is InfoNCE, sigmoid SigLIP's loss."""
 
-    weight: float = Field(1.0, ge=0)
+    weight: Weight = 1.0
     kind: Literal["softmax", "sigmoid"] = "softmax"
 
 
 class Ssl(Section):
     """ssl = DINO's pairs of views + iBOT's hidden patches + koleo * KoLeo. The teacher's own schedules: `Teacher`."""
 
-    weight: float = Field(1.0, ge=0)
-    koleo: float = Field(0.1, ge=0)  # [I]
-    student_temp: float = Field(0.1, gt=0)
+    weight: Weight = 1.0
+    koleo: Weight = 0.1  # [I]
+    student_temp: Temperature = 0.1
     targets: Literal["sinkhorn", "centering"] = "sinkhorn"
-    centre_momentum: Share = 0.9  # with targets=centering
+    centre_momentum: Momentum = 0.9  # with targets=centering
 
 
 class Noise(Section):
@@ -37,7 +54,7 @@ class Noise(Section):
     for it, e ~ N(0, scale^2) for each of its numbers. In training only."""
 
     kind: Literal["none", "interpolative", "additive"] = "none"  # (1 - t) x + t e; x + t e, which was worse there
-    scale: float = Field(3.0, gt=0)  # of l-DeTok
+    scale: Number = Field(3.0, gt=0, le=1e3)  # of l-DeTok
 
     @model_validator(mode="after")
     def _scale_of_something(self) -> Noise:
@@ -59,9 +76,9 @@ class Align(Section):
     weights: str  # that file; DINOv2's as transformers or timm have it. Where it lies is not science
     sha256: str | None = None  # of the file's tensors; filled in at the start, and one that is given must be the file's
     encoder: Vit  # as the file describes it: the linear map onto its width is part of this run's model
-    patch_size: Positive = 16  # of the encoder; DINOv2's is 14
-    registers: Count = 0  # of the encoder
-    weight: float = Field(0.1, gt=0)  # beside l1 and perceptual
+    patch_size: Depth = 16  # of the encoder; DINOv2's is 14
+    registers: Annotated[int, Field(ge=0, le=1024), NotBool] = 0  # of the encoder
+    weight: Number = Field(0.1, gt=0, le=1e6)  # beside l1 and perceptual
     cosine_margin: Share = 0.5  # m1: latent and feature need no cosine above 1 - m1
     distance_margin: Share = 0.25  # m2: a pair's two cosines may differ by so much
     adaptive: bool = True  # weight x the ratio of the gradients' norms at the encoder's last layer; False: weight alone
@@ -83,12 +100,14 @@ class Rec(Section):
     `noise` changes the latents that the decoder reads, `mask` hides patches from the encoder: both in training only.
     """
 
-    weight: float = Field(0.1, ge=0)  # [P]
-    l1: float = Field(1.0, ge=0)
-    l2: float = Field(0.0, ge=0)  # mean square; l-DeTok's 1, with l1 at 0
-    perceptual: float = Field(1.0, ge=0)  # L1 : LPIPS = 1 : 1 [P]; needs lpips_weights
+    weight: Weight = 0.1  # [P]
+    l1: Weight = 1.0
+    l2: Weight = 0.0  # mean square; l-DeTok's 1, with l1 at 0
+    perceptual: Weight = 1.0  # L1 : LPIPS = 1 : 1 [P]; needs lpips_weights
     lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
-    kl: float = Field(0.0, ge=0)  # nats of an image, with model.latent=gaussian; l-DeTok's 1e-6
+    # sha256 of its tensors; filled in at the start, and one that is given must be the file's
+    lpips_sha256: Annotated[Digest | None, Later()] = None
+    kl: Weight = 0.0  # nats of an image, with model.latent=gaussian; l-DeTok's 1e-6
     noise: Noise = Noise()
     mask: MaskRange | None = None  # share of patches hidden from the encoder, U(low, high); l-DeTok's -0.1, 0.7
     align: Align | None = None  # no part of VTP: the baseline it is compared with
@@ -100,6 +119,15 @@ class Rec(Section):
                 f"perceptual={self.perceptual:g} but lpips_weights is not set: the perceptual term is never "
                 "dropped silently; give objectives.rec.lpips_weights=FILE, or switch it off with "
                 "objectives.rec.perceptual=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _digest_has_a_file(self) -> Rec:
+        if self.lpips_sha256 and self.lpips_weights is None:
+            raise ValueError(
+                f"lpips_sha256={self.lpips_sha256} of no file: give objectives.rec.lpips_weights too, or remove "
+                "objectives.rec.lpips_sha256"
             )
         return self
 
@@ -150,14 +178,14 @@ class Optim(Section):
 
     kind: Literal["adamw", "lamb"] = "adamw"  # LAMB: a trust ratio per matrix, and per rank's share of it
     steps: Positive
-    lr: float = Field(5e-4, gt=0)  # peak, at lr_batch images a step; scaled by sqrt(samples a step / lr_batch)
+    lr: LearningRate = 5e-4  # peak, at lr_batch images a step; scaled by sqrt(samples a step / lr_batch)
     lr_batch: Positive = 16_384
     final_lr: Share = 0.0  # as a share of the peak
     warmup: Share = 0.03  # as a share of steps
-    betas: tuple[Share, Share] = (0.9, 0.98)
-    eps: float = Field(1e-6, gt=0)
-    weight_decay: float = Field(0.1, ge=0)  # none on vectors
-    clip_norm: float = Field(1.0, gt=0)
+    betas: Betas = (0.9, 0.98)
+    eps: Number = Field(1e-6, ge=1e-16, le=1)  # below, float32 divides 0 by 0
+    weight_decay: WeightDecay = 0.1  # none on vectors
+    clip_norm: ClipNorm = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"
 
 
@@ -166,6 +194,6 @@ class Teacher(Section):
 
     momentum: Share = 0.994
     final_momentum: Share = 1.0  # reached by a cosine; equal to momentum for a fixed one
-    temp: float = Field(0.04, gt=0)
-    final_temp: float = Field(0.07, gt=0)
+    temp: Temperature = 0.04
+    final_temp: Temperature = 0.07
     temp_warmup: Share = 0.3  # share of steps from temp to final_temp

@@ -111,22 +111,36 @@ def to_yaml(config: Run) -> str:
 def fingerprint(config: Run) -> str:
     """16 hex digits of everything that changes results: the config less its name, `system` and `profile`.
 
-    Of a file that is pinned by its digest the digest counts, not the place (Run.places); a setting that came later
-    (configs/section.py) counts where it is not at its default.
+    Of a file that is pinned by its digest the digest counts, not the place (Run.places, Run.digests); a setting that
+    came later (configs/section.py) counts where it is not at its default.
     """
     science = _science(config)
     leave_out_later(config, science)
+    for path, digest in config.digests.items():
+        if _value(science, digest) is not None:
+            _drop(science, path)
     return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def science_changes(old: Run, changed: Run) -> list[str]:
-    """The dotted science keys in which two configs differ, as `key: old -> changed`."""
+    """The dotted science keys in which two configs differ, as `key: old -> changed`.
+
+    Files are compared by their digests, and by their paths where one of the configs has no digest yet.
+    """
     if old.kind != changed.kind:
         return [f"kind: {old.kind} -> {changed.kind}"]
     flat_old, flat_changed = _flatten(_science(old)), _flatten(_science(changed))
+    files = {digest: path for path, digest in old.digests.items()}
+    for digest, path in files.items():
+        uncompared = digest if None in (flat_old[digest], flat_changed[digest]) else path
+        del flat_old[uncompared], flat_changed[uncompared]
     keys = dict.fromkeys((*flat_old, *flat_changed))  # a section that may be None has keys on one side only
     pairs = {key: (flat_old.get(key), flat_changed.get(key)) for key in keys}
-    return [f"{key}: {before} -> {after}" for key, (before, after) in pairs.items() if before != after]
+    changes = {key: f"{key}: {before} -> {after}" for key, (before, after) in pairs.items() if before != after}
+    for digest in files.keys() & changes.keys():
+        path = files[digest]
+        changes[digest] += f" ({path}={_value(changed.model_dump(), path)} holds another file)"
+    return list(changes.values())
 
 
 def one_line(text: object) -> str:
@@ -136,6 +150,21 @@ def one_line(text: object) -> str:
 
 def _science(config: Run) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"system": True, "profile": True, "name": True, **config.places})
+
+
+def _value(tree: dict[str, Any], key: str) -> Any:
+    """The value under a dotted key; None where there is none."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    return tree.get(leaf)
+
+
+def _drop(tree: dict[str, Any], key: str) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    del tree[leaf]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -148,7 +177,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or a number of thousands of digits
         raise UserError(f"--config {path} is not valid YAML: {_problem(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--config {path} holds {_kind(tree)}, not keys and values")
@@ -168,7 +197,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {parent} holds {_kind(tree)}, not keys")
     try:
         tree[leaf] = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, UserError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # UserError, or a number of thousands of digits
         raise UserError(
             f"override {override!r}: {text!r} is not a YAML value ({_problem(error)}); a text with signs "
             "in it wants quotes"

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from configs.health import Health
 from configs.learning import Optim
-from configs.section import Count, Section
+from configs.section import Section, Seed
 from configs.system import Profile, System
 
 
@@ -21,10 +21,13 @@ class Run(Section):
 
     # Where files lie that are pinned by a digest beside the place: no science. As pydantic's `exclude` takes it.
     places: ClassVar[dict[str, Any]] = {}
+    # Path of a file -> its digest. The path is science while there is no digest, as in runs of earlier versions; then
+    # the digest is, and the file may lie elsewhere.
+    digests: ClassVar[dict[str, str]] = {}
 
     kind: str
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    seed: Count = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=128)]
+    seed: Seed = 0
     optim: Optim
     health: Health = Health()
     system: System = System()

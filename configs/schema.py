@@ -24,7 +24,7 @@ from configs.architecture import Model
 from configs.data import Batch, Data, Masks, Views
 from configs.learning import Objectives, Teacher
 from configs.run import Run
-from configs.section import Section, Share
+from configs.section import Momentum, Section
 
 
 class Init(Section):
@@ -44,6 +44,10 @@ class Config(Run):
     """Pre-training a tokenizer; configs/run.py has what it shares with other kinds of runs."""
 
     places: ClassVar[dict[str, Any]] = {"init": {"weights"}, "objectives": {"rec": {"align": {"weights"}}}}
+    digests: ClassVar[dict[str, str]] = {
+        "data.tokenizer": "data.tokenizer_sha256",
+        "objectives.rec.lpips_weights": "objectives.rec.lpips_sha256",
+    }
 
     kind: Literal["pretraining"] = "pretraining"
     data: Data
@@ -54,7 +58,7 @@ class Config(Run):
     init: Init = Init()
     objectives: Objectives
     teacher: Teacher = Teacher()
-    ema: Share | None = None  # momentum of an average of the trained weights, which the run gives then; none in VTP
+    ema: Momentum | None = None  # momentum of an average of the trained weights, which the run gives then; none in VTP
 
     @property
     def samples_per_step(self) -> int:
@@ -180,6 +184,32 @@ class Config(Run):
                 f"{said} cuts batch.clip={batch.clip} into parts of {size} rows, and the rec rows {first} to "
                 f"{first + batch.rec - 1} lie in more than one: rec reads the features of one part; lower "
                 "system.clip.micro_batches or batch.rec"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_row_has_something_to_be_compared_with(self) -> Config:
+        objectives, batch = self.objectives, self.batch
+        if objectives.clip.weight and objectives.clip.kind == "softmax" and batch.clip == 1:
+            raise ValueError(
+                "batch.clip=1 with objectives.clip.kind=softmax: the one caption is always right, and nothing is "
+                "learnt; raise batch.clip, set objectives.clip.kind=sigmoid, or objectives.clip.weight=0"
+            )
+        if objectives.ssl.weight and objectives.ssl.koleo and batch.ssl == 1:
+            raise ValueError(
+                f"batch.ssl=1 with objectives.ssl.koleo={objectives.ssl.koleo:g}: KoLeo pushes an image away from its "
+                "nearest neighbour, and one image has none; raise batch.ssl or set objectives.ssl.koleo=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_teacher_follows(self) -> Config:
+        teacher = self.teacher
+        is_still = teacher.momentum == teacher.final_momentum == 1
+        if is_still and self.objectives.ssl.weight and self.init.weights is None:
+            raise ValueError(
+                "teacher.momentum=1 and teacher.final_momentum=1: the teacher would stay at its random first weights; "
+                "lower teacher.momentum, or give init.weights"
             )
         return self
 

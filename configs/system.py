@@ -7,21 +7,35 @@ A checkpoint may be resumed under another `system` and `profile`: the fingerprin
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from configs.section import AmountRange, Count, Positive, Section, Share, ShareRange, StepSpan
+from configs.section import (
+    AmountRange,
+    Count,
+    Depth,
+    Directory,
+    NotBool,
+    Positive,
+    Seconds,
+    Section,
+    Share,
+    ShareRange,
+    StepSpan,
+)
 
 
 class Loader(Section):
     """How each rank reads and decodes shards, ahead of the step."""
 
-    threads: Positive = 2  # decoding threads a rank
-    prefetch: Positive = 2  # batches decoded ahead of the step
+    threads: Depth = 2  # decoding threads a rank
+    prefetch: Depth = 2  # batches decoded ahead of the step
     device: Literal["auto", "cpu", "gpu"] = "auto"
     cache_dir: str | None = None  # where remote shards are kept; required for remote URLs
-    tries: Positive = 6  # of what storage fails, after 1, 2, 4, 8, 16 s; then the sample is skipped (data/patience.py)
+    tries: Annotated[int, Field(ge=1, le=64), NotBool] = (
+        6  # of what storage fails, after 1, 2, 4, 8, 16 s; then the sample is skipped (data/patience.py)
+    )
 
 
 class ContrastiveBatch(Section):
@@ -43,10 +57,10 @@ class Checkpoint(Section):
 class Watch(Section):
     """When a rank counts as lost (engine/watch/): every rank then says which one, and where it was, and ends."""
 
-    silent_seconds: Positive = 60  # not a word from a rank: stopped, or cut off. A dead one is known at once
+    silent_seconds: Seconds = 60  # not a word from a rank: stopped, or cut off. A dead one is known at once
     # No rank has ended a step or a phase. Longer than any of them may take: assembling (the model, the corpus's index
     # where it has to be written), loading a checkpoint, the first step with its compiling, the last save.
-    stuck_seconds: Positive = 1800
+    stuck_seconds: Seconds = 1800
 
 
 class Alarms(Section):
@@ -80,7 +94,7 @@ class Checks(Section):
 class System(Section):
     """Device, ranks, records and safety of a run. What every "auto" became, its choices.json says."""
 
-    run_dir: str | None = None  # runs/NAME when not given
+    run_dir: Directory | None = None  # runs/NAME when not given
     report_every: Positive = 10  # steps between two host syncs
     images_every: Count = 0  # steps between two picture reports; 0: only at the end
     phases: bool = True  # reports say where a step's time goes (engine/report/timing.py)
@@ -92,7 +106,9 @@ class System(Section):
     gather: Literal["flat", "by_host"] = "flat"  # the objectives' features between ranks (engine/hosts.py)
     # Two runs are the same bits; a few per cent slower on GPUs (engine/deterministic.py). Rounds otherwise, no more.
     deterministic: bool = False
-    timeout_minutes: Positive = 60  # of a collective, before a rank counts as lost
+    timeout_minutes: Annotated[int, Field(ge=1, le=365 * 24 * 60), NotBool] = (
+        60  # of a collective, before a rank counts as lost
+    )
     loader: Loader = Loader()
     checks: Checks = Checks()
     clip: ContrastiveBatch = ContrastiveBatch()

@@ -17,6 +17,7 @@ special token is read as text: no caption can write an end-of-text of its own.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -27,6 +28,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from configs import UserError
+from configs.data import Data
+from configs.section import require_digest
 
 # A batch of captions takes about a millisecond on one thread, and the loader has threads of its own: a second
 # pool would fight it for cores, and warns when a process forks.
@@ -139,15 +142,38 @@ class CaptionEncoder:
         return rows
 
 
-def _load(source: str, said: str) -> Tokenizer:
+def pinned(data: Data) -> Data:
+    """The section with tokenizer_sha256 filled in: the digest of the tokenizer.json itself, also of a hub name.
+
+    Raises UserError where it cannot be had, or is not the one whose digest the section has.
+    """
+    found = tokenizer_digest(data.tokenizer)
+    require_digest("data.tokenizer", data.tokenizer, "data.tokenizer_sha256", data.tokenizer_sha256, found)
+    return data.model_copy(update={"tokenizer_sha256": found})
+
+
+def tokenizer_digest(source: str, key: str = "data.tokenizer") -> str:
+    """sha256 of the tokenizer.json that `source`, a path or a hub name, stands for. Raises UserError where it cannot be
+    had."""
+    try:
+        return hashlib.sha256(_file_of(source, f"{key}={source}").read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{key}={source} cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _file_of(source: str, said: str) -> Path:
     path = Path(source)
-    if not path.is_file():
-        if path.exists() or path.suffix == ".json" or not HUB_NAME.fullmatch(source):
-            raise UserError(
-                f"{said} is no file: give the path of a tokenizer.json, or a hub name such "
-                "as openai/clip-vit-large-patch14"
-            )
-        path = _download(source, said)
+    if path.is_file():
+        return path
+    if path.exists() or path.suffix == ".json" or not HUB_NAME.fullmatch(source):
+        raise UserError(
+            f"{said} is no file: give the path of a tokenizer.json, or a hub name such as openai/clip-vit-large-patch14"
+        )
+    return _download(source, said)
+
+
+def _load(source: str, said: str) -> Tokenizer:
+    path = _file_of(source, said)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception for every malformed file

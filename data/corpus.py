@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from configs import UserError
+from configs.command_line import CommandParser, seed
 from data.caption_sources import folder_captions, listed_captions, sidecar_captions
 from data.emoji.font import EmojiFont
 from data.emoji.plan import emoji_plan
@@ -160,7 +161,7 @@ def _folder(options: argparse.Namespace) -> Shards | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data.corpus", description="Write a corpus of webdataset shards.")
+    parser = CommandParser(prog="python -m data.corpus", description="Write a corpus of webdataset shards.")
     commands = parser.add_subparsers(required=True, metavar="synthetic | emoji | folder")
     _add_synthetic(commands.add_parser("synthetic", help="draw a captioned demo corpus"))
     _add_emoji(commands.add_parser("emoji", help="draw captioned scenes from a colour emoji font"))
@@ -189,7 +190,7 @@ def _add_drawn(command: argparse.ArgumentParser) -> None:
     add("--held-out", type=_at_least(0), default=0, help="number of held-out images (default 0)")
     add("--size", type=_at_least(16), default=64, help="side in pixels (default 64)")
     add("--shard-size", type=_at_least(1), default=256, help="images in a shard (default 256)")
-    add("--seed", type=_at_least(0), default=0, help="another seed, other images (default 0)")
+    add("--seed", type=seed, default=0, help="another seed, other images (default 0)")
     cores = len(os.sched_getaffinity(0))
     add(
         "--workers",

@@ -13,7 +13,6 @@ is not writable.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -30,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs import UserError
+from configs.command_line import CommandParser
 from data import storage
 from data.patience import Patience, Unreadable
 from data.recent import Recent
@@ -266,7 +266,7 @@ def _json_field(data: bytes, key: str) -> object:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m data.shards index DIR...`: writes sidecars, prints counts. Exit code 0, or 2 on an error."""
-    parser = argparse.ArgumentParser(prog="python -m data.shards", description="Index tar shards for random access.")
+    parser = CommandParser(prog="python -m data.shards", description="Index tar shards for random access.")
     commands = parser.add_subparsers(dest="command", required=True)
     index = commands.add_parser("index", help="write X.idx for every X.tar and print what it holds")
     index.add_argument("dirs", nargs="+", metavar="DIR", help="directories, .tar files, globs or brace ranges")

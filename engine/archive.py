@@ -1,11 +1,10 @@
 """Reading a checkpoint directory: which one, what it is, its weights as one file. Needs no DeepSpeed and no ranks.
 
-python -m engine.archive runs/demo/checkpoints --out weights.safetensors
+python -m engine.archive runs/demo --out weights.safetensors
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from contextlib import suppress
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from configs import Config, DecoderGan, Run, UserError, fingerprint, load_run
+from configs.command_line import CommandParser, output_file
 from configs.generation import Generation
 from configs.load import science_changes
 from data.whole_file import sync
@@ -56,18 +56,35 @@ def find(root: Path) -> Path:
             return path
     for path in there:
         read_state(path)  # says what is wrong with it
-    raise UserError(f"--resume: {root} has no complete checkpoint (a directory with {SUMS}); start without --resume")
+    raise UserError(f"{root} has no complete checkpoint (a directory with {SUMS})")
 
 
 def check_start(config: Run, resume: bool, allowed_changes: tuple[str, ...]) -> None:
     """Refuses to write over a run, or to resume another one, before anything heavy is loaded."""
     if resume:
-        check_science(find(checkpoints(config)), config, allowed_changes)
+        check_science(_to_go_on_from(config), config, allowed_changes)
     elif there := candidates(checkpoints(config)):
         raise UserError(
             f"{run_directory(config)} already holds a run ({there[0].name}): go on "
             "with --resume, choose another name=..., or remove the directory"
         )
+
+
+def _to_go_on_from(config: Run) -> Path:
+    """The checkpoint to be resumed. Raises UserError where there is none, or it is past optim.steps."""
+    try:
+        path = find(checkpoints(config))
+    except UserError as error:
+        there = candidates(checkpoints(config))
+        raise UserError(f"--resume: {error}" + ("" if there else "; start without --resume")) from None
+    done = read_state(path).step
+    if done > config.optim.steps:
+        raise UserError(
+            f"--resume: {path} has {done} steps done, but optim.steps={config.optim.steps}: there is nothing left to "
+            "train; raise optim.steps, or take the weights that are there: "
+            f"python -m engine.archive {run_directory(config)} --out weights.safetensors"
+        )
+    return path
 
 
 def check_science(path: Path, config: Run, allowed: tuple[str, ...] = ()) -> None:
@@ -145,14 +162,24 @@ def _write_generator(path: Path, out: Path, config: Generation) -> None:
     )
 
 
+def _checkpoints_in(directory: Path) -> Path:
+    """`directory` itself, or where it is a run's the one with its checkpoints."""
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} is not a directory: give a run directory, runs/NAME, or its checkpoints directory"
+        )
+    inside = directory / "checkpoints"
+    return inside if inside.is_dir() else directory
+
+
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m engine.archive", description="Checkpoint -> one safetensors file.")
-    parser.add_argument("checkpoints", type=Path, help="a run's checkpoints directory; its latest one is read")
-    parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
+    parser = CommandParser(prog="python -m engine.archive", description="Checkpoint -> one safetensors file.")
+    parser.add_argument("run", type=Path, help="a run directory, or its checkpoints directory; the latest one is read")
+    parser.add_argument("--out", type=output_file, required=True, help="the safetensors file to write")
     parsed = parser.parse_args(arguments)
     try:
-        consolidate(find(parsed.checkpoints), parsed.out)
+        consolidate(find(_checkpoints_in(parsed.run)), parsed.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE

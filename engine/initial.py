@@ -24,6 +24,7 @@ from torch import Tensor
 from configs import Config, UserError
 from configs.architecture import Model
 from configs.learning import Align
+from configs.section import require_digest
 from model.frozen import check
 from model.parts import TRAINING_ALONE
 from model.weights import described_model, digest, opened
@@ -49,31 +50,44 @@ class Initial:
 
 
 def pinned(config: Config, resume: bool) -> Config:
-    """The config with init.sha256 and objectives.rec.align.sha256 filled in.
+    """The config with init.sha256, objectives.rec.align.sha256 and objectives.rec.lpips_sha256 filled in.
 
     Raises UserError where a file is missing or damaged, or is not the one whose digest the config has.
     """
     given, found = config.init, _digest(config, resume)
-    _require_digest("init", given.weights, given.sha256, found)
+    require_digest("init.weights", given.weights, "init.sha256", given.sha256, found)
     config = config.model_copy(update={"init": given.model_copy(update={"sha256": found})})
-    return config if config.objectives.rec.align is None else _pinned_align(config, config.objectives.rec.align)
+    rec = config.objectives.rec
+    if rec.weight and rec.perceptual:
+        rec = rec.model_copy(update={"lpips_sha256": perceptual_digest(rec.lpips_weights, rec.lpips_sha256)})
+        config = config.model_copy(update={"objectives": config.objectives.model_copy(update={"rec": rec})})
+    return config if rec.align is None else _pinned_align(config, rec.align)
+
+
+def perceptual_digest(path: str | None, given: str | None) -> str:
+    """The digest of objectives.rec.lpips_weights=`path`.
+
+    Raises UserError where the file is missing or damaged, or `given` is a digest and not the file's.
+    """
+    if path is None or not Path(path).is_file():
+        raise UserError(
+            f"objectives.rec.lpips_weights={path} is not a file: the perceptual term needs its "
+            "network; make the file with `python -m model.objectives.perceptual --help`, or set "
+            "objectives.rec.perceptual=0"
+        )
+    found = digest(Path(path))
+    require_digest("objectives.rec.lpips_weights", path, "objectives.rec.lpips_sha256", given, found)
+    return found
 
 
 def _pinned_align(config: Config, align: Align) -> Config:
     """A resumed run needs the file too: no checkpoint holds a frozen encoder."""
     check(align)
     found = digest(Path(align.weights))
-    _require_digest("objectives.rec.align", align.weights, align.sha256, found)
+    section = "objectives.rec.align"
+    require_digest(f"{section}.weights", align.weights, f"{section}.sha256", align.sha256, found)
     rec = config.objectives.rec.model_copy(update={"align": align.model_copy(update={"sha256": found})})
     return config.model_copy(update={"objectives": config.objectives.model_copy(update={"rec": rec})})
-
-
-def _require_digest(section: str, weights: str | None, given: str | None, found: str | None) -> None:
-    if given not in (None, found):
-        raise UserError(
-            f"{section}.weights={weights} has the digest {found}, but {section}.sha256={given}: these are other "
-            f"weights; give the file that was meant, or remove {section}.sha256"
-        )
 
 
 @contextmanager

@@ -20,20 +20,23 @@ import time  # noqa: E402
 from typing import Any, NoReturn  # noqa: E402
 
 from configs import Config, DecoderGan, Run, UserError, load_run  # noqa: E402
+from configs.command_line import CommandParser  # noqa: E402
 from configs.ds import load_ds_config  # noqa: E402
 from configs.generation import Generation  # noqa: E402
 from engine.checkpoint.directory import candidates  # noqa: E402
 from engine.complaint import complain  # noqa: E402
+from engine.launcher_numbers import launcher_numbers  # noqa: E402
 from engine.places import checkpoints, run_directory  # noqa: E402
 
+LONGEST_PATH, LONGEST_BELOW = 4095, 200  # bytes: of a path on Linux; of what a run writes below its directory
 FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are like all others: one line, exit code 2."""
+class _Parser(CommandParser):
+    """A CommandParser whose mistakes one rank tells for all of them."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+        raise UserError(self.explained(message))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -86,7 +89,8 @@ def _explicit(arguments: list[str]) -> list[str]:
 def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, tuple[str, ...]]:
     """The resolved config, DeepSpeed dictionary, whether the run goes on, and what may differ then; all checked that
     needs no model."""
-    config, world_size = load_run(options.config, options.overrides), int(os.environ.get("WORLD_SIZE", 1))
+    world_size = launcher_numbers()["WORLD_SIZE"]
+    config = load_run(options.config, options.overrides)
     resume = options.resume == "latest" or (options.resume == "auto" and bool(candidates(checkpoints(config))))
     ds_config = load_ds_config(options.ds_config, config, world_size)
     _require_profiled_ranks(config, world_size)
@@ -101,7 +105,7 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, t
     from engine.archive import check_start  # imports torch: after what needs milliseconds
 
     _require_writable(run_directory(config))
-    allowed = tuple(filter(None, options.allow_change.split(",")))
+    allowed = tuple(filter(None, map(str.strip, options.allow_change.split(","))))
     check_start(config, resume, allowed)
     return config, ds_config, resume, allowed
 
@@ -114,7 +118,7 @@ def main(arguments: list[str]) -> int:
             return _supervise(options, arguments)
         return _train(*preflight(options))
     except UserError as error:
-        return _refuse(error, int(os.environ.get("RANK", 0)))
+        return _refuse(error)
 
 
 def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -147,40 +151,27 @@ def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes
 
 
 def _check_pretraining(config: Config, resume: bool) -> Config:
-    """The config with init's digest filled in; its files are there."""
+    """The config with its files' digests filled in; they are there."""
     from data.storage import expand
 
     if not resume:  # a run that goes on skips what vanished since
         expand(config.data.train, config.system.loader.cache_dir)
-    rec = config.objectives.rec
-    if rec.weight and rec.perceptual:
-        _require_perceptual_weights(str(rec.lpips_weights))
+    from data import captions
     from engine.initial import pinned
 
+    config = config.model_copy(update={"data": captions.pinned(config.data)})
     return pinned(config, resume)
 
 
 def _check_decoder_gan(config: DecoderGan, resume: bool) -> DecoderGan:
-    """The config with the tokenizer's digest filled in; its files are there."""
+    """The config with its files' digests filled in; they are there."""
     from data.storage import expand
 
     if not resume:  # a run that goes on skips what vanished since
         expand(config.data.train, config.system.loader.cache_dir)
-    if config.objectives.rec.perceptual:
-        _require_perceptual_weights(str(config.objectives.rec.lpips_weights))
     from engine.trainings.frozen_tokenizer import pinned
 
     return pinned(config)
-
-
-def _require_perceptual_weights(path: str) -> None:
-    """The file is opened only when the model stands; on a large run that is minutes later."""
-    if not Path(path).is_file():
-        raise UserError(
-            f"objectives.rec.lpips_weights={path} is not a file: the perceptual term needs its "
-            "network; make the file with `python -m model.objectives.perceptual --help`, or set "
-            "objectives.rec.perceptual=0"
-        )
 
 
 def _require_profiled_ranks(config: Run, world_size: int) -> None:
@@ -193,6 +184,12 @@ def _require_profiled_ranks(config: Run, world_size: int) -> None:
 
 
 def _require_writable(run_dir: Path) -> None:
+    longest = len(os.fsencode(run_dir.absolute())) + LONGEST_BELOW
+    if longest > LONGEST_PATH:
+        raise UserError(
+            f"system.run_dir={run_dir}: paths of files in it would have up to {longest} bytes, and the system takes "
+            f"{LONGEST_PATH}; choose a shorter one"
+        )
     there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
@@ -200,12 +197,13 @@ def _require_writable(run_dir: Path) -> None:
         )
 
 
-def _refuse(error: UserError, rank: int) -> int:
+def _refuse(error: UserError) -> int:
     """One line for all ranks. The launcher ends every rank when one leaves, so what rank 0 sees too, it tells alone.
 
     Another rank speaks up when it is still there after a while: then it alone has met the mistake.
     """
-    if rank > 0:
+    rank = os.environ.get("RANK", "0")
+    if rank.isdecimal() and int(rank) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's call; a running run would save first
         time.sleep(FIRST_RANK_SECONDS)
     complain(f"error: {error}")

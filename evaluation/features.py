@@ -9,7 +9,6 @@ and seed give the same network on the same CPU.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from configs import UserError
+from configs.command_line import CommandParser, output_file, seed
 from configs.data import Data
 from configs.system import System
 from data.held_out import HeldOut, check_number_of_classes
@@ -31,14 +31,12 @@ MOST_BYTES = 16 << 30  # of training pictures, which are held in memory
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.features", description="Train a feature network for FID."
-    )
+    parser = CommandParser(prog="python -m evaluation.features", description="Train a feature network for FID.")
     parser.add_argument("--data", type=Path, required=True, help="a corpus: train-*.tar and held_out-*.tar with labels")
-    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--out", type=output_file, required=True, help="safetensors file to write")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (%(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the training pictures (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     given = parser.parse_args(arguments)
     try:
         accuracy = make(given.data, given.out, given.size, given.epochs, given.seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
 Points = Sequence[tuple[float, float]]
 _MOST_NAMES = 64  # on an axis, before they run into each other
+_MOST_SHARES = 12  # classes whose shares are written into their squares
 
 
 def lr_sweep(rows: Sequence[dict], chance: float, path: Path) -> None:
@@ -38,15 +40,23 @@ def confusion_matrix(counts_KK: Tensor, names: Sequence[str], path: Path) -> Non
     """Which class (row) is taken for which (column), as shares of the row; a class without images is blank."""
     counts = counts_KK.double().cpu()
     shares = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1)).numpy()
-    side = max(3.0, 1.5 + 0.11 * len(names))
-    with matplotlib.rc_context(_STYLE | {"font.size": 6}):
-        figure = _figure(side, side)
+    side = max(4.0, 2.5 + 0.17 * len(names))
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(side + 0.8, side)
         axes = figure.add_subplot()
-        axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+        # Shares are often small: the scale's lower half takes most of the colours.
+        drawn = axes.imshow(shares, norm=PowerNorm(0.5, vmin=0, vmax=1), cmap="Blues", interpolation="nearest")
         if len(names) <= _MOST_NAMES:
             axes.set_xticks(range(len(names)), names, rotation=90)
             axes.set_yticks(range(len(names)), names)
-        axes.set(xlabel="taken for", ylabel="is")
+        if len(names) <= _MOST_SHARES:
+            for row, column in zip(*shares.nonzero(), strict=True):
+                share = shares[row, column]
+                ink = "white" if share > 0.3 else "black"
+                axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=ink)
+        bar = figure.colorbar(drawn, shrink=0.6, ticks=(0, 0.05, 0.2, 0.5, 1), format="{x:.0%}")
+        bar.outline.set_visible(False)
+        axes.set(xlabel="taken for", ylabel="is", title="Share of each class's pictures")
         figure.savefig(path, dpi=150)
 
 

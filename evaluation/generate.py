@@ -26,6 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from configs import UserError
+from configs.command_line import CommandParser
 from engine import world
 from engine.agreement import with_one_answer
 from evaluation.command import check_counts, made, run_command
@@ -103,8 +104,8 @@ def main(arguments: list[str]) -> int:
 
 def _options(given: argparse.Namespace) -> Options:
     check_counts(given, "num_samples", "batch_size", "limit")
-    if given.seed < 0:
-        raise UserError(f"--seed {given.seed}: give a number from 0 on")
+    if not 0 <= given.seed < 2**64:
+        raise UserError(f"--seed {given.seed}: give a number from 0 to 2^64 - 1")
     if given.limit is not None and not given.fid:
         raise UserError(f"--limit {given.limit} without --fid: no pictures are compared with; leave it out")
     sampling = Sampling(
@@ -143,7 +144,7 @@ def _numbers(text: str, key: str, count: int | None = None) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.generate", description="What a generator is worth.")
+    parser = CommandParser(prog="python -m evaluation.generate", description="What a generator is worth.")
     add = parser.add_argument
     add("generator", type=Path, help="the run directory of a generator, or a weights file of one")
     add("--tokenizer", required=True, help="of its latents: a run, public directory, weights file or hf://OWNER/NAME")

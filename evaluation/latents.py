@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from configs import UserError
+from configs.command_line import CommandParser
 from data.held_out import HeldOut, check_number_of_classes
 from data.latents.files import check_statistics, write_statistics
 from data.latents.store import LatentStore
@@ -131,7 +132,7 @@ def _describe(directory: Path, arguments: dict[str, Any], tally: Tally, bad: Cou
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.latents", description="Write a corpus as latents.")
+    parser = CommandParser(prog="python -m evaluation.latents", description="Write a corpus as latents.")
     add = parser.add_argument
     add("source", help="a run directory, a directory in the public layout, a weights file, or hf://OWNER/NAME")
     add("--data", nargs="+", default=(), metavar="SHARDS", help="labelled shards (default: the run's data.train)")

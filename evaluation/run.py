@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import UserError
+from configs.command_line import CommandParser
 from engine import world
 from engine.agreement import with_one_answer
 from evaluation import results
@@ -114,7 +115,7 @@ def _options(given: argparse.Namespace) -> Options:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.run", description="What a trained tokenizer is worth.")
+    parser = CommandParser(prog="python -m evaluation.run", description="What a trained tokenizer is worth.")
     add = parser.add_argument
     add("source", help="a run directory, a directory in the public layout, a weights file, or hf://OWNER/NAME")
     add(

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from configs import Config, DecoderGan, UserError, load_run
-from configs.data import Pictures
+from configs.data import Data, Pictures
 from configs.system import System
-from data.captions import CaptionEncoder
+from data.captions import CaptionEncoder, tokenizer_digest
 from data.held_out import HeldOut
 from engine import world
 from model.tokenizer import VisualTokenizer
@@ -52,6 +52,8 @@ class Source:
                 "zero_shot embeds the classes' prompts, and neither a weights file nor a run of stage 2 says with "
                 "which tokenizer the text tower was trained: give --tokenizer, a tokenizer.json or a hub name"
             )
+        if isinstance(self.config, Config) and self.caption_tokenizer == self.config.data.tokenizer:
+            self._require_the_runs_captions(self.config.data)
         text = self.tokenizer.model.text
         encoder = CaptionEncoder(self.caption_tokenizer, text.context, key="--tokenizer")
         if encoder.vocab_size > text.vocab:
@@ -60,6 +62,14 @@ class Source:
                 f"with {text.vocab} at most: give the one it was trained with"
             )
         return encoder
+
+    def _require_the_runs_captions(self, data: Data) -> None:
+        """The run names a path; another file lies there by now where a corpus was made anew."""
+        if data.tokenizer_sha256 not in (None, tokenizer_digest(data.tokenizer)):
+            raise UserError(
+                f"data.tokenizer={data.tokenizer} is not the file the text tower was trained with (sha256 "
+                f"{data.tokenizer_sha256}): its ids would mean other words; give that one with --tokenizer"
+            )
 
     def pictures(self, patterns: Sequence[str], key: str, limit: int | None = None) -> HeldOut:
         """This rank's share of the labelled pictures of `patterns`, cropped as the tokenizer sees them.

@@ -32,6 +32,7 @@ from evaluation.products import Products
 from evaluation.reconstruction import Reconstruction
 from evaluation.source import Source
 from evaluation.zero_shot import ZeroShot, classifier
+from model.weights import digest
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,14 @@ def _perceptual(setup: Setup) -> PerceptualNetwork | None:
     if setup.options.lpips is not None:
         return open_perceptual(setup.options.lpips, "--lpips")
     trained_with = config.objectives.rec.lpips_weights if config is not None else None
-    if not trained_with or not Path(trained_with).is_file():
+    if config is None or not trained_with or not Path(trained_with).is_file():
         return None
+    if config.objectives.rec.lpips_sha256 not in (None, digest(Path(trained_with))):
+        raise UserError(
+            f"objectives.rec.lpips_weights={trained_with} is not the file the run was trained with (sha256 "
+            f"{config.objectives.rec.lpips_sha256}): distances of two networks are not comparable; give that one with "
+            "--lpips"
+        )
     return open_perceptual(trained_with, "objectives.rec.lpips_weights")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import UserError
+from configs.command_line import CommandParser
 from model.programs import write_programs
 from model.public_directory import CONFIG, read_public
 from model.tokenizer import VisualTokenizer
@@ -58,7 +59,7 @@ def _tokenizer(directory: Path) -> VisualTokenizer:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m model.interchange", description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m model.interchange", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, task, source, out in (
         ("export", "a run -> the public layout", "run directory with weights.safetensors", "DIR"),

@@ -78,7 +78,13 @@ def digest(path: Path) -> str:
 def opened(path: Path) -> Iterator[Any]:
     """The weights file, its tensors read when asked for. Raises like `read_weights`."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist: a run has weights once training wrote them; check the path")
+        run = path.parent
+        remedy = (
+            f"this one has checkpoints: `python -m engine.archive {run} --out {path}` writes the weights of the last"
+            if any((run / "checkpoints").glob("step-*"))
+            else "check the path"
+        )
+        raise UserError(f"{path} does not exist: a run has weights once training wrote them; {remedy}")
     try:
         with safe_open(path, "pt") as stored:
             yield stored

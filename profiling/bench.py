@@ -6,17 +6,18 @@ matmul peak. Every bench first checks that its variants compute the same.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from configs import UserError
+from configs.command_line import CommandParser, output_file
 
 BENCHES = (
     "train",
@@ -58,18 +59,22 @@ class Shown(Protocol):
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m profiling.bench", description=__doc__)
+    parser = CommandParser(prog="python -m profiling.bench", description=__doc__)
     parser.add_argument("name", choices=BENCHES)
     parser.add_argument("--rounds", type=int, default=11, help="times each variant runs (default 11)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--json", type=output_file, default=None, metavar="FILE", help="also write the figures here")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: a median needs at least one round")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     run: Callable[[int], list[Shown]] = import_module(f"profiling.benches.{options.name}").run
-    measurements = run(options.rounds)
+    try:
+        measurements = run(options.rounds)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     console = Console(width=None if sys.stdout.isatty() else 120)
     for measurement in measurements:
         console.print(measurement.as_table())

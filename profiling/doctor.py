@@ -145,7 +145,10 @@ def _show(group: str, findings: list[Finding]) -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m profiling.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m profiling.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, default=PRESETS / "vtp_l.yaml", help="the run to choose for")
     parser.add_argument("--ds_config", type=Path, default=PRESETS / "deepspeed" / "zero3.json", help="its layout")

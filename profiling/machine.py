@@ -16,15 +16,49 @@ from typing import TypeVar
 
 import torch
 
+from configs import UserError
 from profiling.clock import alternate
 
 T = TypeVar("T")
+NO_BF16 = "this machine has no products in bf16"
 TRIAD_MIB = 32  # of each of three arrays: together beyond a rank's share of any cache but the very largest
 
 
 def device() -> torch.device:
     """What benches run on: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@cache
+def training_dtype() -> torch.dtype:
+    """bf16, as runs have it; float32 where products in bf16 are emulated, which takes some thirty times as long: on a
+    processor with AVX2 alone."""
+    if device().type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def precision() -> str:
+    """The name of `training_dtype` for a table, with the reason where it is not what runs have."""
+    return "bf16" if training_dtype() == torch.bfloat16 else f"float32 ({NO_BF16})"
+
+
+def precision_overrides() -> tuple[str, ...]:
+    """What makes a preset train in `training_dtype`."""
+    return () if training_dtype() == torch.bfloat16 else ("optim.precision=fp32",)
+
+
+def dtypes() -> tuple[torch.dtype, ...]:
+    """Those that a bench compares: float32, and bf16 where this machine has products in it."""
+    return tuple(dict.fromkeys((torch.float32, training_dtype())))
+
+
+def require_bf16() -> None:
+    """Raises UserError on a machine without products in bf16."""
+    if training_dtype() != torch.bfloat16:
+        raise UserError(f"{NO_BF16}, and FP8 is compared with it: run this bench on another")
 
 
 def sized(*, cpu: T, cuda: T) -> T:

@@ -11,7 +11,6 @@ assumptions that no longer holds there, in the order in which they are listed in
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import configs
 from configs import Config, UserError, load_config
+from configs.command_line import CommandParser
 from profiling.plan.rates import DEFAULT_LINKS, GPUS
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _layout(plan: Plan) -> str:
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m profiling.scaling", description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m profiling.scaling", description=__doc__.split("\n")[0])
     parser.add_argument("--gpu", default="h100", choices=sorted(GPUS))
     parser.add_argument("--link", default=DEFAULT_LINKS)
     parser.add_argument("--preset", choices=sorted(PRESETS), action="append", help="only this one")

@@ -19,7 +19,7 @@ from configs import Config, load_config
 from data.batch import Batch
 from data.masking import hidden_patches
 from model.rows import Rows
-from profiling.machine import sized
+from profiling.machine import precision_overrides, sized
 
 PRESET = Path(__file__).resolve().parents[1] / "configs" / "vtp_s.yaml"
 ALWAYS = ("data.streams=1", "objectives.rec.perceptual=0", "system.attention=auto")
@@ -33,7 +33,7 @@ MEAN_CAPTION, CAPTION_SIGMA = 20, 0.5  # tokens; log-normal, an assumption about
 
 def small_step(*overrides: str) -> Config:
     """The config of the step, changed by `overrides`."""
-    return load_config(PRESET, (*ALWAYS, *sized(cpu=ON_A_CPU, cuda=ON_A_GPU), *overrides))
+    return load_config(PRESET, (*ALWAYS, *precision_overrides(), *sized(cpu=ON_A_CPU, cuda=ON_A_GPU), *overrides))
 
 
 def random_batch(config: Config, seed: int = 0) -> Batch:

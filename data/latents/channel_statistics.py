@@ -6,7 +6,6 @@ LightningDiT writes it when it first reads them, from 10,000 pictures; here it c
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from rich.progress import track
 from safetensors import safe_open
 
 from configs import UserError
+from configs.command_line import CommandParser
 from data.latents.files import (
     FLIPPED,
     LATENTS,
@@ -47,9 +47,7 @@ def measure(directory: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.latents.channel_statistics", description="Measure public latents."
-    )
+    parser = CommandParser(prog="python -m data.latents.channel_statistics", description="Measure public latents.")
     parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="directories of *.safetensors")
     try:
         for directory in parser.parse_args(arguments).dirs:

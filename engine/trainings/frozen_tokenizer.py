@@ -19,6 +19,8 @@ from torch import Tensor
 
 from configs import DecoderGan, UserError, fingerprint
 from configs.architecture import Model
+from configs.section import require_digest
+from engine.initial import perceptual_digest
 from model.decoder import PixelDecoder
 from model.origin import Origin
 from model.parts import Parts
@@ -28,11 +30,14 @@ NEEDED = ("trunk", "bottleneck", "decoder")
 
 
 def pinned(config: DecoderGan) -> DecoderGan:
-    """The config with tokenizer.sha256 filled in.
+    """The config with tokenizer.sha256 and objectives.rec.lpips_sha256 filled in.
 
-    Raises UserError where the file is missing or damaged, is not the one whose digest the config has, lacks a part, or
+    Raises UserError where a file is missing or damaged, is not the one whose digest the config has, lacks a part, or
     does not fit the model it describes or the pictures of this run.
     """
+    rec = config.objectives.rec
+    if rec.perceptual:
+        rec = rec.model_copy(update={"lpips_sha256": perceptual_digest(rec.lpips_weights, rec.lpips_sha256)})
     given = config.tokenizer
     if not Path(given.weights).is_file():
         raise UserError(
@@ -40,13 +45,13 @@ def pinned(config: DecoderGan) -> DecoderGan:
             "name a run's weights.safetensors, or what `python -m model.interchange import` wrote"
         )
     found = digest(Path(given.weights))
-    if given.sha256 not in (None, found):
-        raise UserError(
-            f"tokenizer.weights={given.weights} has the digest {found}, but tokenizer.sha256={given.sha256}: these are "
-            "other weights; give the file that was meant, or remove tokenizer.sha256"
-        )
+    require_digest("tokenizer.weights", given.weights, "tokenizer.sha256", given.sha256, found)
     _check(config, described(config))
-    return config.model_copy(update={"tokenizer": given.model_copy(update={"sha256": found})})
+    changed = {
+        "tokenizer": given.model_copy(update={"sha256": found}),
+        "objectives": config.objectives.model_copy(update={"rec": rec}),
+    }
+    return config.model_copy(update=changed)
 
 
 def described(config: DecoderGan) -> Model:

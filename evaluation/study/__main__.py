@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from configs import UserError
+from configs.command_line import CommandParser, output_file
 from evaluation.study import results
 from evaluation.study.answer import answer
 from evaluation.study.carry_out import Session
@@ -126,7 +127,7 @@ def _say(line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m evaluation.study", description="What more pre-training compute buys, by objective."
     )
     add = parser.add_argument
@@ -137,7 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--ranks", type=int, default=1, help="ranks of a training (default: %(default)s)")
     add("--threads", type=int, default=1, help="threads of a rank, or of an evaluation (default: %(default)s)")
     add("--dry-run", action="store_true", help="only show the cells, their FLOPs, their state and the time they need")
-    add("--page", type=Path, metavar="FILE", help="write the page of results, and its pictures below images/study/")
+    add(
+        "--page",
+        type=output_file,
+        metavar="FILE",
+        help="write the page of results, and its pictures below images/study/",
+    )
     add(
         "--known",
         type=Path,

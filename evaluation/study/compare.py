@@ -10,7 +10,6 @@ common.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from configs import UserError
+from configs.command_line import CommandParser
 from evaluation.study.page import COLUMNS
 from evaluation.study.preset import JOINT, OBJECTIVES, REC
 
@@ -28,7 +28,7 @@ Cells = Mapping[tuple[str, str], Mapping[str, float]]
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.study.compare", description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m evaluation.study.compare", description=__doc__.split("\n")[0])
     parser.add_argument("there", type=Path, help="a page of the study")
     parser.add_argument("here", type=Path, help="another")
     given = parser.parse_args(arguments)

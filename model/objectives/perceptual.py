@@ -15,7 +15,6 @@ The file's keys, i = 0..12 in depth order and j = 0..4: `convs.i.weight` (out, i
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import UserError
+from configs.command_line import CommandParser, output_file
 from configs.permissions import follow_umask
 from model.torch_file import read_tensors
 
@@ -129,10 +129,10 @@ def convert(vgg16: Mapping[str, Tensor], lpips: Mapping[str, Tensor]) -> dict[st
 
 def main(arguments: list[str] | None = None) -> int:
     """Converts two public .pth files into the one file objectives.rec.lpips_weights names."""
-    parser = argparse.ArgumentParser(prog="python -m model.objectives.perceptual", description=main.__doc__)
+    parser = CommandParser(prog="python -m model.objectives.perceptual", description=main.__doc__)
     parser.add_argument("vgg16", type=Path, help="torchvision's vgg16 state dict (vgg16-397923af.pth)")
     parser.add_argument("lpips", type=Path, help="the LPIPS v0.1 heads for vgg (lpips/weights/v0.1/vgg.pth)")
-    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--out", type=output_file, required=True, help="safetensors file to write")
     given = parser.parse_args(arguments)
     try:
         weights = convert(read_tensors(given.vgg16), read_tensors(given.lpips))

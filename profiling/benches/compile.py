@@ -13,7 +13,7 @@ from engine.assemble import compile_blocks
 from kernels.attention import resolve
 from model.initialise import initialise
 from model.trunk import Trunk
-from profiling.machine import device
+from profiling.machine import device, precision, training_dtype
 from profiling.measurement import Measurement, measure
 from profiling.workload import small_step
 
@@ -21,7 +21,7 @@ CROPS = {"clip": (8, 256), "ssl_local": (16, 96)}  # name: crops, side in pixels
 
 
 def run(rounds: int) -> list[Measurement]:
-    """A ViT-S trunk over a packed share of a step, bf16, forward and backward."""
+    """A ViT-S trunk over a packed share of a step, forward and backward."""
     eager, compiled = _trunk(), _trunk()
     crops = {name: torch.randn(count, 3, size, size, device=device()) for name, (count, size) in CROPS.items()}
     compile_blocks(compiled)
@@ -35,7 +35,7 @@ def run(rounds: int) -> list[Measurement]:
     return [
         measure(
             "compile",
-            f"ViT-S trunk, {tokens} tokens, bf16, forward and backward",
+            f"ViT-S trunk, {tokens} tokens, {precision()}, forward and backward",
             {"eager": step_of(eager, crops), "compiled": step_of(compiled, crops)},
             "eager",
             rounds,
@@ -46,9 +46,9 @@ def run(rounds: int) -> list[Measurement]:
 
 def _trunk() -> Trunk:
     config = small_step()
-    trunk = Trunk(config.model, resolve("auto", device(), torch.bfloat16).name)
+    trunk = Trunk(config.model, resolve("auto", device(), training_dtype()).name)
     initialise(trunk, config)
-    return trunk.to(device(), torch.bfloat16)
+    return trunk.to(device(), training_dtype())
 
 
 def value_of(trunk: Trunk, crops: dict[str, Tensor]) -> Tensor:

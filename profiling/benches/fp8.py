@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kernels import fp8
 from kernels.fp8 import Affine, Linears
-from profiling.machine import device, matmul_peak
+from profiling.machine import device, matmul_peak, require_bf16
 from profiling.measurement import Measurement, measure
 
 SHAPES = {  # M, K, N
@@ -34,6 +34,7 @@ RULE = Linears("fp8_torchao", "", is_gated_by_speed=True)
 
 def run(rounds: int) -> list[Measurement]:
     """One measurement a shape."""
+    require_bf16()
     return [_measure(name, *shape, rounds) for name, shape in SHAPES[device().type].items()]
 
 

@@ -22,7 +22,7 @@ from kernels.attention import resolve
 from model.block import Block
 from model.pack import Group, Layout
 from model.rope import Rope
-from profiling.machine import device, matmul_peak, sized
+from profiling.machine import device, matmul_peak, require_bf16, sized
 from profiling.measurement import Measurement, measure
 
 TRUNKS = sized(  # name: width, heads, images
@@ -35,6 +35,7 @@ WANTED = {"L": 1.15, "1B": 1.3, "7B": 1.3}  # times the speed of bf16
 
 def run(rounds: int) -> list[Measurement]:
     """One measurement a trunk."""
+    require_bf16()
     return [_measure(name, *trunk, rounds) for name, trunk in TRUNKS.items()]
 
 

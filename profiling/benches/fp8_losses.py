@@ -20,7 +20,8 @@ from engine.assemble import assemble
 from engine.step import train_step
 from model.objectives.comm import Comm
 from profiling.benches.one_rank import configured, layout_of, one_rank
-from profiling.machine import describe, sized
+from profiling.machine import describe, require_bf16, sized
+from profiling.measurement import say
 from profiling.workload import random_batch
 
 PRESET, CLIP, STEPS = sized(cuda=("vtp_l", 32, 200), cpu=("study_mini", 8, 6))
@@ -58,6 +59,7 @@ class Curves:
 
 def run(rounds: int) -> list[Curves]:
     """One set of curves; `rounds` does not count here: a run is one run."""
+    require_bf16()
     with one_rank() as comm:
         return [_curves(comm)]
 
@@ -69,6 +71,7 @@ def _curves(comm: Comm) -> Curves:
         config = configured(PRESET, CLIP, *SHORT, f"system.linear={kind}", f"system.compile={compiles}")
         try:
             losses[kind] = _losses(config, comm)
+            say(f"fp8_losses: {kind}: {losses[kind][0]:.4f} at the first step, {losses[kind][-1]:.4f} at the last")
         except UserError as reason:
             notes.append(f"without {kind}: {reason}")
         gc.collect()

@@ -22,7 +22,7 @@ from engine import world
 from engine.assemble import Assembly
 from engine.step import train_step
 from model.objectives.comm import Comm
-from profiling.machine import device
+from profiling.machine import device, precision_overrides
 from profiling.workload import random_batch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -43,7 +43,7 @@ def one_rank(timeout_minutes: float = 10) -> Iterator[Comm]:
 def configured(name: str, clip: int, *overrides: str) -> Config:
     """A preset with so many clip images a step, a quarter of them for ssl and an eighth for rec."""
     rows = (f"batch.clip={clip}", f"batch.ssl={clip // 4}", f"batch.rec={clip // 8}")
-    return load_config(CONFIGS / f"{name}.yaml", (*OVERRIDES, *rows, *overrides))
+    return load_config(CONFIGS / f"{name}.yaml", (*OVERRIDES, *precision_overrides(), *rows, *overrides))
 
 
 def layout_of(config: Config) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One whole step, shared and packed, against the same step in three passes: eager and compiled, forward to EMA.
 
-Both sides train the same weights on the same batch, in bf16, without ZeRO (one process). The reference computes what
-the public model class would (profiling/step/three_pass.py).
+Both sides train the same weights on the same batch, in bf16 where the machine has it, without ZeRO (one process). The
+reference computes what the public model class would (profiling/step/three_pass.py).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from model.objectives.total import compute
 from model.outputs import Outputs
 from model.pretrainer import Pretrainer, teacher_pairs
 from model.rows import Rows
-from profiling.machine import device, matmul_peak
-from profiling.measurement import Measurement, measure
+from profiling.machine import device, matmul_peak, precision, training_dtype
+from profiling.measurement import Measurement, measure, say
 from profiling.step.three_pass import ThreePass, padded_inputs, written_out_loss
 from profiling.workload import random_batch, small_step
 
@@ -43,7 +43,7 @@ def run(rounds: int) -> list[Measurement]:
     keep_freed_blocks(device())
     config = small_step()
     batch, rows = random_batch(config), Rows.per_rank(config, 1)
-    attention = resolve("auto", device(), torch.bfloat16).name
+    attention = resolve("auto", device(), training_dtype()).name
 
     def shared() -> Pretrainer:
         return Pretrainer(config, rows, attention)
@@ -51,25 +51,29 @@ def run(rounds: int) -> list[Measurement]:
     def apart() -> Pretrainer:
         return ThreePass(config, rows)
 
-    steps = {
-        "three passes, eager": Step(apart(), config, batch, padded_inputs, written_out_loss),
-        "shared, eager": Step(shared(), config, batch, model_inputs, shared_loss),
-        "three passes, compiled": Step(apart(), config, batch, padded_inputs, written_out_loss, is_compiled=True),
-        "shared, compiled": Step(shared(), config, batch, model_inputs, shared_loss, is_compiled=True),
-    }
-    losses = {name: step.loss().item() for name, step in steps.items()}
+    losses, steps = {}, {}
+    for mode in ("eager", "compiled"):
+        for name, model, inputs, total in (
+            (f"three passes, {mode}", apart, padded_inputs, written_out_loss),
+            (f"shared, {mode}", shared, model_inputs, shared_loss),
+        ):
+            say(f"step: {name}: building it, and its loss in {precision()}")
+            steps[name] = Step(model(), config, batch, inputs, total, is_compiled=mode == "compiled")
+            losses[name] = steps[name].loss().item()
+            say(f"step: {name}: loss {losses[name]:.3f}")
     assert max(losses.values()) - min(losses.values()) < 0.01 * losses["shared, eager"], losses  # bf16
     with FlopCounterMode(display=False) as counter:
         steps["shared, eager"].loss().backward()
     return [
         measure(
             "step",
-            f"{config.batch.clip} pairs, {config.batch.ssl} ssl, {config.batch.rec} rec, bf16, attention {attention}",
+            f"{config.batch.clip} pairs, {config.batch.ssl} ssl, {config.batch.rec} rec, {precision()}, "
+            f"attention {attention}",
             steps,
             "three passes, eager",
             rounds,
             flops=counter.get_total_flops(),
-            peak=matmul_peak(torch.bfloat16),
+            peak=matmul_peak(training_dtype()),
             warmups=1,
             notes=tuple(in_products(name, steps[name]) for name in ("shared, eager", "shared, compiled")),
         )
@@ -109,7 +113,7 @@ class Step:
         is_compiled: bool = False,
     ) -> None:
         initialise(model, config)
-        self.model = model.to(device(), torch.bfloat16)
+        self.model = model.to(device(), training_dtype())
         if is_compiled:
             compile_blocks(self.model)
         self.config, self.batch, self.inputs, self.total = config, batch, inputs, total

@@ -28,6 +28,7 @@ from configs import Config
 from configs.ds import load_ds_config
 from data.batch import Batch
 from profiling.machine import describe
+from profiling.measurement import say
 from profiling.memory import peak_bytes, process_peak_bytes, resident_bytes, tensor_bytes
 from profiling.workload import random_batch, small_step
 
@@ -117,7 +118,11 @@ class Peaks:
 
 def run(rounds: int, cases: tuple[Case, ...] = CASES) -> list[Peaks]:
     """All cases, one after the other."""
-    return [Peaks(tuple(_measured(case, rounds) for case in cases))]
+    rows = []
+    for case in cases:
+        rows.append(_measured(case, rounds))
+        say(f"step_memory: {case}: predicted over measured {rows[-1].ratio:.3f}")
+    return [Peaks(tuple(rows))]
 
 
 def _measured(case: Case, rounds: int) -> Found:

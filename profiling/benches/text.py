@@ -10,7 +10,7 @@ from kernels.attention import resolve
 from model.captions import PackedCaptions, one_a_row, pack_captions
 from model.initialise import initialise
 from model.text import TextTower
-from profiling.machine import device
+from profiling.machine import device, precision, training_dtype
 from profiling.measurement import Measurement, measure
 from profiling.workload import random_captions, small_step
 
@@ -33,7 +33,7 @@ def run(rounds: int) -> list[Measurement]:
     return [
         measure(
             "text",
-            workload + f"{text.depth} blocks of {text.width}, bf16, forward and backward",
+            workload + f"{text.depth} blocks of {text.width}, {precision()}, forward and backward",
             {
                 "padded, eager": lambda: _step(eager, padded),
                 "packed, eager": lambda: _step(eager, packed),
@@ -49,9 +49,9 @@ def run(rounds: int) -> list[Measurement]:
 
 def _tower() -> TextTower:
     config = small_step()
-    tower = TextTower(config.model.text, config.model.clip_width, resolve("auto", device(), torch.bfloat16).name)
+    tower = TextTower(config.model.text, config.model.clip_width, resolve("auto", device(), training_dtype()).name)
     initialise(nn.ModuleDict({"text": tower}), config)
-    return tower.to(device(), torch.bfloat16)
+    return tower.to(device(), training_dtype())
 
 
 def _step(tower: TextTower, captions: PackedCaptions) -> tuple[Tensor, ...]:

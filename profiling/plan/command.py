@@ -14,29 +14,31 @@ docs/planner.md shows every prediction that could be checked beside what was mea
 
 from __future__ import annotations
 
-import argparse
+import math
 import os
 import sys
-from pathlib import Path
 
 from configs import UserError
+from configs.command_line import CommandParser, output_file
 from profiling.plan.rates import DEFAULT_LINKS, GPUS, THIS
 
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code: 0, 1 where nothing fits, 2 for a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m profiling.plan", description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m profiling.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)}; or {THIS}, this machine, measured")
     parser.add_argument("--gpus", type=int, required=True, help="how many, over all nodes")
     parser.add_argument("--samples", type=float, help="of the whole run (default: optim.steps x batch.clip)")
     parser.add_argument("--link", default=DEFAULT_LINKS, help=f"inside and between nodes (default {DEFAULT_LINKS})")
-    parser.add_argument("--ds_config-out", type=Path, metavar="FILE", help="write the DeepSpeed JSON of the best here")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every plan here")
+    parser.add_argument(
+        "--ds_config-out", type=output_file, metavar="FILE", help="write the DeepSpeed JSON of the best here"
+    )
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write every plan here")
     parser.add_argument("--all", action="store_true", help="try everything, also what only costs; show all that fits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for a run")
-    parsed = parser.parse_args(arguments)
-    if parsed.gpus < 1 or (parsed.samples is not None and parsed.samples <= 0):
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.gpus < 1 or not 0 < (1 if parsed.samples is None else parsed.samples) < math.inf:
         parser.error(f"--gpus {parsed.gpus}, --samples {parsed.samples}: both count something; give at least 1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says here that it has found no GPU; nothing runs
     from profiling.plan.page import run

@@ -120,11 +120,11 @@ def parse_links(spec: str, gpu: str, per_node: int = 8) -> Links:
     """ "nvlink,ib400": inside a node, then between nodes in Gbit/s a GPU. Raises UserError for other words."""
     intra, _, inter = spec.partition(",")
     inside = {"nvlink": _gpu(gpu).nvlink, "pcie": PCIE5}
-    network = re.fullmatch(r"(ib|roce|eth)(\d+)", inter)
+    network = re.fullmatch(r"(ib|roce|eth)([1-9]\d{0,5})", inter)
     if intra not in inside or network is None:
         raise UserError(
             f"--link {spec}: the first word says what joins the GPUs of a node, nvlink or pcie, the second the network "
-            "in Gbit/s a GPU: ib200, ib400, roce200, eth100; for example --link nvlink,ib400"
+            "in Gbit/s a GPU, from 1 on: ib200, ib400, roce200, eth100; for example --link nvlink,ib400"
         )
     return Links(inside[intra], float(network[2]) * 1e9 / 8, per_node)
 

@@ -42,7 +42,7 @@ def side_by_side(caption: str, runs: list[Run], rows: dict[str, list[Cell]]) -> 
 def plots(runs: list[Run], keys: list[str], is_from_zero: bool) -> list[Block]:
     """A plot a figure, with a line a run."""
     drawn = [
-        Plot(key, [thinned(Line(name, run.steps, run.series(key))) for run, name in _named(runs)], is_from_zero)
+        Plot(key, [thinned(_line(run, name, key)) for run, name in _named(runs)], is_from_zero)
         for key in keys
         if _varies(runs, key) and not key.endswith(("/rank", "_rank"))  # which rank it was is a name, no quantity
     ]
@@ -50,13 +50,21 @@ def plots(runs: list[Run], keys: list[str], is_from_zero: bool) -> list[Block]:
 
 
 def remarks(runs: list[Run], keys: list[str]) -> list[Block]:
-    """Sentences on values that are no numbers, on what is not plotted, and on points left out."""
-    said = [_gaps(run, name, key) for key in keys for run, name in _named(runs)]
+    """Sentences on figures that not every report has, on values that are not finite, on what is not plotted, and on
+    points left out."""
+    said = [_seldom(run, name, keys) for run, name in _named(runs)]
+    said += [_not_finite(run, name, key) for key in keys for run, name in _named(runs)]
     if flat := [key for key in keys if not _varies(runs, key)]:
         said.append(f"Not plotted, for want of two different values: {', '.join(flat)}.")
     if (most := max(len(run.steps) for run in runs)) > MOST_POINTS:
         said.append(f"Of {most:,} reports the plots show at most {MOST_POINTS}, evenly taken, and the last.")
     return [Sentence(text) for text in said if text]
+
+
+def _line(run: Run, label: str, key: str) -> Line:
+    """Of the reports that have the figure: one that is taken every hundred steps is a line like any other."""
+    there = [(step, value) for step, value in zip(run.steps, run.series(key), strict=True) if value is not None]
+    return Line(label, [step for step, _ in there], [value for _, value in there])
 
 
 def _named(runs: list[Run]) -> list[tuple[Run, str]]:
@@ -74,15 +82,26 @@ def thinned(line: Line) -> Line:
     return Line(line.label, line.steps[kept], line.values[kept])
 
 
-def _gaps(run: Run, label: str, key: str) -> str:
-    """What to say of reports without the figure; nothing where all have it, or none has."""
+def _seldom(run: Run, label: str, keys: list[str]) -> str:
+    """Which figures are not in every report; nothing where all are."""
+    counts = {key: sum(value is not None for value in run.series(key)) for key in keys}
+    names: dict[int, list[str]] = {}
+    for key, count in counts.items():
+        if 0 < count < len(run.steps):
+            names.setdefault(count, []).append(key)
+    parts = [f"{', '.join(those)} in {count:,}" for count, those in sorted(names.items())]
+    return f"Not taken at each of the {len(run.steps):,} reports of {label}: {'; '.join(parts)}." if parts else ""
+
+
+def _not_finite(run: Run, label: str, key: str) -> str:
+    """What to say of values that are NaN or infinite; nothing where there are none."""
     values = run.series(key)
-    gaps = [step for step, value in zip(run.steps, values, strict=True) if value is None or not math.isfinite(value)]
-    if not gaps or all(value is None for value in values):
+    bad = [
+        step for step, value in zip(run.steps, values, strict=True) if value is not None and not math.isfinite(value)
+    ]
+    if not bad:
         return ""
-    return (
-        f"{key} of {label} is missing or not finite in {len(gaps)} of {len(values)} reports, first at step {gaps[0]:,}."
-    )
+    return f"{key} of {label} is not finite in {len(bad)} of {len(values)} reports, first at step {bad[0]:,}."
 
 
 def _ratio(first: Cell, second: Cell) -> float | None:

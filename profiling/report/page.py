@@ -6,7 +6,6 @@ facts as RUN/report.json. With --compare two runs stand side by side.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import os
 import re
@@ -17,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from configs import UserError
+from configs.command_line import CommandParser, output_file
 from profiling.report.blocks import Line, Plot, Roofline, Section, Stack, as_json, shown
 from profiling.report.data import read_run
 from profiling.report.figures import labels
@@ -76,8 +76,8 @@ def inlined(picture: Path) -> str | None:
 
 
 def breakable(name: str) -> Markup:
-    """A figure's name, which may be broken behind / and _ where a phone has no room for it."""
-    return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(name))))
+    """A figure's name, which may be broken behind / and _ where a phone has no room for it; GFLOP/s may not."""
+    return Markup(re.sub(r"(?<=\w{3})([/_])(?=\w{3})", r"\1<wbr>", str(escape(name))))
 
 
 def told(plot: Plot) -> str:
@@ -107,12 +107,10 @@ def _roofline_plot(roofline: Roofline) -> Markup:
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m profiling.report", description="What a run did, as one self-contained page."
-    )
+    parser = CommandParser(prog="python -m profiling.report", description="What a run did, as one self-contained page.")
     parser.add_argument("run", type=Path, help="a run directory with log.jsonl, finished or not")
     parser.add_argument("--compare", type=Path, metavar="RUN2", help="a second run, put beside the first")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="the page (default: RUN/report.html)")
     parsed = parser.parse_args(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says here that it has found no GPU; nothing runs
     try:

@@ -36,7 +36,7 @@ _SUPERFLUOUS = tuple(
     )
 )
 _MARKERS = {"●": "o", "■": "s", "▲": "^", "◆": "D", "▼": "v", "✚": "P", "★": "*", "✖": "X"}  # legend -> plot
-_FEW = 12  # points that get a dot each
+_FEW = 12  # points that get a dot each; of more only those without neighbours
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -62,15 +62,17 @@ def line_plot(plot: Plot) -> str:
     with matplotlib.rc_context(_style(plot.title)):
         figure, axes = _canvas(height=2.4)
         for line, colour, dashes in zip(plot.lines, COLOURS, ("-", (0, (4, 1.5))), strict=False):
-            marker = "o" if len(line.steps) <= _FEW else ""
+            drawn = _drawable(line.values)
+            dots = list(range(len(drawn))) if len(drawn) <= _FEW else _alone(drawn)
             axes.plot(
                 line.steps,
-                _drawable(line.values),
+                drawn,
                 color=colour,
                 linewidth=1.6,
                 linestyle=dashes,
-                marker=marker,
+                marker="o",
                 markersize=3,
+                markevery=dots,
             )
         if plot.is_from_zero and axes.get_ylim()[0] > 0:
             axes.set_ylim(0, axes.get_ylim()[1] * 1.04)  # its margin is of the spread, which may be small
@@ -135,6 +137,16 @@ def _style(title: str) -> dict[str, object]:
 def _drawable(values: list[float | None]) -> list[float]:
     """NaN, which is drawn as a gap, for what an axis has no place for."""
     return [math.nan if value is None or not abs(value) < MOST_DRAWN else value for value in values]
+
+
+def _alone(values: list[float]) -> list[int]:
+    """Where a value stands between two gaps: no line leads to it, so it needs a dot."""
+    around = [math.nan, *values, math.nan]
+    return [
+        idx
+        for idx, value in enumerate(values)
+        if not math.isnan(value) and math.isnan(around[idx]) and math.isnan(around[idx + 2])
+    ]
 
 
 def _canvas(height: float, width: float = 4.2) -> tuple[Figure, Axes]:

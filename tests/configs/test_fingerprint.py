@@ -57,6 +57,10 @@ CONFIG = tiny_config("objectives.rec.align={weights: x, encoder: {width: 32, dep
 VARIANTS: dict[str, Config] = dict(variants(CONFIG))
 
 
+# Compared where both runs know it (test_a_file_is_compared_by_its_digest_where_both_runs_have_one).
+DIGESTS = set(Config.digests.values())
+
+
 def is_science(key: str) -> bool:
     return key not in ("name", "init.weights", "objectives.rec.align.weights") and not key.startswith(
         ("system.", "profile.")
@@ -68,7 +72,7 @@ def test_the_walk_meets_the_whole_schema() -> None:
     assert len(VARIANTS) > 90
 
 
-@pytest.mark.parametrize("key", [key for key in VARIANTS if is_science(key)])
+@pytest.mark.parametrize("key", [key for key in VARIANTS if is_science(key) and key not in DIGESTS])
 def test_a_science_setting_changes_the_fingerprint_and_is_named(key: str) -> None:
     assert fingerprint(VARIANTS[key]) != fingerprint(CONFIG)
     [change] = science_changes(CONFIG, VARIANTS[key])
@@ -94,6 +98,18 @@ def test_a_section_that_only_one_run_has_is_told_setting_by_setting() -> None:
     assert "objectives.rec.align.weight: None -> 0.1" in changes
     assert all(change.startswith("objectives.rec.align.") for change in changes)
     assert len(science_changes(CONFIG, tiny_config())) == len(changes)
+
+
+def test_a_file_is_compared_by_its_digest_where_both_runs_have_one() -> None:
+    def run(path: str, *digest: str) -> Config:
+        return tiny_config(f"data.tokenizer={path}", *(f"data.tokenizer_sha256={letter * 64}" for letter in digest))
+
+    assert fingerprint(run("a", "d")) == fingerprint(run("b", "d")) != fingerprint(run("a", "e"))
+    assert science_changes(run("a", "d"), run("b", "d")) == []
+    [change] = science_changes(run("a", "d"), run("a", "e"))
+    assert change == f"data.tokenizer_sha256: {'d' * 64} -> {'e' * 64} (data.tokenizer=a holds another file)"
+    assert science_changes(run("a"), run("a", "d")) == [], "of a run from before there were digests"
+    assert science_changes(run("a"), run("b", "d")) == ["data.tokenizer: a -> b"]
 
 
 class Inner(Section):

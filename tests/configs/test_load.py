@@ -204,7 +204,7 @@ def test_a_bad_override_is_quoted(override: str, message: str) -> None:
     assert message in found
 
 
-names = st.from_regex(r"[A-Za-z0-9._-]{1,8}", fullmatch=True)
+names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,7}", fullmatch=True)
 texts = st.text(max_size=12)
 shares = st.floats(0, 1)
 
@@ -214,9 +214,9 @@ shares = st.floats(0, 1)
     name=names,
     seed=st.integers(0, 2**63),
     train=st.lists(texts, max_size=3).map(tuple),
-    run_dir=st.none() | texts,
-    lr=st.floats(1e-300, 1e300),
-    layer_scale=st.none() | st.floats(-1e3, 1e3),
+    run_dir=st.none() | texts.filter(lambda text: text and "\0" not in text),
+    lr=st.floats(1e-300, 100),
+    layer_scale=st.none() | st.floats(0, 100),
     blur=st.tuples(shares, shares, shares),
     compile=st.sampled_from(["auto", "on", "off"]),
     qk_norm=st.booleans(),
@@ -244,7 +244,7 @@ def test_what_is_written_reads_back_equal(
     assert load_config(path) == config
 
 
-@pytest.mark.parametrize("name", ["1e5", "010", "on", "true", "null", "7", "1_000", "2024-01-01", "-.5e1"])
+@pytest.mark.parametrize("name", ["1e5", "010", "on", "true", "null", "7", "1_000", "2024-01-01", "5.e1"])
 def test_a_name_like_a_number_is_written_in_quotes(name: str, tmp_path: Path) -> None:
     config = tiny_config(f"name='{name}'")
     assert load_config(written(tmp_path, to_yaml(config))) == config

@@ -132,7 +132,7 @@ def test_the_frozen_encoder_is_pinned_by_what_it_holds_and_needed_by_a_resumed_r
     assert here.objectives.rec.align is not None
     assert here.objectives.rec.align.sha256
     assert fingerprint(here) == fingerprint(there) != fingerprint(aligned(encoder))
-    with pytest.raises(UserError, match=r"objectives.rec.align.weights=.* has the digest .*: these are other weights"):
+    with pytest.raises(UserError, match=r"objectives.rec.align.weights=.* has the digest .*: this is another file"):
         pinned(aligned(encoder, f"objectives.rec.align.sha256={'0' * 64}"), False)
     moved.unlink()
     with pytest.raises(UserError, match=r"moved\.safetensors does not exist"):

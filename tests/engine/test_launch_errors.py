@@ -54,7 +54,7 @@ CASES = {
     "wrong value": Case((*GOOD, "batch.clip=many"), ("batch.clip='many': input should be a valid integer",)),
     "broken rule": Case((*GOOD, "batch.ssl=24"), ("ssl=24", "clip=12", "lower batch.ssl")),
     "override without value": Case((*GOOD, "seed"), ("override 'seed' has no value",)),
-    "unknown flag": Case((*GOOD, "--reusme"), ("unrecognized arguments: --reusme; see --help",)),
+    "unknown flag": Case((*GOOD, "--reusme"), ("unrecognized arguments: --reusme, did you mean --resume?",)),
     "no config": Case((), ("--config nowhere.yaml cannot be read", "vtp_l"), config="nowhere.yaml"),
     "unreadable config": Case((), ("broken.yaml is not valid YAML: line 2, column 1: expected",), config="broken.yaml"),
     "binary config": Case((), ("shards/00000.tar is not valid YAML",), config="shards/00000.tar"),

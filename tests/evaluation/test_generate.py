@@ -368,7 +368,7 @@ def test_every_mistake_is_one_line(
         ("guidance=-1: 1 is none", (trained, "--guidance", "1,-1")),
         ("--guidance-interval 0.5: give 2 numbers", (trained, "--guidance-interval", "0.5")),
         ("guidance=inf: 1 is none, larger is more, and it is finite", (trained, "--guidance", "inf")),
-        ("--seed -1: give a number from 0 on", (trained, "--seed", -1)),
+        ("--seed -1: give a number from 0 to 2^64 - 1", (trained, "--seed", -1)),
         ("--limit 3 without --fid", (trained, "--limit", 3)),
         ("--num-samples 0: give a number from 1 on", (trained, "--num-samples", 0)),
         ("needs two images at least", (trained, "--num-samples", 1, "--fid", network)),

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from configs import UserError
 from evaluation import templates
 from evaluation.classes import OWN, TEMPLATES, ClassTable
+from evaluation.figures import confusion_matrix
 from evaluation.zero_shot import ZeroShot, classifier
 from model.objectives.comm import Solo
 
@@ -36,6 +38,13 @@ def test_accuracy_counts_labelled_images_only(tmp_path: Path) -> None:
     assert figures["prompts"] == OWN
     outcome.pictures["zero_shot_confusion"](tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_confusion_matrix_has_room_for_the_names_of_its_classes(tmp_path: Path) -> None:
+    names = [f"a class called {number}" for number in range(64)]
+    confusion_matrix(torch.eye(64).long(), names, tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert min(picture.size) / len(names) > 25, "pixels a class: letters of 9 points at 150 dots an inch have 19"
 
 
 def test_the_five_best_are_told_from_the_rest() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from kernels.attention import NEEDS, missing
 from kernels.dense_attention import DENSE
 from model.pack import Group
-from profiling import bench
+from profiling import bench, machine
 from profiling.benches import attention, compile, depth, fp8, loader, prototypes, step, text
+from profiling.benches.one_rank import configured
 from profiling.machine import describe, device, matmul_peak
 from profiling.measurement import Measurement, measure
 from profiling.workload import random_batch, random_captions, small_step
@@ -39,6 +41,41 @@ def test_the_attention_bench_tells_every_backend(
         assert len(measurement["notes"]) >= len(NEEDS) - len(here)
         assert all(row["median_ms"] > 0 and row["peak_mib"] > 0 for row in measurement["rows"])
     assert "median ms" in capsys.readouterr().out
+
+
+def test_without_products_in_bf16_benches_take_float32_and_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a processor with AVX2 alone, where an emulated product takes some thirty times as long."""
+    monkeypatch.setattr(machine, "training_dtype", lambda: torch.float32)
+    monkeypatch.setattr(attention, "SEGMENTS", ((2, 17), (3, 5)))
+    out = tmp_path / "attention.json"
+    assert bench.main(["attention", "--rounds", "1", "--json", str(out)]) == 0
+    [measurement] = json.loads(out.read_text())
+    assert "torch.float32" in measurement["workload"]
+    assert machine.precision() == "float32 (this machine has no products in bf16)"
+    assert small_step().optim.precision == configured("study_mini", 8).optim.precision == "fp32"
+    capsys.readouterr()
+    assert bench.main(["fp8", "--rounds", "1"]) == 2
+    assert capsys.readouterr().err.startswith("error: this machine has no products in bf16, and FP8 is compared with")
+
+
+def test_every_variant_is_printed_as_it_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+
+    def variant(name: str) -> None:
+        seen.append((name, capsys.readouterr().out))
+
+    measure("sums", "small", {name: partial(variant, name) for name in "ab"}, "a", 1, with_memory=False, warmups=1)
+    lines = [line for _, printed in seen for line in printed.splitlines()] + capsys.readouterr().out.splitlines()
+    assert [re.sub(r"[\d.,]+ m?s", "N", line) for line in lines] == [
+        "sums: a: N to warm up",
+        "sums: b: N to warm up",
+        "sums: a: N, round 1 of 1",
+        "sums: b: N, round 1 of 1",
+    ]
+    assert seen[-1][0] == "b"
+    assert "sums: a: " in seen[-1][1], "a's time was there before b ran"
 
 
 def run_small() -> dict[str, Measurement]:

@@ -19,7 +19,7 @@ from model.rows import Rows
 from profiling.report.blocks import Line, Plot, Stack, as_json, shown
 from profiling.report.data import read_run
 from profiling.report.figures import MOST_POINTS, labels, thinned
-from profiling.report.page import main, write_report
+from profiling.report.page import breakable, main, write_report
 from profiling.report.plots import line_plot, stacked_bars
 from profiling.report.sections import sections
 from profiling.step.flops import step_flops
@@ -235,7 +235,8 @@ def test_of_each_kind_of_picture_the_first_the_middle_and_the_last_are_inlined(r
     (run / "pictures" / "torn.png").write_bytes(b"no picture")
     page, facts = read(write_report(run))
     kinds = {block["title"]: block["captions"] for block in blocks(facts, "pictures")}
-    assert kinds["latents of demo"] == ["latents-00000001", "latents-00000003", "latents-00000005"]
+    assert kinds["Latents of demo"] == ["Latents after 1 step", "Latents after 3 steps", "Latents after 5 steps"]
+    assert "Each square is the latent of the picture in the same column" in sentences(facts, "pictures")
     assert kinds["held_out of demo"] == ["held_out"]
     assert page.tags.count("img") == 4
     assert "torn.png is no PNG file that can be read" in page.text["pictures"]
@@ -308,9 +309,40 @@ def test_values_that_are_no_numbers_are_named_and_left_as_gaps(tmp_path: Path) -
     for _, values in reports:
         values["loss/dead"] = float("nan")
     page, facts = read(write_report(make_run(tmp_path / "nan", reports)))
-    assert "loss/clip of nan is missing or not finite in 2 of 4 reports, first at step 2" in sentences(facts, "losses")
+    assert "loss/clip of nan is not finite in 2 of 4 reports, first at step 2" in sentences(facts, "losses")
     assert "values: loss/dead" in sentences(facts, "losses")
     assert "-Infinity" in [cell for table in page.tables for row in table for cell in row]
+
+
+def test_a_figure_that_is_taken_now_and_then_is_a_line_and_no_alarm(tmp_path: Path) -> None:
+    reports = [(step, figures(step)) for step in range(1, 41)]
+    for step, values in reports[9::10]:
+        values |= {"health/grad_share/clip": step / 50, "health/grad_share/ssl": 1 - step / 50}
+    _, facts = read(write_report(make_run(tmp_path / "demo", reports)))
+    [plot] = [plot for plot in plots(facts) if plot["title"] == "health/grad_share/clip"]
+    assert plot["lines"] == [{"label": "demo", "steps": [10, 20, 30, 40], "values": [0.2, 0.4, 0.6, 0.8]}]
+    said = sentences(facts, "health")
+    assert said == "Not taken at each of the 40 reports of demo: health/grad_share/clip, health/grad_share/ssl in 4."
+
+
+def test_a_value_between_two_gaps_gets_a_dot() -> None:
+    def marks(values: list[float | None]) -> int:
+        return line_plot(Plot("loss", [Line("demo", list(range(len(values))), values)])).count("<use ")
+
+    gaps: list[float | None] = [math.nan, 1.0] * 20
+    ticks = marks([1.0, 2.0] * 20)
+    assert marks(gaps) - ticks >= 15, "a dot for each of 20, less what the ticks of the other axis differ by"
+
+
+def test_every_phase_of_a_step_has_a_colour_of_its_own() -> None:
+    parts = {f"phase {number}": [1.0] for number in range(16)}
+    svg = stacked_bars(Stack("phases", "ms a step", ["demo"], parts))
+    assert len(set(re.findall(r"fill: (#[0-9a-f]{6})", svg))) == 16
+
+
+def test_names_break_between_words_and_units_do_not() -> None:
+    assert breakable("health/grad_share<") == "health/<wbr>grad_<wbr>share&lt;"
+    assert breakable("GFLOP/s") == "GFLOP/s"
 
 
 def test_nothing_a_run_wrote_becomes_markup(tmp_path: Path) -> None:

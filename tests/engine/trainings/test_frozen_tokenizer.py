@@ -33,7 +33,7 @@ def test_its_digest_is_science_and_its_place_is_not(weights: Path, tmp_path: Pat
     here, there, other = (stage_config(path) for path in (weights, moved, changed))
     assert here.tokenizer.sha256 == digest(weights)
     assert fingerprint(here) == fingerprint(there) != fingerprint(other)
-    with pytest.raises(UserError, match="these are other weights"):
+    with pytest.raises(UserError, match="this is another file"):
         stage_config(changed, tokenizer={"sha256": here.tokenizer.sha256})
 
 
