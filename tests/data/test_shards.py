@@ -138,7 +138,11 @@ def test_a_truncated_tar_keeps_what_is_whole_and_counts_the_break(tmp_path: Path
 
 def test_an_empty_file_is_a_truncated_tar_and_another_format_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.tar").touch()
-    assert open_one(tmp_path / "empty.tar").bad == {"truncated tar": 1}
+    empty = open_one(tmp_path / "empty.tar")
+    assert empty.bad == {"truncated tar": 1}
+    assert empty.summary(empty.bad) == (
+        f"1 shard, 0 samples; 1 left out: 1 truncated tar; no sample in 1 shard: {tmp_path}/empty.tar"
+    )
     (tmp_path / "page.tar").write_bytes(b"<html>" * 1000)
     with pytest.raises(UserError, match=r"page\.tar is not an uncompressed tar file"):
         open_one(tmp_path / "page.tar")
