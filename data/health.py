@@ -74,7 +74,7 @@ class Health:
         return share_left_out + (1 - share_left_out) * min(1.0, share_met + self._share_lost)
 
     def check(self) -> None:
-        """Raises TooManyBadSamples where more are bad than the share allows: before a run what its index left out."""
+        """Raises TooManyBadSamples where more are bad than the share allows: at the start of a run, by its index."""
         if self.share > self.max_bad_share:
             raise self._stop()
 
@@ -92,8 +92,8 @@ class Health:
             self._num_positions += num_positions
             self._num_bad_positions += num_bad
         says_something = num_bad and self._num_bad_positions >= _MIN_MET
-        if says_something or self._share_lost > self.max_bad_share:
-            self.check()
+        if (says_something or self._share_lost > self.max_bad_share) and self.share > self.max_bad_share:
+            raise self._stop()
 
     def lost(self, num_samples: int) -> None:
         """Notes samples that storage does not give, each once."""

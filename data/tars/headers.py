@@ -28,7 +28,7 @@ _MOST_EXTENDED_BYTES = 1 << 16  # of a pax header: a path and some times; what i
 _SCAN_BYTES = 1 << 20  # read at a time when looking for the next header
 _NO_DATA = b"123456"  # links, devices, directories, pipes: their size says nothing
 _FILES = (b"0", b"\0", b"7")
-CORRUPT = "corrupt tar"
+_LONGEST_END = 1 << 20  # bytes of zeros: two blocks, and what fills the longest record that anybody writes
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,12 @@ class Entry:
 
 @dataclass
 class Headers:
-    """The members whose headers are whole, in order, and where headers were lost: PLACE@OFFSET -> the reason."""
+    """The members whose headers are whole, in order, and what lies between them that cannot be read."""
 
     entries: list[Entry] = field(default_factory=list)
-    damage: dict[str, str] = field(default_factory=dict)
+    damage: dict[int, int] = field(default_factory=dict)  # offset -> bytes up to the next header
     is_cut_off: bool = False  # the last entry's sample may have lost members
+    zero_bytes: int = 0  # behind the last member, where that is more than a tar's end: a copy that broke off
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,12 @@ def walk(tar: Path) -> Headers:
                 after = _next_header(number, offset + BLOCK)
                 if not offset and after is None and any(raw):
                     raise NotATar(f"{tar}: no block of it is a tar header")
-                if after is not None or any(raw):
-                    _note_damage(found, tar, offset, len(raw))
+                if len(raw) < BLOCK:
+                    found.is_cut_off |= any(raw)
+                elif after is not None or any(raw):
+                    found.damage[offset] = (tar_bytes if after is None else after) - offset
+                elif tar_bytes - offset > _LONGEST_END:
+                    found.is_cut_off, found.zero_bytes = True, tar_bytes - offset
                 told, offset = _Told(), tar_bytes if after is None else after
                 continue
             data = offset + BLOCK
@@ -192,13 +197,6 @@ def _enter(found: Headers, block: _Block, told: _Told, data: int) -> None:
     target = link if block.kind == b"1" and not told.is_broken else ""
     name = name.rstrip("/") if is_folder else name
     found.entries.append(Entry(name, is_file, is_folder, data, size, target, told.is_broken))
-
-
-def _note_damage(found: Headers, tar: Path, offset: int, num_bytes: int) -> None:
-    if num_bytes < BLOCK:
-        found.is_cut_off = True
-    else:
-        found.damage[f"{tar.stem}@{offset}"] = CORRUPT
 
 
 def _next_header(number: int, offset: int) -> int | None:

@@ -98,7 +98,7 @@ class Indexes:
 
     def folder(self, shard_idx: int) -> Path | None:
         """The directory that the index of a shard lies in; None: in memory."""
-        path = self._stored(shard_idx).path
+        path = self._sidecar(shard_idx).path
         return path and path.parent
 
     def of(self, shard_idx: int) -> ShardIndex:
@@ -123,14 +123,14 @@ class Indexes:
 
     def count(self, shard_idx: int) -> tuple[int, Counter[str]]:
         """(usable samples, bad samples by reason), from the sidecar's last line where it knows."""
-        counted = self._stored(shard_idx).trailer["usable"].get(self._caption_ext or "")
+        counted = self._sidecar(shard_idx).trailer["usable"].get(self._caption_ext or "")
         if counted is None:
             index = self.of(shard_idx)
             return len(index), Counter(reason for _, reason in index.bad)
         return counted[0], Counter(counted[1])
 
     def _load(self, shard_idx: int) -> ShardIndex:
-        stored = self._stored(shard_idx)
+        stored = self._sidecar(shard_idx)
         try:
             usable = sidecar.read(stored.content(), self._caption_ext)
         except sidecar.Damaged:
@@ -138,11 +138,16 @@ class Indexes:
             usable = sidecar.read(stored.content(), self._caption_ext)
         return ShardIndex(self.labels[shard_idx], usable.lines, usable.bad, stored.trailer["tar_bytes"])
 
-    def _stored(self, shard_idx: int) -> StoredIndex:
-        name, own = self._names[shard_idx], self._own.get(shard_idx)
-        if own is None and storage.is_remote(name) and (found := self._remote_sidecar(name)):
+    def _sidecar(self, shard_idx: int) -> StoredIndex:
+        name = self._names[shard_idx]
+        is_wanted_there = storage.is_remote(name) and shard_idx not in self._own
+        if is_wanted_there and (found := self._remote_sidecar(name)):
             return StoredIndex(found[1], found[0])
-        tar = self._disk.fetch(name)
+        return self._local_sidecar(shard_idx)
+
+    def _local_sidecar(self, shard_idx: int) -> StoredIndex:
+        """The index of a local shard, or of a remote one's copy."""
+        tar, own = self._disk.fetch(self._names[shard_idx]), self._own.get(shard_idx)
         if own is not None and sidecar.is_of(own.trailer, tar.stat()):
             return own
         stored = ensure_sidecar(tar, self._cache_dir)

@@ -21,9 +21,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configs import UserError
-from data.tars.headers import CORRUPT, LONGEST_NAME, Entry, Headers, NotATar, parse, walk
+from data.tars.headers import BLOCK, LONGEST_NAME, Entry, Headers, NotATar, parse, walk
 from data.tars.names import IMAGE_EXTS, NOT_IMAGES, is_hidden, is_ignored, last_ext, split_names
 
+_CORRUPT, _TRUNCATED = "corrupt tar", "truncated tar"
 _SHORT_NAME = 100  # characters that a header holds itself
 
 
@@ -83,13 +84,14 @@ def scan(tar: Path) -> Listing:
     """Walks the headers of a tar (not its data). Raises UserError when it is no uncompressed tar file."""
     headers = _walked(tar)
     groups = _groups(list(_with_links(headers.entries)))
-    damage = list(headers.damage.items())
-    if headers.is_cut_off or not tar.stat().st_size:
-        if groups and (last := groups[-1]):
-            last.reason = "truncated tar"
-        else:
-            damage.append((tar.stem, "truncated tar"))
-    return _sort_out([group for group in dict.fromkeys(groups) if group], damage)
+    is_truncated = headers.is_cut_off or not tar.stat().st_size
+    if is_truncated and groups and (last := groups[-1]):
+        last.reason, is_truncated = _TRUNCATED, False
+    kept = [group for group in dict.fromkeys(groups) if group]
+    lost = [(f"{tar.stem}@{offset}", _CORRUPT, num_bytes) for offset, num_bytes in headers.damage.items()]
+    if is_truncated or headers.zero_bytes:
+        lost.append((tar.stem, _TRUNCATED, headers.zero_bytes))
+    return _sort_out(kept, [found for key, reason, num_bytes in lost for found in _lost(key, reason, num_bytes, kept)])
 
 
 def _walked(tar: Path) -> Headers:
@@ -138,7 +140,7 @@ def _groups(entries: Sequence[Entry]) -> list[_Group | None]:
 def _refusal(entry: Entry, name: str) -> str:
     """Why a member costs its sample; "" for a good one."""
     if entry.is_broken:
-        return CORRUPT
+        return _CORRUPT
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         return "unsafe member name"
     if len(entry.name) > LONGEST_NAME:
@@ -158,6 +160,13 @@ def _sort_out(groups: Sequence[_Group], damage: Sequence[tuple[str, str]]) -> Li
         else:
             samples.append(tuple(group.members))
     return Listing(tuple(samples), (*aside, *damage))
+
+
+def _lost(key: str, reason: str, num_bytes: int, groups: Sequence[_Group]) -> Iterator[tuple[str, str]]:
+    """As many bad samples as the unreadable bytes of a tar may hold, by the size of its others; at most as many."""
+    held = sum(BLOCK - -m.size // BLOCK * BLOCK for group in groups for m in group.members)
+    number = min(round(num_bytes * len(groups) / held), len(groups)) if held else 0
+    return ((f"{key}+{i}" if i else key, reason) for i in range(max(1, number)))
 
 
 def _picture_fault(members: Sequence[Member]) -> str:
