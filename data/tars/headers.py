@@ -2,7 +2,7 @@
 
     headers = walk(Path("00000.tar"))
     headers.entries[0]          # Entry("000000000.jpg", is_file=True, is_folder=False, offset=512, size=12000)
-    headers.damage              # {}, or where headers were lost: {"00000@1048576": "corrupt tar"}
+    headers.damage              # {}, or where headers were lost: {1048576: 4096}, offsets and numbers of bytes
 
 Python's tarfile ends a listing at the first damaged header as if the archive ended there, follows chains of long names
 into recursion, and reads extended headers of any size, some in quadratic time. Here a walk only goes forward, holds a

@@ -52,7 +52,8 @@ def split_names(names: Sequence[str]) -> list[tuple[str, str]]:
 
 def last_ext(name: str) -> str:
     """What follows the last dot of the base name, in lower case; "" without one."""
-    return name[name.rfind("/") + 1 :].rpartition(".")[2].lower() if "." in name[name.rfind("/") + 1 :] else ""
+    base = name[name.rfind("/") + 1 :]
+    return base.rpartition(".")[2].lower() if "." in base else ""
 
 
 def is_hidden(name: str) -> bool:

@@ -4,8 +4,11 @@ import io
 import tarfile
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configs.data import Pictures
 from configs.system import Loader
@@ -46,6 +49,29 @@ def test_a_key_ends_at_the_dot_before_a_known_field(names: str, keys: str) -> No
         assert [key for key, _ in split] == keys.split()[::order]
         for (key, ext), name in zip(split, ordered, strict=True):
             assert name.lower() == (f"{key}.{ext}".lower() if ext else key)
+
+
+@given(
+    keys=st.sets(st.from_regex(r"[a-z0-9_ -]{1,4}", fullmatch=True), min_size=1),
+    fields=st.sets(
+        st.sampled_from(
+            ["txt", "json", "cls", "npy", "seg.png", "seg.1.png", "depth.npy", "caption.txt", "1.txt", "left.jpg"]
+        )
+    ),
+    image=st.sampled_from(["jpg", "PNG", "webp"]),
+    folder=st.sampled_from(["", "part/", "v1.0/"]),
+    rng=st.randoms(),
+)
+def test_keys_without_dots_are_split_as_webdataset_splits_them(
+    keys: set[str], fields: set[str], image: str, folder: str, rng: Random
+) -> None:
+    names = [
+        f"{folder}{key}.{field}" for key in keys for field in (image, *fields) if field == image or rng.random() < 0.8
+    ]
+    rng.shuffle(names)
+    assert split_names(names) == [
+        (f"{folder}{key}", field.lower()) for key, _, field in (name[len(folder) :].partition(".") for name in names)
+    ]
 
 
 def members(names: list[str]) -> list[tuple[str, bytes]]:
