@@ -92,6 +92,11 @@ class SampleReader:
         if self.health.share > data.max_bad_share:
             self._name_left_out()
         self.health.check()
+        if not self.shards.sizes.any():
+            raise UserError(
+                f"data.train holds no sample ({self.shards.summary(left_out)}): a sample is a picture, with "
+                "its caption where captions are read, under one name; python -m data.corpus writes such shards"
+            )
         if corpus_file and not known:
             sizes = dict(zip(self.shards.names, self.shards.sizes.tolist(), strict=True))
             _keep(Found(sizes, left_out), corpus_file, data, caption, rank, exchange)

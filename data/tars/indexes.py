@@ -5,7 +5,7 @@
     indexes.of(0).key(17)            # "00000/000000017"
 
 An index lies beside its shard; in the cache directory where that cannot be written; and in memory, packed, for as long
-as the process lives, where neither can: some 20 bytes a sample.
+as the process lives, where neither can: some 20 bytes a sample, the last 256 MiB.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from data.recent import Recent
 from data.tars import sidecar
 from data.tars.headers import BLOCK
 from data.tars.listing import Member, image_of, key_of, scan
+
+_MOST_PACKED_BYTES = 1 << 28  # of indexes in memory; beyond, those that were made first are made again when needed
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Indexes:
         self._own: dict[int, StoredIndex] = {}  # in memory, or made in the place of one that was wrong
         # The shard's state when it was last indexed anew, and the error that came of it.
         self._renewed: dict[int, tuple[tuple[int, ...], UserError | None]] = {}
-        self._renewing = threading.Lock()
+        self._renewing, self._owning = threading.Lock(), threading.Lock()
+        self._packed_bytes = 0
 
     @property
     def num_in_memory(self) -> int:
@@ -111,9 +114,10 @@ class Indexes:
         with self._renewing:
             state = _state(tar)
             last_state, error = self._renewed.get(shard_idx, (None, None))
-            if last_state != state:
+            if last_state != state or (error is None and shard_idx not in self._own):
                 try:
-                    self._own[shard_idx], error = _make(tar, self._cache_dir), None
+                    error = None
+                    self._keep_own(shard_idx, _make(tar, self._cache_dir))
                 except UserError as no_tar:
                     error = no_tar
                 self._renewed[shard_idx] = (state, error)
@@ -134,7 +138,7 @@ class Indexes:
         try:
             usable = sidecar.read(stored.content(), self._caption_ext)
         except sidecar.Damaged:
-            stored = self._own[shard_idx] = _make(self._disk.fetch(self._names[shard_idx]), self._cache_dir)
+            stored = self._keep_own(shard_idx, _make(self._disk.fetch(self._names[shard_idx]), self._cache_dir))
             usable = sidecar.read(stored.content(), self._caption_ext)
         return ShardIndex(self.labels[shard_idx], usable.lines, usable.bad, stored.trailer["tar_bytes"])
 
@@ -152,7 +156,16 @@ class Indexes:
             return own
         stored = ensure_sidecar(tar, self._cache_dir)
         if stored.path is None:
+            self._keep_own(shard_idx, stored)
+        return stored
+
+    def _keep_own(self, shard_idx: int, stored: StoredIndex) -> StoredIndex:
+        with self._owning:
+            before = self._own.pop(shard_idx, None)
             self._own[shard_idx] = stored
+            self._packed_bytes += len(stored.packed) - (len(before.packed) if before else 0)
+            while self._packed_bytes > _MOST_PACKED_BYTES and len(self._own) > 1:
+                self._packed_bytes -= len(self._own.pop(next(iter(self._own))).packed)
         return stored
 
     def _remote_sidecar(self, name: str) -> tuple[Path, dict] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import Config
+from configs import Config, UserError
 from data.health import TooManyBadSamples
 from data.loader import Loader
 from data.loss_log import LossLog
@@ -279,6 +279,14 @@ def test_a_loader_closes_while_it_waits_for_storage(corpus: Path, monkeypatch: p
         closing.start()
         closing.join(timeout=30)
         assert not closing.is_alive()
+
+
+def test_a_corpus_without_a_sample_is_refused_by_what_was_found(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [(".DS_Store", b"x")])
+    with pytest.raises(
+        UserError, match=r"data\.train holds no sample \(1 shard, 0 samples; no sample in 1 shard: .*a\.tar"
+    ):
+        reader_of(tmp_path)
 
 
 # --- shards that change, on a real disk

@@ -191,6 +191,17 @@ def test_an_index_with_no_place_at_all_stays_in_memory_without_a_wait(
     assert shards.read(1, 0).caption == "new"
 
 
+def test_indexes_in_memory_beyond_the_most_are_made_again_when_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path, num_shards=3, per_shard=2)
+    refuse_writing(monkeypatch, tmp_path, tmp_path / "cache")
+    monkeypatch.setattr("data.tars.indexes._MOST_PACKED_BYTES", 0)
+    shards = Shards(expand([str(tmp_path)]), "txt", tmp_path / "cache", open_indexes=1)
+    assert [shards.read(i, 0).caption for i in (2, 0, 1, 2)] == ["sample 4", "sample 0", "sample 2", "sample 4"]
+    assert shards.summary(shards.bad).startswith("3 shards, 6 samples; 1 index in memory alone: ")
+
+
 @pytest.mark.parametrize("home", ["/dev/null/home", "", "~"])
 def test_a_home_that_is_none_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
     write_corpus(tmp_path, num_shards=1, per_shard=2)
