@@ -48,7 +48,7 @@ _TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise: 
 # A caption may be megabytes long. No row of tokens holds more than a part of this: the rest is not even read.
 _MOST_CAPTION_BYTES = 1 << 18
 _SHOWN = 3  # shards named in a summary
-_NO_PLACE = "neither beside a shard nor in the cache can it be written; set system.loader.cache_dir to keep it"
+_NO_PLACE = "no place beside the shards or in the cache can be written; system.loader.cache_dir names another"
 _MOST_JSON_BYTES = 1 << 22  # half of a record cannot be parsed: it is whole, or it is refused
 
 
