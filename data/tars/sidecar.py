@@ -35,7 +35,7 @@ from data.tars.listing import Listing, Member, key_of
 from data.tars.names import IMAGE_EXTS, named_by
 
 _VERSION = "v1.2"
-_RULES = 2  # of data/tars/listing.py: an index by earlier ones is written anew
+_RULES = f"2 {' '.join(IMAGE_EXTS)}"  # of listing.py and names.py: an index by others is written anew
 _TAIL_BYTES = 1 << 14
 _MTIME_TOLERANCE_NS = 2 * 10**9  # what the coarsest file system, and hosts that share one, leave of a time
 

@@ -68,7 +68,8 @@ def test_a_last_line_of_any_other_kind_is_foreign(tar: Path, trailer: bytes) -> 
 
 @pytest.mark.parametrize(
     "trailer",
-    [{"usable": {"txt": [-1, {}]}}, {"usable": {"txt": [1, {"x": "y"}]}}, {"usable": []}, {"set_aside": [[1, 2]]},
+    [{"rules": "1 jpg"}, {"tar_mtime_ns": None},
+     {"usable": {"txt": [-1, {}]}}, {"usable": {"txt": [1, {"x": "y"}]}}, {"usable": []}, {"set_aside": [[1, 2]]},
      {"usable": {"txt": [2**70, {}]}}, {"tar_bytes": True}, {"usable": {"txt": [True, {}]}}],
 )  # fmt: skip
 def test_counts_that_are_none_make_an_index_foreign(tar: Path, trailer: dict) -> None:
