@@ -47,8 +47,7 @@ class Health:
     """The bad samples of one process. Thread-safe.
 
     `corpus_size` counts the samples the index kept and `left_out` those it did not. `log` (jsonl) gets each
-    bad sample once, over resumed runs and over ranks that share the file too; `lines` is that file. Raises
-    TooManyBadSamples at once when the index alone left out more than the share allows.
+    bad sample once, over resumed runs and over ranks that share the file too; `lines` is that file.
     """
 
     def __init__(self, max_bad_share: float, corpus_size: int, left_out: Counter[str], log: Path | None) -> None:
@@ -60,8 +59,6 @@ class Health:
         self._logged: set[tuple[str, str]] = set()
         self._read_bytes = 0
         self._lock = threading.Lock()
-        if self.left_out and self.share > max_bad_share:
-            raise self._stop()
 
     @property
     def counts(self) -> Counter[str]:
@@ -75,6 +72,16 @@ class Health:
         share_left_out = num_left_out / max(num_left_out + self.corpus_size, 1)
         share_met = self._num_bad_positions / max(self._num_positions, 1)
         return share_left_out + (1 - share_left_out) * min(1.0, share_met + self._share_lost)
+
+    def check(self) -> None:
+        """Raises TooManyBadSamples where more are bad than the share allows: at the start of a run, by its index."""
+        if self.share > self.max_bad_share:
+            raise self._stop()
+
+    @property
+    def num_logged(self) -> int:
+        """Bad samples that the log is known to have."""
+        return len(self._logged)
 
     def served(self, num_positions: int, num_bad: int) -> None:
         """Notes positions served and how many had a bad sample of their own.
@@ -141,7 +148,7 @@ class Health:
             f"{self.share:.1%} of the samples are bad ({listed}), more than "
             f"data.max_bad_share={self.max_bad_share:g} "
             "allows: the run stops before it trains on too little; mend the corpus"
-            + (f" (keys in {self.lines.path})" if self.lines else "")
+            + (f" (keys in {self.lines.path})" if self.lines and self.lines.path.exists() else "")
             + " or raise data.max_bad_share",
             counts,
         )

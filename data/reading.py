@@ -37,6 +37,7 @@ from data.storage import expand
 
 _OVERHEAD_BYTES = 1 << 20  # of an encoded picture: metadata, colour profiles, a thumbnail
 _PIXEL_BYTES = 8  # the most a pixel takes: four channels of 16 bits, not compressed
+_MOST_NAMED = 10_000  # samples that the index left out, by each rank of a run that stops at its start for them
 _MAX_ATTEMPTS = 1000  # fills tried for one position: beyond, its stream has next to no readable sample
 
 
@@ -87,6 +88,15 @@ class SampleReader:
         )  # fmt: skip
         left_out = known.bad if known else self.shards.bad
         self.health = Health(data.max_bad_share, int(self.shards.sizes.sum()), left_out, bad_log)
+        self._opened: set[int] = set()  # shards whose left-out samples are written down
+        if self.health.share > data.max_bad_share:
+            self._name_left_out()
+        self.health.check()
+        if not self.shards.sizes.any():
+            raise UserError(
+                f"data.train holds no sample ({self.shards.summary(left_out)}): a sample is a picture, with "
+                "its caption where captions are read, under one name; python -m data.corpus writes such shards"
+            )
         if corpus_file and not known:
             sizes = dict(zip(self.shards.names, self.shards.sizes.tolist(), strict=True))
             _keep(Found(sizes, left_out), corpus_file, data, caption, rank, exchange)
@@ -97,7 +107,6 @@ class SampleReader:
         log = LossLog(corpus_file.with_name("lost_shards.jsonl"), rank) if corpus_file else None
         self.losses = Losses(self.shards.sizes, self.health, log)
         self.logs = [kept.lines for kept in (self.health, log) if kept is not None and kept.lines is not None]
-        self._opened: set[int] = set()  # shards whose left-out samples are written down
 
     def positions(self, step: int, batch: int) -> np.ndarray:
         """This rank's global positions in a step of `batch` samples over all ranks."""
@@ -135,6 +144,10 @@ class SampleReader:
         height, width = sides(pictures)
         drawn = [views.draw(name, config, self.seed, keys, epochs, height, width) for name in names]
         return self._decoder.render(pictures, views.concatenate(drawn))
+
+    def summary(self) -> str:
+        """The corpus for a person: shards, samples, and what its index left out, by reason."""
+        return f"corpus: {self.shards.summary(self.health.left_out)}"
 
     def give_up(self) -> None:
         """Nobody waits for storage any more: before whoever waits for this reader is waited for."""
@@ -188,6 +201,15 @@ class SampleReader:
     def _note(self, place: Place, reason: str, position: int) -> None:
         self._bad.add((place.shard_idx, place.sample_idx))
         self.health.met(BadSample(self.shards.key(place.shard_idx, place.sample_idx), reason, position))
+
+    def _name_left_out(self) -> None:
+        """Writes down what this rank's part of the shards leaves out, for whoever has to mend the corpus."""
+        if self.health.lines is None:
+            return
+        for shard_idx in range(self.rank, len(self.shards.names), self.world_size):
+            self._write_left_out({shard_idx})
+            if self.health.num_logged > _MOST_NAMED:
+                return
 
     def _write_left_out(self, shards: set[int]) -> None:
         for shard_idx in shards - self._opened:

@@ -19,9 +19,10 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,8 +35,9 @@ from data import storage
 from data.patience import Patience, Unreadable
 from data.recent import Recent
 from data.tars.headers import BLOCK
-from data.tars.indexes import Indexes, ShardIndex, ensure_sidecar
+from data.tars.indexes import Indexes, ShardIndex
 from data.tars.listing import Member, image_of, is_header_of, key_of
+from data.tars.names import named_by
 
 Exchange = Callable[[Any], list[Any]]
 T = TypeVar("T")
@@ -45,6 +47,8 @@ _INDEX_THREADS = 16  # opening many sidecars waits for the disk or the network
 _TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise: 31 s of waiting
 # A caption may be megabytes long. No row of tokens holds more than a part of this: the rest is not even read.
 _MOST_CAPTION_BYTES = 1 << 18
+_SHOWN = 3  # shards named in a summary
+_NO_PLACE = "no place beside the shards or in the cache can be written; system.loader.cache_dir names another"
 _MOST_JSON_BYTES = 1 << 22  # half of a record cannot be parsed: it is whole, or it is refused
 
 
@@ -112,6 +116,21 @@ class Shards:
             self.sizes[start::step] = sizes
         self.bad = sum((reasons for _, reasons in parts), Counter())
 
+    def summary(self, left_out: Counter[str]) -> str:
+        """Shards, samples, and what was left out, by reason; and which shards hold no sample."""
+        empty = [name for name, size in zip(self.names, self.sizes.tolist(), strict=True) if not size]
+        shown = ", ".join(empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
+        in_memory = self._indexes.num_in_memory
+        return (
+            f"{_counted(len(self.names), 'shard')}, {_counted(int(self.sizes.sum()), 'sample')}{_reasons(left_out)}"
+            + (f"; no sample in {_counted(len(empty), 'shard')}: {shown}" if empty else "")
+            + (f"; {_counted(in_memory, 'index')} in memory alone: {_NO_PLACE}" if in_memory else "")
+        )
+
+    def index_folder(self, shard_idx: int) -> Path | None:
+        """The directory that the index of a shard lies in; None: in memory. Raises OSError."""
+        return self._indexes.folder(shard_idx)
+
     def index(self, shard_idx: int) -> ShardIndex:
         """The index of a shard as it was when it was last looked at. Raises OSError, without trying twice."""
         return self._indexes.of(shard_idx)
@@ -157,8 +176,8 @@ class Shards:
             raise
         except (_Changed, UserError):  # UserError: it is no tar any more
             self._files.drop(shard_idx)
-            self._indexes.forget(shard_idx)
         try:
+            self._indexes.renew(shard_idx)
             return read()
         except (_Changed, UserError):
             raise Unreadable("changed shard") from None
@@ -177,18 +196,18 @@ class Shards:
         image = image_of(members)
         if most_image_bytes is not None and image.size > most_image_bytes:
             raise BadMember("too many bytes")
-        key = f"{self._indexes.labels[shard_idx]}/{key_of(members[0].name)}"
+        key = f"{self._indexes.labels[shard_idx]}/{key_of(members)}"
         return Sample(key, self._bytes(shard_idx, image), self._caption(shard_idx, members))
 
     def _field(self, shard_idx: int, sample_idx: int, key: str) -> object:
-        members = [m for m in self._members(shard_idx, sample_idx) if m.ext == "json"]
-        return _json_field(self._json(shard_idx, members[0]), key) if members else None
+        member = _member(self._members(shard_idx, sample_idx), "json")
+        return _json_field(self._json(shard_idx, member), key) if member else None
 
     def _label(self, shard_idx: int, sample_idx: int) -> int:
         label = self._field(shard_idx, sample_idx, "label")
         if label is None:
-            members = [m for m in self._members(shard_idx, sample_idx) if m.ext == "cls"]
-            text = self._bytes(shard_idx, members[0], _MOST_CAPTION_BYTES) if members else b""
+            member = _member(self._members(shard_idx, sample_idx), "cls")
+            text = self._bytes(shard_idx, member, _MOST_CAPTION_BYTES) if member else b""
             digits = text.decode(errors="replace").strip()
             label = int(digits) if _INTEGER.fullmatch(digits) else -1
         return label if type(label) is int and abs(label) < 2**63 else -1
@@ -196,7 +215,8 @@ class Shards:
     def _caption(self, shard_idx: int, members: Sequence[Member]) -> str:
         if self.caption is None:
             return ""
-        member = next(m for m in members if m.ext == self._caption_ext)
+        member = _member(members, self._caption_ext or "")
+        assert member is not None, "the index has left out what has no caption"
         key = self.caption.partition(":")[2]
         text = (
             _json_field(self._json(shard_idx, member), key)
@@ -256,6 +276,11 @@ class Shards:
             ) from None
 
 
+def _member(members: Sequence[Member], ext: str) -> Member | None:
+    place = named_by([m.ext for m in members], ext)
+    return None if place is None else members[place]
+
+
 def _json_field(data: bytes, key: str) -> object:
     try:
         record = json.loads(data)
@@ -264,35 +289,80 @@ def _json_field(data: bytes, key: str) -> object:
     return record.get(key) if isinstance(record, dict) else None
 
 
+@dataclass(frozen=True)
+class _Indexed:
+    """What the index command tells of a shard."""
+
+    size: int
+    bad: Counter[str]
+    folder: Path | None  # of its index; None: in memory
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m data.shards index DIR...`: writes sidecars, prints counts. Exit code 0, or 2 on an error."""
     parser = CommandParser(prog="python -m data.shards", description="Index tar shards for random access.")
     commands = parser.add_subparsers(dest="command", required=True)
     index = commands.add_parser("index", help="write X.idx for every X.tar and print what it holds")
-    index.add_argument("dirs", nargs="+", metavar="DIR", help="directories, .tar files, globs or brace ranges")
+    index.add_argument("dirs", nargs="+", metavar="DIR", help="directories, .tar files, globs, brace ranges or URLs")
     index.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, help="shards indexed at once (%(default)s)"
     )
     index.add_argument("--caption", default="txt", help="caption member: an extension or json:KEY (default: txt)")
+    index.add_argument(
+        "--cache-dir", help="system.loader.cache_dir of the runs: indexes of read-only shards, copies of remote ones"
+    )
     arguments = parser.parse_args(argv)
     try:
-        names = storage.expand(arguments.dirs, key="DIR")
-        processes = min(arguments.processes, len(names))
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(ensure_sidecar, map(Path, names)))
-        shards = Shards(names, arguments.caption)
+        names = storage.expand(arguments.dirs, arguments.cache_dir, key="DIR")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for shard_idx, name in enumerate(shards.names):
-        bad = Counter(reason for _, reason in shards.index(shard_idx).bad)
-        print(f"{name}: {shards.sizes[shard_idx]} samples{_reasons(bad)}")
-    print(f"{len(shards.names)} shards, {shards.sizes.sum()} samples{_reasons(shards.bad)}")
-    return 0
+    processes = max(1, min(arguments.processes, len(names)))
+    print(f"indexing {_counted(len(names), 'shard')}, {processes} at once", flush=True)
+    look = partial(_index, caption=arguments.caption, cache_dir=arguments.cache_dir)
+    if processes == 1:
+        return _print_indexed(names, map(look, names))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return _print_indexed(names, pool.map(look, names))
+
+
+def _index(name: str, caption: str, cache_dir: str | None) -> _Indexed | UserError:
+    try:
+        shards = Shards([name], caption, cache_dir)
+    except UserError as error:
+        return error
+    return _Indexed(int(shards.sizes[0]), shards.bad, shards.index_folder(0))
+
+
+def _print_indexed(names: Sequence[str], results: Iterable[_Indexed | UserError]) -> int:
+    """A line for each shard as it is done, and the sum; the exit code."""
+    done: list[_Indexed] = []
+    elsewhere: Counter[Path | None] = Counter()
+    for name, result in zip(names, results, strict=True):
+        if isinstance(result, UserError):
+            print(f"error: {result}", file=sys.stderr, flush=True)
+            continue
+        done.append(result)
+        print(f"{name}: {_counted(result.size, 'sample')}{_reasons(result.bad)}", flush=True)
+        if result.folder != Path(name).parent:
+            elsewhere[result.folder] += 1
+    bad = sum((result.bad for result in done), Counter[str]())
+    size = sum(result.size for result in done)
+    print(f"{_counted(len(done), 'shard')}, {_counted(size, 'sample')}{_reasons(bad)}")
+    for folder, count in elsewhere.items():
+        kept = f"in {folder}" if folder else "kept nowhere: no place can be written; --cache-dir names another"
+        print(f"{_counted(count, 'index')} {kept}")
+    return 0 if len(done) == len(names) else 2
+
+
+def _counted(number: int, noun: str) -> str:
+    plural = {"index": "indexes"}.get(noun, f"{noun}s")
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def _reasons(bad: Counter[str]) -> str:
-    return f"; {bad.total()} bad: " + ", ".join(f"{n} {reason}" for reason, n in bad.most_common()) if bad else ""
+    listed = ", ".join(f"{count:,} {reason}" for reason, count in bad.most_common())
+    return f"; {bad.total():,} left out: {listed}" if bad else ""
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from data.headers import refusal
 from data.patience import Unreadable
 from data.shards import BadMember, Shards
 from data.tars.indexes import ensure_sidecar
-from tests.data.tar_shards import encoded, write_corpus
+from tests.data.tar_shards import encoded, index_of, write_corpus
 from tests.data.tars.hostile_tars import END, header, long_name, member, octal, padded, record
 
 DAMAGED = 24  # readings of one drawn input, the first one as it is
@@ -162,7 +162,7 @@ class Readers:
         self.tar = folder / "fuzz.tar"
         write_corpus(folder / "honest", num_shards=1, per_shard=3, height=8, width=8)
         self.honest = folder / "honest" / "00000.tar"
-        self.index_path, self._trailer = ensure_sidecar(self.honest)
+        self.index_path, self._trailer = index_of(self.honest), ensure_sidecar(self.honest).trailer
 
     def read_tar(self, data: bytes) -> str:
         self.tar.with_suffix(".idx").unlink(missing_ok=True)
@@ -177,7 +177,7 @@ class Readers:
         except ValueError:
             trailer = {"tar_bytes": None, "set_aside": [], "usable": {}}
         if isinstance(trailer, dict) and trailer.get("tar_bytes", 0) is None:
-            trailer["tar_bytes"] = self._trailer["tar_bytes"]
+            trailer |= {key: self._trailer[key] for key in ("rules", "tar_bytes", "tar_mtime_ns")}
         crc32 = [zlib.crc32(text), zlib.crc32(json.dumps(trailer).encode())]
         self.index_path.write_bytes(text + f"# {json.dumps({'crc32': crc32, 'of': trailer})}\n".encode())
         return self._read_all(self.honest, "txt")

@@ -2,7 +2,7 @@
 
     headers = walk(Path("00000.tar"))
     headers.entries[0]          # Entry("000000000.jpg", is_file=True, is_folder=False, offset=512, size=12000)
-    headers.damage              # {}, or where headers were lost: {"00000@1048576": "corrupt tar"}
+    headers.damage              # {}, or where headers were lost: {1048576: 4096}, offsets and numbers of bytes
 
 Python's tarfile ends a listing at the first damaged header as if the archive ended there, follows chains of long names
 into recursion, and reads extended headers of any size, some in quadratic time. Here a walk only goes forward, holds a
@@ -28,27 +28,34 @@ _MOST_EXTENDED_BYTES = 1 << 16  # of a pax header: a path and some times; what i
 _SCAN_BYTES = 1 << 20  # read at a time when looking for the next header
 _NO_DATA = b"123456"  # links, devices, directories, pipes: their size says nothing
 _FILES = (b"0", b"\0", b"7")
-_REFUSED = "corrupt tar"
+_LONGEST_END = 1 << 20  # bytes of zeros: two blocks, and what fills the longest record that anybody writes
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One member: `size` bytes from `offset` on. `is_file`: a plain one; no link, device, directory or sparse file."""
+    """One member: `size` bytes from `offset` on. `is_file`: a plain one; no link, device, directory or sparse file.
+
+    `link_target`: of a hard link, the name of the member that holds its bytes. `is_broken`: its extended header cannot
+    be read, so that its name and size may be others.
+    """
 
     name: str
     is_file: bool
     is_folder: bool
     offset: int
     size: int
+    link_target: str = ""
+    is_broken: bool = False
 
 
 @dataclass
 class Headers:
-    """The members that are wholly there, in order, and what damage took: a name or PLACE@OFFSET -> the reason."""
+    """The members whose headers are whole, in order, and what lies between them that cannot be read."""
 
     entries: list[Entry] = field(default_factory=list)
-    damage: dict[str, str] = field(default_factory=dict)
+    damage: dict[int, int] = field(default_factory=dict)  # offset -> bytes up to the next header
     is_cut_off: bool = False  # the last entry's sample may have lost members
+    zero_bytes: int = 0  # behind the last member, where that is more than a tar's end: a copy that broke off
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class _Block:
     kind: bytes
     size: int
     is_extended: bool  # GNU sparse: more blocks of the map follow
+    link: str = ""
 
 
 @dataclass
@@ -67,6 +75,7 @@ class _Told:
 
     name: str | None = None
     size: int | None = None
+    link: str | None = None
     is_sparse: bool = False
     is_broken: bool = False
 
@@ -87,8 +96,12 @@ def walk(tar: Path) -> Headers:
                 after = _next_header(number, offset + BLOCK)
                 if not offset and after is None and any(raw):
                     raise NotATar(f"{tar}: no block of it is a tar header")
-                if after is not None or any(raw):
-                    _note_damage(found, tar, offset, len(raw))
+                if len(raw) < BLOCK:
+                    found.is_cut_off |= any(raw)
+                elif after is not None or any(raw):
+                    found.damage[offset] = (tar_bytes if after is None else after) - offset
+                elif tar_bytes - offset > _LONGEST_END:
+                    found.is_cut_off, found.zero_bytes = True, tar_bytes - offset
                 told, offset = _Told(), tar_bytes if after is None else after
                 continue
             data = offset + BLOCK
@@ -118,7 +131,7 @@ def parse(raw: bytes) -> _Block | None:
     has_prefix = prefix and raw[257:265] == b"ustar\x0000"
     if kind in (b"0", b"\0") and name.endswith("/"):
         kind = b"5"  # v7 had no type for directories
-    return _Block(f"{prefix}/{name}" if has_prefix else name, kind, size, raw[482:483] > b"\0")
+    return _Block(f"{prefix}/{name}" if has_prefix else name, kind, size, raw[482:483] > b"\0", _text(raw[157:257]))
 
 
 def _sums_to(raw: bytes, written: int) -> bool:
@@ -145,9 +158,11 @@ def _text(raw: bytes) -> str:
 
 
 def _listen(told: _Told, block: _Block, data: bytes) -> None:
-    """Takes in a GNU long name or a pax header. Long link names and headers for all members change nothing here."""
+    """Takes in a GNU long name or a pax header. Headers for all members change nothing here."""
     if block.kind == b"L":
         told.name = _text(data[: LONGEST_NAME + 1])
+    elif block.kind == b"K":
+        told.link = _text(data[: LONGEST_NAME + 1])
     elif block.kind == b"x":
         _listen_to_pax(told, data, block.size)
 
@@ -164,6 +179,8 @@ def _listen_to_pax(told: _Told, data: bytes, size: int) -> None:
             told.is_broken = True
         elif key == b"path":
             told.name = value[:-1].decode("utf-8", "surrogateescape")
+        elif key == b"linkpath":
+            told.link = value[:-1].decode("utf-8", "surrogateescape")
         elif key == b"size":
             told.size = int(value[:-1]) if value[:-1].isdigit() and len(value) < 20 else None
             told.is_broken |= told.size is None
@@ -174,19 +191,12 @@ def _listen_to_pax(told: _Told, data: bytes, size: int) -> None:
 def _enter(found: Headers, block: _Block, told: _Told, data: int) -> None:
     name = block.name if told.name is None else told.name
     size = block.size if told.size is None else told.size
+    link = block.link if told.link is None else told.link
     is_folder = block.kind == b"5"
-    if told.is_broken:
-        found.damage.setdefault(name[:LONGEST_NAME], _REFUSED)
-        return
-    is_file = block.kind in _FILES and not told.is_sparse
-    found.entries.append(Entry(name.rstrip("/") if is_folder else name, is_file, is_folder, data, size))
-
-
-def _note_damage(found: Headers, tar: Path, offset: int, num_bytes: int) -> None:
-    if num_bytes < BLOCK:
-        found.is_cut_off = True
-    else:
-        found.damage[f"{tar.stem}@{offset}"] = _REFUSED
+    is_file = block.kind in _FILES and not told.is_sparse and not told.is_broken
+    target = link if block.kind == b"1" and not told.is_broken else ""
+    name = name.rstrip("/") if is_folder else name
+    found.entries.append(Entry(name, is_file, is_folder, data, size, target, told.is_broken))
 
 
 def _next_header(number: int, offset: int) -> int | None:

@@ -4,24 +4,30 @@
     indexes.count(0)                 # (1000, Counter({"missing caption": 3})), mostly without reading the index
     indexes.of(0).key(17)            # "00000/000000017"
 
-An index lies beside its shard, or in the cache directory where that cannot be written.
+An index lies beside its shard; in the cache directory where that cannot be written; and in memory, packed, for as long
+as the process lives, where neither can: some 20 bytes a sample, the last 256 MiB.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs import UserError
 from data import storage
 from data.recent import Recent
 from data.tars import sidecar
 from data.tars.headers import BLOCK
 from data.tars.listing import Member, image_of, key_of, scan
+
+_MOST_PACKED_BYTES = 1 << 28  # of indexes in memory; beyond, those that were made first are made again when needed
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,25 @@ class ShardIndex:
 
     def key(self, sample_idx: int) -> str:
         """The name of a sample, as Sample.key has it."""
-        return f"{self.name}/{key_of(self.members(sample_idx)[0].name)}"
+        return f"{self.name}/{key_of(self.members(sample_idx))}"
+
+
+@dataclass(frozen=True)
+class StoredIndex:
+    """A sidecar where it is kept: in the file `path`, or packed in memory. `trailer` is its last line."""
+
+    trailer: dict[str, Any]
+    path: Path | None
+    packed: bytes = b""
+
+    def content(self) -> bytes:
+        """The sidecar. Raises sidecar.Damaged where its file has gone."""
+        if self.path is None:
+            return zlib.decompress(self.packed)
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            raise sidecar.Damaged(f"{self.path} has gone") from None
 
 
 class Indexes:
@@ -64,39 +88,85 @@ class Indexes:
         self._names, self._caption_ext, self._disk, self._cache_dir = names, caption_ext, disk, cache_dir
         self.labels = _labels(names)
         self._kept = Recent(self._load, most)
+        self._own: dict[int, StoredIndex] = {}  # in memory, or made in the place of one that was wrong
+        # The shard's state when it was last indexed anew, and the error that came of it.
+        self._renewed: dict[int, tuple[tuple[int, ...], UserError | None]] = {}
+        self._renewing, self._owning = threading.Lock(), threading.Lock()
+        self._packed_bytes = 0
+
+    @property
+    def num_in_memory(self) -> int:
+        """How many indexes no place could be found for."""
+        return sum(stored.path is None for stored in list(self._own.values()))
+
+    def folder(self, shard_idx: int) -> Path | None:
+        """The directory that the index of a shard lies in; None: in memory."""
+        path = self._sidecar(shard_idx).path
+        return path and path.parent
 
     def of(self, shard_idx: int) -> ShardIndex:
         """The index of a shard as it is, or as it was when it was last looked at."""
         return self._kept(shard_idx)
 
-    def forget(self, shard_idx: int) -> None:
-        """The next look is at the shard as it is then."""
+    def renew(self, shard_idx: int) -> None:
+        """Indexes a shard anew that is not what its index says, once for each state of the shard."""
+        tar = self._disk.fetch(self._names[shard_idx])
+        with self._renewing:
+            state = _state(tar)
+            last_state, error = self._renewed.get(shard_idx, (None, None))
+            if last_state != state or (error is None and shard_idx not in self._own):
+                try:
+                    error = None
+                    self._keep_own(shard_idx, _make(tar, self._cache_dir))
+                except UserError as no_tar:
+                    error = no_tar
+                self._renewed[shard_idx] = (state, error)
         self._kept.drop(shard_idx)
+        if error is not None:
+            raise error
 
     def count(self, shard_idx: int) -> tuple[int, Counter[str]]:
         """(usable samples, bad samples by reason), from the sidecar's last line where it knows."""
-        _, trailer = self._sidecar(shard_idx)
-        counted = trailer["usable"].get(self._caption_ext or "")
+        counted = self._sidecar(shard_idx).trailer["usable"].get(self._caption_ext or "")
         if counted is None:
             index = self.of(shard_idx)
             return len(index), Counter(reason for _, reason in index.bad)
         return counted[0], Counter(counted[1])
 
     def _load(self, shard_idx: int) -> ShardIndex:
-        path, trailer = self._sidecar(shard_idx)
+        stored = self._sidecar(shard_idx)
         try:
-            usable = sidecar.read(path, self._caption_ext)
+            usable = sidecar.read(stored.content(), self._caption_ext)
         except sidecar.Damaged:
-            path.unlink(missing_ok=True)
-            path, trailer = ensure_sidecar(self._disk.fetch(self._names[shard_idx]), self._cache_dir)
-            usable = sidecar.read(path, self._caption_ext)
-        return ShardIndex(self.labels[shard_idx], usable.lines, usable.bad, trailer["tar_bytes"])
+            stored = self._keep_own(shard_idx, _make(self._disk.fetch(self._names[shard_idx]), self._cache_dir))
+            usable = sidecar.read(stored.content(), self._caption_ext)
+        return ShardIndex(self.labels[shard_idx], usable.lines, usable.bad, stored.trailer["tar_bytes"])
 
-    def _sidecar(self, shard_idx: int) -> tuple[Path, dict]:
+    def _sidecar(self, shard_idx: int) -> StoredIndex:
         name = self._names[shard_idx]
-        if storage.is_remote(name) and (found := self._remote_sidecar(name)):
-            return found
-        return ensure_sidecar(self._disk.fetch(name), self._cache_dir)
+        is_wanted_there = storage.is_remote(name) and shard_idx not in self._own
+        if is_wanted_there and (found := self._remote_sidecar(name)):
+            return StoredIndex(found[1], found[0])
+        return self._local_sidecar(shard_idx)
+
+    def _local_sidecar(self, shard_idx: int) -> StoredIndex:
+        """The index of a local shard, or of a remote one's copy."""
+        tar, own = self._disk.fetch(self._names[shard_idx]), self._own.get(shard_idx)
+        if own is not None and sidecar.is_of(own.trailer, tar.stat()):
+            return own
+        stored = ensure_sidecar(tar, self._cache_dir)
+        if stored.path is None:
+            self._keep_own(shard_idx, stored)
+        return stored
+
+    def _keep_own(self, shard_idx: int, stored: StoredIndex) -> StoredIndex:
+        with self._owning:
+            before = self._own.pop(shard_idx, None)
+            self._own[shard_idx] = stored
+            self._packed_bytes += len(stored.packed) - (len(before.packed) if before else 0)
+            while self._packed_bytes > _MOST_PACKED_BYTES and len(self._own) > 1:
+                self._packed_bytes -= len(self._own.pop(next(iter(self._own))).packed)
+        return stored
 
     def _remote_sidecar(self, name: str) -> tuple[Path, dict] | None:
         """The .idx lying beside a remote shard spares copying the shard before its first sample is wanted."""
@@ -108,17 +178,40 @@ class Indexes:
         return (path, trailer) if trailer else None
 
 
-def ensure_sidecar(tar: Path, cache_dir: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """(path, last line) of the sidecar of a local tar, written first when missing, stale or foreign."""
-    beside = tar.with_suffix(".idx")
-    elsewhere = _index_folder(cache_dir) / f"{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}.idx"
-    for path in (beside, elsewhere):
+def ensure_sidecar(tar: Path, cache_dir: str | Path | None = None) -> StoredIndex:
+    """The sidecar of a local tar, made first when missing, stale or foreign."""
+    for path in _places(tar, cache_dir):
         if trailer := sidecar.read_trailer(path, tar):
-            return path, trailer
-    path = beside if os.access(tar.parent, os.W_OK) else elsewhere
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tar_bytes = tar.stat().st_size  # before the walk: of a shard that grows meanwhile the index is stale at once
-    return path, sidecar.write(scan(tar), tar_bytes, path)
+            return StoredIndex(trailer, path)
+    return _make(tar, cache_dir)
+
+
+def _make(tar: Path, cache_dir: str | Path | None) -> StoredIndex:
+    """Indexes a local tar and keeps that in the first place that can be written, or in memory."""
+    status = tar.stat()
+    content, trailer = sidecar.compose(scan(tar), status)
+    for path in _places(tar, cache_dir):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sidecar.write(content, path)
+        except OSError:
+            continue
+        return StoredIndex(trailer, path)
+    return StoredIndex(trailer, None, zlib.compress(content, 1))
+
+
+def _places(tar: Path, cache_dir: str | Path | None) -> Iterator[Path]:
+    """Where the index of a tar may lie: beside it, or under a name of its own in the cache directory."""
+    yield tar.with_suffix(".idx")
+    home = os.path.expanduser("~")  # no path at all for a user who has none
+    folder = Path(cache_dir) if cache_dir else Path(home) / ".cache" / "vtp-engine" / "index"
+    if cache_dir or os.path.isabs(home):
+        yield folder / f"{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}.idx"
+
+
+def _state(tar: Path) -> tuple[int, ...]:
+    status = tar.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _labels(names: Sequence[str]) -> list[str]:
@@ -128,7 +221,3 @@ def _labels(names: Sequence[str]) -> list[str]:
         return stems
     common = os.path.commonpath(names)
     return [os.path.relpath(name, common).removesuffix(".tar") for name in names]
-
-
-def _index_folder(cache_dir: str | Path | None) -> Path:
-    return Path(cache_dir) if cache_dir else Path.home() / ".cache" / "vtp-engine" / "index"

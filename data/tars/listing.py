@@ -4,33 +4,42 @@
     listing.samples[0]       # (Member("jpg", 512, 12000, "000000000.jpg"), Member("txt", 13312, 30, "000000000.txt"))
     listing.set_aside        # (("000000001", "empty image"), ("../up", "unsafe member name"))
 
+Members of one key are one sample wherever they stand in the tar (`tar cf` of a directory writes them in the order of
+the file system), and its place is that of the first of them. Samples set aside are counted one by one: one lost picture
+is one bad sample.
+
 A tar comes from anywhere. Nothing is ever unpacked, so a member's name is only a name; names that would leave a
-directory are refused all the same, for whoever unpacks the shard later, and so is whatever is no plain file.
+directory are refused all the same, for whoever unpacks the shard later, and so is whatever is no plain file. A hard
+link is the file of the same tar that it links to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configs import UserError
-from data.tars.headers import LONGEST_NAME, Entry, Headers, NotATar, parse, walk
+from data.tars.headers import BLOCK, LONGEST_NAME, Entry, Headers, NotATar, parse, walk
+from data.tars.names import IMAGE_EXTS, NOT_IMAGES, is_hidden, is_ignored, last_ext, split_names
 
-IMAGE_EXTS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # in order of preference within a sample
-# members of other kinds hint at a picture in a format we cannot read
-_NOT_IMAGES = frozenset(["txt", "json", "cls", "caption", "csv", "xml", "url"])
+_CORRUPT, _TRUNCATED = "corrupt tar", "truncated tar"
 _SHORT_NAME = 100  # characters that a header holds itself
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file of a sample: `size` bytes of the tar from byte `offset` on; `ext` is what follows the key in `name`."""
+    """One file of a sample: `size` bytes of the tar from byte `offset` on; `ext` is what follows the key in `name`.
+
+    `stored_as`: of a hard link, the name in the header before these bytes.
+    """
 
     ext: str
     offset: int
     size: int
     name: str
+    stored_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,11 +50,21 @@ class Listing:
     set_aside: tuple[tuple[str, str], ...]
 
 
-def key_of(name: str) -> str:
-    """webdataset's key: the path up to the first dot of the base name. `./a/000.seg.png` -> `a/000`"""
-    name = name.removeprefix("./")
-    dot = name.find(".", name.rfind("/") + 1)
-    return name if dot < 0 else name[:dot]
+@dataclass(eq=False)
+class _Group:
+    """Members of one key, at most one of each extension. `reason`: why they are no sample."""
+
+    key: str
+    is_repeated: bool
+    members: list[Member] = field(default_factory=list)
+    reason: str = ""
+
+
+def key_of(sample: Sequence[Member]) -> str:
+    """The key of a sample: the name of its picture without the extension. `./a/000.jpg` -> `a/000`"""
+    member = next((m for m in sample if m.ext in IMAGE_EXTS), sample[0])
+    name = member.name.removeprefix("./")
+    return name[: len(name) - len(member.ext) - 1] if member.ext else name
 
 
 def image_of(sample: Iterable[Member]) -> Member:
@@ -55,31 +74,24 @@ def image_of(sample: Iterable[Member]) -> Member:
 
 def is_header_of(block: bytes, member: Member) -> bool:
     """Whether the 512 bytes before a member's data are still its header in the tar."""
-    header = parse(block)
+    header, name = parse(block), member.stored_as or member.name
     # Longer names, and others than ASCII, stand in a header of their own; this one has them shortened.
-    has_whole_name = member.name.isascii() and len(member.name) <= _SHORT_NAME
-    return header is not None and header.size == member.size and (header.name == member.name or not has_whole_name)
+    has_whole_name = name.isascii() and len(name) <= _SHORT_NAME
+    return header is not None and header.size == member.size and (header.name == name or not has_whole_name)
 
 
 def scan(tar: Path) -> Listing:
     """Walks the headers of a tar (not its data). Raises UserError when it is no uncompressed tar file."""
     headers = _walked(tar)
-    refused = headers.damage
-    if headers.is_cut_off or not tar.stat().st_size:
-        refused[key_of(headers.entries[-1].name) if headers.entries else tar.stem] = "truncated tar"
-    groups: list[list[Member]] = []
-    for entry in headers.entries:
-        key = key_of(entry.name)
-        ext = entry.name[entry.name.rfind("/") + 1 :].partition(".")[2].lower()
-        if not key or key.endswith("/") or (entry.is_folder and ext not in IMAGE_EXTS):
-            continue  # hidden files and plain directories are no samples
-        if reason := _refusal(entry):
-            refused.setdefault(key[:LONGEST_NAME], reason)
-            continue
-        if not groups or key != key_of(groups[-1][0].name) or ext in {m.ext for m in groups[-1]}:
-            groups.append([])
-        groups[-1].append(Member(ext, entry.offset, entry.size, entry.name))
-    return _sort_out(groups, refused)
+    groups = _groups(list(_with_links(headers.entries)))
+    is_truncated = headers.is_cut_off or not tar.stat().st_size
+    if is_truncated and groups and (last := groups[-1]):
+        last.reason, is_truncated = _TRUNCATED, False
+    kept = [group for group in dict.fromkeys(groups) if group]
+    lost = [(f"{tar.stem}@{offset}", _CORRUPT, num_bytes) for offset, num_bytes in headers.damage.items()]
+    if is_truncated or headers.zero_bytes:
+        lost.append((tar.stem, _TRUNCATED, headers.zero_bytes))
+    return _sort_out(kept, [found for key, reason, num_bytes in lost for found in _lost(key, reason, num_bytes, kept)])
 
 
 def _walked(tar: Path) -> Headers:
@@ -92,32 +104,73 @@ def _walked(tar: Path) -> Headers:
         ) from None
 
 
-def _refusal(entry: Entry) -> str | None:
-    if entry.name.startswith("/") or ".." in entry.name.split("/") or "\0" in entry.name:
+def _with_links(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries; a hard link to a file before it has the place of that file, and its name as `link_target`."""
+    files: dict[str, Entry] = {}
+    for entry in entries:
+        file = files.get(entry.link_target.removeprefix("./")) if entry.link_target else None
+        found = entry if file is None else replace(file, name=entry.name, link_target=file.link_target or file.name)
+        if found.is_file:
+            files[found.name.removeprefix("./")] = found
+        yield found
+
+
+def _groups(entries: Sequence[Entry]) -> list[_Group | None]:
+    """The group of each entry. The second member of one key and extension belongs to the second group of its key."""
+    names = [entry.name.removeprefix("./") for entry in entries]
+    by_key: dict[str, list[_Group]] = {}
+    times: Counter[tuple[str, str]] = Counter()
+    present = frozenset(names)
+    groups: list[_Group | None] = []
+    for entry, name, (key, ext) in zip(entries, names, split_names(names), strict=True):
+        if (entry.is_folder and last_ext(name) not in IMAGE_EXTS) or is_ignored(name, present):
+            groups.append(None)
+            continue
+        of_key = by_key.setdefault(key, [])
+        if times[key, ext] == len(of_key):
+            of_key.append(_Group(key, is_repeated=bool(of_key)))
+        group = of_key[times[key, ext]]
+        times[key, ext] += 1
+        group.members.append(Member(ext, entry.offset, entry.size, entry.name, entry.link_target))
+        group.reason = group.reason or _refusal(entry, name)
+        groups.append(group)
+    return groups
+
+
+def _refusal(entry: Entry, name: str) -> str:
+    """Why a member costs its sample; "" for a good one."""
+    if entry.is_broken:
+        return _CORRUPT
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         return "unsafe member name"
     if len(entry.name) > LONGEST_NAME:
         return "overlong member name"
-    return None if entry.is_file else "wrong member type"
+    if not entry.is_file:
+        return "wrong member type"
+    return "hidden member name" if is_hidden(name) else ""
 
 
-def _sort_out(groups: list[list[Member]], refused: dict[str, str]) -> Listing:
+def _sort_out(groups: Sequence[_Group], damage: Sequence[tuple[str, str]]) -> Listing:
     samples: list[tuple[Member, ...]] = []
     aside: list[tuple[str, str]] = []
-    seen: set[str] = set()
     for group in groups:
-        key = key_of(group[0].name)
-        if key in refused:
-            continue
-        if reason := "duplicate key" if key in seen else _picture_fault(group):
-            aside.append((key, reason))
+        reason = group.reason or ("duplicate key" if group.is_repeated else _picture_fault(group.members))
+        if reason:
+            aside.append((group.key[:LONGEST_NAME], reason))
         else:
-            samples.append(tuple(group))
-        seen.add(key)
-    return Listing(tuple(samples), (*aside, *refused.items()))
+            samples.append(tuple(group.members))
+    return Listing(tuple(samples), (*aside, *damage))
 
 
-def _picture_fault(group: list[Member]) -> str | None:
-    exts = {m.ext for m in group}
-    if exts.isdisjoint(IMAGE_EXTS):
-        return "missing image" if exts <= _NOT_IMAGES else "unsupported image type"
-    return None if image_of(group).size else "empty image"
+def _lost(key: str, reason: str, num_bytes: int, groups: Sequence[_Group]) -> Iterator[tuple[str, str]]:
+    """As many bad samples as the unreadable bytes of a tar may hold, by the size of its others; at most as many."""
+    held = sum(BLOCK - -m.size // BLOCK * BLOCK for group in groups for m in group.members)
+    number = min(round(num_bytes * len(groups) / held), len(groups)) if held else 0
+    return ((f"{key}+{i}" if i else key, reason) for i in range(max(1, number)))
+
+
+def _picture_fault(members: Sequence[Member]) -> str:
+    if all(m.ext not in IMAGE_EXTS for m in members):
+        is_text = all(last_ext(m.name) in NOT_IMAGES for m in members)
+        return "missing image" if is_text else "unsupported image type"
+    return "" if image_of(members).size else "empty image"

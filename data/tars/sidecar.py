@@ -5,13 +5,15 @@ sample of a 12 kB picture and a 30-byte caption:
 
     v1.2 1
     jpg 512 12000 000000000.jpg txt 13312 30 000000000.txt
-    # {"crc32": [..., ...], "of": {"tar_bytes": 20480, "set_aside": [["000000001", "empty image"]], "usable": ...}}
+    # {"crc32": [..., ...], "of": {"tar_bytes": 20480, ..., "set_aside": [["000000001", "empty image"]], "usable": ...}}
 
-DALI reads as many lines as the first one says; the last line is ours. It makes a stale index visible
-(tar_bytes) and gives the counts of a shard from the file's end, so that opening thousands of shards does not
-parse them. Its checksums, of the lines above and of itself, make a damaged index visible: it is written anew.
+DALI reads as many lines as the first one says; the last line is ours. It makes a stale index visible (tar_bytes,
+tar_mtime_ns, and rules: those by which members became samples) and gives the counts of a shard from the file's end, so
+that opening thousands of shards does not parse them. Its checksums, of the lines above and of itself, make a damaged
+index visible: it is written anew. Every member has an offset of its own: those of a sample need not be adjacent.
 
-White space and % in names are written as %20 and so on, because DALI separates fields by spaces.
+White space and % in names are written as %20 and so on, because DALI separates fields by spaces. After the name of a
+hard link follow %00 and the name of the member that holds its bytes.
 """
 
 from __future__ import annotations
@@ -23,15 +25,19 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from data.tars.listing import IMAGE_EXTS, Listing, Member, key_of
+from data.tars.listing import Listing, Member, key_of
+from data.tars.names import IMAGE_EXTS, named_by
 
 _VERSION = "v1.2"
+_RULES = f"2 {' '.join(IMAGE_EXTS)}"  # of listing.py and names.py: an index by others is written anew
 _TAIL_BYTES = 1 << 14
+_MTIME_TOLERANCE_NS = 2 * 10**9  # what the coarsest file system, and hosts that share one, leave of a time
 
 
 class Damaged(ValueError):
@@ -51,56 +57,58 @@ def parse(line: str) -> tuple[Member, ...]:
     try:
         fields = zip(*[iter(line.split(" "))] * 4, strict=True)
         return tuple(
-            Member(_unquote(ext), int(offset), int(size), _unquote(name)) for ext, offset, size, name in fields
+            Member(_unquote(ext), int(offset), int(size), *_unquote(name).split("\0", 1))
+            for ext, offset, size, name in fields
         )
     except ValueError:
         raise Damaged(f"not a line of an index: {line[:80]!r}") from None
 
 
-def write(listing: Listing, tar_bytes: int, target: Path) -> dict[str, Any]:
-    """Writes the sidecar under a temporary name and renames it: several ranks may index one shard at once.
-
-    Gives what `read_trailer` will.
-    """
-    lines = [
-        " ".join(f"{_quote(m.ext)} {m.offset} {m.size} {_quote(m.name)}" for m in sample) for sample in listing.samples
-    ]
+def compose(listing: Listing, tar: os.stat_result) -> tuple[bytes, dict[str, Any]]:
+    """The content of a sidecar, and its last line as `read_trailer` gives it; `tar` is the shard's status before the
+    scan: of one that grows meanwhile the index is stale at once."""
+    lines = [" ".join(f"{_quote(m.ext)} {m.offset} {m.size} {_quoted_name(m)}" for m in s) for s in listing.samples]
     counts = {ext: _usable(lines, listing.set_aside, ext or None) for ext in ["", *_caption_exts(listing)]}
     trailer = {
-        "tar_bytes": tar_bytes,
+        "rules": _RULES,
+        "tar_bytes": tar.st_size,
+        "tar_mtime_ns": tar.st_mtime_ns,
         "set_aside": listing.set_aside,
         "usable": {ext: [len(u.lines), Counter(reason for _, reason in u.bad)] for ext, u in counts.items()},
     }
     text = "".join(f"{line}\n" for line in (f"{_VERSION} {len(lines)}", *lines)).encode(errors="surrogateescape")
     last = {"crc32": [zlib.crc32(text), _crc32_of(trailer)], "of": trailer}
+    return text + f"# {json.dumps(last)}\n".encode(), trailer
+
+
+def write(content: bytes, target: Path) -> None:
+    """Writes a sidecar under a temporary name and renames it: several ranks may index one shard at once."""
     partial = target.with_name(f"{target.name}.{os.getpid()}.{time.monotonic_ns()}.part")
     try:
         with partial.open("xb") as file:
-            file.write(text + f"# {json.dumps(last)}\n".encode())
+            file.write(content)
         partial.replace(target)
     finally:
-        partial.unlink(missing_ok=True)
-    return trailer
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
-def read(sidecar: Path, caption_ext: str | None) -> Usable:
-    """A sidecar that `read_trailer` accepts; `caption_ext` None: no caption is needed.
-
-    Raises Damaged, and FileNotFoundError where another process is writing it anew.
-    """
-    text, mark, last = sidecar.read_bytes().rpartition(b"\n# ")
+def read(content: bytes, caption_ext: str | None) -> Usable:
+    """What a sidecar holds whose last line is good; `caption_ext` None: no caption is needed. Raises Damaged."""
+    text, mark, last = content.rpartition(b"\n# ")
     last_line = _last_line(last)
     if not mark or last_line is None or zlib.crc32(text + b"\n") != last_line["crc32"][0]:
-        raise Damaged(f"{sidecar} is damaged")
+        raise Damaged("the index is not what was written")
     lines = text.decode(errors="surrogateescape").split("\n")[1:]
     try:
         return _usable(lines, last_line["of"]["set_aside"], caption_ext)
     except (ValueError, IndexError):
-        raise Damaged(f"{sidecar} holds lines that are none") from None
+        raise Damaged("the index holds lines that are none") from None
 
 
 def read_trailer(sidecar: Path, tar: Path | None, tar_bytes: int | None = None) -> dict[str, Any] | None:
-    """Our last line of a sidecar; None when there is no such file, it is foreign, damaged, or older than its tar."""
+    """Our last line of a sidecar; None when there is no such file, or it is foreign, damaged, or of another tar: one of
+    another size or time, or later than the sidecar."""
     try:
         with sidecar.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -109,7 +117,7 @@ def read_trailer(sidecar: Path, tar: Path | None, tar_bytes: int | None = None) 
             if b"\n# " not in tail:  # a long list of bad samples
                 file.seek(0)
                 tail = file.read()
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
         return None
     _, mark, last = tail.rpartition(b"\n# ")
     last_line = _last_line(last) if mark else None
@@ -118,10 +126,14 @@ def read_trailer(sidecar: Path, tar: Path | None, tar_bytes: int | None = None) 
     trailer: dict[str, Any] = last_line["of"]
     if tar is not None:
         status = tar.stat()
-        if status.st_mtime_ns > sidecar.stat().st_mtime_ns:
-            return None
-        tar_bytes = status.st_size
+        return trailer if is_of(trailer, status) and status.st_mtime_ns <= sidecar.stat().st_mtime_ns else None
     return trailer if tar_bytes in (None, trailer["tar_bytes"]) else None
+
+
+def is_of(trailer: dict[str, Any], tar: os.stat_result) -> bool:
+    """Whether an index was made of a tar of this size and time."""
+    apart_ns = abs(tar.st_mtime_ns - trailer["tar_mtime_ns"])
+    return bool(tar.st_size == trailer["tar_bytes"] and apart_ns <= _MTIME_TOLERANCE_NS)
 
 
 def _last_line(line: bytes) -> dict[str, Any] | None:
@@ -143,7 +155,9 @@ def _is_trailer(trailer: Any) -> bool:
     """A checksum tells damage, not who wrote it: an index from elsewhere may say anything."""
     set_aside, usable = trailer["set_aside"], trailer["usable"]
     return (
-        is_count(trailer["tar_bytes"])
+        trailer["rules"] == _RULES
+        and is_count(trailer["tar_bytes"])
+        and type(trailer["tar_mtime_ns"]) is int
         and all(isinstance(text, str) for key, reason in set_aside for text in (key, reason))
         and all(is_count(kept) and all(map(is_count, bad.values())) for kept, bad in usable.values())
     )
@@ -162,11 +176,14 @@ def _usable(lines: Sequence[str], set_aside: Iterable[tuple[str, str]], caption_
     wanted = _quote(caption_ext)
     for line in lines:
         fields = line.split(" ")
-        sizes = [size for ext, size in zip(fields[::4], fields[2::4], strict=True) if ext == wanted]
-        if sizes and sizes[0] != "0":
+        exts, sizes = fields[::4], fields[2::4]
+        if len(fields) % 4:
+            raise Damaged(f"not a line of an index: {line[:80]!r}")
+        place = named_by(exts, wanted)
+        if place is not None and sizes[place] != "0":
             kept.append(line)
         else:
-            bad.append((key_of(_unquote(fields[3])), "empty caption" if sizes else "missing caption"))
+            bad.append((key_of(parse(line)), "missing caption" if place is None else "empty caption"))
     return Usable(tuple(kept), tuple(bad))
 
 
@@ -176,8 +193,12 @@ def _caption_exts(listing: Listing) -> list[str]:
     return [ext for ext, _ in found.most_common(8)]
 
 
+def _quoted_name(member: Member) -> str:
+    return _quote(f"{member.name}\0{member.stored_as}" if member.stored_as else member.name)
+
+
 def _quote(text: str) -> str:
-    return re.sub(r"[\s%]", lambda match: quote(match[0]), text)
+    return re.sub(r"[\s%\0]", lambda match: quote(match[0]), text)
 
 
 def _unquote(text: str) -> str:

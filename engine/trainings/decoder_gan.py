@@ -71,8 +71,8 @@ class DecoderTraining(ShardFed[PictureBatch]):
         return name
 
     def describe(self) -> str:
-        """The table of model/describe.py."""
-        return describe_decoder_gan(self.config, self.model)
+        """The corpus, and the table of model/describe.py."""
+        return f"{self.describe_corpus()}\n{describe_decoder_gan(self.config, self.model)}"
 
     @property
     def judges(self) -> Sequence[Judge]:

@@ -53,8 +53,8 @@ class Pretraining(ShardFed[Batch]):
         return name
 
     def describe(self) -> str:
-        """The table of model/describe.py."""
-        return describe(self.config, self.rows)
+        """The corpus, and the table of model/describe.py."""
+        return f"{self.describe_corpus()}\n{describe(self.config, self.rows)}"
 
     @property
     def judges(self) -> Sequence[Judge]:

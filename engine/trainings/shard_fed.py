@@ -76,6 +76,10 @@ class ShardFed(Generic[B]):
         """By the order of the corpus."""
         return self._facts.at(place * self._samples_per_step)
 
+    def describe_corpus(self) -> str:
+        """Shards, samples, and what is left out, by reason."""
+        return self.loader.reader.summary()
+
     @property
     def logs(self) -> Sequence[Lines]:
         """Of bad samples and lost shards."""

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.tars.indexes import ensure_sidecar
+
 
 def picture(seed: int, height: int = 24, width: int = 32) -> Image.Image:
     """A smooth random picture."""
@@ -65,6 +67,13 @@ def write_corpus(folder: Path, num_shards: int, per_shard: int, **size: int) -> 
             members += [(f"{i:06d}.jpg", encoded(i, **size)), (f"{i:06d}.txt", b"sample %d" % i)]
             members.append((f"{i:06d}.json", b'{"label": %d, "alt": "json %d"}' % (i % 5, i)))
         write_tar(folder / f"{shard:05d}.tar", members)
+
+
+def index_of(tar: Path) -> Path:
+    """The file that holds the index of a shard, made first where it is missing."""
+    path = ensure_sidecar(tar).path
+    assert path is not None
+    return path
 
 
 class LetterEncoder:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import Config
+from configs import Config, UserError
 from data.health import TooManyBadSamples
 from data.loader import Loader
 from data.loss_log import LossLog
@@ -20,6 +20,7 @@ from data.order import Place
 from data.patience import Patience, Unreadable, wait_seconds
 from data.reading import SampleReader
 from data.storage import Disk, OpenFile
+from data.tars import indexes
 from tests.data.faulty_storage import Outage, Schedule, faults
 from tests.data.tar_shards import LetterEncoder, encoded, write_corpus, write_tar
 from tests.tiny import tiny_config
@@ -280,6 +281,14 @@ def test_a_loader_closes_while_it_waits_for_storage(corpus: Path, monkeypatch: p
         assert not closing.is_alive()
 
 
+def test_a_corpus_without_a_sample_is_refused_by_what_was_found(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [(".DS_Store", b"x")])
+    with pytest.raises(
+        UserError, match=r"data\.train holds no sample \(1 shard, 0 samples; no sample in 1 shard: .*a\.tar"
+    ):
+        reader_of(tmp_path)
+
+
 # --- shards that change, on a real disk
 
 
@@ -324,3 +333,44 @@ def test_a_shard_that_changes_under_the_run_costs_what_is_gone_of_it(tmp_path: P
         assert not later
         assert reasons <= {"vanished shard", "storage error", "changed shard"}
         assert reasons
+
+
+def recaptioned(tar: Path, age_seconds: int) -> None:
+    """Copies other captions over the shard, as `cp -a` of a tar does: of the same size, and with a time of its own."""
+    old = tar.stat()
+    first, last = (int(number) for number in (tar.stem, int(tar.stem) + 1))
+    members: list[tuple[str, bytes | str]] = []
+    for i in range(first * 12, last * 12):
+        caption = (f"{i:06d}.txt", b"a caption that is longer %d" % i)
+        members += [caption, (f"{i:06d}.jpg", encoded(i, height=16, width=16)), (f"{i:06d}.json", b"{}")]
+    write_tar(tar, members)
+    assert tar.stat().st_size == old.st_size
+    os.utime(tar, ns=(old.st_atime_ns, old.st_mtime_ns - age_seconds * 10**9))
+
+
+@pytest.mark.parametrize("age_seconds", [0, 3600])
+@pytest.mark.parametrize("is_met", ["at the start", "by the run"])
+def test_a_recaptioned_shard_of_the_same_size_and_no_later_time_is_indexed_anew_once(
+    tmp_path: Path, age_seconds: int, is_met: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path, num_shards=12, per_shard=12, height=16, width=16)
+    undisturbed = keys_of(reader_of(tmp_path))  # writes the indexes
+    scanned: list[str] = []
+    scan = indexes.scan
+    monkeypatch.setattr(indexes, "scan", lambda tar: scanned.append(tar.name) or scan(tar))
+    if is_met == "at the start":
+        recaptioned(tmp_path / LOST, age_seconds)
+    reader = reader_of(tmp_path)
+    for step in range(6):
+        reader.rows(reader.positions(step, 12))
+    if is_met == "by the run":
+        recaptioned(tmp_path / LOST, age_seconds)
+        reader.shards._files.drop(4)
+    rows = [row for step in range(STEPS) for row in reader.rows(reader.positions(step, 12))]
+    assert [row.sample.key for row in rows] == [key for keys in undisturbed for key in keys]
+    captions = {row.sample.caption for row in rows if row.sample.key.startswith("00004/")}
+    assert captions == {f"a caption that is longer {i}" for i in range(48, 60)}
+    assert (reader.health.counts, scanned) == ({}, [LOST])
+    reader.close()
+    assert keys_of(reader_of(tmp_path)) == undisturbed
+    assert scanned == [LOST]

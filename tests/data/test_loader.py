@@ -242,10 +242,13 @@ def test_bad_places_are_filled_alike_on_resume_and_on_every_world_size(bad_corpu
             assert joined(ranks, "images", 1)[0].equal(whole.images)
 
 
-def test_above_the_configured_share_the_run_stops_with_the_counts(bad_corpus: Path) -> None:
-    with pytest.raises(TooManyBadSamples) as at_once:
-        Loader(config_for(bad_corpus, *CLIP_ONLY, "data.max_bad_share=0.05"), LetterEncoder())
+def test_above_the_configured_share_the_run_stops_with_the_counts(bad_corpus: Path, tmp_path: Path) -> None:
+    log = tmp_path / "run" / "bad_samples.jsonl"
+    with pytest.raises(TooManyBadSamples, match=rf"\(keys in {log}\)") as at_once:
+        Loader(config_for(bad_corpus, *CLIP_ONLY, "data.max_bad_share=0.05"), LetterEncoder(), bad_log=log)
     assert at_once.value.counts == dict.fromkeys(SEEN_BY_INDEX, 20)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert Counter(record["reason"] for record in records) == at_once.value.counts
     with (
         loading(config_for(bad_corpus, *CLIP_ONLY, "data.max_bad_share=0.15")) as loader,
         pytest.raises(TooManyBadSamples, match=r"20 missing caption.*more than data\.max_bad_share=0\.15") as later,
@@ -253,6 +256,14 @@ def test_above_the_configured_share_the_run_stops_with_the_counts(bad_corpus: Pa
         for _, _batch in zip(range(55), loader.iterate(), strict=False):
             pass
     assert set(later.value.counts) == set(EXPECTED)
+
+
+def test_a_corpus_is_summed_up_with_what_is_left_out_and_shards_that_hold_nothing(bad_corpus: Path) -> None:
+    with loading(config_for(bad_corpus, *CLIP_ONLY, "data.max_bad_share=0.25")) as loader:
+        summary = loader.reader.summary()
+    left_out = ", ".join(f"20 {reason}" for reason in sorted(SEEN_BY_INDEX))
+    assert sorted(summary.partition("left out: ")[2].split(", ")) == left_out.split(", ")
+    assert summary.startswith("corpus: 10 shards, 900 samples; 100 left out: ")
 
 
 def test_a_bad_sample_is_read_only_once(bad_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Shards as webdataset and img2dataset write them are indexed once and read at random; bad ones are named."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,10 +16,24 @@ from configs import UserError
 from data.shards import BadMember, Shards, main
 from data.storage import expand
 from data.tars import sidecar
-from data.tars.indexes import ensure_sidecar
-from tests.data.tar_shards import encoded, write_corpus, write_tar
+from tests.data.tar_shards import encoded, index_of, write_corpus, write_tar
 
 pytestmark = pytest.mark.L0
+
+
+def refuse_writing(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> list[Path]:
+    """Directories that are read-only, for root too; gives what was tried there."""
+    tried: list[Path] = []
+    write = sidecar.write
+
+    def refused(content: bytes, target: Path) -> None:
+        if target.parent in folders:
+            tried.append(target)
+            raise OSError(errno.EROFS, "Read-only file system", str(target))
+        write(content, target)
+
+    monkeypatch.setattr(sidecar, "write", refused)
+    return tried
 
 
 def open_one(tar: Path, caption: str | None = "txt") -> Shards:
@@ -80,7 +95,7 @@ def test_every_bad_member_is_left_out_under_its_reason(tmp_path: Path) -> None:
             ("/root.jpg", good), ("/root.txt", text),
             ("twice.jpg", good), ("twice.txt", text), ("twice.jpg", good), ("twice.txt", text),
             ("good.jpg", good), ("good.txt", text),
-            (".hidden.jpg", good),
+            (".hidden.jpg", good), (".hidden.txt", text), (".jpg", good), (".DS_Store", text), ("._good.jpg", text),
             ("./plain/dotted.seg.1.png", good), ("./plain/dotted.jpg", good), ("./plain/dotted.txt", text),
         ],
     )  # fmt: skip
@@ -90,7 +105,7 @@ def test_every_bad_member_is_left_out_under_its_reason(tmp_path: Path) -> None:
     assert shards.bad == {
         "missing caption": 1, "empty caption": 1, "missing image": 1, "empty image": 1,
         "unsupported image type": 1,
-        "wrong member type": 2, "unsafe member name": 2, "duplicate key": 2,
+        "wrong member type": 2, "unsafe member name": 2, "duplicate key": 2, "hidden member name": 2,
     }  # fmt: skip
     assert Counter(reason for _, reason in shards.index(0).bad) == shards.bad
 
@@ -123,7 +138,11 @@ def test_a_truncated_tar_keeps_what_is_whole_and_counts_the_break(tmp_path: Path
 
 def test_an_empty_file_is_a_truncated_tar_and_another_format_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.tar").touch()
-    assert open_one(tmp_path / "empty.tar").bad == {"truncated tar": 1}
+    empty = open_one(tmp_path / "empty.tar")
+    assert empty.bad == {"truncated tar": 1}
+    assert empty.summary(empty.bad) == (
+        f"1 shard, 0 samples; 1 left out: 1 truncated tar; no sample in 1 shard: {tmp_path}/empty.tar"
+    )
     (tmp_path / "page.tar").write_bytes(b"<html>" * 1000)
     with pytest.raises(UserError, match=r"page\.tar is not an uncompressed tar file"):
         open_one(tmp_path / "page.tar")
@@ -132,9 +151,9 @@ def test_an_empty_file_is_a_truncated_tar_and_another_format_an_error(tmp_path: 
 def test_a_sidecar_is_reused_until_the_tar_changes(tmp_path: Path) -> None:
     write_corpus(tmp_path, num_shards=1, per_shard=3)
     tar = tmp_path / "00000.tar"
-    path, _ = ensure_sidecar(tar)
+    path = index_of(tar)
     written = path.stat().st_mtime_ns
-    assert ensure_sidecar(tar)[0].stat().st_mtime_ns == written
+    assert index_of(tar).stat().st_mtime_ns == written
     write_corpus(tmp_path, num_shards=1, per_shard=20)
     os.utime(tar, ns=(written - 10**9, written - 10**9))  # older than the sidecar, but of another size
     assert open_one(tar).sizes.tolist() == [20]
@@ -146,11 +165,80 @@ def test_an_unwritable_shard_directory_puts_the_sidecar_into_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_corpus(tmp_path, num_shards=1, per_shard=2)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    refuse_writing(monkeypatch, tmp_path)
     shards = Shards([str(tmp_path / "00000.tar")], "txt", tmp_path / "cache")
     assert not (tmp_path / "00000.idx").exists()
     assert len(list((tmp_path / "cache").glob("*.idx"))) == 1
     assert shards.read(0, 1).caption == "sample 1"
+
+
+def test_an_index_with_no_place_at_all_stays_in_memory_without_a_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, cache = tmp_path / "corpus", tmp_path / "cache"
+    write_corpus(corpus, num_shards=3, per_shard=2)
+    before = sorted(corpus.iterdir())
+    tried = refuse_writing(monkeypatch, corpus, cache)
+    shards = Shards(expand([str(corpus)]), "txt", cache, open_indexes=1, tries=6)
+    for _ in range(2):  # indexes are dropped and read again from memory
+        assert [shards.read(i, 1).caption for i in range(3)] == ["sample 1", "sample 3", "sample 5"]
+    assert len(tried) == 6  # each shard once in either place
+    assert shards.index_folder(0) is None
+    assert "3 shards, 6 samples; 3 indexes in memory alone" in shards.summary(shards.bad)
+    assert sorted(corpus.iterdir()) == before
+    write_tar(corpus / "00001.tar", {"new.jpg": encoded(9), "new.txt": b"new"})
+    shards._indexes._kept.drop(1)
+    assert shards.read(1, 0).caption == "new"
+
+
+def test_indexes_in_memory_beyond_the_most_are_made_again_when_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path, num_shards=3, per_shard=2)
+    refuse_writing(monkeypatch, tmp_path, tmp_path / "cache")
+    monkeypatch.setattr("data.tars.indexes._MOST_PACKED_BYTES", 0)
+    shards = Shards(expand([str(tmp_path)]), "txt", tmp_path / "cache", open_indexes=1)
+    assert [shards.read(i, 0).caption for i in (2, 0, 1, 2)] == ["sample 4", "sample 0", "sample 2", "sample 4"]
+    assert shards.summary(shards.bad).startswith("3 shards, 6 samples; 1 index in memory alone: ")
+
+
+@pytest.mark.parametrize("home", ["/dev/null/home", "", "~"])
+def test_a_home_that_is_none_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    write_corpus(tmp_path, num_shards=1, per_shard=2)
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.chdir(tmp_path)
+    refuse_writing(monkeypatch, tmp_path)
+    assert Shards([str(tmp_path / "00000.tar")], "txt").read(0, 1).caption == "sample 1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar"]
+
+
+def test_a_damaged_index_that_cannot_be_replaced_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path, num_shards=1, per_shard=3)
+    path = index_of(tmp_path / "00000.tar")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:10] + b"?" + whole[11:])  # its last line is whole
+    refuse_writing(monkeypatch, tmp_path)
+    shards = Shards([str(tmp_path / "00000.tar")], "txt", tmp_path / "cache")
+    for _ in range(2):
+        assert shards.read(0, 2).caption == "sample 2"
+        shards._indexes._kept.drop(0)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_index_command_takes_a_cache_directory_and_names_where_indexes_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus, cache = tmp_path / "corpus", tmp_path / "cache"
+    write_corpus(corpus, num_shards=2, per_shard=2)
+    refuse_writing(monkeypatch, corpus)
+    assert main(["index", str(corpus), "--processes", "1", "--cache-dir", str(cache)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["2 shards, 4 samples", f"2 indexes in {cache}"]
+    assert len(list(cache.glob("*.idx"))) == 2
+    monkeypatch.setenv("HOME", "/dev/null")
+    assert main(["index", str(corpus), "--processes", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 indexes kept nowhere: ")
 
 
 def test_names_with_spaces_signs_and_raw_bytes_survive_the_sidecar(tmp_path: Path) -> None:
@@ -166,7 +254,7 @@ def test_dali_reads_the_sidecar_with_its_own_reader(tmp_path: Path) -> None:
 
     write_corpus(tmp_path, num_shards=1, per_shard=4)
     tar = tmp_path / "00000.tar"
-    path, _ = ensure_sidecar(tar)
+    path = index_of(tar)
     reader = dali.readers.Webdataset(paths=[str(tar)], index_paths=[str(path)], ext=["jpg", "txt"])
     read = [bytes(bytearray(text.cpu().torch().numpy())) for _, text in reader.next_epoch()]
     assert read == [b"sample %d" % i for i in range(4)]
@@ -175,7 +263,7 @@ def test_dali_reads_the_sidecar_with_its_own_reader(tmp_path: Path) -> None:
 def test_the_sidecar_lists_what_dalis_tool_lists(tmp_path: Path) -> None:
     write_corpus(tmp_path, num_shards=1, per_shard=4)
     tar = tmp_path / "00000.tar"
-    path, _ = ensure_sidecar(tar)
+    path = index_of(tar)
     subprocess.run([sys.executable, "-m", "wds2idx", str(tar), str(tmp_path / "theirs.idx")], check=True, timeout=60)
     assert path.read_text().splitlines()[:-1] == (tmp_path / "theirs.idx").read_text().splitlines()
 
@@ -205,9 +293,10 @@ def test_the_index_command_prints_counts_and_reasons(tmp_path: Path, capsys: pyt
     write_tar(tmp_path / "00001.tar", {"0.jpg": encoded(0), "1.jpg": encoded(1), "1.txt": b"one"})
     assert main(["index", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("00000.tar: 2 samples")
-    assert lines[1].endswith("00001.tar: 1 samples; 1 bad: 1 missing caption")
-    assert lines[2] == "2 shards, 3 samples; 1 bad: 1 missing caption"
+    assert lines[0] == "indexing 2 shards, 2 at once"
+    assert lines[1].endswith("00000.tar: 2 samples")
+    assert lines[2].endswith("00001.tar: 1 sample; 1 left out: 1 missing caption")
+    assert lines[3:] == ["2 shards, 3 samples; 1 left out: 1 missing caption"]
     assert (tmp_path / "00001.idx").exists()
 
 
@@ -217,6 +306,16 @@ def test_the_index_command_answers_a_wrong_directory_with_one_line(tmp_path: Pat
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_index_command_goes_on_past_what_is_no_tar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(tmp_path, num_shards=2, per_shard=2)
+    (tmp_path / "00000.tar").write_bytes(b"<html>" * 1000)
+    assert main(["index", str(tmp_path), "--processes", "1"]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"error: {tmp_path}/00000.tar is not an uncompressed tar file")
+    assert len(told.err.splitlines()) == 1
+    assert told.out.splitlines()[-1] == "1 shard, 2 samples"
 
 
 def _is_open(number: str) -> bool:

@@ -10,8 +10,7 @@ import pytest
 from configs import UserError
 from data.shards import Shards
 from data.storage import braces, expand, fetch
-from data.tars.indexes import ensure_sidecar
-from tests.data.tar_shards import write_corpus
+from tests.data.tar_shards import index_of, write_corpus
 
 pytestmark = pytest.mark.L0
 
@@ -64,7 +63,7 @@ def test_a_sidecar_beside_a_remote_shard_spares_the_copy_until_it_is_read(tmp_pa
     tar = tmp_path / "local" / "00000.tar"
     remote = fsspec.filesystem("memory")
     remote.pipe("/indexed/00000.tar", tar.read_bytes())
-    remote.pipe("/indexed/00000.idx", ensure_sidecar(tar)[0].read_bytes())
+    remote.pipe("/indexed/00000.idx", index_of(tar).read_bytes())
     shards = Shards(["memory://indexed/00000.tar"], "txt", tmp_path / "cache")
     assert shards.sizes.tolist() == [3]
     assert not list((tmp_path / "cache").rglob("*.tar"))

@@ -96,6 +96,7 @@ def test_a_run_leaves_reports_pictures_checkpoint_and_usable_weights(whole: Path
     lines = (run_dir / "log.txt").read_text().splitlines()
     assert sum(line.startswith("step ") for line in lines) == len(reported)
     assert any(line.startswith("attention: sdpa (auto") for line in lines)
+    assert "corpus: 12 shards, 239 samples; 1 left out: 1 missing caption" in lines
     measured = [line for line in lines if line.startswith("energy: ")]
     assert len(measured) == 1
     assert ("energy/joules_per_sample" in reports(run_dir)[-1]) != measured[0].startswith("energy: not measured")

@@ -91,6 +91,26 @@ def test_a_damaged_first_header_costs_its_sample_and_not_the_shard(tmp_path: Pat
     assert aside == {"corrupt tar": "a@0", "missing image": "0"}
 
 
+def test_a_hole_counts_as_the_samples_that_fit_into_it(tmp_path: Path) -> None:
+    parts = [member(f"{i:02d}.{ext}", b"x" * 700) for i in range(20) for ext in ("jpg", "txt")]
+    hole = bytes(sum(map(len, parts[10:20])))
+    listing = scan(written(tmp_path / "a.tar", b"".join([*parts[:10], hole, *parts[20:]]) + END))
+    place = len(b"".join(parts[:10]))
+    lost = [f"a@{place}", *(f"a@{place}+{i}" for i in range(1, 5))]
+    assert (len(listing.samples), listing.set_aside) == (15, tuple((key, "corrupt tar") for key in lost))
+
+
+@pytest.mark.parametrize(("megabytes", "num_lost"), [(1, 0), (3, 10)])
+def test_a_copy_that_broke_off_in_a_file_of_the_whole_size_is_truncated(
+    tmp_path: Path, megabytes: int, num_lost: int
+) -> None:
+    """Zeros to the end: a tar's own are fewer. How many samples they stand for is not known: as many as there are."""
+    parts = [member(f"{i:02d}.{ext}", b"x" * 700) for i in range(10) for ext in ("jpg", "txt")]
+    listing = scan(written(tmp_path / "a.tar", b"".join(parts) + bytes(megabytes << 20)))
+    assert len(listing.samples) == (9 if num_lost else 10)
+    assert [reason for _, reason in listing.set_aside] == ["truncated tar"] * (num_lost + bool(num_lost))
+
+
 def test_a_tar_without_its_end_marks_is_whole(tmp_path: Path) -> None:
     headers = walk(written(tmp_path / "a.tar", b"".join(GOOD)))
     assert len(headers.entries) == 10

@@ -64,7 +64,8 @@ class Drawn:
     def __init__(self, make: Callable[[int], Any], order: Order) -> None:
         self._ahead: Ahead[Any] = Ahead(make, 2)
         self.health = SimpleNamespace(counts=Counter(), left_out=Counter())
-        self.reader = SimpleNamespace(shards=SimpleNamespace(names=("drawn",)), order=order, logs=())
+        shards = SimpleNamespace(names=("drawn",))
+        self.reader = SimpleNamespace(shards=shards, order=order, logs=(), summary=lambda: "corpus: drawn")
         self.wait_seconds = 0.0
 
     def iterate(self, start: int) -> Iterator[Any]:
