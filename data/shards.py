@@ -30,7 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs import UserError
-from data import storage
+from configs.data import check_caption
+from data import caption_text, storage
 from data.patience import Patience, Unreadable
 from data.recent import Recent
 from data.tars.headers import BLOCK
@@ -45,6 +46,7 @@ _INDEX_THREADS = 16  # opening many sidecars waits for the disk or the network
 _TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise: 31 s of waiting
 # A caption may be megabytes long. No row of tokens holds more than a part of this: the rest is not even read.
 _MOST_CAPTION_BYTES = 1 << 18
+_MOST_FIELDS, _SHOWN_FIELDS = 64, 12  # of .json members without the caption's: remembered, and named in an error
 _MOST_JSON_BYTES = 1 << 22  # half of a record cannot be parsed: it is whole, or it is refused
 
 
@@ -68,6 +70,8 @@ class _Changed(Exception):
 class Shards:
     """A corpus of shards. `caption` is a member extension, `json:KEY`, or None to read pictures alone.
 
+    Of several captions, a list in the .json member, one is drawn by hash of (`seed`, sample key, epoch).
+
     `open_indexes` indexes are kept in memory. With an `exchange`, which gives every rank's argument on every rank
     in order, rank r of W opens (and where needed indexes) the shards r, r + W ... only and learns the other
     counts from the others. Thread-safe. Raises UserError for a shard that is missing or no tar, on all ranks.
@@ -90,13 +94,15 @@ class Shards:
         exchange: Exchange | None = None,
         tries: int = _TRIES,
         sizes: NDArray[np.int64] | None = None,
+        seed: int = 0,
     ) -> None:
-        self.names, self.caption = tuple(names), caption
+        self.names, self.caption, self.seed = tuple(names), caption, seed
         self.patience = Patience(tries)
         disk = storage.Disk(cache_dir)
         self._caption_ext = caption and caption.partition(":")[0]
         self._indexes = Indexes(self.names, self._caption_ext, disk, cache_dir, open_indexes)
         self._files = Recent(lambda shard_idx: disk.open(self.names[shard_idx]), _OPEN_FILES)
+        self._fields_seen: Counter[str] = Counter()  # of .json members that lack the caption's field
         self.bad: Counter[str] = Counter()
         if sizes is not None:
             self.sizes = sizes
@@ -116,9 +122,12 @@ class Shards:
         """The index of a shard as it was when it was last looked at. Raises OSError, without trying twice."""
         return self._indexes.of(shard_idx)
 
-    def read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None = None) -> Sample:
-        """The bytes of one sample. Raises BadMember, and Unreadable where storage does not give them."""
-        return self._patiently(shard_idx, lambda: self._read(shard_idx, sample_idx, most_image_bytes))
+    def read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None = None, epoch: int = 0) -> Sample:
+        """The bytes of one sample, and its caption in that epoch.
+
+        Raises BadMember, and Unreadable where storage does not give them.
+        """
+        return self._patiently(shard_idx, lambda: self._read(shard_idx, sample_idx, most_image_bytes, epoch))
 
     def label(self, shard_idx: int, sample_idx: int) -> int:
         """The class: field `label` of the .json member, else the .cls member; -1 where neither holds an integer.
@@ -137,6 +146,27 @@ class Shards:
             return self.index(shard_idx).key(sample_idx)
         except (OSError, ValueError, IndexError):
             return f"{self._indexes.labels[shard_idx]}/#{sample_idx}"
+
+    def caption_hint(self, bad: Counter[str]) -> str:
+        """The end of an error about `bad` samples: where most lack data.caption=`caption`, what they have instead."""
+        if bad["missing caption"] * 2 <= bad.total():
+            return ""
+        if self._fields_seen:
+            return (
+                f"; data.caption={self.caption} names a field that .json members lack: they have "
+                f"{_first(self._fields_seen)}; set data.caption to json:FIELD"
+            )
+        try:
+            exts = self._indexes.caption_exts(0) if self.names else []
+        except (OSError, UserError):  # the storage fails, which the error is about
+            return ""
+        if self._caption_ext in (None, *exts):
+            return ""
+        return (
+            f"; data.caption={self.caption} names a member that samples of {self.names[0]} lack: beside the picture "
+            f"they have {', '.join(exts) or 'none'}; set data.caption to the extension that holds the text, or to "
+            "json:FIELD"
+        )
 
     def _patiently(self, shard_idx: int, read: Callable[[], T]) -> T:
         """read(), tried again where storage fails, and once more with a new index where the shard has changed."""
@@ -172,17 +202,18 @@ class Shards:
         except ValueError:
             raise BadMember("corrupt index") from None
 
-    def _read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None) -> Sample:
+    def _read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None, epoch: int) -> Sample:
         members = self._members(shard_idx, sample_idx)
         image = image_of(members)
         if most_image_bytes is not None and image.size > most_image_bytes:
             raise BadMember("too many bytes")
         key = f"{self._indexes.labels[shard_idx]}/{key_of(members[0].name)}"
-        return Sample(key, self._bytes(shard_idx, image), self._caption(shard_idx, members))
+        captions = self._captions(shard_idx, members) if self.caption is not None else ("",)
+        return Sample(key, self._bytes(shard_idx, image), caption_text.draw(captions, self.seed, key, epoch))
 
     def _field(self, shard_idx: int, sample_idx: int, key: str) -> object:
         members = [m for m in self._members(shard_idx, sample_idx) if m.ext == "json"]
-        return _json_field(self._json(shard_idx, members[0]), key) if members else None
+        return _record(self._json(shard_idx, members[0])).get(key) if members else None
 
     def _label(self, shard_idx: int, sample_idx: int) -> int:
         label = self._field(shard_idx, sample_idx, "label")
@@ -193,21 +224,31 @@ class Shards:
             label = int(digits) if _INTEGER.fullmatch(digits) else -1
         return label if type(label) is int and abs(label) < 2**63 else -1
 
-    def _caption(self, shard_idx: int, members: Sequence[Member]) -> str:
-        if self.caption is None:
-            return ""
+    def _captions(self, shard_idx: int, members: Sequence[Member]) -> tuple[str, ...]:
+        """The sample's captions, one at least. Raises BadMember."""
+        assert self.caption is not None
         member = next(m for m in members if m.ext == self._caption_ext)
         key = self.caption.partition(":")[2]
-        text = (
-            _json_field(self._json(shard_idx, member), key)
-            if key
-            else self._bytes(shard_idx, member, _MOST_CAPTION_BYTES).decode(errors="replace")
-        )
-        if text is None:
+        found = self._caption_field(shard_idx, member, key) if key else self._text(shard_idx, member)
+        if captions := caption_text.texts(found):
+            return captions
+        raise BadMember("empty caption")
+
+    def _caption_field(self, shard_idx: int, member: Member, key: str) -> object:
+        record = _record(self._json(shard_idx, member))
+        if record.get(key) is None:
+            if key not in record and len(self._fields_seen) < _MOST_FIELDS:
+                self._fields_seen.update(map(str, record))
             raise BadMember("missing caption")
-        if not isinstance(text, str) or not text.strip():
-            raise BadMember("empty caption")
-        return text.strip()
+        return record[key]
+
+    def _text(self, shard_idx: int, member: Member) -> str:
+        try:
+            return caption_text.decode(
+                self._bytes(shard_idx, member, _MOST_CAPTION_BYTES), is_cut_off=member.size > _MOST_CAPTION_BYTES
+            )
+        except caption_text.NotText:
+            raise BadMember("not UTF-8") from None
 
     def _json(self, shard_idx: int, member: Member) -> bytes:
         if member.size > _MOST_JSON_BYTES:
@@ -256,12 +297,21 @@ class Shards:
             ) from None
 
 
-def _json_field(data: bytes, key: str) -> object:
+def _record(data: bytes) -> dict[str, Any]:
+    """A .json member; empty where it holds something else than an object. Raises BadMember."""
     try:
         record = json.loads(data)
+    except UnicodeDecodeError:
+        raise BadMember("not UTF-8") from None
     except (ValueError, RecursionError):
         raise BadMember("corrupt json") from None
-    return record.get(key) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else {}
+
+
+def _first(names: Counter[str]) -> str:
+    """The most frequent ones, for an error."""
+    shown = [repr(name)[:40] for name, _ in names.most_common(_SHOWN_FIELDS)]
+    return ", ".join(shown) + (", ..." if len(names) > _SHOWN_FIELDS else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     index.add_argument("--caption", default="txt", help="caption member: an extension or json:KEY (default: txt)")
     arguments = parser.parse_args(argv)
     try:
+        check_caption(arguments.caption, "--caption ")
         names = storage.expand(arguments.dirs, key="DIR")
         processes = min(arguments.processes, len(names))
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:

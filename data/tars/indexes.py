@@ -82,6 +82,11 @@ class Indexes:
             return len(index), Counter(reason for _, reason in index.bad)
         return counted[0], Counter(counted[1])
 
+    def caption_exts(self, shard_idx: int) -> list[str]:
+        """The extensions that a caption could have in a shard, the most frequent first. Raises as `of` does."""
+        _, trailer = self._sidecar(shard_idx)
+        return [ext for ext in trailer["usable"] if ext]
+
     def _load(self, shard_idx: int) -> ShardIndex:
         path, trailer = self._sidecar(shard_idx)
         try:
