@@ -31,7 +31,11 @@ _CAPTION = hash_text("caption")  # what the hash is for: independent of the draw
 
 
 class NotText(ValueError):
-    """Bytes that are no text in the encoding they claim."""
+    """Bytes that are no text in the encoding they claim; `at` is the first such byte."""
+
+    def __init__(self, message: str, at: int) -> None:
+        super().__init__(message)
+        self.at = at
 
 
 def decode(data: bytes, is_cut_off: bool = False) -> str:
@@ -47,11 +51,11 @@ def decode(data: bytes, is_cut_off: bool = False) -> str:
     else:
         padded = data.strip(b"\0")  # NULs around a text are the padding of a field of fixed width
         if padded.count(0) * 3 > len(padded):
-            raise NotText("every other byte is NUL: UTF-16 without its byte order mark")
+            raise NotText("every other byte is NUL: UTF-16 without its byte order mark", data.index(0))
     try:
         return codecs.getincrementaldecoder(encoding)().decode(data, final=not is_cut_off)
     except UnicodeDecodeError as error:
-        raise NotText(f"byte {data[error.start]:#04x} at {error.start} is not {encoding.upper()}") from None
+        raise NotText(f"byte {data[error.start]:#04x} is not {encoding.upper()}", error.start) from None
 
 
 def texts(value: object) -> tuple[str, ...]:
