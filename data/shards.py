@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 from configs import UserError
 from configs.data import check_caption
 from data import caption_text, storage
+from data.labels import ClassNumbers, parse
 from data.patience import Patience, Unreadable
 from data.recent import Recent
 from data.tars.headers import BLOCK
@@ -41,7 +41,6 @@ from data.tars.listing import Member, image_of, is_header_of, key_of
 Exchange = Callable[[Any], list[Any]]
 T = TypeVar("T")
 _OPEN_FILES = 128  # tar files kept open; the usual limit of a process is 1,024
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _INDEX_THREADS = 16  # opening many sidecars waits for the disk or the network
 _TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise: 31 s of waiting
 # A caption may be megabytes long. No row of tokens holds more than a part of this: the rest is not even read.
@@ -129,12 +128,13 @@ class Shards:
         """
         return self._patiently(shard_idx, lambda: self._read(shard_idx, sample_idx, most_image_bytes, epoch))
 
-    def label(self, shard_idx: int, sample_idx: int) -> int:
-        """The class: field `label` of the .json member, else the .cls member; -1 where neither holds an integer.
+    def label(self, shard_idx: int, sample_idx: int, classes: ClassNumbers | None = None) -> int:
+        """The class: the number in field `label` of the .json member or in the .cls member, else that of the class name
+        there, as `classes` has it; -1 where there is neither.
 
         Raises BadMember for a .json member that is none, and Unreadable.
         """
-        return self._patiently(shard_idx, lambda: self._label(shard_idx, sample_idx))
+        return self._patiently(shard_idx, lambda: self._label(shard_idx, sample_idx, classes))
 
     def field(self, shard_idx: int, sample_idx: int, key: str) -> object:
         """A field of the sample's .json member, or None when either is missing. Raises as `label` does."""
@@ -215,14 +215,21 @@ class Shards:
         members = [m for m in self._members(shard_idx, sample_idx) if m.ext == "json"]
         return _record(self._json(shard_idx, members[0])).get(key) if members else None
 
-    def _label(self, shard_idx: int, sample_idx: int) -> int:
-        label = self._field(shard_idx, sample_idx, "label")
-        if label is None:
-            members = [m for m in self._members(shard_idx, sample_idx) if m.ext == "cls"]
-            text = self._bytes(shard_idx, members[0], _MOST_CAPTION_BYTES) if members else b""
-            digits = text.decode(errors="replace").strip()
-            label = int(digits) if _INTEGER.fullmatch(digits) else -1
-        return label if type(label) is int and abs(label) < 2**63 else -1
+    def _label(self, shard_idx: int, sample_idx: int, classes: ClassNumbers | None) -> int:
+        of_json = parse(self._field(shard_idx, sample_idx, "label"))
+        found = [of_json] if isinstance(of_json, int) else [of_json, parse(self._cls(shard_idx, sample_idx))]
+        for label in found:
+            if isinstance(label, int):
+                return label
+        name = next((label for label in found if isinstance(label, str)), None)
+        return classes.of(name, self.key(shard_idx, sample_idx)) if classes and name else -1
+
+    def _cls(self, shard_idx: int, sample_idx: int) -> str | None:
+        members = [m for m in self._members(shard_idx, sample_idx) if m.ext == "cls"]
+        try:
+            return caption_text.decode(self._bytes(shard_idx, members[0], _MOST_CAPTION_BYTES)) if members else None
+        except caption_text.NotText:
+            return None
 
     def _captions(self, shard_idx: int, members: Sequence[Member]) -> tuple[str, ...]:
         """The sample's captions, one at least. Raises BadMember."""
