@@ -27,7 +27,7 @@ COLUMNS = {
     "caption": ("caption", "text"),
 }  # second: Hugging Face image folders
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-LINES = (".jsonl", ".ndjson")
+LINES = (".jsonl", ".ndjson", ".json")
 TABLES = (*DELIMITERS, *LINES)
 _FORM = "a .csv needs the header line `file,caption`, a .jsonl one object a line with these keys"
 
@@ -43,14 +43,15 @@ class Captions:
     refused: Mapping[str, str]
 
     def of(self, names: Iterable[str]) -> Captions:
-        """The same under the names of these files, which may be another Unicode form, or a table's back slashes."""
+        """The same under the names of these files: a table may have another Unicode form, back slashes, or spaces."""
         by_form: dict[str, set[str]] = {}
         for name in names:
             by_form.setdefault(composed(name), set()).add(name)
         listed = self.texts.keys() | self.refused.keys()
 
         def known_as(name: str) -> str:
-            found = by_form.get(composed(name)) or by_form.get(composed(name.replace("\\", "/"))) or {name}
+            forms = (name, name.replace("\\", "/"), name.strip())
+            found = next((by_form[form] for form in map(composed, forms) if form in by_form), {name})
             return name if name in found or len(found) > 1 or found <= listed else next(iter(found))
 
         return Captions(

@@ -69,7 +69,9 @@ class ImageFolder:
         self.source, self.max_side, self.workers = source, max_side, workers
         if not files.images:
             raise UserError(
-                f"{source} holds {len(files.names)} files and no image ({' '.join(SUFFIXES)}); give another"
+                f"{source} holds {len(files.names)} files and no image ({' '.join(SUFFIXES)})"
+                + "".join(f", {name} is left out: {reason}" for name, reason in files.left_out[:1])
+                + "; give the directory that holds the images"
             )
         self.names = sorted(files.images, key=_shuffled)
         self.captions = captions.of(files.images)

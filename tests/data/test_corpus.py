@@ -390,7 +390,7 @@ def test_a_table_of_captions_is_read(
         ("c.jsonl", '{"file": "a.jpg"}\n', "no line has a file and a caption, they have 'file'"),
         ("c.jsonl", "[1]\n", "no line has a file and a caption, they have no keys"),
         ("c.jsonl", '{"file": "a.jpg", "caption": "x"}\n\n{oops\n', "line 3 is no JSON object"),
-        ("c.parquet", "PAR1", "is no table that is read: those are .csv .tsv .jsonl .ndjson"),
+        ("c.parquet", "PAR1", "is no table that is read: those are .csv .tsv .jsonl .ndjson .json"),
         ("c.csv", "file,caption\na.jpg,x\n./a.jpg,y\n", "lists a.jpg again"),
         ("c.csv", None, "cannot be read: No such file"),
     ],

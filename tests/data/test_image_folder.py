@@ -138,13 +138,13 @@ def test_a_row_without_caption_or_name_costs_that_row_and_is_counted(
 
 def test_names_match_whatever_their_unicode_form_or_slashes(tmp_path: Path) -> None:
     composed, apart = "caf\u00e9", "cafe\u0301"
-    source = write(tmp_path / "source", f"{apart}/{apart}.png", "b/1.png", f"{composed}.png")
+    source = write(tmp_path / "source", f"{apart}/{apart}.png", "b/1.png", f"{composed}.png", "d.png")
     (tmp_path / "c.csv").write_text(
-        f"file,caption\n{composed}/{composed}.png,a\nb\\1.png,b\n{apart}.png,c\ngone.png,d\n"
+        f"file,caption\n{composed}/{composed}.png,a\nb\\1.png,b\n{apart}.png,c\n d.png ,d\ngone.png,e\n"
     )
     found = pack(source, "--captions", tmp_path / "c.csv", "--held-out-share", 0)
     assert {name: text for name, (_, text) in found.items()} == {
-        f"{apart}/{apart}.png": "a", "b/1.png": "b", f"{composed}.png": "c"
+        f"{apart}/{apart}.png": "a", "b/1.png": "b", f"{composed}.png": "c", "d.png": "d"
     }  # fmt: skip
     assert skipped(source) == {"gone.png": "caption without image"}
 
