@@ -98,7 +98,7 @@ def _note_captions(samples: Iterable[Sample], captions: list[str]) -> Iterator[S
 
 def with_progress(samples: Iterable[Sample], split: str, count: int) -> Iterator[Sample]:
     """Passes the samples on and shows how far it is: a bar on a terminal, elsewhere a line a minute."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and count:
         from rich.console import Console
         from rich.progress import track
 

@@ -60,18 +60,14 @@ def list_files(source: Path) -> Files:
         left_out.append((f"{relative(str(error.filename))}/", f"folder cannot be read: {error.strerror}"))
 
     for folder, folders, files in os.walk(source, onerror=unreadable, followlinks=True):
+        above = "" if folder == str(source) else f"{relative(folder)}/"
         for name in sorted(folders):
-            path = os.path.join(folder, name)
-            if reason := _folder_fault(path, source, linked):
-                left_out.append((f"{relative(path)}/", reason))
+            if reason := _folder_fault(os.path.join(folder, name), source, linked):
+                left_out.append((f"{above}{name}/", reason))
                 folders.remove(name)
         folders.sort()
-        for name in files:
-            path = relative(os.path.join(folder, name))
-            if not name.startswith("."):
-                names.append(path)
-            elif is_image(name):
-                left_out.append((path, "hidden file"))
+        names += [above + name for name in files if not name.startswith(".")]
+        left_out += [(above + name, "hidden file") for name in files if name.startswith(".") and is_image(name)]
     return Files(tuple(sorted(names)), tuple(sorted(left_out)))
 
 
