@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import UserError
+from data import caption_text
 
 FORM = 'write {"classes": [{"name": "tench", "prompts": ["a tench", ...]}, ...]}, prompts in all of them or in none'
 _NUMBER = re.compile(r"(-?[0-9]{1,18})(\.0*)?")
@@ -75,7 +76,7 @@ class ClassNumbers:
 def read_classes(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """(name, prompts) of each class of a classes.json. Raises UserError where it is missing or of another form."""
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = json.loads(caption_text.decode(path.read_bytes()))
     except OSError:
         raise UserError(f"{path} cannot be read: it has the classes' names; give --classes FILE") from None
     except ValueError as error:
