@@ -183,7 +183,7 @@ def _check_cells(path: Path, where: str, cells: Sequence[str], width: int, delim
         kind = "comma" if delimiter == "," else "tab"
         raise UserError(
             f"--captions {path}: {where} has {len(cells)} cells, the header {width}: a {kind} inside a caption would "
-            f'cut it; put the caption in quotes, "{delimiter.join(cells[width - 1 :])[:60]}"'
+            f'cut it; put the caption in quotes, "{" ".join(delimiter.join(cells[width - 1 :]).split())[:60]}"'
         )
     for line in (line for cell in cells for line in cell.splitlines()[1:]):
         if is_image(line.partition(delimiter)[0].strip().strip('"')) and delimiter in line:
