@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from configs.section import (
     AreaRange,
@@ -29,6 +29,30 @@ from configs.section import (
 )
 
 Jitter = Annotated[Number, Field(ge=0.0, le=10.0)]  # factors are drawn from 1 - this, or 0, to 1 + this
+
+_NO_TEXT = (  # members that hold pictures and arrays
+    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "tif", "tiff", "gif", "avif", "heic", "heif", "jxl",
+    "jp2", "ppm", "pgm", "npy", "npz", "pt", "pth", "safetensors",
+)  # fmt: skip
+
+
+def check_caption(caption: str, key: str = "") -> str:
+    """The value of data.caption, a member that can hold a text. Raises UserError; `key` names another setting."""
+    extension, colon, field = caption.partition(":")
+    found = f"{key}{caption!r}"
+    if extension == "json" and not field:
+        raise UserError(f"{found} names no field: a .json member holds a record; write json:KEY, such as json:caption")
+    if colon and extension != "json":
+        raise UserError(f"{found}: fields are read of .json members alone; write {extension!r} or json:{field}")
+    if extension in _NO_TEXT:
+        raise UserError(
+            f"{found}: a .{extension} member is no text, which a caption is; write the extension of the member that "
+            "holds it (txt), or json:KEY"
+        )
+    if not extension or extension != extension.lower() or extension.startswith(".") or extension.split() != [extension]:
+        wanted = "".join(extension.split()).lstrip(".").lower() or "txt"
+        raise UserError(f"{found} is no extension of a member: those are in lower case, without a dot; write {wanted}")
+    return caption
 
 
 class Pictures(Section):
@@ -57,7 +81,8 @@ class Data(Pictures):
     tokenizer: str  # a tokenizer.json file, or a Hugging Face hub name (CLIP's for the real presets)
     # sha256 of that file; filled in at the start, and one that is given must be the file's
     tokenizer_sha256: Annotated[Digest | None, Later()] = None
-    caption: str = "txt"  # member extension holding the caption; "json:KEY" reads a field of the .json member
+    # Member extension holding the caption; "json:KEY" reads a field of the .json member, of a list one drawn by hash
+    caption: Annotated[str, AfterValidator(check_caption)] = "txt"
 
 
 class Batch(Section):

@@ -23,17 +23,20 @@ from pathlib import Path
 
 from configs import UserError
 from configs.command_line import CommandParser, seed
-from data.caption_sources import folder_captions, listed_captions, sidecar_captions
+from data.caption_sources import TABLES, folder_captions, sidecar_captions, table_captions
 from data.emoji.font import EmojiFont
 from data.emoji.plan import emoji_plan
-from data.folder import ImageFolder, folder_plan
+from data.folder import HELD_OUT_SHARE, ImageFolder, folder_plan
+from data.image_files import LEVELS, SUFFIXES, classes, list_files
 from data.manifest import is_published, staged, write_json, write_manifest
+from data.processes import CORES
 from data.sample import Plan, Sample
 from data.synthetic.plan import synthetic_plan
 
 # torch is slow to import and the drawing processes import this module: webdataset and data.captions, which
 # need it, are imported where they are used.
 
+LINE_SECONDS = 60  # between two lines of progress where there is no terminal
 FORMAT = 1  # raise when the same arguments would give another corpus: scenes, grammar or layout have changed
 
 Shards = dict[str, int]  # shard name -> number of samples
@@ -52,7 +55,7 @@ def build(out: Path, plan: Plan) -> Shards | None:
         shards: Shards = {}
         captions: dict[str, list[str]] = {split: [] for split in plan.splits}
         for split, samples in plan.splits.items():
-            noted = _note_captions(_show_progress(samples, split, plan.counts[split]), captions[split])
+            noted = _note_captions(with_progress(samples, split, plan.counts[split]), captions[split])
             shards |= write_shards(noted, staging, split, plan.shard_size)
         if not captions["train"]:
             raise UserError(f"no train sample for --out {out}: every image was left out; see the reasons")
@@ -88,19 +91,27 @@ def write_shards(samples: Iterable[Sample], directory: Path, split: str, shard_s
 
 
 def _note_captions(samples: Iterable[Sample], captions: list[str]) -> Iterator[Sample]:
-    """Passes the samples on and keeps their captions."""
+    """Passes the samples on and keeps their captions, all of those that have several."""
     for sample in samples:
-        captions.append(sample.caption)
+        captions += sample.attributes.get("captions") or [sample.caption]
         yield sample
 
 
-def _show_progress(samples: Iterable[Sample], split: str, count: int) -> Iterator[Sample]:
-    """Passes the samples on and, on a terminal, counts them."""
-    shown = time.monotonic() if sys.stderr.isatty() else float("inf")
+def with_progress(samples: Iterable[Sample], split: str, count: int) -> Iterator[Sample]:
+    """Passes the samples on and shows how far it is: a bar on a terminal, elsewhere a line a minute."""
+    if sys.stderr.isatty() and count:
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(samples, split, total=count, console=Console(stderr=True))
+        return
+    started = shown = time.monotonic()
     for done, sample in enumerate(samples, start=1):
-        if time.monotonic() - shown > 0.2:
-            shown = time.monotonic()
-            print(f"\r{split}: {done} of {count}", end="\r", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if now - shown >= LINE_SECONDS:
+            shown = now
+            left = (shown - started) / done * (count - done)
+            print(f"{split}: {done} of {count}, about {left / 60:.0f} minutes left", file=sys.stderr, flush=True)
         yield sample
 
 
@@ -143,18 +154,24 @@ def _emoji(options: argparse.Namespace) -> Shards | None:
 
 
 def _folder(options: argparse.Namespace) -> Shards | None:
-    if options.captions is not None:
-        captions = listed_captions(options.captions)
+    o = options
+    if o.class_folder and not o.caption_from_folder:
+        raise UserError("--class-folder is read with --caption-from-folder alone: add that, or leave it out")
+    files = list_files(o.source)
+    of_class = classes(files.images, o.class_folder) if o.caption_from_folder and files.images else {}
+    if o.captions is not None:
+        captions = table_captions(o.captions)
     else:
-        captions = (folder_captions if options.caption_from_folder else sidecar_captions)(options.source)
-    images = ImageFolder(options.source, captions, options.max_side, with_classes=options.caption_from_folder)
-    plan = folder_plan(images, options.held_out_share, options.shard_size, options.train_tokenizer)
+        captions = folder_captions(of_class) if o.caption_from_folder else sidecar_captions(o.source, files)
+    images = ImageFolder(o.source, files, captions, o.max_side, of_class, o.workers)
+    print(f"{o.source}: {len(images.names)} images, {len(images.captioned)} with captions", flush=True)
+    plan = folder_plan(images, o.held_out_share, o.shard_size, o.train_tokenizer)
     # Pillow warns of odd metadata on several lines each; that pixels do not decode is an error, not a
     # warning.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return build(options.out, plan)
+            return build(o.out, plan)
         finally:
             if images.skipped:
                 print(f"left out {len(images.skipped)}: {images.summary()}", file=sys.stderr)
@@ -191,35 +208,32 @@ def _add_drawn(command: argparse.ArgumentParser) -> None:
     add("--size", type=_at_least(16), default=64, help="side in pixels (default 64)")
     add("--shard-size", type=_at_least(1), default=256, help="images in a shard (default 256)")
     add("--seed", type=seed, default=0, help="another seed, other images (default 0)")
-    cores = len(os.sched_getaffinity(0))
-    add(
-        "--workers",
-        type=_at_least(1),
-        default=cores,
-        help=f"processes; changes the time only (default {cores})",
-    )
+    _add_workers(command)
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    text = f"processes; changes the time only (default {CORES})"
+    command.add_argument("--workers", type=_at_least(1), default=CORES, help=text)
 
 
 def _add_folder(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_folder)
     add = command.add_argument
-    add("source", type=Path, metavar="SRC", help="directory of jpg, png, webp, bmp and tif images")
+    kinds = " ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
+    add("source", type=Path, metavar="SRC", help=f"directory of images ({kinds}); train and val folders are splits")
     add("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     captions = command.add_mutually_exclusive_group()
-    table = "a .csv or .jsonl with columns file, caption (default: cat.txt beside cat.jpg)"
+    table = f"a table ({' '.join(TABLES)}) with columns file, caption (default: cat.txt beside cat.jpg)"
     captions.add_argument("--captions", type=Path, metavar="FILE", help=table)
     named = "red_fox/1.jpg becomes 'a photo of a red fox', and the folders become classes"
     captions.add_argument("--caption-from-folder", action="store_true", help=named)
-    add(
-        "--held-out-share",
-        type=_share,
-        default=0.02,
-        metavar="SHARE",
-        help="held out of the images (default 0.02)",
-    )
+    add("--class-folder", choices=LEVELS, help="which of nested folders is the class, as in animals/fox/1.jpg")
+    share = f"held out of the images with captions (default {HELD_OUT_SHARE}; none where val or test folders are)"
+    add("--held-out-share", type=_share, metavar="SHARE", help=share)
     add("--shard-size", type=_at_least(1), default=1000, help="images in a shard (default 1000)")
     add("--max-side", type=_at_least(16), metavar="PX", help="make larger images smaller (default: keep)")
     add("--train-tokenizer", type=_at_least(259), metavar="VOCAB", help="train tokenizer.json on the captions")
+    _add_workers(command)
 
 
 class _at_least:

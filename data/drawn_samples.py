@@ -10,15 +10,12 @@ A sample is a function of its index alone, so a corpus is the same bytes whateve
 from __future__ import annotations
 
 import io
-import multiprocessing
 import random
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from PIL import Image
 
+from data.processes import map_in_order
 from data.sample import Sample
 
 # Shares as on the web, so that every decoder is used: (extension, Pillow format, weight, options).
@@ -40,33 +37,4 @@ def encoded(picture: Image.Image, rng: random.Random) -> tuple[bytes, str]:
 
 def in_order(render: Callable[[int], Sample], count: int, pixels: int, workers: int) -> Iterator[Sample]:
     """Samples 0 .. count-1 of `pixels` pixels each, in order, rendered by `workers` processes."""
-    if workers == 1 or count * pixels < WORTH_A_POOL:
-        yield from map(render, range(count))
-        return
-    # spawn: the caller may hold threads (torch, tokenizers), which a forked child must not inherit half
-    # alive.
-    with _interrupts_left_to_this_process():
-        pool = multiprocessing.get_context("spawn").Pool(workers, _ignore_interrupts)
-    with pool:
-        yield from pool.imap(render, range(count), chunksize=32)
-
-
-@contextmanager
-def _interrupts_left_to_this_process() -> Iterator[None]:
-    """Processes started inside ignore interrupts from their first moment on: children inherit what is ignored.
-
-    For the milliseconds it takes this process ignores them too. (A blocked signal is not lost, but multiprocessing
-    unblocks it.) Only a main thread can do that; called from another, workers are deaf once their imports are done.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return map_in_order(render, range(count), workers if count * pixels >= WORTH_A_POOL else 1, chunk=32)

@@ -1,11 +1,13 @@
 """A directory of images as a corpus: which files, which captions, and what was left out and why.
 
-    images = ImageFolder(Path("photos"), sidecar_captions(Path("photos")))
+    files = list_files(Path("photos"))
+    images = ImageFolder(Path("photos"), files, sidecar_captions(Path("photos"), files))
     build(Path("corpus"), folder_plan(images, held_out_share=0.02, shard_size=1000, vocab=None))
     images.skipped                                  # [("a.jpg", "no caption"), ("b.png", "empty file")]
 
 Images are shuffled once and for all by a hash of their names, so that no shard holds a single folder, and the
-first ones are held out. Whatever does not become a sample is in `skipped`: nothing is lost silently.
+first ones that have captions are held out; where the top folders are splits, those of val and test are. Whatever does
+not become a sample is in `skipped`: nothing is lost silently.
 """
 
 from __future__ import annotations
@@ -13,60 +15,98 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from configs import UserError
-from data.caption_sources import SUFFIXES, class_of, is_image, list_files
-from data.pictures import Unusable, load_picture
+from data.caption_sources import Captions
+from data.image_files import SUFFIXES, Files, refused_name, splits, stem
+from data.pictures import Picture, Unusable, load_picture
+from data.processes import map_in_order
 from data.sample import Plan, Sample
 from data.synthetic.grammar import with_article
 
-NOT_REPORTED = (".csv", ".jsonl", ".json", ".md")  # tables and notes beside the images
-READ_AHEAD = 64  # images decoded at a time: bounds the memory
+NOT_REPORTED = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".md")  # tables and notes beside the images
+WORTH_A_POOL = 16 << 20  # bytes of images; below it, starting processes takes longer than decoding
+HELD_OUT_SHARE = 0.02
 
 README = """\
 # An image folder, packed
 
 Written by `python -m data.corpus folder`. `train-*.tar` and `held_out-*.tar` are webdataset shards: a
 sample is an image (jpg, png or webp; its original bytes unless it was of another format or made smaller),
-its caption (txt) and its attributes (json: `file`, `width`, `height`, and `label` where the folders are
-classes). `skipped.json` lists what was left out and why, `classes.json` the classes in the order of
-`label`, `manifest.json` the arguments.
+its caption (txt) and its attributes (json: `file`, `width`, `height`, `label` where the folders are
+classes, and `captions` where an image has several: data.caption=json:captions draws one of them each epoch).
+`skipped.json` lists what was left out and why, `classes.json` the classes in the order of `label`,
+`manifest.json` the arguments.
 """
 
 
-def class_table(names: list[str]) -> list[dict[str, Any]]:
-    """The classes of classes.json for these images, in the order of their labels."""
-    classes = sorted({c for c in map(class_of, names) if c is not None})
-    return [{"name": c, "prompts": [f"a photo of {with_article(c)}", with_article(c), c]} for c in classes]
+def class_table(names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The classes of classes.json for images of these classes, in the order of their labels."""
+    found = sorted(set(names.values()))
+    return [{"name": c, "prompts": [f"a photo of {with_article(c)}", with_article(c), c]} for c in found]
 
 
 class ImageFolder:
-    """The images under `source` with their captions (relative path -> text).
+    """The images under `source` with their captions.
 
-    `max_side` in pixels makes larger images smaller. `with_classes` takes labels from the first folders.
+    `classes` (image -> class) gives labels, `max_side` in pixels makes larger images smaller, `workers` processes
+    decode them. Raises UserError where there is no image with a caption.
     """
 
     def __init__(
-        self, source: Path, captions: dict[str, str], max_side: int | None = None, with_classes: bool = False
+        self,
+        source: Path,
+        files: Files,
+        captions: Captions,
+        max_side: int | None = None,
+        classes: Mapping[str, str] | None = None,
+        workers: int = 1,
     ) -> None:
-        self.source, self.captions, self.max_side = source, captions, max_side
-        files = list_files(source)
-        self.names = sorted(filter(is_image, files), key=_shuffled)
-        if not self.names:
-            raise UserError(f"{source} holds {len(files)} files and no image ({' '.join(SUFFIXES)}): give another")
-        self.classes = class_table(self.names) if with_classes else []
+        self.source, self.max_side, self.workers = source, max_side, workers
+        if not files.images:
+            raise UserError(
+                f"{source} holds {len(files.names)} files and no image ({' '.join(SUFFIXES)})"
+                + "".join(f", {name} is left out: {reason}" for name, reason in files.left_out[:1])
+                + "; give the directory that holds the images"
+            )
+        self.names = sorted(files.images, key=_shuffled)
+        self.captions = captions.of(files.images)
+        self.captioned = [name for name in self.names if name in self.captions.texts]
+        self.class_of = classes or {}
+        self.classes = class_table(self.class_of)
         self.labels = {entry["name"]: label for label, entry in enumerate(self.classes)}
-        self.skipped = self._not_images(files)
+        self.skipped = self._without_image(files) + self._without_caption()
+        if not self.captioned:
+            raise UserError(
+                f"{source}: none of its {len(self.names)} images has a caption ({self.summary()}; the first image is "
+                f"{files.images[0]}): write cat.txt beside cat.jpg, or give --captions FILE, with names relative to "
+                f"{source}, or --caption-from-folder"
+            )
 
-    def split(self, held_out_share: float) -> dict[str, list[str]]:
-        """The names of each split. A share above 0 holds out one image at least, and always leaves one."""
-        count = max(1, round(len(self.names) * held_out_share)) if held_out_share else 0
-        count = min(count, len(self.names) - 1)
-        return {"train": self.names[count:], "held_out": self.names[:count]}
+    def split(self, held_out_share: float | None) -> dict[str, list[str]]:
+        """The names of each split, of images that have captions.
+
+        A share above 0 holds out one image at least, and always leaves one. Where the folders are splits they decide.
+        """
+        if self.splits:
+            of_split: dict[str, list[str]] = {"train": [], "held_out": []}
+            for name in self.captioned:
+                of_split[self.splits.get(name.partition("/")[0], "train")].append(name)
+            return of_split
+        share = HELD_OUT_SHARE if held_out_share is None else held_out_share
+        count = max(1, round(len(self.captioned) * share)) if share else 0
+        count = min(count, len(self.captioned) - 1)
+        return {"train": self.captioned[count:], "held_out": self.captioned[:count]}
+
+    @cached_property
+    def splits(self) -> dict[str, str]:
+        """Top folder -> its split, where there are folders of both."""
+        found = splits(self.names)
+        return found if len(set(found.values())) == 2 else {}
 
     def fingerprint(self) -> str:
         """16 hex digits of all that the samples depend on: names, sizes, times, captions, options."""
@@ -74,55 +114,71 @@ class ImageFolder:
         for name in self.names:
             path = self.source / name
             stat = path.stat() if path.exists() else path.lstat()  # a link may point nowhere
-            files.append([name, stat.st_size, stat.st_mtime_ns, self.captions.get(name)])
+            texts = self.captions.texts.get(name, (None,))
+            files.append([name, stat.st_size, stat.st_mtime_ns, texts[0] if len(texts) == 1 else texts])
         content = json.dumps([files, self.max_side, self.classes])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def samples(self, names: list[str]) -> Iterator[Sample]:
         """The samples of these images in order; images that give none are added to `skipped`."""
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, len(names), READ_AHEAD):
-                chunk = names[start : start + READ_AHEAD]
-                for name, sample in zip(chunk, pool.map(self._sample, chunk), strict=True):
-                    if isinstance(sample, Sample):
-                        yield sample
-                    else:
-                        self.skipped.append((name, str(sample)))
+        num_bytes = sum(path.stat().st_size for name in names if (path := self.source / name).is_file())
+        workers = self.workers if num_bytes >= WORTH_A_POOL else 1
+        load = partial(_load, self.source, self.max_side)
+        for name, found in zip(names, map_in_order(load, names, workers), strict=True):
+            if isinstance(found, Unusable):
+                self.skipped.append((name, str(found)))
+            else:
+                yield self._sample(name, found)
 
     def summary(self) -> str:
         """'3 no caption, 1 empty file': how many were left out for which reason."""
         reasons = Counter(reason.partition(":")[0] for _, reason in self.skipped)
         return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 
-    def _sample(self, name: str) -> Sample | Unusable:
-        caption = self.captions.get(name)
-        if not caption:
-            return Unusable("outside any class folder" if self.classes and caption is None else "no caption")
-        try:
-            image, extension, (width, height) = load_picture(self.source / name, self.max_side)
-        except Unusable as reason:
-            return reason
+    def _sample(self, name: str, picture: Picture) -> Sample:
+        image, extension, (width, height) = picture
+        texts = self.captions.texts[name]
         attributes: dict[str, Any] = {"file": name, "width": width, "height": height}
         if self.labels:
-            class_name = class_of(name)
+            class_name = self.class_of[name]
             attributes |= {"label": self.labels[class_name], "class": class_name}
-        return Sample(image, extension, caption, attributes)
+        if len(texts) > 1:
+            attributes["captions"] = list(texts)
+        return Sample(image, extension, texts[0], attributes)
 
-    def _not_images(self, files: list[str]) -> list[tuple[str, str]]:
-        """Files that are neither image nor caption, and captions of images that are not there."""
-        stems = {PurePosixPath(name).with_suffix("") for name in self.names}
-        skipped = [(name, "caption without image") for name in sorted(set(self.captions) - set(self.names))]
-        for name in files:
-            is_caption = name.endswith(".txt") and PurePosixPath(name).with_suffix("") in stems
-            if not is_image(name) and not is_caption and not name.lower().endswith(NOT_REPORTED):
+    def _without_caption(self) -> list[tuple[str, str]]:
+        missing = "outside any class folder" if self.classes else "no caption"
+        return [
+            (name, self.captions.refused.get(name, missing)) for name in self.names if name not in self.captions.texts
+        ]
+
+    def _without_image(self, files: Files) -> list[tuple[str, str]]:
+        """Files that are neither image nor caption, folders not gone into, and captions of images that are missing."""
+        known = set(self.names)
+        skipped = [(name, "caption without image") for name in sorted(self.captions.texts.keys() - known)]
+        skipped += [(name, reason) for name, reason in sorted(self.captions.refused.items()) if name not in known]
+        pictures = [name for name in files.names if name in known or refused_name(name)]
+        stems = set(map(stem, pictures))
+        for name in files.names:
+            is_caption = name.lower().endswith(".txt") and stem(name) in stems
+            if reason := refused_name(name):
+                skipped.append((name, reason))
+            elif name not in known and not is_caption and not name.lower().endswith(NOT_REPORTED):
                 skipped.append((name, "not an image format"))
-        return skipped
+        return [*skipped, *files.left_out]
 
 
-def folder_plan(images: ImageFolder, held_out_share: float, shard_size: int, vocab: int | None) -> Plan:
-    """The corpus of an image folder."""
+def folder_plan(images: ImageFolder, held_out_share: float | None, shard_size: int, vocab: int | None) -> Plan:
+    """The corpus of an image folder. Raises UserError for a share where the folders are splits."""
+    if images.splits and held_out_share is not None:
+        raise UserError(
+            f"--held-out-share {held_out_share}: the folders of {images.source} are splits ("
+            + ", ".join(f"{folder}: {split}" for folder, split in images.splits.items())
+            + "), which say what is held out; leave it out, or rename the folders"
+        )
     names = images.split(held_out_share)
-    options = {"held_out_share": held_out_share, "shard_size": shard_size, "vocab": vocab}
+    share = None if images.splits else HELD_OUT_SHARE if held_out_share is None else held_out_share
+    options = {"held_out_share": share, "shard_size": shard_size, "vocab": vocab}
 
     def files() -> dict[str, Any]:
         classes = {"classes.json": {"classes": images.classes}} if images.classes else {}
@@ -137,6 +193,13 @@ def folder_plan(images: ImageFolder, held_out_share: float, shard_size: int, voc
         vocab=vocab,
         files=files,
     )
+
+
+def _load(source: Path, max_side: int | None, name: str) -> Picture | Unusable:
+    try:
+        return load_picture(source / name, max_side)
+    except Unusable as reason:
+        return reason
 
 
 def _shuffled(name: str) -> bytes:

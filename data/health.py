@@ -16,7 +16,7 @@ import contextlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,12 +47,21 @@ class Health:
     """The bad samples of one process. Thread-safe.
 
     `corpus_size` counts the samples the index kept and `left_out` those it did not. `log` (jsonl) gets each
-    bad sample once, over resumed runs and over ranks that share the file too; `lines` is that file.
+    bad sample once, over resumed runs and over ranks that share the file too; `lines` is that file. `hint` makes
+    the end of the error's text from the counts.
     """
 
-    def __init__(self, max_bad_share: float, corpus_size: int, left_out: Counter[str], log: Path | None) -> None:
+    def __init__(
+        self,
+        max_bad_share: float,
+        corpus_size: int,
+        left_out: Counter[str],
+        log: Path | None,
+        hint: Callable[[Counter[str]], str] | None = None,
+    ) -> None:
         self.max_bad_share, self.corpus_size, self.left_out = max_bad_share, corpus_size, left_out
         self.lines = None if log is None else Lines(log)
+        self._hint = hint
         self._met: Counter[str] = Counter()
         self._known: set[str] = set()
         self._num_positions = self._num_bad_positions = self._num_lost = 0
@@ -84,15 +93,19 @@ class Health:
         return len(self._logged)
 
     def served(self, num_positions: int, num_bad: int) -> None:
-        """Notes positions served and how many had a bad sample of their own.
+        """Notes positions met and how many had a bad sample of their own.
 
         Raises TooManyBadSamples above the limit.
         """
         with self._lock:
             self._num_positions += num_positions
             self._num_bad_positions += num_bad
-        says_something = num_bad and self._num_bad_positions >= _MIN_MET
-        if (says_something or self._share_lost > self.max_bad_share) and self.share > self.max_bad_share:
+        if num_bad and self._num_bad_positions >= _MIN_MET and self.share > self.max_bad_share:
+            raise self._stop()
+
+    def check_lost(self) -> None:
+        """Raises TooManyBadSamples where what storage lost is above the limit by itself."""
+        if self._share_lost > self.max_bad_share:
             raise self._stop()
 
     def lost(self, num_samples: int) -> None:
@@ -149,6 +162,7 @@ class Health:
             f"data.max_bad_share={self.max_bad_share:g} "
             "allows: the run stops before it trains on too little; mend the corpus"
             + (f" (keys in {self.lines.path})" if self.lines and self.lines.path.exists() else "")
-            + " or raise data.max_bad_share",
+            + " or raise data.max_bad_share"
+            + (self._hint(counts) if self._hint else ""),
             counts,
         )

@@ -4,9 +4,9 @@
     for batch in pictures.batches(128):
         batch.images, batch.labels            # (128, 3, 256, 256) uint8, (128,) int64
 
-A label is the integer in field `label` of a sample's .json member, or in its .cls member, as webdataset writes it.
-Captions are not read. The picture is its centred square, cut and resized as the field's published figures have it
-(data/adm_crop.py).
+A label is the number in field `label` of a sample's .json member, or in its .cls member, as webdataset writes it; or
+the name of a class there, which a class table numbers (data/labels.py). Captions are not read. The picture is its
+centred square, cut and resized as the field's published figures have it (data/adm_crop.py).
 
 Ranks share the work: rank r of W reads the samples r, r + W, ... of the same list, so `positions` says where a row
 belongs among all of them.
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from configs import UserError
 from configs.system import System
 from data.adm_crop import adm_crop
 from data.decode import Decoder, Picture
+from data.labels import ClassNumbers
 from data.patience import Unreadable
 from data.reading import read_sample
 from data.shards import BadMember, Sample, Shards
@@ -64,7 +66,8 @@ class HeldOut:
     """The samples of the shards that `patterns` name, undecodable ones skipped and counted in `bad`.
 
     `limit` keeps that many, evenly spaced over the index, so that shards sorted by class stay balanced. `key` is what
-    errors call the patterns. Raises UserError for missing shards or none.
+    errors call the patterns. `classes` is the table of class names; else it is the classes.json beside the first shard.
+    Raises UserError for missing shards or none.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class HeldOut:
         *,
         key: str = "data.held_out",
         limit: int | None = None,
+        classes: Path | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -83,6 +87,7 @@ class HeldOut:
         cache_dir = system.loader.cache_dir
         self.shards = Shards(expand(patterns, cache_dir, key), None, cache_dir, tries=system.loader.tries)
         self.bad: Counter[str] = Counter()
+        self.classes = ClassNumbers(classes or Path(self.shards.names[0]).parent / "classes.json")
         self._decoder = Decoder(system.loader.device, system.loader.threads)
         self._starts = np.concatenate([[0], np.cumsum(self.shards.sizes)])
         total = int(self._starts[-1])
@@ -130,7 +135,9 @@ class HeldOut:
         sample_idx = place - int(self._starts[shard_idx])
         try:
             sample = read_sample(self.shards, shard_idx, sample_idx, self.max_pixels)
-            return sample if isinstance(sample, str) else (sample, self.shards.label(shard_idx, sample_idx))
+            if isinstance(sample, str):
+                return sample
+            return sample, self.shards.label(shard_idx, sample_idx, self.classes)
         except (BadMember, Unreadable) as error:
             return str(error)
 

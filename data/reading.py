@@ -84,15 +84,16 @@ class SampleReader:
         self.shards = Shards(
             list(known.shards) if known else expand(data.train, loader.cache_dir), caption, loader.cache_dir,
             open_indexes, rank, world_size, exchange, loader.tries,
-            np.array(list(known.shards.values()), np.int64) if known else None,
+            np.array(list(known.shards.values()), np.int64) if known else None, seed,
         )  # fmt: skip
         left_out = known.bad if known else self.shards.bad
-        self.health = Health(data.max_bad_share, int(self.shards.sizes.sum()), left_out, bad_log)
+        num_samples = int(self.shards.sizes.sum())
+        self.health = Health(data.max_bad_share, num_samples, left_out, bad_log, self.shards.caption_hint)
         self._opened: set[int] = set()  # shards whose left-out samples are written down
         if self.health.share > data.max_bad_share:
             self._name_left_out()
         self.health.check()
-        if not self.shards.sizes.any():
+        if not num_samples:
             raise UserError(
                 f"data.train holds no sample ({self.shards.summary(left_out)}): a sample is a picture, with "
                 "its caption where captions are read, under one name; python -m data.corpus writes such shards"
@@ -121,17 +122,11 @@ class SampleReader:
         rows: list[Row | None] = [None] * len(places)
         attempts = [0] * len(places)
         num_bad = sum((place.shard_idx, place.sample_idx) in self._bad for place in places)
-        while empty := [i for i, row in enumerate(rows) if row is None]:
-            for i in empty:
-                places[i], attempts[i] = self._skip_known(int(positions[i]), places[i], attempts[i])
-            tried = self._try([places[i] for i in empty], int(positions[0]))
-            for i, found in zip(empty, tried, strict=True):
-                if isinstance(found, Row):
-                    rows[i] = found
-                elif found is not None:
-                    num_bad += not attempts[i]
-                    self._note(places[i], found, int(positions[i]))
-        self.health.served(len(rows), num_bad)
+        num_bad += self._try_empty(rows, places, attempts, positions)
+        self.health.served(len(rows), num_bad)  # now: where all samples are bad, looking for others takes hours
+        while None in rows:
+            self._try_empty(rows, places, attempts, positions)
+        self.health.check_lost()
         return [row for row in rows if row is not None]
 
     def render(self, rows: Sequence[Row], names: Sequence[str], config: Views) -> torch.Tensor:
@@ -159,6 +154,22 @@ class SampleReader:
         self._threads.shutdown()
         self._decoder.close()
 
+    def _try_empty(
+        self, rows: list[Row | None], places: list[Place], attempts: list[int], positions: np.ndarray
+    ) -> int:
+        """Reads a sample for every row that has none yet; how many were bad at their first attempt."""
+        empty = [i for i, row in enumerate(rows) if row is None]
+        for i in empty:
+            places[i], attempts[i] = self._skip_known(int(positions[i]), places[i], attempts[i])
+        num_bad = 0
+        for i, found in zip(empty, self._try([places[i] for i in empty], int(positions[0])), strict=True):
+            if isinstance(found, Row):
+                rows[i] = found
+            elif found is not None:
+                num_bad += not attempts[i]
+                self._note(places[i], found, int(positions[i]))
+        return num_bad
+
     def _skip_known(self, position: int, place: Place, attempt: int) -> tuple[Place, int]:
         while (place.shard_idx, place.sample_idx) in self._bad or self.losses.holds(place, position):
             if self.losses.holds(place, position):
@@ -169,6 +180,7 @@ class SampleReader:
                 raise kind(
                     f"position {position}: no readable sample among {_MAX_ATTEMPTS} of its stream "
                     f"(bad so far: {dict(self.health.counts)}); mend the corpus or the storage, or lower data.streams"
+                    f"{self.shards.caption_hint(self.health.counts)}"
                 )
             place = self.order.substitute(position, attempt)
         return place, attempt
@@ -191,7 +203,7 @@ class SampleReader:
         if self.losses.holds(place, first):  # since another thread found out
             return None
         try:
-            found = read_sample(self.shards, place.shard_idx, place.sample_idx, self._max_pixels)
+            found = read_sample(self.shards, place.shard_idx, place.sample_idx, self._max_pixels, place.epoch)
         except Unreadable as error:
             self.losses.add(place, first, error)
             return None
@@ -241,10 +253,10 @@ def _keep(found: Found, path: Path, data: Pictures, caption: str | None, rank: i
         raise UserError(trouble)
 
 
-def read_sample(shards: Shards, shard_idx: int, sample_idx: int, max_pixels: int) -> Sample | str:
+def read_sample(shards: Shards, shard_idx: int, sample_idx: int, max_pixels: int, epoch: int = 0) -> Sample | str:
     """The sample's bytes, or the reason why it is bad as far as a look at them shows. Raises Unreadable."""
     try:
-        sample = shards.read(shard_idx, sample_idx, _PIXEL_BYTES * max_pixels + _OVERHEAD_BYTES)
+        sample = shards.read(shard_idx, sample_idx, _PIXEL_BYTES * max_pixels + _OVERHEAD_BYTES, epoch)
     except BadMember as error:
         return str(error)
     return headers.refusal(sample.image, max_pixels) or sample

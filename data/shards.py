@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +30,9 @@ from numpy.typing import NDArray
 
 from configs import UserError
 from configs.command_line import CommandParser
-from data import storage
+from configs.data import check_caption
+from data import caption_text, storage
+from data.labels import ClassNumbers, parse
 from data.patience import Patience, Unreadable
 from data.recent import Recent
 from data.tars.headers import BLOCK
@@ -42,13 +43,13 @@ from data.tars.names import named_by
 Exchange = Callable[[Any], list[Any]]
 T = TypeVar("T")
 _OPEN_FILES = 128  # tar files kept open; the usual limit of a process is 1,024
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _INDEX_THREADS = 16  # opening many sidecars waits for the disk or the network
 _TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise: 31 s of waiting
 # A caption may be megabytes long. No row of tokens holds more than a part of this: the rest is not even read.
 _MOST_CAPTION_BYTES = 1 << 18
 _SHOWN = 3  # shards named in a summary
 _NO_PLACE = "no place beside the shards or in the cache can be written; system.loader.cache_dir names another"
+_MOST_FIELDS, _SHOWN_FIELDS = 64, 12  # of .json members without the caption's: remembered, and named in an error
 _MOST_JSON_BYTES = 1 << 22  # half of a record cannot be parsed: it is whole, or it is refused
 
 
@@ -72,6 +73,8 @@ class _Changed(Exception):
 class Shards:
     """A corpus of shards. `caption` is a member extension, `json:KEY`, or None to read pictures alone.
 
+    Of several captions, a list in the .json member, one is drawn by hash of (`seed`, sample key, epoch).
+
     `open_indexes` indexes are kept in memory. With an `exchange`, which gives every rank's argument on every rank
     in order, rank r of W opens (and where needed indexes) the shards r, r + W ... only and learns the other
     counts from the others. Thread-safe. Raises UserError for a shard that is missing or no tar, on all ranks.
@@ -94,13 +97,15 @@ class Shards:
         exchange: Exchange | None = None,
         tries: int = _TRIES,
         sizes: NDArray[np.int64] | None = None,
+        seed: int = 0,
     ) -> None:
-        self.names, self.caption = tuple(names), caption
+        self.names, self.caption, self.seed = tuple(names), caption, seed
         self.patience = Patience(tries)
         disk = storage.Disk(cache_dir)
         self._caption_ext = caption and caption.partition(":")[0]
         self._indexes = Indexes(self.names, self._caption_ext, disk, cache_dir, open_indexes)
         self._files = Recent(lambda shard_idx: disk.open(self.names[shard_idx]), _OPEN_FILES)
+        self._fields_seen: Counter[str] = Counter()  # of .json members that lack the caption's field
         self.bad: Counter[str] = Counter()
         if sizes is not None:
             self.sizes = sizes
@@ -135,16 +140,20 @@ class Shards:
         """The index of a shard as it was when it was last looked at. Raises OSError, without trying twice."""
         return self._indexes.of(shard_idx)
 
-    def read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None = None) -> Sample:
-        """The bytes of one sample. Raises BadMember, and Unreadable where storage does not give them."""
-        return self._patiently(shard_idx, lambda: self._read(shard_idx, sample_idx, most_image_bytes))
+    def read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None = None, epoch: int = 0) -> Sample:
+        """The bytes of one sample, and its caption in that epoch.
 
-    def label(self, shard_idx: int, sample_idx: int) -> int:
-        """The class: field `label` of the .json member, else the .cls member; -1 where neither holds an integer.
+        Raises BadMember, and Unreadable where storage does not give them.
+        """
+        return self._patiently(shard_idx, lambda: self._read(shard_idx, sample_idx, most_image_bytes, epoch))
+
+    def label(self, shard_idx: int, sample_idx: int, classes: ClassNumbers | None = None) -> int:
+        """The class: the number in field `label` of the .json member or in the .cls member, else that of the class name
+        there, as `classes` has it; -1 where there is neither.
 
         Raises BadMember for a .json member that is none, and Unreadable.
         """
-        return self._patiently(shard_idx, lambda: self._label(shard_idx, sample_idx))
+        return self._patiently(shard_idx, lambda: self._label(shard_idx, sample_idx, classes))
 
     def field(self, shard_idx: int, sample_idx: int, key: str) -> object:
         """A field of the sample's .json member, or None when either is missing. Raises as `label` does."""
@@ -156,6 +165,27 @@ class Shards:
             return self.index(shard_idx).key(sample_idx)
         except (OSError, ValueError, IndexError):
             return f"{self._indexes.labels[shard_idx]}/#{sample_idx}"
+
+    def caption_hint(self, bad: Counter[str]) -> str:
+        """The end of an error about `bad` samples: where most lack data.caption=`caption`, what they have instead."""
+        if bad["missing caption"] * 2 <= bad.total():
+            return ""
+        if self._fields_seen:
+            return (
+                f"; data.caption={self.caption} names a field that .json members lack: they have "
+                f"{_first(self._fields_seen)}; set data.caption to json:FIELD"
+            )
+        try:
+            exts = self._indexes.caption_exts(0) if self.names else []
+        except (OSError, UserError):  # the storage fails, which the error is about
+            return ""
+        if self._caption_ext in (None, *exts):
+            return ""
+        return (
+            f"; data.caption={self.caption} names a member that samples of {self.names[0]} lack: beside the picture "
+            f"they have {', '.join(exts) or 'none'}; set data.caption to the extension that holds the text, or to "
+            "json:FIELD"
+        )
 
     def _patiently(self, shard_idx: int, read: Callable[[], T]) -> T:
         """read(), tried again where storage fails, and once more with a new index where the shard has changed."""
@@ -191,43 +221,61 @@ class Shards:
         except ValueError:
             raise BadMember("corrupt index") from None
 
-    def _read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None) -> Sample:
+    def _read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None, epoch: int) -> Sample:
         members = self._members(shard_idx, sample_idx)
         image = image_of(members)
         if most_image_bytes is not None and image.size > most_image_bytes:
             raise BadMember("too many bytes")
         key = f"{self._indexes.labels[shard_idx]}/{key_of(members)}"
-        return Sample(key, self._bytes(shard_idx, image), self._caption(shard_idx, members))
+        captions = self._captions(shard_idx, members) if self.caption is not None else ("",)
+        return Sample(key, self._bytes(shard_idx, image), caption_text.draw(captions, self.seed, key, epoch))
 
     def _field(self, shard_idx: int, sample_idx: int, key: str) -> object:
         member = _member(self._members(shard_idx, sample_idx), "json")
-        return _json_field(self._json(shard_idx, member), key) if member else None
+        return _record(self._json(shard_idx, member)).get(key) if member else None
 
-    def _label(self, shard_idx: int, sample_idx: int) -> int:
-        label = self._field(shard_idx, sample_idx, "label")
-        if label is None:
-            member = _member(self._members(shard_idx, sample_idx), "cls")
-            text = self._bytes(shard_idx, member, _MOST_CAPTION_BYTES) if member else b""
-            digits = text.decode(errors="replace").strip()
-            label = int(digits) if _INTEGER.fullmatch(digits) else -1
-        return label if type(label) is int and abs(label) < 2**63 else -1
+    def _label(self, shard_idx: int, sample_idx: int, classes: ClassNumbers | None) -> int:
+        of_json = parse(self._field(shard_idx, sample_idx, "label"))
+        found = [of_json] if isinstance(of_json, int) else [of_json, parse(self._cls(shard_idx, sample_idx))]
+        for label in found:
+            if isinstance(label, int):
+                return label
+        name = next((label for label in found if isinstance(label, str)), None)
+        return classes.of(name, self.key(shard_idx, sample_idx)) if classes and name else -1
 
-    def _caption(self, shard_idx: int, members: Sequence[Member]) -> str:
-        if self.caption is None:
-            return ""
+    def _cls(self, shard_idx: int, sample_idx: int) -> str | None:
+        member = _member(self._members(shard_idx, sample_idx), "cls")
+        try:
+            return caption_text.decode(self._bytes(shard_idx, member, _MOST_CAPTION_BYTES)) if member else None
+        except caption_text.NotText:
+            return None
+
+    def _captions(self, shard_idx: int, members: Sequence[Member]) -> tuple[str, ...]:
+        """The sample's captions, one at least. Raises BadMember."""
+        assert self.caption is not None
         member = _member(members, self._caption_ext or "")
         assert member is not None, "the index has left out what has no caption"
         key = self.caption.partition(":")[2]
-        text = (
-            _json_field(self._json(shard_idx, member), key)
-            if key
-            else self._bytes(shard_idx, member, _MOST_CAPTION_BYTES).decode(errors="replace")
-        )
-        if text is None:
+        found = self._caption_field(shard_idx, member, key) if key else self._text(shard_idx, member)
+        if captions := caption_text.texts(found):
+            return captions
+        raise BadMember("empty caption")
+
+    def _caption_field(self, shard_idx: int, member: Member, key: str) -> object:
+        record = _record(self._json(shard_idx, member))
+        if record.get(key) is None:
+            if key not in record and len(self._fields_seen) < _MOST_FIELDS:
+                self._fields_seen.update(map(str, record))
             raise BadMember("missing caption")
-        if not isinstance(text, str) or not text.strip():
-            raise BadMember("empty caption")
-        return text.strip()
+        return record[key]
+
+    def _text(self, shard_idx: int, member: Member) -> str:
+        try:
+            return caption_text.decode(
+                self._bytes(shard_idx, member, _MOST_CAPTION_BYTES), is_cut_off=member.size > _MOST_CAPTION_BYTES
+            )
+        except caption_text.NotText:
+            raise BadMember("not UTF-8") from None
 
     def _json(self, shard_idx: int, member: Member) -> bytes:
         if member.size > _MOST_JSON_BYTES:
@@ -281,12 +329,21 @@ def _member(members: Sequence[Member], ext: str) -> Member | None:
     return None if place is None else members[place]
 
 
-def _json_field(data: bytes, key: str) -> object:
+def _record(data: bytes) -> dict[str, Any]:
+    """A .json member; empty where it holds something else than an object. Raises BadMember."""
     try:
         record = json.loads(data)
+    except UnicodeDecodeError:
+        raise BadMember("not UTF-8") from None
     except (ValueError, RecursionError):
         raise BadMember("corrupt json") from None
-    return record.get(key) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else {}
+
+
+def _first(names: Counter[str]) -> str:
+    """The most frequent ones, for an error."""
+    shown = [repr(name)[:40] for name, _ in names.most_common(_SHOWN_FIELDS)]
+    return ", ".join(shown) + (", ..." if len(names) > _SHOWN_FIELDS else "")
 
 
 @dataclass(frozen=True)
@@ -313,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
+        check_caption(arguments.caption, "--caption ")
         names = storage.expand(arguments.dirs, arguments.cache_dir, key="DIR")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -101,8 +101,8 @@ class Bank:
         told = world.gather_objects((positions, labels, self._widths, self._trunk_width))
         if not sum(len(part[0]) for part in told):
             raise UserError(
-                f"no {split} sample has a label: a probe learns from the integer in field `label` of the .json member, "
-                "or in the .cls member; give labelled shards"
+                f"no {split} sample has a label: a probe learns from the class number or name in field `label` of the "
+                ".json member, or in the .cls member; give labelled shards"
             )
         widths, trunk_width = next((part[2], part[3]) for part in told if part[2])
         if world.world_size() == 1:

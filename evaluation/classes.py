@@ -11,16 +11,14 @@ Names alone, as one has them for ImageNet, are put into the 80 templates of eval
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from configs import UserError
+from data.labels import read_classes
 from evaluation import templates
 
 TEMPLATES, OWN = "80 CLIP templates", "the corpus's own"
-FORM = 'write {"classes": [{"name": "tench", "prompts": ["a tench", ...]}, ...]}, prompts in all of them or in none'
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class ClassTable:
     @classmethod
     def read(cls, path: Path) -> ClassTable:
         """From a classes.json. Raises UserError where it is missing, of another form, or half with prompts."""
-        rows = [_row(row, place, path) for place, row in enumerate(_rows(path))]
+        rows = read_classes(path)
         names = tuple(name for name, _ in rows)
         bare = [name for name, prompts in rows if not prompts]
         if len(bare) == len(rows):
@@ -45,24 +43,3 @@ class ClassTable:
                 "has its own or none has, which asks with the 80 CLIP templates; complete or remove them"
             )
         return cls(names, tuple(prompts for _, prompts in rows))
-
-
-def _rows(path: Path) -> list[Any]:
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path} cannot be read: zero_shot needs the classes' names; give --classes FILE") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no class table: it is not JSON ({error}); {FORM}") from None
-    rows = described.get("classes") if isinstance(described, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} is no class table: it has no list of `classes`; {FORM}")
-    return rows
-
-
-def _row(row: Any, place: int, path: Path) -> tuple[str, tuple[str, ...]]:
-    """The name and prompts of the class with the label `place`."""
-    name, prompts = (row.get("name"), row.get("prompts", [])) if isinstance(row, dict) else (None, [])
-    if not isinstance(name, str) or not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
-        raise UserError(f"{path} is no class table: class {place} is {json.dumps(row)[:80]}; {FORM}")
-    return name, tuple(prompts)

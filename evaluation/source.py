@@ -71,15 +71,18 @@ class Source:
                 f"{data.tokenizer_sha256}): its ids would mean other words; give that one with --tokenizer"
             )
 
-    def pictures(self, patterns: Sequence[str], key: str, limit: int | None = None) -> HeldOut:
+    def pictures(
+        self, patterns: Sequence[str], key: str, limit: int | None = None, classes: Path | None = None
+    ) -> HeldOut:
         """This rank's share of the labelled pictures of `patterns`, cropped as the tokenizer sees them.
 
-        `key` is what errors call the patterns. Raises UserError for missing shards or none.
+        `key` is what errors call the patterns, `classes` a table of class names other than the one beside the shards.
+        Raises UserError for missing shards or none.
         """
         system = self.config.system if self.config else System()
         return HeldOut(
-            patterns, self.crop, system, _max_pixels(self.config), key=key, limit=limit, rank=world.rank(),
-            world_size=world.world_size(),
+            patterns, self.crop, system, _max_pixels(self.config), key=key, limit=limit, classes=classes,
+            rank=world.rank(), world_size=world.world_size(),
         )  # fmt: skip
 
     def digest(self) -> str:

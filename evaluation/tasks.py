@@ -64,14 +64,18 @@ class Setup:
     @cached_property
     def held_out(self) -> HeldOut:
         """The pictures that tasks are asked about, opened once. UserError for missing shards or none."""
-        return self._pictures(self.data, "--data" if self.options.data else "data.held_out")
+        classes = self._classes if self.options.classes or self._classes.is_file() else None
+        return self._pictures(self.data, "--data" if self.options.data else "data.held_out", classes)
 
     @cached_property
     def table(self) -> ClassTable:
         """Of --classes, or of the classes.json beside the first shard."""
+        return ClassTable.read(self._classes)
+
+    @property
+    def _classes(self) -> Path:
         shards = Path(self.data[0])
-        beside = (shards if shards.is_dir() else shards.parent) / "classes.json"
-        return ClassTable.read(self.options.classes or beside)
+        return self.options.classes or (shards if shards.is_dir() else shards.parent) / "classes.json"
 
     @cached_property
     def corpora(self) -> Corpora:
@@ -79,7 +83,8 @@ class Setup:
         train_data = self.options.train_data or (self.source.config.data.train if self.source.config else ())
         if not train_data:
             raise UserError("a probe learns before it is asked: name labelled training shards with --train-data")
-        training = self._pictures(train_data, "--train-data" if self.options.train_data else "data.train")
+        key = "--train-data" if self.options.train_data else "data.train"
+        training = self._pictures(train_data, key, self.held_out.classes.path)  # one numbering of class names for both
         return Corpora(Bank(len(self.held_out), self.folder), lambda: self._filled(training), self.device)
 
     def batches(self, pictures: HeldOut, title: str) -> Iterator[Products]:
@@ -87,6 +92,8 @@ class Setup:
         batch_size = self.options.batch_size
         with closing(pictures):
             for batch in with_progress(pictures.batches(batch_size), title, -(-len(pictures) // batch_size)):
+                if LABELLED & set(self.options.tasks):
+                    pictures.classes.check()
                 images, labels = batch.images.to(self.device).float() / 255, batch.labels.to(self.device)
                 yield Products(self.source.tokenizer, images, labels, batch.positions)
 
@@ -100,8 +107,8 @@ class Setup:
         with_one_answer(fill)
         return bank
 
-    def _pictures(self, patterns: Sequence[str], key: str) -> HeldOut:
-        return self.source.pictures(patterns, key, self.options.limit)
+    def _pictures(self, patterns: Sequence[str], key: str, classes: Path | None) -> HeldOut:
+        return self.source.pictures(patterns, key, self.options.limit, classes)
 
 
 def _zero_shot(setup: Setup) -> Task:
@@ -145,6 +152,9 @@ TASKS: dict[str, Callable[[Setup], Task]] = {
     "knn": _knn,
     "reconstruction": _reconstruction,
 }
+
+
+LABELLED = frozenset(["zero_shot", "linear_probe", "knn"])  # tasks that count by class
 
 
 def check_tasks(names: Sequence[str]) -> tuple[str, ...]:

@@ -77,8 +77,8 @@ class ZeroShot:
         five, count = int(self._comm.all_sum(torch.tensor(self._five))), int(confusion_KK.sum())
         if not count:
             raise UserError(
-                "no held-out sample has a label: zero_shot compares with the integer in field `label` of the .json "
-                "member, or in the .cls member"
+                "no held-out sample has a label: zero_shot compares with the class number or name in field `label` "
+                "of the .json member, or in the .cls member; give labelled shards"
             )
         top1, chance = int(confusion_KK.diagonal().sum()) / count, 1 / len(confusion_KK)
         figures: dict[str, float | int | str] = {

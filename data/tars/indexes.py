@@ -133,6 +133,10 @@ class Indexes:
             return len(index), Counter(reason for _, reason in index.bad)
         return counted[0], Counter(counted[1])
 
+    def caption_exts(self, shard_idx: int) -> list[str]:
+        """The extensions that a caption could have in a shard, the most frequent first. Raises as `of` does."""
+        return [ext for ext in self._sidecar(shard_idx).trailer["usable"] if ext]
+
     def _load(self, shard_idx: int) -> ShardIndex:
         stored = self._sidecar(shard_idx)
         try:

@@ -127,6 +127,20 @@ NO_REC = ("batch.rec=0", "objectives.rec.weight=0")
             "system.clip.micro_batches=2 but model.trunk.drop_path=0.3: each part would drop segments of its own",
         ),
         (
+            ("data.caption=jpg",),
+            "data.caption: 'jpg': a .jpg member is no text, which a caption is; write the extension",
+        ),
+        (("data.caption=json",), "data.caption: 'json' names no field: a .json member holds a record; write json:KEY"),
+        (("data.caption='json:'",), "data.caption: 'json:' names no field"),
+        (
+            ("data.caption=txt:en",),
+            "data.caption: 'txt:en': fields are read of .json members alone; write 'txt' or json:en",
+        ),
+        (
+            ("data.caption=.TXT",),
+            "data.caption: '.TXT' is no extension of a member: those are in lower case, without a dot",
+        ),
+        (
             ("system.clip.micro_batches=2", "objectives.clip.weight=0"),
             "system.clip.micro_batches=2 but objectives.clip.weight=0: there is no clip batch to cut",
         ),

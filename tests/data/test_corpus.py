@@ -19,9 +19,11 @@ from PIL import Image
 
 from configs import UserError
 from data import corpus, pictures
+from data.caption_sources import sidecar_captions
 from data.captions import CaptionEncoder
 from data.corpus import main
 from data.folder import ImageFolder
+from data.image_files import list_files
 from data.manifest import staged
 from data.synthetic.plan import render_sample, synthetic_samples
 from data.synthetic.scenes import class_names
@@ -382,10 +384,13 @@ def test_a_table_of_captions_is_read(
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.csv", "a,b\n1,2\n", "entry 1 has no text under file"),
-        ("c.jsonl", '{"file": "a.jpg"}\n', "entry 1 has no text under caption"),
-        ("c.jsonl", "[1]\n", "entry 1 has no text under file"),
-        ("c.jsonl", "{oops\n", "neither a .csv with a header nor a .jsonl"),
+        ("c.csv", "a,b\n1,2\n", "line 1 has no column file or file_name, it has 'a', 'b'"),
+        ("c.csv", "", "is empty, no line of it is a header"),
+        ("c.csv", "file,caption\n", "none of its 0 rows has a file and a caption"),
+        ("c.jsonl", '{"file": "a.jpg"}\n', "no line has a file and a caption, they have 'file'"),
+        ("c.jsonl", "[1]\n", "no line has a file and a caption, they have no keys"),
+        ("c.jsonl", '{"file": "a.jpg", "caption": "x"}\n\n{oops\n', "line 3 is no JSON object"),
+        ("c.parquet", "PAR1", "is no table that is read: those are .csv .tsv .jsonl .ndjson .json"),
         ("c.csv", "file,caption\na.jpg,x\n./a.jpg,y\n", "lists a.jpg again"),
         ("c.csv", None, "cannot be read: No such file"),
     ],
@@ -432,12 +437,12 @@ def test_nothing_is_lost_silently(photographs: Path, tmp_path: Path, capsys: pyt
     skipped = {entry["file"]: entry["reason"] for entry in json.loads((tmp_path / "out" / "skipped.json").read_text())}
     assert skipped.pop("cut.jpg").startswith("damaged: ")
     assert skipped.pop("cut.png").startswith("damaged: ")
+    assert skipped.pop("film.gif") != "not an image format"
     assert skipped == {
         "empty.jpg": "empty file",
         "page.jpg": "not an image",
         "mute.jpg": "no caption",
-        "film.gif": "not an image format",
-        "film.txt": "not an image format",
+        ".hidden.jpg": "hidden file",
         "stray.txt": "not an image format",
         "link.png": "not a regular file",
     }
@@ -451,7 +456,10 @@ def test_a_folder_without_images_or_usable_ones_is_refused(tmp_path: Path, capsy
     assert run("folder", tmp_path / "source", "--out", tmp_path / "out") == 2
     assert "holds 1 files and no image" in capsys.readouterr().err
     (tmp_path / "source" / "empty.jpg").touch()
-    assert run("folder", tmp_path / "source", "--out", tmp_path / "out", "--caption-from-folder") == 2
+    assert run("folder", tmp_path / "source", "--out", tmp_path / "out") == 2
+    assert "none of its 1 images has a caption (1 no caption; the first image is empty.jpg)" in capsys.readouterr().err
+    (tmp_path / "source" / "empty.txt").write_text("a caption")
+    assert run("folder", tmp_path / "source", "--out", tmp_path / "out") == 2
     assert "no train sample" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -477,7 +485,8 @@ def test_the_same_folder_gives_the_same_bytes(photographs: Path, tmp_path: Path)
 
 
 def test_a_folders_split_is_a_shuffle_that_adds_up(photographs: Path) -> None:
-    images = ImageFolder(photographs, {})
+    files = list_files(photographs)
+    images = ImageFolder(photographs, files, sidecar_captions(photographs, files))
     for share, held_out in ((0.0, 0), (0.02, 1), (0.5, 4), (0.99, 8)):
         split = images.split(share)
         assert len(split["held_out"]) == held_out

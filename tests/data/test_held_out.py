@@ -1,5 +1,6 @@
 """Pictures for evaluation: all of them, once, in order, with their labels, whoever reads which."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.data.tar_shards import encoded, write_corpus, write_tar
 pytestmark = pytest.mark.L0
 
 
-def held_out(folder: Path, **options: int) -> HeldOut:
+def held_out(folder: Path, **options: object) -> HeldOut:
     return HeldOut([f"{folder}/*.tar"], 16, System(), 10_000, **options)  # type: ignore[arg-type]
 
 
@@ -52,6 +53,53 @@ def test_a_limit_keeps_samples_of_every_shard(corpus: Path) -> None:
     assert [int(key.split("/")[1]) for key in batch.keys] == [0, 3, 6, 9, 12, 15]
     assert batch.positions.tolist() == list(range(6))
     assert len(held_out(corpus, limit=1000)) == 18
+
+
+NAMES = {
+    "a.json": b'{"label": "3"}', "b.json": b'{"label": "3.0"}', "c.json": b'{"label": 3.0}', "d.cls": b"3.0\n",
+    "e.json": b'{"label": "dog"}', "f.cls": b"Tabby_cat\n", "g.json": b'{"label": "crane"}', "h.json": b'{"label": ""}',
+    "i.json": b'{"label": 1.5}', "j.cls": b"\xff\xfe", "k.json": b'{"label": "-1"}',
+}  # fmt: skip
+
+
+def write_named(folder: Path) -> None:
+    """Labels as texts, and .cls members beside .json ones."""
+    members: dict[str, bytes] = {}
+    for name, content in NAMES.items():
+        members |= {f"{name[0]}.jpg": encoded(ord(name[0])), name: content}
+    members |= {"l.jpg": encoded(1), "l.json": b"{}", "l.cls": b"4"}
+    members |= {"m.jpg": encoded(1), "m.json": b'{"label": "dog"}', "m.cls": b"5"}
+    write_tar(folder / "0.tar", members)
+
+
+def test_labels_are_numbers_in_any_form_and_names_by_their_place_in_the_table(tmp_path: Path) -> None:
+    write_named(tmp_path)
+    names = ["crane", "dog", "tabby cat", "crane"]
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": [{"name": name} for name in names]}))
+    pictures = held_out(tmp_path)
+    [batch] = pictures.batches(100)
+    assert batch.labels.tolist() == [3, 3, 3, 3, 1, 2, -1, -1, -1, -1, -1, 4, 5]
+    with pytest.raises(
+        UserError, match=r"0/g has label 'crane', a class name, and .*classes.json has no such class, or"
+    ):
+        pictures.classes.check()
+
+
+def test_class_names_without_a_table_are_no_labels_and_named_to_whoever_counts_by_class(tmp_path: Path) -> None:
+    write_named(tmp_path)
+    pictures = held_out(tmp_path)
+    [batch] = pictures.batches(100)
+    assert batch.labels.tolist() == [3, 3, 3, 3, -1, -1, -1, -1, -1, -1, -1, 4, 5]
+    assert not pictures.bad
+    with pytest.raises(
+        UserError, match=r"0/e has label 'dog', a class name, and there is no .*classes.json: names are"
+    ):
+        pictures.classes.check()
+    (tmp_path / "other.json").write_text('{"classes": [{"name": "DOG"}, {"name": "tabby-cat"}, {"name": "crane"}]}')
+    given = held_out(tmp_path, classes=tmp_path / "other.json")
+    [batch] = given.batches(100)
+    assert batch.labels.tolist() == [3, 3, 3, 3, 0, 1, 2, -1, -1, -1, -1, 4, 5]
+    given.classes.check()
 
 
 def test_labels_come_from_json_or_cls_and_anything_else_is_none(tmp_path: Path) -> None:

@@ -207,6 +207,7 @@ def test_every_mistake_is_one_line(
     write_weights(misfit, state, model.model_copy(update={"latent_channels": 16}))
     empty = write_tar(bare / "empty.tar", {"0.jpg": b"no picture", "0.json": b'{"label": 0}'})
     hashes = write_tar(bare / "hashes.tar", {"0.jpg": encoded(0), "0.json": b'{"label": 123456789012}'})
+    named = write_tar(bare / "named.tar", {"0.jpg": encoded(0), "0.json": b'{"label": "dog"}'})
     larger = tmp_path / "larger.json"
     train_bpe([f"{i * i} of {7 * i}" for i in range(300)], 400).save(str(larger))
     astray = tmp_path / "astray.safetensors"
@@ -247,6 +248,8 @@ def test_every_mistake_is_one_line(
         ("does not exist: FID needs a feature network", (trained, "--fid", tmp_path / "none.pth")),
         ("no held-out picture could be decoded", (trained, "--tasks", "reconstruction", "--data", empty)),
         ("has label 123456789012: labels number the classes", (trained, "--tasks", "knn", "--data", hashes)),
+        ("named/0 has label 'dog', a class name, and there is no", (trained, "--tasks", "knn", "--data", named)),
+        ("has label 'dog', a class name, and", (trained, "--tasks", "zero_shot", "--data", named, *table)),
         ("--lpips=", (trained, "--tasks", "reconstruction", "--lpips", tmp_path / "none.safetensors")),
         ("--tokenizer=none.json is no file", (trained, "--tokenizer", "none.json")),
         ("has 400 tokens, the text tower was trained with 300", (trained, "--tokenizer", larger)),

@@ -105,6 +105,8 @@ def test_class_tables_are_read_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "classes.json"
     path.write_text(json.dumps({"classes": [{"name": "red circle", "prompts": ["a red circle", "a red disc"]}]}))
     assert ClassTable.read(path) == ClassTable(("red circle",), (("a red circle", "a red disc"),))
+    path.write_text(path.read_text(), encoding="utf-16")
+    assert ClassTable.read(path) == ClassTable(("red circle",), (("a red circle", "a red disc"),))
     path.write_text(json.dumps({"classes": [{"name": "one", "prompts": ["a one"]}, {"name": "two"}]}))
     with pytest.raises(UserError, match=r"1 of 2 classes have no prompts \(first: 'two'\)"):
         ClassTable.read(path)

@@ -1,0 +1,330 @@
+"""Folders and tables as people have them: a caption reaches its own picture, or is counted by name."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import UserError
+from data import corpus, folder, processes
+from data.caption_sources import table_captions
+from data.corpus import main, with_progress
+from data.image_files import classes, list_files, splits
+from data.sample import Sample
+from tests.data.tar_shards import encoded
+from tests.data.test_corpus import digests, read_split
+
+pytestmark = pytest.mark.L0
+
+PICTURES = [encoded(i, "PNG", 8, 8) for i in range(6)]
+
+
+def write(source: Path, *names: str, **texts: bytes) -> Path:
+    """Pictures of these names, and caption files."""
+    for number, name in enumerate(names):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(PICTURES[number])
+    for name, text in texts.items():
+        (source / f"{name}.txt").write_bytes(text)
+    return source
+
+
+def pack(source: Path, *options: object) -> dict[str, tuple[str, str]]:
+    """File -> (split, caption) of the corpus made of `source`."""
+    out = source.parent / "out"
+    assert main([str(argument) for argument in ("folder", source, "--out", out, *options)]) == 0
+    return {
+        json.loads(sample["json"])["file"]: (split, sample["txt"].decode())
+        for split in ("train", "held_out")
+        for _, sample in read_split(out, split)
+    }
+
+
+def skipped(source: Path) -> dict[str, str]:
+    listed = json.loads((source.parent / "out" / "skipped.json").read_text())
+    found = {entry["file"]: entry["reason"] for entry in listed}
+    assert len(found) == len(listed), "a file is counted twice"
+    return found
+
+
+def refusal(source: Path, capsys: pytest.CaptureFixture[str], *options: object) -> str:
+    out = source.parent / "out"
+    assert main([str(argument) for argument in ("folder", source, "--out", out, *options)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert not out.exists()
+    return error
+
+
+# Tables ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('0.png,"a cat\n1.png,a dog\n2.png,"b"\n', r"row 1 \(line 2\) has a quote out of place"),
+        (
+            '0.png,x\n\n1.png,"a cat\n2.png,a dog\n',
+            r"row 2 \(line 4\) has a quote out of place \(unexpected end of data",
+        ),
+        ('0.png,"a 5" pipe"\n', r"row 1 \(line 2\) has a quote out of place"),
+        ('0.png,"a cat\n1.png,a dog"\n2.png,b\n', r"row 1 \(line 2\) goes on over the line '1.png,a dog', which looks"),
+        (
+            '0.png,"two\nlines"\n1.png,a cat, on a mat\n',
+            r'row 2 \(line 4\) has 3 cells, the header 2: .* in quotes, "a cat, on a mat"',
+        ),
+        ("0.png,a\n./0.png,b\n", r"row 2 \(line 3\) lists 0.png again: .* with a list of its captions"),
+    ],
+)
+def test_what_would_cut_a_caption_or_swallow_rows_is_an_error_with_row_and_line(
+    tmp_path: Path, rows: str, message: str
+) -> None:
+    (tmp_path / "c.csv").write_text("file,caption\n" + rows)
+    with pytest.raises(UserError, match=message):
+        table_captions(tmp_path / "c.csv")
+
+
+def test_captions_with_commas_quotes_and_lines_are_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_bytes(
+        b'\xef\xbb\xbffile,width,caption\r\n0.png,8,"a cat, ""tabby"""\r\n\r\n'
+        b'1.png,8,"two\r\nlines"\r\n2.png,8,a 5" pipe,,\r\n'
+    )
+    texts = {"0.png": ('a cat, "tabby"',), "1.png": ("two\r\nlines",), "2.png": ('a 5" pipe',)}
+    assert table_captions(tmp_path / "c.csv").texts == texts
+    (tmp_path / "c.tsv").write_text("0.png\tx\n")
+    with pytest.raises(UserError, match=r"line 1 has no column file or file_name, it has '0.png', 'x'"):
+        table_captions(tmp_path / "c.tsv")
+    (tmp_path / "c.tsv").write_text("text\tfile_name\na cat, a dog\t0.png\n", encoding="utf-16")
+    assert table_captions(tmp_path / "c.tsv").texts == {"0.png": ("a cat, a dog",)}
+
+
+def test_a_table_in_another_encoding_is_refused_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_bytes("file,caption\n0.png,a\n1.png,café\n".encode("cp1252"))
+    with pytest.raises(UserError, match=r"line 3 is not UTF-8 \(byte 0xe9 is not UTF-8\): .* save the table as UTF-8"):
+        table_captions(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        ("c.csv", 'file,caption\n0.png,a\n1.png\n2.png,\n3.png,"\u200b "\n,x\n4.png,e\n', "row 5 (line 6)"),
+        (
+            "c.jsonl",
+            '{"file": "0.png", "caption": "a"}\n{"file": "1.png"}\n{"file": "2.png", "caption": null}\n'
+            '{"file": "3.png", "caption": "\u200b "}\n{"file": null, "caption": "x"}\n'
+            '{"file_name": "4.png", "text": "e"}\n',
+            "line 5",
+        ),
+    ],
+)
+def test_a_row_without_caption_or_name_costs_that_row_and_is_counted(
+    tmp_path: Path, table: tuple[str, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, where = table
+    source = write(tmp_path / "source", *(f"{i}.png" for i in range(6)))
+    (tmp_path / name).write_text(content)
+    found = pack(source, "--captions", tmp_path / name, "--held-out-share", 0)
+    assert found == {"0.png": ("train", "a"), "4.png": ("train", "e")}
+    reasons = skipped(source)
+    assert reasons == {
+        "1.png": "no caption", "2.png": reasons["2.png"], "3.png": "empty caption", "5.png": "no caption",
+        f"{name} {where}": "no file name in the table",
+    }  # fmt: skip
+    assert reasons["2.png"] in ("no caption", "empty caption")
+    assert "left out 5: " in capsys.readouterr().err
+
+
+def test_names_match_whatever_their_unicode_form_or_slashes(tmp_path: Path) -> None:
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    source = write(tmp_path / "source", f"{apart}/{apart}.png", "b/1.png", f"{composed}.png", "d.png")
+    (tmp_path / "c.csv").write_text(
+        f"file,caption\n{composed}/{composed}.png,a\nb\\1.png,b\n{apart}.png,c\n d.png ,d\ngone.png,e\n"
+    )
+    found = pack(source, "--captions", tmp_path / "c.csv", "--held-out-share", 0)
+    assert {name: text for name, (_, text) in found.items()} == {
+        f"{apart}/{apart}.png": "a", "b/1.png": "b", f"{composed}.png": "c", "d.png": "d"
+    }  # fmt: skip
+    assert skipped(source) == {"gone.png": "caption without image"}
+
+
+def test_a_file_of_the_very_name_goes_before_one_of_another_form(tmp_path: Path) -> None:
+    composed, apart = "caf\u00e9.png", "cafe\u0301.png"
+    source = write(tmp_path / "source", composed, apart)
+    (tmp_path / "c.csv").write_text(f"file,caption\n{composed},one\n{apart},two\n")
+    found = pack(source, "--captions", tmp_path / "c.csv", "--held-out-share", 0)
+    assert {name: text for name, (_, text) in found.items()} == {composed: "one", apart: "two"}
+
+
+def test_held_out_pictures_are_chosen_among_those_that_have_captions(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", *(f"{i}.png" for i in range(6)), **{"1": b"one", "4": b"four"})
+    found = pack(source, "--held-out-share", 0.5)
+    assert sorted(split for split, _ in found.values()) == ["held_out", "train"]
+    assert len(skipped(source)) == 4
+
+
+def test_several_captions_of_a_picture_reach_the_shards(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "0.png")
+    (tmp_path / "c.jsonl").write_text('{"file": "0.png", "caption": ["a cat", null, "a tabby"]}\n')
+    assert pack(source, "--captions", tmp_path / "c.jsonl", "--train-tokenizer", 300)["0.png"] == ("train", "a cat")
+    [(_, sample)] = read_split(tmp_path / "out", "train")
+    assert json.loads(sample["json"])["captions"] == ["a cat", "a tabby"]
+
+
+# Files beside the pictures -------------------------------------------------------------------------------------
+
+
+def test_caption_files_are_read_by_their_mark_and_refused_by_name(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "source", *(f"{name}.png" for name in "abcde"),
+        a="a caf\u00e9".encode("utf-16"), b="b caf\u00e9".encode("cp1252"), c=b"\0\0", d=b"one\r\ntwo\r\n",
+    )  # fmt: skip
+    (source / "e.TXT").write_text("loud")
+    found = pack(source, "--held-out-share", 0)
+    assert found == {"a.png": ("train", "a caf\u00e9"), "d.png": ("train", "one\ntwo"), "e.png": ("train", "loud")}
+    assert skipped(source) == {"b.png": "caption is not UTF-8: byte 0xe9 is not UTF-8", "c.png": "empty caption"}
+
+
+# Folders -------------------------------------------------------------------------------------------------------
+
+
+def test_split_folders_name_no_class_and_decide_what_is_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "source", "train/cat/0.png", "train/red_fox/1.png", "Val/cat/2.png", "test/cat/3.png")
+    assert "which say what is held out" in refusal(source, capsys, "--caption-from-folder", "--held-out-share", 0.1)
+    assert pack(source, "--caption-from-folder") == {
+        "train/cat/0.png": ("train", "a photo of a cat"), "train/red_fox/1.png": ("train", "a photo of a red fox"),
+        "Val/cat/2.png": ("held_out", "a photo of a cat"), "test/cat/3.png": ("held_out", "a photo of a cat"),
+    }  # fmt: skip
+    table = json.loads((tmp_path / "out" / "classes.json").read_text())["classes"]
+    assert [entry["name"] for entry in table] == ["cat", "red fox"]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["train/a/0.png", "validation/a/1.png"], {"train": "train", "validation": "held_out"}),
+        (["train2017/0.png", "val2017/1.png"], {"train2017": "train", "val2017": "held_out"}),
+        (["Training_set/0.png", "test-images/1.png"], {"Training_set": "train", "test-images": "held_out"}),
+        (["train/a/0.png", "1.png"], {"train": "train"}),
+        (["train/0.png", "car/1.png", "plane/2.png"], {}),  # vehicles
+        (["developer/0.png", "tester/1.png"], {}),
+        (["0.png"], {}),
+    ],
+)
+def test_top_folders_are_splits_where_all_are_or_there_are_two_kinds(names: list[str], found: dict[str, str]) -> None:
+    assert splits(names) == found
+
+
+def test_a_folder_called_train_among_others_is_a_class() -> None:
+    assert classes(["train/0.png", "car/1.png"], None) == {"train/0.png": "train", "car/1.png": "car"}
+
+
+def test_nested_folders_name_the_class_that_is_asked_for_and_are_refused_by_name_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "source", "animals/cat/0.png", "animals/dog/1.png", "plants/2.png")
+    error = refusal(source, capsys, "--caption-from-folder")
+    assert "animals/cat/0.png lies in 2 folders, so its class could be 'animals' or 'cat'" in error
+    assert "--class-folder is read with --caption-from-folder" in refusal(source, capsys, "--class-folder", "last")
+    names = list_files(source).images
+    assert classes(names, "last") == dict(zip(names, ["cat", "dog", "plants"], strict=True))
+    assert classes(names, "first") == dict(zip(names, ["animals", "animals", "plants"], strict=True))
+    assert {text for _, text in pack(source, "--caption-from-folder", "--class-folder", "last").values()} == {
+        "a photo of a cat", "a photo of a dog", "a photo of a plants"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["0.png", "1.png"], r"no image lies in the folder of a class \('0.png', and 1 more\)"),
+        (["train/0.png", "val/1.png"], r"no image lies in the folder of a class \('train/0.png', and 1 more\)"),
+        (["train/a/0.png", "val/a/1.png", "more/a/2.png"], "more/a/2.png lies beside the splits train, val, in 'more'"),
+    ],
+)
+def test_folders_that_name_no_class_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        classes(names, None)
+
+
+def test_every_kind_of_picture_is_found_and_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "0.JFIF", "1.jpe", "2.gif", "3.avif", "4.HEIC", "5.jxl")
+    for name, kind in (("0.JFIF", "JPEG"), ("1.jpe", "JPEG"), ("2.gif", "GIF"), ("3.avif", "AVIF")):
+        (source / name).write_bytes(encoded(0, kind))
+    for name in "012345":
+        (source / f"{name}.txt").write_text(name)
+    found = pack(source, "--held-out-share", 0)
+    reasons = skipped(source)
+    assert set(found) | set(reasons) == {"0.JFIF", "1.jpe", "2.gif", "3.avif", "4.HEIC", "5.jxl"}
+    assert set(found) >= {"0.JFIF", "1.jpe", "2.gif"}
+    assert (reasons["4.HEIC"], reasons["5.jxl"]) == ("heic image", "jpeg xl image")
+
+
+def test_linked_folders_are_read_once_and_hidden_or_unreadable_ones_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "source", "a/0.png", ".thumbnails/0.png", "locked/1.png")
+    write(tmp_path / "elsewhere", "b/2.png")
+    (tmp_path / "elsewhere" / "b" / "round").symlink_to(tmp_path / "elsewhere")
+    (source / "other").symlink_to(tmp_path / "elsewhere")
+    (source / "again").symlink_to(source / "a")
+    (source / "up").symlink_to(tmp_path)
+    scan = os.scandir
+
+    def scandir(path: str) -> object:
+        if os.path.basename(path) == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    files = list_files(source)
+    assert files.images == ("a/0.png", "other/b/2.png")
+    assert files.left_out == (
+        (".thumbnails/", "hidden folder"),
+        ("again/", "link to a folder that is read already"),
+        ("locked/", "folder cannot be read: Permission denied"),
+        ("other/b/round/", "link to a folder that is read already"),
+        ("up/", "link to a folder that is read already"),
+    )
+
+
+# Time ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_corpus_is_the_same_bytes_for_any_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "source", *(f"{i}.png" for i in range(6)))
+    for i in range(40):
+        (source / f"more{i}.png").write_bytes(PICTURES[i % 6] if i % 9 else b"<html>")
+    for path in list(source.iterdir()):
+        path.with_suffix(".txt").write_text(path.stem)
+    monkeypatch.setattr(folder, "WORTH_A_POOL", 1)
+    for workers in (1, 2):
+        command = ["folder", source, "--out", tmp_path / str(workers), "--workers", workers, "--held-out-share", 0]
+        assert main([str(argument) for argument in command]) == 0
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+
+
+def test_a_process_that_dies_is_one_line_and_nobody_waits_for_it() -> None:
+    with pytest.raises(OSError, match=r"a process died at its work: .* fewer --workers"):
+        list(processes.map_in_order(os._exit, range(100), workers=2))
+
+
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal_and_a_bar_where_there_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [Sample(b"", "jpg", "", {})] * 4
+    assert list(with_progress(samples, "train", 4)) == samples
+    assert capsys.readouterr().err == ""
+    clock = iter(range(0, 1000, 30))
+    monkeypatch.setattr(corpus.time, "monotonic", lambda: next(clock))
+    list(with_progress(samples, "train", 8))
+    assert capsys.readouterr().err == "train: 2 of 8, about 3 minutes left\ntrain: 4 of 8, about 2 minutes left\n"
+    monkeypatch.undo()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(with_progress(samples, "train", 4)) == samples
+    assert "train" in capsys.readouterr().err
