@@ -147,11 +147,12 @@ class Loop:
         """What the run is for, from its last checkpoint. Raises TrainingFailed, on all ranks, where it cannot."""
         self.place.at("consolidating" if world.is_first() else "barrier")  # where the others wait for it
         root, out = checkpoints(self.training.config), self.directory / "weights.safetensors"
-        if trouble := trouble_of_first(lambda: archive.consolidate(archive.find(root), out)):
-            raise TrainingFailed("weights", f"{trouble}; the checkpoint is whole: make room, and go on with --resume")
+        if trouble := trouble_of_first(lambda: archive.consolidate(archive.find(root), out, self.training.config)):
+            raise TrainingFailed("weights", f"{trouble}; the checkpoint is whole: mend this, and go on with --resume")
 
     def _report(self, done: int, cursor: Cursor, meter: Meter) -> bool:
-        """The host looks at the device; pictures and a checkpoint when they are due. Whether to stop before the end."""
+        """The host looks at the device; a checkpoint, then pictures when they are due. Whether to stop before the
+        end."""
         training, config = self.training, self.training.config
         system = config.system
         beside = self.instruments.read(meter.num_steps)
@@ -167,13 +168,13 @@ class Loop:
             replicas.check(training.kept(), training.comm, done)
         is_stopping, is_last = self.guard.should_stop(), done == config.optim.steps
         is_leaving = is_stopping or is_last
-        if is_leaving or is_due(done, system.images_every, system.report_every):
-            self._show(done)
         if is_leaving or is_due(done, system.checkpoint.every, system.report_every):
             corpus = training.corpus(done + cursor.skipped_steps)
             self.saver.save(done, training.kept(), Consumed(cursor.skipped_steps, cursor.samples_digest, corpus))
         if is_leaving:
             self._tell(self.saver.finish())
+        if world.is_first() and (is_leaving or is_due(done, system.images_every, system.report_every)):
+            self.reporter.attempt(f"draw the pictures of step {done}", lambda: self._show(done))
         return is_stopping and not is_last
 
     def _tell(self, news: list[News]) -> dict[str, float]:
@@ -183,9 +184,7 @@ class Loop:
         return dict(news[-1].scalars) if news else {}
 
     def _show(self, done: int) -> None:
-        """What the first rank's last step looks like, as files and in TensorBoard."""
-        if not world.is_first():
-            return
+        """What the first rank's last step looks like, as files and in TensorBoard. No collective."""
         for name, picture in self.training.pictures().items():
             self.reporter.picture(done, name, picture)
             self.reporter.keep(self.directory / "pictures" / f"{name}-{done:08d}.png", png(picture))
@@ -213,6 +212,6 @@ def _describe(
     reporter.keep(run_dir / "choices.json", json.dumps(training.choices, indent=2) + "\n")
     for words in passed_over:
         reporter.say(words)
-    reporter.say(training.describe())
+    reporter.attempt("describe the model", lambda: reporter.say(training.describe()))
     for name, choice in training.choices.items():
         reporter.say(f"{name}: {choice}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from configs import UserError
+from configs.load import one_line
+from data.whole_file import write_whole
+from engine.complaint import complain
 from evaluation.outcome import Figure, Outcome
 
 
@@ -49,13 +52,31 @@ def check_numbers(figures: Mapping[str, Any], where: str) -> None:
 
 
 def write(folder: Path, found: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
-    """Writes evaluation.json, of `found`, and pictures/*.png into `folder`."""
-    (folder / "evaluation.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
+    """Writes evaluation.json, of `found`, and then pictures/*.png into `folder`. Raises UserError as `write_figures`."""
+    write_figures(folder / "evaluation.json", found)
     for outcome in outcomes.values():
         for name, draw in outcome.pictures.items():
-            draw(pictures / f"{name}.png")
+            draw_picture(folder / "pictures" / f"{name}.png", draw)
+
+
+def write_figures(path: Path, found: Mapping[str, Any]) -> None:
+    """Writes `found` as JSON, whole or not at all. Raises UserError with the figures in it where it cannot."""
+    try:
+        write_whole(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}): make room, and look again; the figures are "
+            f"{json.dumps(found)}"
+        ) from None
+
+
+def draw_picture(path: Path, draw: Callable[[Path], None]) -> None:
+    """Draws to `path`. The figures do without a picture: whatever is wrong with one is a line on stderr."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        draw(path)
+    except Exception as error:
+        complain(f"could not draw {path}: {type(error).__name__}: {one_line(error)}")
 
 
 def show(found: Mapping[str, Any], console: Console | None = None) -> None:

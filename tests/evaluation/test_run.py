@@ -18,8 +18,9 @@ from PIL import Image
 from configs import UserError
 from data.captions import train_bpe
 from engine.world import Ranks
-from evaluation import run
+from evaluation import results, run
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
+from evaluation.outcome import Outcome
 from evaluation.tasks import Options
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights, write_weights
@@ -78,6 +79,23 @@ def test_all_tasks_share_a_pass_and_leave_figures_and_pictures(
         assert expected in shown
     again = evaluated(tmp_path, trained, "--tasks", ALL, "--fid", network, "--batch-size", 4)
     assert again == found
+
+
+def test_figures_are_kept_whatever_happens_to_pictures_and_to_their_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path) -> None:
+        raise RuntimeError("svd:\nfailed")
+
+    outcome = Outcome({"top1": 0.5}, pictures={"first": fail, "second": Path.touch})
+    results.write(tmp_path, {"knn": {"top1": 0.5}}, {"knn": outcome})
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"knn": {"top1": 0.5}}
+    assert (tmp_path / "pictures" / "second.png").exists()
+    assert capsys.readouterr().err == f"could not draw {tmp_path}/pictures/first.png: RuntimeError: svd: failed\n"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "evaluation.json").mkdir()
+    with pytest.raises(UserError, match=r'cannot be written .*the figures are {"knn": {"top1": 0.5}}'):
+        results.write(tmp_path / "full", {"knn": {"top1": 0.5}}, {})
 
 
 def test_results_go_into_the_run_unless_told_otherwise(trained: Path, tmp_path: Path) -> None:
