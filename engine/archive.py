@@ -19,7 +19,7 @@ from configs import Config, DecoderGan, Run, UserError, fingerprint, load_run
 from configs.generation import Generation
 from configs.load import science_changes
 from data.whole_file import sync
-from engine.checkpoint.directory import SUMS, candidates
+from engine.checkpoint.directory import SUMS, candidates, traces
 from engine.checkpoint.pieces import AVERAGE, MASTER, WHOLE, Pieces
 from engine.exits import DONE, FAILED, MISTAKE
 from engine.places import checkpoints, run_directory
@@ -28,7 +28,6 @@ from model.generator.shape import LatentShape
 from model.generator.weights import write_generator
 from model.origin import Origin
 from model.weights import write_weights
-
 
 # Settings that decide which weights there are and what each of them means: no checkpoint goes on under other values.
 FIXED = (
@@ -79,9 +78,9 @@ def check_start(config: Run, resume: bool, allowed_changes: tuple[str, ...]) -> 
     """Refuses to write over a run, or to resume another one, before anything heavy is loaded."""
     if resume:
         check_science(find(checkpoints(config)), config, allowed_changes)
-    elif there := candidates(checkpoints(config)):
+    elif there := traces(checkpoints(config)):
         raise UserError(
-            f"{run_directory(config)} already holds a run ({there[0].name}): go on "
+            f"{run_directory(config)} already holds a run ({there[-1].name}): go on "
             "with --resume, choose another name=..., or remove the directory"
         )
 

@@ -111,7 +111,10 @@ class Supervisor:
         process = subprocess.Popen(self._command, start_new_session=True)
         code = self._wait(process)
         self._clear_away(process.pid)
-        there = candidates(self._run_dir / "checkpoints")
+        try:
+            there = candidates(self._run_dir / "checkpoints")
+        except UserError:  # the ranks have said what is wrong with `latest`
+            there = []
         failure = failures.last(self._run_dir)
         words = "" if failure is None or failure == before else f"{failure.step} {failure.kind} {failure.message}"
         return End(code if code >= 0 else 128 - code, step_of(there[0]) if there else 0, words)

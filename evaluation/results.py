@@ -52,7 +52,7 @@ def check_numbers(figures: Mapping[str, Any], where: str) -> None:
 
 
 def write(folder: Path, found: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
-    """Writes evaluation.json, of `found`, and then pictures/*.png into `folder`. Raises UserError as `write_figures`."""
+    """Writes evaluation.json, of `found`, then pictures/*.png into `folder`. Raises UserError as `write_figures`."""
     write_figures(folder / "evaluation.json", found)
     for outcome in outcomes.values():
         for name, draw in outcome.pictures.items():

@@ -26,8 +26,8 @@ def reconstructions(target: Tensor, *recons: Tensor, columns: int = 8) -> Tensor
 def latent_colours(latent: Tensor, scale: int, columns: int = 8) -> Tensor:
     """The first three principal components of the latents of all shown images, as RGB, each stretched to [0, 1].
 
-    latent: (R, L, h, w). One component is shown in grey, two as red and green, a latent with a number that is not finite
-    in black. Gives (3, h * scale, columns * w * scale).
+    latent: (R, L, h, w). One component is shown in grey, two as red and green, what is not finite in black.
+    Gives (3, h * scale, columns * w * scale).
     """
     shown = latent[:columns].float()
     images, channels, height, width = shown.shape

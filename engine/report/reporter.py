@@ -6,8 +6,8 @@ named with slashes as TensorBoard groups them ("loss/clip", "speed/samples_per_s
     with open_reporter(Path("runs/demo"), total_steps=300, first_step=0, is_main=True) as reporter:
         reporter.scalars(10, {"loss/total": 7.1, "speed/samples_per_second": 55.0})
 
-No report ends a run: an error of a sink, or of what `attempt` runs, is one line. A disk that is full is none. A file that begins to fail is named once, with the reason, and once more when it
-is written again; what it did not take comes first then.
+No report ends a run: an error of a sink, or of what `attempt` runs, is one line. A file that a full disk fails is named
+once, with the reason, and once more when it is written again; what it did not take comes first then.
 """
 
 from __future__ import annotations
@@ -82,13 +82,16 @@ class Reporter:
     def _to_sinks(self, hand: Callable[[Sink], None]) -> None:
         """Each sink's own error costs that sink this report; it is named once on stderr, which is no sink."""
         for sink in self._sinks:
-            try:
-                hand(sink)
-            except Exception as error:
-                kind = (type(sink), type(error))
-                if kind not in self._raised:
-                    complain(f"{type(sink).__name__} lost a report ({type(error).__name__}: {one_line(error)})")
-                self._raised.add(kind)
+            self._to_sink(sink, hand)
+
+    def _to_sink(self, sink: Sink, hand: Callable[[Sink], None]) -> None:
+        try:
+            hand(sink)
+        except Exception as error:
+            kind = (type(sink), type(error))
+            if kind not in self._raised:
+                complain(f"{type(sink).__name__} lost a report ({type(error).__name__}: {one_line(error)})")
+            self._raised.add(kind)
 
     def _tell_of_files(self) -> None:
         """Once when a file begins to fail, once when it is well. Telling writes to files: what comes of that is told

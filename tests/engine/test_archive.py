@@ -59,6 +59,20 @@ def test_a_setting_that_weights_depend_on_cannot_change_and_is_not_offered(tmp_p
 
 
 @pytest.mark.L0
+@pytest.mark.parametrize("damage", ["nothing", "latest", "sums"])
+def test_a_plain_start_over_checkpoints_is_refused_whatever_is_wrong_with_them(tmp_path: Path, damage: str) -> None:
+    config = tiny_config(f"system.run_dir={tmp_path}")
+    check_start(config, False, ())
+    path = write_checkpoint(tmp_path / "checkpoints", config)
+    if damage == "latest":
+        (tmp_path / "checkpoints" / "latest").write_text("garbage")
+    elif damage == "sums":
+        (path / SUMS).unlink()
+    with pytest.raises(UserError, match=r"already holds a run \(step-00000003\): go on with --resume"):
+        check_start(config, False, ())
+
+
+@pytest.mark.L0
 @pytest.mark.parametrize("override", ["model.trunk.drop_path=0.4", "model.rope_base=50", "objectives.ssl.weight=0.5"])
 def test_a_setting_that_every_weight_outlives_is_offered_and_can_change(tmp_path: Path, override: str) -> None:
     here = f"system.run_dir={tmp_path}"
