@@ -23,7 +23,7 @@ from configs import Config, DecoderGan, Run, UserError, load_run  # noqa: E402
 from configs.ds import load_ds_config  # noqa: E402
 from configs.generation import Generation  # noqa: E402
 from engine.checkpoint.directory import candidates  # noqa: E402
-from engine.complaint import complain  # noqa: E402
+from engine.complaint import complain, keep_output_open  # noqa: E402
 from engine.places import checkpoints, run_directory  # noqa: E402
 
 FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
@@ -108,6 +108,7 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, t
 
 def main(arguments: list[str]) -> int:
     """Runs one rank; the exit code."""
+    keep_output_open()
     try:
         options = parse(arguments)
         if options.max_restarts is not None:
