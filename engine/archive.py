@@ -175,6 +175,7 @@ def _write_generator(path: Path, out: Path, config: Generation) -> None:
         whole["mean"],
         whole["std"],
         config.latents.tokenizer,
+        read_state(path).step,
     )
 
 

@@ -17,11 +17,13 @@ from PIL import Image
 
 from configs import UserError
 from data.captions import train_bpe
+from engine.checkpoint.directory import name_of
 from engine.world import Ranks
 from evaluation import results, run
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
 from evaluation.outcome import Outcome
 from evaluation.tasks import Options
+from model.origin import Origin
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights, write_weights
 from tests.data.tar_shards import encoded, write_tar
@@ -121,6 +123,26 @@ def test_a_weights_file_alone_is_evaluated_with_what_is_given(trained: Path, cor
         other = evaluated(tmp_path / "other", tmp_path / "other.safetensors", *given, "--tasks", "reconstruction")
         assert other["weights"] != whole["weights"]
         assert (other["latents"] == whole["latents"]) is same_latents
+
+
+def test_weights_of_a_run_that_has_gone_on_are_refused_by_the_run_and_taken_by_the_file(
+    trained: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(trained, tmp_path / "run")
+    state, model = read_weights(copy / "weights.safetensors")
+    write_weights(copy / "weights.safetensors", state, model, Origin(32, "run", steps=100))
+    latest = copy / "checkpoints" / "latest"
+    latest.parent.mkdir()
+    for step in (150, 50):  # it went on, or back
+        latest.write_text(name_of(step))
+        assert run.main([str(copy), "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert f"holds the weights of step 100, but the run's latest checkpoint is step-{step:08d}" in said
+        assert f"engine.archive {copy}/checkpoints --out {copy}/weights.safetensors`" in said
+    given = ("--tasks", "reconstruction", "--data", corpus / "held_out", "--crop", 32)
+    evaluated(tmp_path / "file", copy / "weights.safetensors", *given)
+    latest.write_text(f"{name_of(100)}\n")
+    evaluated(tmp_path / "out", copy, "--tasks", "reconstruction")
 
 
 def test_a_hub_name_is_evaluated_as_the_run_that_was_published(trained: Path, corpus: Path, tmp_path: Path) -> None:
