@@ -24,6 +24,7 @@ from configs.ds import load_ds_config  # noqa: E402
 from configs.generation import Generation  # noqa: E402
 from engine.checkpoint.directory import candidates  # noqa: E402
 from engine.complaint import complain, keep_output_open  # noqa: E402
+from engine.orphans import end_with_launcher  # noqa: E402
 from engine.places import checkpoints, run_directory  # noqa: E402
 
 FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
@@ -109,6 +110,7 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, t
 def main(arguments: list[str]) -> int:
     """Runs one rank; the exit code."""
     keep_output_open()
+    end_with_launcher()
     try:
         options = parse(arguments)
         if options.max_restarts is not None:
@@ -214,4 +216,6 @@ def _refuse(error: UserError, rank: int) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until there is something to save: no traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from configs import UserError
 from engine import run
 from engine.health.guard import Found
 from engine.health.rollback import Cursor
+from engine.lock import held
 from engine.report.reporter import open_reporter
 from tests.tiny import tiny_config
 
@@ -63,3 +67,25 @@ def test_pictures_come_after_the_checkpoint_is_on_disk(tmp_path: Path) -> None:
     assert order == ["act", "kept", "save", "finish"]
     assert drawn
     assert (tmp_path / "pictures" / "a-00000004.png").exists()
+
+
+def test_a_second_run_in_a_directory_is_refused_until_the_first_has_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(tmp_path / "lock") as lock:
+        assert lock is not None
+        with pytest.raises(UserError, match=rf"is in use by process {os.getpid()} of host .*`touch {tmp_path}/stop`"):
+            run._take(ExitStack(), tmp_path, wait=0.01)
+        assert "waiting 0.01 s for it to end" in capsys.readouterr().err
+    with run.alone_in(tmp_path, wait=0.0), held(tmp_path / "lock") as other:
+        assert other is None
+    with run.alone_in(tmp_path, wait=0.0):
+        assert capsys.readouterr().err == ""
+
+
+def test_a_place_that_knows_no_locks_is_said_and_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with run.alone_in(tmp_path / "file" / "run", wait=0.0):
+        assert "nothing keeps a second run out of this directory" in capsys.readouterr().err
