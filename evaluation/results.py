@@ -1,11 +1,12 @@
 """What an evaluation leaves behind: evaluation.json, pictures, a table on the screen.
 
     {"zero_shot": {"top1": 0.114, ...}, "linear_probe": {...}, "rows": [{"task": "linear_probe", ...}],
-     "source": "runs/demo", "weights": "9f86d0...", "latents": "60303a...",
+     "source": "runs/demo", "weights": "9f86d0...", "steps": 400, "latents": "60303a...",
      "held_out": ["demo_data/held_out-*.tar"], "crop": 64, "bad_samples": {}}
 
 One object of plain figures for each task; `rows` holds what is longer than a figure, such as a whole sweep.
-`weights` is the sha256 of all tensors that were measured, `latents` that of those the latents come from: a latent store
+`weights` is the sha256 of all tensors that were measured, `steps` how long they were trained (null where the file does
+not say), `latents` that of those the latents come from: a latent store
 and a generator on it name their tokenizer by the latter.
 """
 

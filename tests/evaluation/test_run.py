@@ -63,7 +63,7 @@ def test_all_tasks_share_a_pass_and_leave_figures_and_pictures(
     trained: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = evaluated(tmp_path, trained, "--tasks", ALL, "--fid", network, "--batch-size", 4)
-    about = ["source", "weights", "latents", "held_out", "crop", "bad_samples"]
+    about = ["source", "weights", "steps", "latents", "held_out", "crop", "bad_samples"]
     assert list(found) == [*ALL.split(","), "rows", *about]
     assert found["source"] == str(trained)
     assert found["zero_shot"]["images"] == found["knn"]["images"] == found["reconstruction"]["images"] == 11
