@@ -60,7 +60,7 @@ def test_a_file_in_the_runs_directory_asks_it_to_stop(tmp_path: Path, monkeypatc
 
 
 LISTENS = """
-import sys, torch
+import signal, sys, torch
 from pathlib import Path
 from types import SimpleNamespace
 from configs.health import Health
@@ -69,6 +69,7 @@ from model.objectives.comm import Solo
 
 now = 0.0
 guard.time = SimpleNamespace(monotonic=lambda: now)
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
 watch = guard.Guard(Solo(), torch.device("cpu"), Health(), [])
 watch.listen(Path(sys.argv[1]))
 while True:
