@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -51,6 +52,7 @@ from model.objectives.comm import Comm
 from profiling.memory import process_peak_bytes
 
 LOCK = "lock"  # a file in the run's directory
+LEASE_SECONDS = 90.0  # for which an NFS server keeps the lock of a host that is gone
 
 
 def train(
@@ -214,6 +216,7 @@ def _take(stack: ExitStack, run_dir: Path, wait: float) -> None:
     try:
         if stack.enter_context(held(path)) is not None:
             return
+        wait += 0.0 if f"host {socket.gethostname()} " in holder(path) else LEASE_SECONDS
         complain(f"{run_dir} is in use by {holder(path)}: waiting {wait:g} s for it to end")
         if stack.enter_context(held(path, wait)) is not None:
             return
@@ -222,7 +225,8 @@ def _take(stack: ExitStack, run_dir: Path, wait: float) -> None:
         return
     raise UserError(
         f"{run_dir} is in use by {holder(path)}: two runs would write over each other's checkpoints; let that one end "
-        f"(`touch {run_dir}/stop` makes it save and stop), or choose another name=..."
+        f"(`touch {run_dir}/stop` makes it save and stop), choose another name=..., or remove {path} where its host is "
+        "gone for good"
     )
 
 
