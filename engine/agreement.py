@@ -38,12 +38,12 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def trouble_of_first(work: Callable[[], object]) -> str:
-    """Rank 0 works; all ranks know what the file system had against it, nothing where all went well. A collective."""
+    """Run `work` on rank 0; every rank gets its OSError or UserError in words, "" where all went well. A collective."""
     trouble = ""
     if world.is_first():
         try:
             work()
-        except OSError as error:
+        except (OSError, UserError) as error:
             trouble = str(error)
     return world.broadcast_object(trouble)
 

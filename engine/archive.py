@@ -19,7 +19,7 @@ from configs.command_line import CommandParser, output_file
 from configs.generation import Generation
 from configs.load import science_changes
 from data.whole_file import sync
-from engine.checkpoint.directory import SUMS, candidates
+from engine.checkpoint.directory import SUMS, candidates, traces
 from engine.checkpoint.pieces import AVERAGE, MASTER, WHOLE, Pieces
 from engine.exits import DONE, FAILED, MISTAKE
 from engine.places import checkpoints, run_directory
@@ -28,6 +28,21 @@ from model.generator.shape import LatentShape
 from model.generator.weights import write_generator
 from model.origin import Origin
 from model.weights import write_weights
+
+# Settings that decide which weights there are and what each of them means: no checkpoint goes on under other values.
+FIXED = (
+    "kind", "model.", "generator.", "discriminator.width", "discriminator.layers", "tokenizer.", "latents.tokenizer",
+    "objectives.rec.align.kind", "objectives.rec.align.encoder.",
+)  # fmt: skip
+CHANGEABLE = (  # of those sections
+    "model.trunk.drop_path", "model.rope_base", "model.rope_dtype", "model.image_feature", "generator.direction",
+    "generator.class_dropout", "generator.times.", "generator.mask_ratio.", "generator.head.repeats",
+)  # fmt: skip
+# Settings that add weights, which no checkpoint has, when they go from this value to another.
+OFF = {
+    "objectives.clip.weight": "0.0", "objectives.ssl.weight": "0.0", "objectives.rec.weight": "0.0",
+    "objectives.clip.kind": "softmax", "objectives.rec.mask": "None", "ema": "None",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,9 +78,9 @@ def check_start(config: Run, resume: bool, allowed_changes: tuple[str, ...]) -> 
     """Refuses to write over a run, or to resume another one, before anything heavy is loaded."""
     if resume:
         check_science(_to_go_on_from(config), config, allowed_changes)
-    elif there := candidates(checkpoints(config)):
+    elif there := traces(checkpoints(config)):
         raise UserError(
-            f"{run_directory(config)} already holds a run ({there[0].name}): go on "
+            f"{run_directory(config)} already holds a run ({there[-1].name}): go on "
             "with --resume, choose another name=..., or remove the directory"
         )
 
@@ -88,10 +103,17 @@ def _to_go_on_from(config: Run) -> Path:
 
 
 def check_science(path: Path, config: Run, allowed: tuple[str, ...] = ()) -> None:
-    """Refuses a resume whose science differs from the checkpoint's, unless every changed key is in `allowed`."""
+    """Refuses a resume whose science differs from the checkpoint's, unless every changed key is in `allowed` and is not
+    one that cannot change."""
     if read_state(path).fingerprint == fingerprint(config):
         return
     changes = science_changes(load_run(path / "config.yaml"), config)
+    if fixed := [change for change in changes if _is_fixed(change)]:
+        raise UserError(
+            f"--resume: {path} was trained with other settings ({'; '.join(fixed)}): its weights are those of another "
+            "model, and --allow-change does not make them fit; restore the values, or start a new run under another "
+            "name"
+        )
     refused = [change for change in changes if change.partition(":")[0] not in allowed]
     if refused:
         keys = ",".join(change.partition(":")[0] for change in refused)
@@ -99,6 +121,14 @@ def check_science(path: Path, config: Run, allowed: tuple[str, ...] = ()) -> Non
             f"--resume: {path} was trained with other settings ({'; '.join(refused)}): a run keeps its science; "
             f"restore the values, start a new run under another name, or say --allow-change {keys}"
         )
+
+
+def _is_fixed(change: str) -> bool:
+    """Whether `key: old -> changed` of a checkpoint's science asks for weights that it does not have."""
+    key, _, values = change.partition(": ")
+    if OFF.get(key) == values.partition(" -> ")[0]:
+        return True
+    return key.startswith(FIXED) and not key.startswith(CHANGEABLE)
 
 
 def read_state(path: Path) -> State:
@@ -118,16 +148,17 @@ def whole_weights(path: Path, key: str = MASTER) -> dict[str, Tensor]:
     return {name: pieces.read(key, name).reshape(shape) for name, shape in state.shapes.items()}
 
 
-def consolidate(path: Path, out: Path) -> None:
+def consolidate(path: Path, out: Path, run: Run | None = None) -> None:
     """What a checkpoint's run is for, as one weights file: of pre-training the student or, with `ema`, its average
     (model/weights.py), of stage 2 the tokenizer with the averaged decoder, of a generator its average
     (model/generator/weights.py).
 
-    The file is there whole or not at all. Raises OSError where it cannot be written.
+    The file is there whole or not at all. With `run`, a config of the same science, files are looked for where it says.
+    Raises OSError where it cannot be written, UserError where stage 2's tokenizer is not to be had.
     """
     draft = out.with_name(f".{out.name}.tmp")
     try:
-        _write(path, draft)
+        _write(path, draft, run)
         sync(draft)
         draft.replace(out)
     except (OSError, SafetensorError) as error:
@@ -136,11 +167,13 @@ def consolidate(path: Path, out: Path) -> None:
         raise OSError(f"could not write {out}: {error}") from error
 
 
-def _write(path: Path, out: Path) -> None:
+def _write(path: Path, out: Path, run: Run | None) -> None:
     config = load_run(path / "config.yaml")
     if isinstance(config, Generation):
         _write_generator(path, out, config)
     elif isinstance(config, DecoderGan):
+        if isinstance(run, DecoderGan):  # the tokenizer may have been moved since the checkpoint
+            config = config.model_copy(update={"tokenizer": run.tokenizer})
         write_with_decoder(config, whole_weights(path, AVERAGE), read_state(path).step, out)
     elif isinstance(config, Config):
         weights = whole_weights(path, MASTER if config.ema is None else AVERAGE)
@@ -159,6 +192,7 @@ def _write_generator(path: Path, out: Path, config: Generation) -> None:
         whole["mean"],
         whole["std"],
         config.latents.tokenizer,
+        read_state(path).step,
     )
 
 

@@ -24,8 +24,9 @@ from configs.command_line import CommandParser  # noqa: E402
 from configs.ds import load_ds_config  # noqa: E402
 from configs.generation import Generation  # noqa: E402
 from engine.checkpoint.directory import candidates  # noqa: E402
-from engine.complaint import complain  # noqa: E402
+from engine.complaint import complain, keep_output_open  # noqa: E402
 from engine.launcher_numbers import launcher_numbers  # noqa: E402
+from engine.orphans import end_with_launcher  # noqa: E402
 from engine.places import checkpoints, run_directory  # noqa: E402
 
 LONGEST_PATH, LONGEST_BELOW = 4095, 200  # bytes: of a path on Linux; of what a run writes below its directory
@@ -112,6 +113,8 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, t
 
 def main(arguments: list[str]) -> int:
     """Runs one rank; the exit code."""
+    keep_output_open()
+    end_with_launcher()
     try:
         options = parse(arguments)
         if options.max_restarts is not None:
@@ -211,4 +214,6 @@ def _refuse(error: UserError) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until there is something to save: no traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

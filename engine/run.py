@@ -2,6 +2,7 @@
 
     runs/NAME/  config.yaml  ds_config.json  choices.json  machine.json  log.txt  log.jsonl  tensorboard/  checkpoints/
                 pictures/  bad_samples.jsonl  corpus.json  lost_shards.jsonl  weights.safetensors
+                lock (held while a run is in it)
                 profile/ (with profile.steps)
                 out_of_memory/ (when it did)
 
@@ -14,17 +15,20 @@ from __future__ import annotations
 
 import gc
 import json
-from contextlib import closing
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs import Run, to_yaml
+from configs import Run, UserError, to_yaml
 from engine import archive, stop_file, world
-from engine.agreement import trouble_of_first
+from engine.agreement import on_first, trouble_of_first
 from engine.checkpoint.contents import Consumed
 from engine.checkpoint.saver import News, Saver
 from engine.checkpoint.verified import newest_good
+from engine.complaint import complain
 from engine.exits import STOPPED
 from engine.garbage import collected_by_hand
 from engine.health import replicas
@@ -32,6 +36,7 @@ from engine.health.alarms import Alarms, rules
 from engine.health.failure import TrainingFailed
 from engine.health.guard import GoBack, Guard
 from engine.health.rollback import Cursor, Rollbacks, check_corpus, restored
+from engine.lock import held, holder
 from engine.out_of_memory import Memory
 from engine.places import checkpoints, run_directory
 from engine.report.instruments import Instruments, watching
@@ -46,6 +51,9 @@ from engine.watch.watch import watched
 from model.objectives.comm import Comm
 from profiling.memory import process_peak_bytes
 
+LOCK = "lock"  # a file in the run's directory
+LEASE_SECONDS = 90.0  # for which an NFS server keeps the lock of a host that is gone
+
 
 def train(
     config: Run, ds_config: dict[str, Any], comm: Comm, resume: bool, allowed_changes: tuple[str, ...] = ()
@@ -53,9 +61,10 @@ def train(
     """Trains to optim.steps, or to a stop signal; gives the exit code. `allowed_changes` are science keys that may
     differ from the checkpoint's, or sections of them. A collective."""
     run_dir = run_directory(config)
-    if world.is_first():
-        stop_file.forget(run_dir)
-    with watched(config, run_dir) as place:
+    # A restart may come before the last rank of the run before it, on another host, has noticed that it is cut off.
+    with alone_in(run_dir, config.system.watch.silent_seconds), watched(config, run_dir) as place:
+        if world.is_first():
+            stop_file.forget(run_dir)
         place.at("assembling")
         memory = Memory(config, ds_config, run_dir, comm.rank, comm.world_size, world.device())
         with memory.explained("assembling"):
@@ -147,11 +156,12 @@ class Loop:
         """What the run is for, from its last checkpoint. Raises TrainingFailed, on all ranks, where it cannot."""
         self.place.at("consolidating" if world.is_first() else "barrier")  # where the others wait for it
         root, out = checkpoints(self.training.config), self.directory / "weights.safetensors"
-        if trouble := trouble_of_first(lambda: archive.consolidate(archive.find(root), out)):
-            raise TrainingFailed("weights", f"{trouble}; the checkpoint is whole: make room, and go on with --resume")
+        if trouble := trouble_of_first(lambda: archive.consolidate(archive.find(root), out, self.training.config)):
+            raise TrainingFailed("weights", f"{trouble}; the checkpoint is whole: mend this, and go on with --resume")
 
     def _report(self, done: int, cursor: Cursor, meter: Meter) -> bool:
-        """The host looks at the device; pictures and a checkpoint when they are due. Whether to stop before the end."""
+        """The host looks at the device; a checkpoint, then pictures when they are due. Whether to stop before the
+        end."""
         training, config = self.training, self.training.config
         system = config.system
         beside = self.instruments.read(meter.num_steps)
@@ -167,13 +177,13 @@ class Loop:
             replicas.check(training.kept(), training.comm, done)
         is_stopping, is_last = self.guard.should_stop(), done == config.optim.steps
         is_leaving = is_stopping or is_last
-        if is_leaving or is_due(done, system.images_every, system.report_every):
-            self._show(done)
         if is_leaving or is_due(done, system.checkpoint.every, system.report_every):
             corpus = training.corpus(done + cursor.skipped_steps)
             self.saver.save(done, training.kept(), Consumed(cursor.skipped_steps, cursor.samples_digest, corpus))
         if is_leaving:
             self._tell(self.saver.finish())
+        if world.is_first() and (is_leaving or is_due(done, system.images_every, system.report_every)):
+            self.reporter.attempt(f"draw the pictures of step {done}", lambda: self._show(done))
         return is_stopping and not is_last
 
     def _tell(self, news: list[News]) -> dict[str, float]:
@@ -183,12 +193,41 @@ class Loop:
         return dict(news[-1].scalars) if news else {}
 
     def _show(self, done: int) -> None:
-        """What the first rank's last step looks like, as files and in TensorBoard."""
-        if not world.is_first():
-            return
+        """What the first rank's last step looks like, as files and in TensorBoard. No collective."""
         for name, picture in self.training.pictures().items():
             self.reporter.picture(done, name, picture)
             self.reporter.keep(self.directory / "pictures" / f"{name}-{done:08d}.png", png(picture))
+
+
+@contextmanager
+def alone_in(run_dir: Path, wait: float) -> Iterator[None]:
+    """Inside, no other run writes to `run_dir`: the first rank holds its lock. A collective.
+
+    Raises UserError, on every rank, where another run is still in it after `wait` seconds. A file system without locks
+    is said, and ends nothing.
+    """
+    with ExitStack() as stack:
+        on_first(lambda: _take(stack, run_dir, wait))
+        yield
+
+
+def _take(stack: ExitStack, run_dir: Path, wait: float) -> None:
+    path = run_dir / LOCK
+    try:
+        if stack.enter_context(held(path)) is not None:
+            return
+        wait += 0.0 if f"host {socket.gethostname()} " in holder(path) else LEASE_SECONDS
+        complain(f"{run_dir} is in use by {holder(path)}: waiting {wait:g} s for it to end")
+        if stack.enter_context(held(path, wait)) is not None:
+            return
+    except OSError as error:
+        complain(f"{path}: {error.strerror or error}: nothing keeps a second run out of this directory")
+        return
+    raise UserError(
+        f"{run_dir} is in use by {holder(path)}: two runs would write over each other's checkpoints; let that one end "
+        f"(`touch {run_dir}/stop` makes it save and stop), choose another name=..., or remove {path} where its host is "
+        "gone for good"
+    )
 
 
 def is_due(done: int, every: int, report_every: int) -> bool:
@@ -213,6 +252,6 @@ def _describe(
     reporter.keep(run_dir / "choices.json", json.dumps(training.choices, indent=2) + "\n")
     for words in passed_over:
         reporter.say(words)
-    reporter.say(training.describe())
+    reporter.attempt("describe the model", lambda: reporter.say(training.describe()))
     for name, choice in training.choices.items():
         reporter.say(f"{name}: {choice}")

@@ -6,10 +6,11 @@ Between two starts it waits, twice as long each time (BACK_OFF). A new checkpoin
 begin anew. A failure that comes back at the same step with the same words and no progress in between is deterministic,
 and another start would be wasted.
 
-SIGTERM, SIGUSR1 and SIGINT ask the run to stop through its directory (engine/stop_file.py), which reaches the ranks of
-every host; a supervisor that was asked starts nothing again. The signal itself is passed to the launcher's processes,
-which are those of this machine, when that has not helped in STOP_SECONDS, or when a second signal comes: DeepSpeed's
-launchers give ranks half a minute from there. Imports no torch: it outlives what it starts by weeks.
+SIGTERM, SIGUSR1, SIGINT and a terminal that closes (SIGHUP) ask the run to stop through its directory
+(engine/stop_file.py), which reaches the ranks of every host; a supervisor that was asked starts nothing again. The
+signal itself is passed to the launcher's processes, which are those of this machine, when that has not helped in
+STOP_SECONDS, or when a second signal comes: DeepSpeed's launchers give ranks half a minute from there. Imports no
+torch: it outlives what it starts by weeks.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit code of the whole."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        ends = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup stays nohup
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *ends):
             signal.signal(number, self._ask)
         stop_file.forget(self._run_dir)
         try:
@@ -111,7 +113,10 @@ class Supervisor:
         process = subprocess.Popen(self._command, start_new_session=True)
         code = self._wait(process)
         self._clear_away(process.pid)
-        there = candidates(self._run_dir / "checkpoints")
+        try:
+            there = candidates(self._run_dir / "checkpoints")
+        except UserError:  # the ranks have said what is wrong with `latest`
+            there = []
         failure = failures.last(self._run_dir)
         words = "" if failure is None or failure == before else f"{failure.step} {failure.kind} {failure.message}"
         return End(code if code >= 0 else 128 - code, step_of(there[0]) if there else 0, words)

@@ -14,7 +14,6 @@ against the statistics of ImageNet's training set, whatever the tokenizer's rFID
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -31,7 +30,7 @@ from engine import world
 from engine.agreement import with_one_answer
 from evaluation.command import check_counts, made, run_command
 from evaluation.generation import Generation, Options
-from evaluation.results import check_numbers, words
+from evaluation.results import check_numbers, draw_picture, words, write_figures
 from evaluation.samples import PRECISIONS, Pair
 from model.generator.sampling import Method, Sampling
 
@@ -59,8 +58,8 @@ def generate(generator: Path, tokenizer: str | Path, out: Path | None, options: 
     }  # fmt: skip
 
     def write() -> None:
-        (folder / "generation.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
-        judged.grid.draw(judged.names, folder / "pictures" / "samples.png")
+        write_figures(folder / "generation.json", found)
+        draw_picture(folder / "pictures" / "samples.png", partial(judged.grid.draw, judged.names))
 
     with_one_answer(lambda: write() if world.is_first() else None)
     return found

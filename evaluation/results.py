@@ -1,11 +1,12 @@
 """What an evaluation leaves behind: evaluation.json, pictures, a table on the screen.
 
     {"zero_shot": {"top1": 0.114, ...}, "linear_probe": {...}, "rows": [{"task": "linear_probe", ...}],
-     "source": "runs/demo", "weights": "9f86d0...", "latents": "60303a...",
+     "source": "runs/demo", "weights": "9f86d0...", "steps": 400, "latents": "60303a...",
      "held_out": ["demo_data/held_out-*.tar"], "crop": 64, "bad_samples": {}}
 
 One object of plain figures for each task; `rows` holds what is longer than a figure, such as a whole sweep.
-`weights` is the sha256 of all tensors that were measured, `latents` that of those the latents come from: a latent store
+`weights` is the sha256 of all tensors that were measured, `steps` how long they were trained (null where the file does
+not say), `latents` that of those the latents come from: a latent store
 and a generator on it name their tokenizer by the latter.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from configs import UserError
+from configs.load import one_line
+from data.whole_file import write_whole
+from engine.complaint import complain
 from evaluation.outcome import Figure, Outcome
 
 
@@ -49,13 +53,31 @@ def check_numbers(figures: Mapping[str, Any], where: str) -> None:
 
 
 def write(folder: Path, found: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
-    """Writes evaluation.json, of `found`, and pictures/*.png into `folder`."""
-    (folder / "evaluation.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
+    """Writes evaluation.json, of `found`, then pictures/*.png into `folder`. Raises UserError as `write_figures`."""
+    write_figures(folder / "evaluation.json", found)
     for outcome in outcomes.values():
         for name, draw in outcome.pictures.items():
-            draw(pictures / f"{name}.png")
+            draw_picture(folder / "pictures" / f"{name}.png", draw)
+
+
+def write_figures(path: Path, found: Mapping[str, Any]) -> None:
+    """Writes `found` as JSON, whole or not at all. Raises UserError with the figures in it where it cannot."""
+    try:
+        write_whole(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}): make room, and look again; the figures are "
+            f"{json.dumps(found)}"
+        ) from None
+
+
+def draw_picture(path: Path, draw: Callable[[Path], None]) -> None:
+    """Draws to `path`. The figures do without a picture: whatever is wrong with one is a line on stderr."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        draw(path)
+    except Exception as error:
+        complain(f"could not draw {path}: {type(error).__name__}: {one_line(error)}")
 
 
 def show(found: Mapping[str, Any], console: Console | None = None) -> None:

@@ -68,10 +68,10 @@ def evaluate(
     with_one_answer(look)
     outcomes: dict[str, Outcome] = {name: task.result() for name, task in tasks.items()}
     bad = sum(world.gather_objects(setup.held_out.bad), Counter())
-    source = setup.source
+    source, origin = setup.source, setup.source.tokenizer.origin
     about = {
-        "source": source.name, "weights": source.digest(), "latents": source.latent_digest(),
-        "held_out": list(setup.data), "crop": source.crop, "bad_samples": dict(bad),
+        "source": source.name, "weights": source.digest(), "steps": origin and origin.steps,
+        "latents": source.latent_digest(), "held_out": list(setup.data), "crop": source.crop, "bad_samples": dict(bad),
     }  # fmt: skip
     found = with_one_answer(lambda: results.as_json(outcomes, about))
     if world.is_first():

@@ -27,7 +27,7 @@ from evaluation.source import Source, check_finite, open_source
 from model.generator.draws import draw
 from model.generator.sampling import Sampling
 from model.generator.weights import LoadedGenerator, read_generator
-from model.weights import digest
+from model.weights import digest, weights_of_run
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLING_STEP = 1 << 40  # where training has its step: no run comes so far, so samples start from noise of their own
@@ -64,7 +64,7 @@ class Pair:
 
         Raises UserError where either cannot be read, or they do not belong together.
         """
-        file = generator / "weights.safetensors" if generator.is_dir() else generator
+        file = weights_of_run(generator) if generator.is_dir() else generator
         loaded = read_generator(file)
         check_finite(loaded.module, file)
         return cls(loaded, open_source(tokenizer, device), device, digest(file))

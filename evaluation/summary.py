@@ -30,6 +30,10 @@ def summarise(run: Path) -> dict[str, str]:
         )
     if rec := results.get("reconstruction"):
         lines["PSNR, held out"] = f"{rec['psnr_db']:.2f} dB (mean colour alone: {rec['psnr_db_of_mean_colour']:.2f} dB)"
+    if results.get("steps") not in (None, log.steps[-1]):
+        lines["evaluated"] = (
+            f"the weights of step {results['steps']}, not the last ones: run `python -m evaluation.run {run}` again"
+        )
     lines["speed"] = f"{log.median('speed/samples_per_second'):.1f} samples/s (median over reports)"
     lines["pictures"] = str(run / "pictures")
     lines["TensorBoard"] = f"tensorboard --logdir {run / 'tensorboard'}"

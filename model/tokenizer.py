@@ -29,7 +29,7 @@ from model.pack import Layout
 from model.parts import Parts, outlives_training
 from model.pretrainer import image_feature
 from model.towers import Decoder
-from model.weights import read_origin, read_weights
+from model.weights import read_origin, read_weights, weights_of_run
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -72,8 +72,9 @@ class VisualTokenizer(Parts, OnHub):
 
     @classmethod
     def from_run(cls, run: str | Path, attention: str = "sdpa") -> VisualTokenizer:
-        """From the run directory's weights.safetensors. Raises UserError where there is none."""
-        return cls.from_file(Path(run) / "weights.safetensors", attention)
+        """From the run directory's weights.safetensors. Raises UserError where there is none, or the run has gone on
+        since it was written."""
+        return cls.from_file(weights_of_run(Path(run)), attention)
 
     @classmethod
     def from_file(cls, path: str | Path, attention: str = "sdpa") -> VisualTokenizer:

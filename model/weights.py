@@ -26,6 +26,8 @@ from configs.architecture import Model
 from configs.permissions import follow_umask
 from model.origin import METADATA, Origin
 
+WEIGHTS = "weights.safetensors"  # in a run's directory
+
 
 def write_weights(path: str | Path, state: dict[str, Tensor], model: Model, origin: Origin | None = None) -> None:
     """`state` under our names (trunk.blocks.0.attn.qkv.weight, ...) to `path`."""
@@ -56,6 +58,26 @@ def read_origin(path: str | Path) -> Origin | None:
         return Origin.from_json(text)
     config = path.parent / "config.yaml"
     return Origin.of(load_config(config)) if config.is_file() else None
+
+
+def weights_of_run(run: Path) -> Path:
+    """The weights file of a run directory. Raises UserError where the run's latest checkpoint is of another step: a run
+    that went on has no newer weights file before it ends."""
+    path, latest = run / WEIGHTS, run / "checkpoints" / "latest"
+    if not latest.is_file() or not path.is_file():
+        return path
+    with opened(path) as stored:
+        metadata = stored.metadata() or {}
+    described = (json.loads(metadata[key]) for key in (METADATA, "generator") if key in metadata)
+    steps = next((found["steps"] for found in described if found.get("steps") is not None), None)
+    named = latest.read_text(errors="replace").strip()
+    if steps is not None and named != f"step-{steps:08d}":
+        raise UserError(
+            f"{path} holds the weights of step {steps}, but the run's latest checkpoint is {named[:80]}: the run went "
+            f"on, or back, since they were written; write those of the checkpoint with `python -m engine.archive "
+            f"{run}/checkpoints --out {path}`, or name the file itself, where one is taken, to use it as it is"
+        )
+    return path
 
 
 def digest(path: Path) -> str:

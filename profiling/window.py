@@ -99,9 +99,11 @@ class Window:
             self._write(record, name)
         except OSError as error:
             self._say(f"could not write {self._run_dir}/profile/{name}: {error.strerror or error}")
+        except Exception as error:  # of the profiler's own: a window is no reason to end a run
+            self._say(f"could not write {self._run_dir}/profile/{name}: {type(error).__name__}: {error}")
 
     def _write(self, record: profile, name: str) -> None:
-        """Raises OSError, and then leaves none of the files."""
+        """Leaves all of the files, or none where it raises."""
         folder, board = self._run_dir / "profile", self._run_dir / "tensorboard" / "profile"
         trace, table = folder / f"{name}.json.gz", folder / f"{name}.txt"
         copy = board / f"{name}.pt.trace.json.gz"
@@ -112,7 +114,7 @@ class Window:
             record.export_chrome_trace(str(trace))
             shutil.copyfile(trace, copy)
             table.write_text(record.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=60))
-        except OSError:
+        except Exception:
             for path in (trace, table, copy):
                 with suppress(OSError):
                     path.unlink()

@@ -13,16 +13,18 @@ another world size or ZeRO stage is the same code: each rank reads the ranges it
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from configs import Run, fingerprint
+from configs import Run, UserError, fingerprint
 from engine import world, zero
 from engine.archive import State, read_state
 from engine.checkpoint.pieces import MAIN, MASTER, MOMENTS, WHOLE, Piece, Pieces, label
+from engine.initial import part
 from engine.training import Kept
 
 
@@ -62,13 +64,43 @@ def state_of(step: int, kept: Kept, config: Run, consumed: Consumed = NOTHING) -
 
 
 def load(path: Path, kept: Kept) -> tuple[State, dict[str, Tensor]]:
-    """Restores this rank's share of engines and followers; gives the state and what Kept.whole was."""
+    """Restores this rank's share of engines and followers; gives the state and what Kept.whole was.
+
+    Raises UserError, on every rank, before anything is restored where the weights are another model's.
+    """
     state, found = read_state(path), Pieces(path)
+    check_shapes(path, state, kept, found)
     for name, engine in kept.engines.items():
         _restore(name, engine, state.optimizer_steps.get(name, 0), found)
     for follower in kept.followers:
         follower.restore(found)
     return state, {name: found.read(WHOLE, name) for name in found.names(WHOLE)}
+
+
+def check_shapes(path: Path, state: State, kept: Kept, found: Pieces) -> None:
+    """Compares the shape of every trained parameter with the checkpoint's: a range of one that is larger would be read
+    into a smaller one without a word.
+
+    The checkpoint may have more only where the run has nothing of that part of the model: an objective was left out.
+    Raises UserError that names the first difference.
+    """
+    numels = {name: found.numel(MASTER, name) for name in found.names(MASTER)}
+    own: dict[str, tuple[int, ...]] = {}
+    for engine_name, engine in kept.engines.items():
+        trained = (item for item in engine.module.named_parameters() if item[1].requires_grad)
+        own |= {label(engine_name, name): tuple(zero.full_shape(parameter)) for name, parameter in trained}
+    parts = {part(name) for name in own}
+    for name in dict.fromkeys((*own, *state.shapes)):
+        shape, held = own.get(name), tuple(state.shapes[name]) if name in state.shapes else None
+        if shape is None and part(name) not in parts:
+            continue
+        if held == shape or (held is None and numels.get(name) == math.prod(shape or ())):  # another engine's
+            continue
+        raise UserError(
+            f"--resume: {name} is {held or numels.get(name, 'not')} in {path} and {shape or 'not there'} in this run: "
+            "these are another model's weights; restore the settings in its config.yaml, or start a new run under "
+            "another name"
+        )
 
 
 def _restore(name: str, engine: Any, steps: int, found: Pieces) -> None:

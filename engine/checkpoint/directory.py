@@ -10,6 +10,7 @@ What has no SHA256SUMS is no checkpoint. Nothing here knows ranks or tensors; on
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from data.whole_file import sync, write_whole
 
 LATEST, SUMS = "latest", "SHA256SUMS"
 BLOCK = 1 << 22  # bytes read at once
+_NAME = re.compile(r"step-[0-9]{1,18}")
 
 
 def name_of(step: int) -> str:
@@ -74,18 +76,40 @@ def complete(root: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def traces(root: Path) -> list[Path]:
+    """Whatever looks like a checkpoint by its name, complete or not, by name: what a run that starts anew would write
+    over."""
+    return sorted(path for path in root.glob("step-*") if path.is_dir())
+
+
 def candidates(root: Path) -> list[Path]:
     """Where a run may go on, the best first: what `latest` names, then what came before it, newest first.
 
-    Without a `latest` (a kill before the first was written) the newest counts as named.
+    Without a `latest` (a kill before the first was written) the newest counts as named. Raises UserError where `latest`
+    names no checkpoint of this directory: somebody has written or removed something by hand, and meant another one.
     """
-    there = complete(root)
+    there, named = complete(root), named_by_latest(root)
+    if named is None:
+        return there[::-1]
+    return [path for path in (named,) if path in there] + [
+        path for path in there[::-1] if step_of(path) < step_of(named)
+    ]
+
+
+def named_by_latest(root: Path) -> Path | None:
+    """The checkpoint that `latest` names, whole or not; None without a `latest`. Raises as `candidates`."""
     pointer = root / LATEST
     if not pointer.is_file():
-        return there[::-1]
-    named = root / pointer.read_text().strip()
-    last = step_of(named) if named.name[5:].isdigit() else 0
-    return [path for path in (named,) if path in there] + [path for path in there[::-1] if step_of(path) < last]
+        return None
+    text = pointer.read_text(errors="replace").strip()
+    last = int(text.removeprefix("step-")) if _NAME.fullmatch(text) else -1
+    if last < 0 or text != name_of(last) or not _is_or_was(root / text):
+        choices = ", ".join(path.name for path in complete(root)) or f"none is complete in {root}"
+        raise UserError(
+            f"{pointer} says {text[:80]!r}, which is no checkpoint there: it holds the name of the one to go on from "
+            f"({choices}); write one of these names into it, or remove {pointer} to go on from the newest"
+        )
+    return root / text
 
 
 def retain(root: Path, keep_last: int, keep_every: int) -> list[Path]:
@@ -141,8 +165,17 @@ def sums_of(path: Path) -> dict[str, str]:
     return sums
 
 
+def _is_or_was(path: Path) -> bool:
+    """Whether that checkpoint is there, be it damaged, or a kill came while the same step was saved again."""
+    return path.is_dir() or draft_of(path.parent, step_of(path)).is_dir() or _aside(path).is_dir()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old.tmp")
+
+
 def _put_aside(path: Path) -> Path:
     """No checkpoint any more from one moment to the next; `clear_drafts` finds what a kill leaves of it."""
-    aside = path.with_name(f".{path.name}.old.tmp")
+    aside = _aside(path)
     path.rename(aside)
     return aside

@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from configs import Run, to_yaml
+from configs import Run, UserError, to_yaml
 from engine import world
 from engine.agreement import trouble_of_first
 from engine.checkpoint import contents, directory
@@ -132,7 +132,7 @@ class Saver:
         trouble_of_first(lambda: directory.clear_drafts(self._root))  # a full disk needs the room
         try:
             good = directory.candidates(self._root)[:1]
-        except OSError:
+        except (OSError, UserError):
             last = "the checkpoints before it cannot be seen now"
         else:
             last = f"the last good checkpoint is {good[0].name}" if good else "there is no checkpoint yet"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from configs import UserError
 from configs.system import Checkpoint
 from data.whole_file import write_whole
 from engine.checkpoint.directory import commit, retain, sum_of
@@ -125,7 +126,7 @@ class Writing:
         """Removes what is too old; a file system that will not let go of it is no reason to lose the new one."""
         try:
             removed = retain(self._draft.parent, self._settings.keep_last, self._settings.keep_every)
-        except OSError as error:
+        except (OSError, UserError) as error:
             return (f"could not remove an older one: {error}",)
         return tuple(f"removed {path.name}" for path in removed)
 

@@ -17,30 +17,42 @@ from torch import Tensor
 def reconstructions(target: Tensor, *recons: Tensor, columns: int = 8) -> Tensor:
     """Rows of at most `columns` images: originals, reconstructions, others of the same.
 
-    target, recons: (R, 3, H, W) in [0, 1]. Gives (3, rows * H, columns * W) in [0, 1].
+    target, recons: (R, 3, H, W) in [0, 1]. Gives (3, rows * H, columns * W) in [0, 1]; NaN is black.
     """
-    return torch.cat([_row(images[:columns]) for images in (target, *recons)], dim=1).clamp(0, 1)
+    rows = torch.cat([_row(images[:columns]) for images in (target, *recons)], dim=1)
+    return rows.nan_to_num(nan=0.0).clamp(0, 1)
 
 
 def latent_colours(latent: Tensor, scale: int, columns: int = 8) -> Tensor:
     """The first three principal components of the latents of all shown images, as RGB, each stretched to [0, 1].
 
-    latent: (R, L, h, w), L >= 3. Gives (3, h * scale, columns * w * scale).
+    latent: (R, L, h, w). One component is shown in grey, two as red and green, what is not finite in black.
+    Gives (3, h * scale, columns * w * scale).
     """
     shown = latent[:columns].float()
     images, channels, height, width = shown.shape
     points = shown.permute(0, 2, 3, 1).reshape(-1, channels)
+    colours, is_finite = points.new_zeros(len(points), 3), points.isfinite().all(dim=1)
+    if is_finite.any():
+        colours[is_finite] = _principal_colours(points[is_finite])
+    colours = colours.reshape(images, height, width, 3)
+    return _row(F.interpolate(colours.permute(0, 3, 1, 2), scale_factor=scale, mode="nearest"))
+
+
+def _principal_colours(points: Tensor) -> Tensor:
+    """(n, L) finite -> (n, 3) in [0, 1]: their first principal components, as many as there are up to three."""
     points = points - points.mean(0)
     _, _, components = torch.linalg.svd(points, full_matrices=False)
     colours = points @ components[:3].T
     low, high = colours.amin(0), colours.amax(0)
-    colours = ((colours - low) / (high - low).clamp_min(1e-12)).reshape(images, height, width, 3)
-    return _row(F.interpolate(colours.permute(0, 3, 1, 2), scale_factor=scale, mode="nearest"))
+    colours = (colours - low) / (high - low).clamp_min(1e-12)
+    missing = 3 - colours.shape[1]
+    return colours.expand(-1, 3) if missing == 2 else F.pad(colours, (0, missing))
 
 
 def png(picture: Tensor) -> bytes:
-    """A (3, H, W) picture in [0, 1] as a PNG file."""
-    pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    """A (3, H, W) picture in [0, 1] as a PNG file; NaN is black."""
+    pixels = (picture.detach().float().cpu().nan_to_num(nan=0.0).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     file = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, "PNG")
     return file.getvalue()

@@ -6,19 +6,21 @@ named with slashes as TensorBoard groups them ("loss/clip", "speed/samples_per_s
     with open_reporter(Path("runs/demo"), total_steps=300, first_step=0, is_main=True) as reporter:
         reporter.scalars(10, {"loss/total": 7.1, "speed/samples_per_second": 55.0})
 
-A disk that is full does not end a run. A file that begins to fail is named once, with the reason, and once more when it
-is written again; what it did not take comes first then.
+No report ends a run: an error of a sink, or of what `attempt` runs, is one line. A file that a full disk fails is named
+once, with the reason, and once more when it is written again; what it did not take comes first then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
+from configs.load import one_line
 from data.whole_file import write_whole
+from engine.complaint import complain
 from engine.report.sinks import GrowingFile, Log, Sink, TensorBoard, Terminal
 
 
@@ -29,24 +31,30 @@ class Reporter:
         self._sinks, self._logs = sinks, logs
         self._files = [*logs, *(file for sink in sinks for file in sink.files)]
         self._failing: set[Path] = set()
+        self._raised: set[tuple[type[Sink], type[Exception]]] = set()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One report; `step` counts finished steps."""
         for log in self._logs:
             log.flush()
-        for sink in self._sinks:
-            sink.scalars(step, values)
+        self._to_sinks(lambda sink: sink.scalars(step, values))
         self._tell_of_files()
 
     def picture(self, step: int, name: str, picture: Tensor) -> None:
         """A (3, H, W) picture in [0, 1]."""
-        for sink in self._sinks:
-            sink.picture(step, name, picture)
+        self._to_sinks(lambda sink: sink.picture(step, name, picture))
 
     def say(self, text: str) -> None:
         """A sentence for the log and the terminal."""
-        for sink in self._sinks:
-            sink.say(text)
+        self._to_sinks(lambda sink: sink.say(text))
+
+    def attempt(self, what: str, work: Callable[[], object]) -> None:
+        """Runs `work`, which the run can do without; an error is one line: "could not `what`: ...". No collective may
+        be in it: the other ranks would wait for it."""
+        try:
+            work()
+        except Exception as error:
+            self.say(f"could not {what}: {type(error).__name__}: {one_line(error)}")
 
     def keep(self, path: Path, content: str | bytes) -> None:
         """Writes a file that the run can do without, on the main rank; where it cannot, it says so."""
@@ -57,18 +65,33 @@ class Reporter:
             write_whole(path, content, is_synced=False)
         except OSError as error:
             self.say(f"could not write {path}: {error.strerror or error}")
+        except ValueError as error:  # a text that is no Unicode
+            self.say(f"could not write {path}: {one_line(error)}")
 
     def close(self) -> None:
         """Tries once more to write what waits, and says what is lost."""
         for log in self._logs:
             log.flush()
-        for sink in self._sinks:
-            sink.close()
+        self._to_sinks(lambda sink: sink.close())
         for file in self._files:
             if file.trouble:
                 self.say(f"cannot write {file.trouble}; what waited in memory is lost")
             elif file.path in self._failing:
                 self.say(_well(file))
+
+    def _to_sinks(self, hand: Callable[[Sink], None]) -> None:
+        """Each sink's own error costs that sink this report; it is named once on stderr, which is no sink."""
+        for sink in self._sinks:
+            self._to_sink(sink, hand)
+
+    def _to_sink(self, sink: Sink, hand: Callable[[Sink], None]) -> None:
+        try:
+            hand(sink)
+        except Exception as error:
+            kind = (type(sink), type(error))
+            if kind not in self._raised:
+                complain(f"{type(sink).__name__} lost a report ({type(error).__name__}: {one_line(error)})")
+            self._raised.add(kind)
 
     def _tell_of_files(self) -> None:
         """Once when a file begins to fail, once when it is well. Telling writes to files: what comes of that is told

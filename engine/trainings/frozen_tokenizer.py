@@ -65,10 +65,11 @@ def write_with_decoder(config: DecoderGan, decoder: Mapping[str, Tensor], steps:
     """The tokenizer's file with the tensors of `decoder` in the place of its own. Raises UserError where it is gone, or
     is another by now."""
     path = Path(config.tokenizer.weights)
-    if digest(path) != config.tokenizer.sha256:
+    if not path.is_file() or digest(path) != config.tokenizer.sha256:
+        found = "is not the file this run began with" if path.is_file() else "is gone"
         raise UserError(
-            f"tokenizer.weights={path} is not the file this run began with (sha256 {config.tokenizer.sha256}): put "
-            "that one back; `python -m engine.archive RUN/checkpoints --out FILE` then writes the weights"
+            f"tokenizer.weights={path} {found} (sha256 {config.tokenizer.sha256}): put it back, or give its new place "
+            "with --resume tokenizer.weights=FILE"
         )
     state, model = read_weights(path)
     origin = Origin(config.views.image_size, config.name, steps, fingerprint(config))

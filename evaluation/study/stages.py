@@ -69,7 +69,7 @@ class Layout:
         return self.out / "cells" / cell.name
 
     def lock(self, name: str) -> Path:
-        """The lock (cell_lock.py) of a cell by its name, or of what all cells share."""
+        """The lock (engine/lock.py) of a cell by its name, or of what all cells share."""
         return self.out / "locks" / name
 
     def shared(self) -> list[Stage]:

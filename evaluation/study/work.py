@@ -10,6 +10,7 @@ happened: processes that were started before leave it alone, the next command tr
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +19,8 @@ from pathlib import Path
 
 from configs import UserError
 from data.whole_file import write_whole
+from engine.lock import held, holder
 from evaluation.study.carry_out import Session, carry_out, is_done
-from evaluation.study.cell_lock import held, holder
 from evaluation.study.preset import Cell
 from evaluation.study.stages import Layout, Stage
 
@@ -78,7 +79,7 @@ def failure(folder: Path) -> dict[str, object] | None:
 def _share(layout: Layout, session: Session, say: Callable[[str], None], after_corpus: Callable[[], object]) -> bool:
     """Whether corpus and features are there, now."""
     stages = layout.shared()
-    with held(layout.lock("shared"), wait=True) as lock:
+    with held(layout.lock("shared"), wait=math.inf) as lock:
         assert lock is not None
         for stage in stages:
             if not is_done(layout.out, stage):

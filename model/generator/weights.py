@@ -57,8 +57,10 @@ def write_generator(
     mean_L: Tensor,
     std_L: Tensor,
     tokenizer: str | None,
+    steps: int | None = None,
 ) -> None:
-    """`state`, the state_dict of what `build` makes of the rest, to `path`; (L,) mean and deviation of the latents."""
+    """`state`, the state_dict of what `build` makes of the rest, to `path`; (L,) mean and deviation of the latents;
+    `steps` is how many the run had taken, as far as it is known."""
     assert mean_L.shape == std_L.shape == (shape.channels,), (mean_L.shape, std_L.shape, shape)
     described = {
         "section": section.model_dump(mode="json"),
@@ -67,6 +69,7 @@ def write_generator(
         "mean": mean_L.tolist(),
         "std": std_L.tolist(),
         "tokenizer": tokenizer,
+        "steps": steps,
     }
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, path, {METADATA: json.dumps(described)})

@@ -27,6 +27,8 @@ def summary(runs: list[Run]) -> list[Block]:
     for run, label in zip(runs, labels(runs), strict=True):
         if run.evaluation is None:
             blocks.append(Sentence(f"{label} is not evaluated: python -m evaluation.run {run.directory}"))
+        elif run.evaluation.get("steps") not in (None, run.steps[-1]):
+            blocks.append(Sentence(f"{label} was evaluated with the weights of step {run.evaluation['steps']}."))
         blocks += [
             Sentence(
                 f"{label} was resumed: after step {last:,} its log goes on with step {after:,}; the later figures hold."

@@ -89,7 +89,8 @@ def start(
     """A supervisor in a process of its own, with short waits."""
     (here / "plan").write_text(json.dumps(plan))
     program = (
-        "import sys, pathlib; from engine import supervise; supervise.BACK_OFF = (0.1, 0.2);"
+        "import signal, sys, pathlib; from engine import supervise; supervise.BACK_OFF = (0.1, 0.2);"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # under nohup it is ignored
         f"supervise.STOP_SECONDS = {stop_seconds};"
         "here = pathlib.Path(sys.argv[1]);"
         "sys.exit(supervise.supervise(f'{sys.executable} {here}/launcher.py {here}', pathlib.Path('launch.py'),"
@@ -144,7 +145,8 @@ def test_a_stop_is_a_file_for_the_ranks_before_it_is_a_signal_and_nothing_is_sta
 ) -> None:
     process = start(here, [RUNS[run], {"code": 0}], 3, stop_seconds=1.0 if "deaf" in run else 60.0)
     wait_for(here / "ready", process)
-    process.send_signal(signal.SIGUSR1 if "first" in run else signal.SIGTERM)
+    wish = {"that looks": signal.SIGHUP, "that fails instead": signal.SIGUSR1}
+    process.send_signal(wish.get(run, signal.SIGTERM))
     process.communicate(timeout=60)
     assert process.returncode == STOPPED
     assert len(calls(here)) == 1

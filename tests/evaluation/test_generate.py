@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from configs import UserError
 from configs.generator import DIT, Diffusion, Generator
 from data.latents.store import LatentStore
+from engine.checkpoint.directory import name_of
 from engine.world import Ranks
 from evaluation import generate
 from evaluation import run as evaluation_run
@@ -33,7 +34,7 @@ from model.generator.sampling import Sampling
 from model.generator.shape import LatentShape
 from model.generator.weights import LoadedGenerator, write_generator
 from model.imagenet import normalise
-from model.weights import read_weights, write_weights
+from model.weights import read_weights, weights_of_run, write_weights
 from tests.evaluation.tiny_runs import CLASSES, write_labelled_corpus, write_run
 from tests.harness import run_ranks
 from tests.model.generator.tiny_autoregressive import section as autoregressive
@@ -103,6 +104,18 @@ def write_random_generator(folder: Path, store: LatentStore, section: Generator 
 @pytest.fixture(scope="module")
 def trained(store: LatentStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_generator(tmp_path_factory.mktemp("generators") / "dit", store)
+
+
+def test_a_generators_run_that_has_gone_on_is_refused(store: LatentStore, tmp_path: Path) -> None:
+    folder = write_random_generator(tmp_path / "dit", store, steps=100)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "latest").write_text(name_of(100))
+    assert weights_of_run(folder) == folder / "weights.safetensors"
+    (folder / "checkpoints" / "latest").write_text(name_of(200))
+    with pytest.raises(
+        UserError, match="holds the weights of step 100, but the run's latest checkpoint is step-00000200"
+    ):
+        Pair.open(folder, "unused", torch.device("cpu"))
 
 
 class Replay(nn.Module):

@@ -17,10 +17,13 @@ from PIL import Image
 
 from configs import UserError
 from data.captions import train_bpe
+from engine.checkpoint.directory import name_of
 from engine.world import Ranks
-from evaluation import run
+from evaluation import results, run
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
+from evaluation.outcome import Outcome
 from evaluation.tasks import Options
+from model.origin import Origin
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights, write_weights
 from tests.data.tar_shards import encoded, write_tar
@@ -60,7 +63,7 @@ def test_all_tasks_share_a_pass_and_leave_figures_and_pictures(
     trained: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = evaluated(tmp_path, trained, "--tasks", ALL, "--fid", network, "--batch-size", 4)
-    about = ["source", "weights", "latents", "held_out", "crop", "bad_samples"]
+    about = ["source", "weights", "steps", "latents", "held_out", "crop", "bad_samples"]
     assert list(found) == [*ALL.split(","), "rows", *about]
     assert found["source"] == str(trained)
     assert found["zero_shot"]["images"] == found["knn"]["images"] == found["reconstruction"]["images"] == 11
@@ -78,6 +81,23 @@ def test_all_tasks_share_a_pass_and_leave_figures_and_pictures(
         assert expected in shown
     again = evaluated(tmp_path, trained, "--tasks", ALL, "--fid", network, "--batch-size", 4)
     assert again == found
+
+
+def test_figures_are_kept_whatever_happens_to_pictures_and_to_their_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path) -> None:
+        raise RuntimeError("svd:\nfailed")
+
+    outcome = Outcome({"top1": 0.5}, pictures={"first": fail, "second": Path.touch})
+    results.write(tmp_path, {"knn": {"top1": 0.5}}, {"knn": outcome})
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"knn": {"top1": 0.5}}
+    assert (tmp_path / "pictures" / "second.png").exists()
+    assert capsys.readouterr().err == f"could not draw {tmp_path}/pictures/first.png: RuntimeError: svd: failed\n"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "evaluation.json").mkdir()
+    with pytest.raises(UserError, match=r'cannot be written .*the figures are {"knn": {"top1": 0.5}}'):
+        results.write(tmp_path / "full", {"knn": {"top1": 0.5}}, {})
 
 
 def test_results_go_into_the_run_unless_told_otherwise(trained: Path, tmp_path: Path) -> None:
@@ -103,6 +123,26 @@ def test_a_weights_file_alone_is_evaluated_with_what_is_given(trained: Path, cor
         other = evaluated(tmp_path / "other", tmp_path / "other.safetensors", *given, "--tasks", "reconstruction")
         assert other["weights"] != whole["weights"]
         assert (other["latents"] == whole["latents"]) is same_latents
+
+
+def test_weights_of_a_run_that_has_gone_on_are_refused_by_the_run_and_taken_by_the_file(
+    trained: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(trained, tmp_path / "run")
+    state, model = read_weights(copy / "weights.safetensors")
+    write_weights(copy / "weights.safetensors", state, model, Origin(32, "run", steps=100))
+    latest = copy / "checkpoints" / "latest"
+    latest.parent.mkdir()
+    for step in (150, 50):  # it went on, or back
+        latest.write_text(name_of(step))
+        assert run.main([str(copy), "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert f"holds the weights of step 100, but the run's latest checkpoint is step-{step:08d}" in said
+        assert f"engine.archive {copy}/checkpoints --out {copy}/weights.safetensors`" in said
+    given = ("--tasks", "reconstruction", "--data", corpus / "held_out", "--crop", 32)
+    evaluated(tmp_path / "file", copy / "weights.safetensors", *given)
+    latest.write_text(f"{name_of(100)}\n")
+    evaluated(tmp_path / "out", copy, "--tasks", "reconstruction")
 
 
 def test_a_hub_name_is_evaluated_as_the_run_that_was_published(trained: Path, corpus: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from evaluation import summary
+from profiling.report.data import read_run
+from profiling.report.summary import summary as report_summary
 
 pytestmark = pytest.mark.L0
 
@@ -19,6 +21,13 @@ def test_the_summary_shows_first_and_last_losses_and_the_evaluation(
     shot = {"top1": 0.25, "times_chance": 16.0, "chance": 1 / 64, "classes": 64, "images": 100}
     rec = {"psnr_db": 24.5, "psnr_db_of_mean_colour": 16.0}
     (tmp_path / "evaluation.json").write_text(json.dumps({"zero_shot": shot, "reconstruction": rec}))
+    assert "evaluated" not in summary.summarise(tmp_path)
+    for steps, is_said in ((30, False), (20, True)):
+        figures = {"zero_shot": shot, "reconstruction": rec, "steps": steps}
+        (tmp_path / "evaluation.json").write_text(json.dumps(figures))
+        assert ("evaluated" in summary.summarise(tmp_path)) is is_said
+        said = str(report_summary([read_run(tmp_path)]))
+        assert ("was evaluated with the weights of step 20." in said) is is_said
     assert summary.main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     for expected in (

@@ -65,6 +65,17 @@ def test_the_window_is_written_with_its_steps_and_phases(
     assert not phases.is_traced
 
 
+def test_a_window_that_the_profiler_cannot_write_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no trace")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fail)
+    phases, said = Phases(None), list[str]()
+    steps(Window(tiny_config("profile.steps=2:3"), phases, tmp_path, rank=0, say=said.append), phases, 0, 4)
+    assert said == [f"could not write {tmp_path}/profile/rank0-steps2-3: RuntimeError: no trace"]
+    assert list((tmp_path / "profile").iterdir()) == []
+
+
 def test_a_window_is_what_viewers_of_chromes_format_read(tmp_path: Path) -> None:
     """The rules Perfetto's documentation gives for JSON: ranges of a thread nest, flows have both ends, times are
     numbers; and what TensorBoard's plugin looks for: steps by name, in order, that hold the operators."""

@@ -46,8 +46,29 @@ def test_a_run_goes_on_from_latest_then_from_what_came_before_it(tmp_path: Path)
     assert steps(directory.candidates(tmp_path)) == [300, 200, 100]
     (tmp_path / "step-00000300" / "SHA256SUMS").unlink()
     assert steps(directory.candidates(tmp_path)) == [200, 100]
-    (tmp_path / "latest").write_text("no name of ours")
-    assert directory.candidates(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["4", "step-4", "300", "step-00000400", "no name of ours", "", "step-0000000200", "checkpoints/step-00000200"],
+)
+def test_a_latest_that_names_no_checkpoint_is_one_error_with_the_choices(tmp_path: Path, text: str) -> None:
+    for step in (4, 200):
+        put(tmp_path, step)
+    (tmp_path / "latest").write_text(f"{text}\n")
+    with pytest.raises(UserError) as caught:
+        directory.candidates(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/latest says {text!r}, which is no checkpoint there")
+    assert "(step-00000004, step-00000200)" in str(caught.value)
+
+
+def test_a_kill_while_a_step_is_saved_again_is_no_mistake_in_latest(tmp_path: Path) -> None:
+    for step in (100, 200):
+        put(tmp_path, step)
+    (tmp_path / "step-00000200").rename(tmp_path / ".step-00000200.old.tmp")
+    assert steps(directory.candidates(tmp_path)) == [100]
+    (tmp_path / ".step-00000200.old.tmp").rename(directory.draft_of(tmp_path, 200))
+    assert steps(directory.candidates(tmp_path)) == [100]
 
 
 def test_the_same_step_saved_again_replaces_itself(tmp_path: Path) -> None:
@@ -100,9 +121,11 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(tmp_path: Pa
     damage(tmp_path / "step-00000200" / name)
     said: list[str] = []
     assert newest_good(tmp_path, said.append) == tmp_path / "step-00000100"
-    if (name, damage) != ("SHA256SUMS", Path.unlink):  # then it is no checkpoint at first sight
-        [words] = said
-        assert words.startswith("passed over: ")
+    [words] = said
+    assert words.startswith(f"passed over: {tmp_path}/step-00000200")
+    if (name, damage) == ("SHA256SUMS", Path.unlink):  # then it is no checkpoint at first sight
+        assert words.endswith("is not complete (it has no SHA256SUMS)")
+    else:
         assert "step-00000200/" in words
         assert "the checkpoint is damaged" in words
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,62 @@ def test_a_file_in_the_runs_directory_asks_it_to_stop(tmp_path: Path, monkeypatc
     assert watch.should_stop()
     stop_file.forget(tmp_path / "run")
     assert not watch.should_stop()
+
+
+LISTENS = """
+import signal, sys, torch
+from pathlib import Path
+from types import SimpleNamespace
+from configs.health import Health
+from engine.health import guard
+from model.objectives.comm import Solo
+
+now = 0.0
+guard.time = SimpleNamespace(monotonic=lambda: now)
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+watch = guard.Guard(Solo(), torch.device("cpu"), Health(), [])
+watch.listen(Path(sys.argv[1]))
+while True:
+    print(watch.should_stop(), flush=True)
+    now = float(sys.stdin.readline())
+"""
+
+
+def test_the_first_ctrl_c_asks_to_save_and_the_second_ends_at_once_without_a_traceback(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENS, str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answers = [process.stdout.readline()]
+        for now in (0.5, 5.0):  # the second signal comes at once, as from a terminal and a launcher; the third does not
+            process.send_signal(signal.SIGINT)
+            process.stdin.write(f"{now}\n")
+            process.stdin.flush()
+            answers.append(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert answers == ["False\n", "True\n", "True\n"]
+    assert process.returncode == -signal.SIGINT
+    assert said == "SIGINT: the run saves at its next report and ends; once more ends it at once, unsaved\n"
+
+
+@pytest.mark.parametrize("is_ignored", [True, False])
+def test_a_terminal_that_closes_asks_to_save_unless_nohup_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_ignored: bool
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(signal, "signal", lambda number, _: taken.append(number))
+    monkeypatch.setattr(
+        signal, "getsignal", lambda number: signal.SIG_IGN if is_ignored and number == signal.SIGHUP else signal.SIG_DFL
+    )
+    guard(Solo())[0].listen(tmp_path)
+    assert taken == [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP][: 3 if is_ignored else 4]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_unless_told_otherwise() -> None:

@@ -208,11 +208,11 @@ def train_to_a_full_end(shards: Path, run_dir: Path) -> int:
     """The disk is full when the weights are to be written: the checkpoint they come from is there."""
     consolidate = archive.consolidate
 
-    def limited(path: Path, out: Path) -> None:
+    def limited(*given: Any) -> None:
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
         try:
-            consolidate(path, out)
+            consolidate(*given)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
@@ -228,7 +228,7 @@ def test_weights_that_cannot_be_written_are_one_line_and_a_code_that_says_so(sha
     said = (run_dir / "log.txt").read_text().splitlines()[-1]
     assert said.startswith(f"stopped: could not write {out}: ")
     assert "File too large" in said
-    assert said.endswith("; the checkpoint is whole: make room, and go on with --resume")
+    assert said.endswith("; the checkpoint is whole: mend this, and go on with --resume")
     failure = last(run_dir)
     assert failure is not None
     assert failure.kind == "weights"

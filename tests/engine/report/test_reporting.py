@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.optim import parameter_groups
+from engine.report import sinks
 from engine.report.meter import Meter
 from engine.report.reporter import open_reporter
 from engine.report.sinks import plain_line
@@ -55,6 +56,24 @@ def test_what_is_no_loss_is_reported_as_health() -> None:
     meter.add(StepRecord(terms, {}, one, {}, Outputs(None, None, None), None))
     values = meter.read(1, waited_seconds=0.0)
     assert {"loss/total", "loss/kl", "health/latent_std", "health/logits_real"} <= values.keys()
+
+
+def test_a_sink_that_raises_loses_its_report_and_no_other_sink_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("no figure")
+
+    monkeypatch.setattr(sinks.TensorBoard, "scalars", fail)
+    with open_reporter(tmp_path, total_steps=20, first_step=0, is_main=True) as reporter:
+        for step in (10, 20):
+            reporter.scalars(step, {"loss/total": 1.0})
+        reporter.keep(tmp_path / "config.yaml", "name: \udce9\n")
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20]
+    said = capsys.readouterr()
+    assert said.err == "TensorBoard lost a report (TypeError: no figure)\n", "once"
+    assert f"could not write {tmp_path}/config.yaml: 'utf-8' codec can't encode" in said.out
 
 
 def mean_over_ranks(comm: Comm) -> float:

@@ -158,12 +158,15 @@ def test_what_is_written_is_the_tokenizers_file_bit_for_bit_but_for_the_averaged
 def test_the_file_the_run_began_with_must_still_be_there_at_the_end(
     saved: tuple[DecoderGan, Path, list[runs.Tuned]], weights: Path, tmp_path: Path
 ) -> None:
-    _, root, _ = saved
+    config, root, _ = saved
     path, aside = archive.find(root / str(runs.STEPS)), tmp_path / "aside.safetensors"
     weights.rename(aside)
     try:
-        with pytest.raises(UserError, match="does not exist"):
+        with pytest.raises(UserError, match=r"is gone .*: put it back, or give its new place with --resume tokenizer"):
             archive.consolidate(path, tmp_path / "weights.safetensors")
+        moved = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"weights": str(aside)})})
+        archive.consolidate(path, tmp_path / "weights.safetensors", moved)
+        assert list(load_file(tmp_path / "weights.safetensors")) == list(load_file(aside))
         save_file({**load_file(aside), "trunk.norm.weight": torch.zeros(32)}, weights)
         with pytest.raises(UserError, match="is not the file this run began with"):
             archive.consolidate(path, tmp_path / "weights.safetensors")

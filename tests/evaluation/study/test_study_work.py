@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from configs import UserError
+from engine.lock import held, holder
 from evaluation.study import carry_out, results
 from evaluation.study.carry_out import Session, is_done, read_record
-from evaluation.study.cell_lock import held, holder
 from evaluation.study.work import failure, last_words, work
 from tests.evaluation.study.made_up import NAMES, MadeUp, four_cells, made_up
 
@@ -135,7 +135,7 @@ def test_a_cell_in_other_hands_is_passed_over(tmp_path: Path) -> None:
 HOLDS = """
     import subprocess, sys, time
     from pathlib import Path
-    from evaluation.study.cell_lock import held
+    from engine.lock import held
     with held(Path(sys.argv[1])) as lock:
         if sys.argv[2] == "child":
             child = subprocess.Popen(["/bin/sleep", "30"], pass_fds=[lock])

@@ -1,0 +1,91 @@
+"""The loop's report: what must be kept is saved before anything is drawn, and no drawing ends a run."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from configs import UserError
+from engine import run
+from engine.health.guard import Found
+from engine.health.rollback import Cursor
+from engine.lock import held
+from engine.report.reporter import open_reporter
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.L0
+
+
+def report(folder: Path, done: int, draw: Any) -> list[str]:
+    """What `Loop._report` does after `done` of 4 steps, in order; `draw` is the training's `pictures`."""
+    order: list[str] = []
+
+    def noted(name: str, result: Any = None) -> Any:
+        return lambda *_: order.append(name) or result
+
+    found = Found(step=done, losses=0, gradients=0, spikes=0, skipped=0)
+    config = tiny_config("optim.steps=4", "system.checkpoint.every=2", "system.images_every=2", "system.report_every=2")
+    training: Any = SimpleNamespace(
+        config=config,
+        wait_seconds=float,
+        health=dict,
+        kept=noted("kept"),
+        corpus=lambda _: {},
+        pictures=draw,
+        comm=None,
+    )
+    guard: Any = SimpleNamespace(read=lambda _: found, act=noted("act"), should_stop=lambda: False)
+    saver: Any = SimpleNamespace(news=list, save=noted("save"), finish=noted("finish", []))
+    meter: Any = SimpleNamespace(num_steps=2, read=lambda *_: {"loss/total": 1.0})
+    instruments: Any = SimpleNamespace(read=lambda _: {})
+    alarms: Any = SimpleNamespace(read=lambda *_: {})
+    with open_reporter(folder, total_steps=4, first_step=0, is_main=True) as reporter:
+        parts: Any = (training, guard, reporter, instruments, None, saver, None, None, alarms, folder)
+        assert run.Loop(*parts)._report(done, Cursor(), meter) is False
+    return order
+
+
+@pytest.mark.parametrize(("done", "order"), [(2, ["act", "kept", "save"]), (4, ["act", "kept", "save", "finish"])])
+def test_a_picture_that_fails_costs_a_line_after_the_checkpoint(tmp_path: Path, done: int, order: list[str]) -> None:
+    def fail() -> Any:
+        raise RuntimeError("linalg.svd:\nfailed to converge")
+
+    assert report(tmp_path, done, fail) == order
+    said = (tmp_path / "log.txt").read_text().splitlines()
+    assert said[-1] == f"could not draw the pictures of step {done}: RuntimeError: linalg.svd: failed to converge"
+
+
+def test_pictures_come_after_the_checkpoint_is_on_disk(tmp_path: Path) -> None:
+    drawn: list[str] = []
+    order = report(tmp_path, 4, lambda: drawn.append("drawn") or {"a": torch.full((3, 2, 2), torch.nan)})
+    assert order == ["act", "kept", "save", "finish"]
+    assert drawn
+    assert (tmp_path / "pictures" / "a-00000004.png").exists()
+
+
+def test_a_second_run_in_a_directory_is_refused_until_the_first_has_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(tmp_path / "lock") as lock:
+        assert lock is not None
+        with pytest.raises(UserError, match=rf"is in use by process {os.getpid()} of host .*`touch {tmp_path}/stop`"):
+            run._take(ExitStack(), tmp_path, wait=0.01)
+        assert "waiting 0.01 s for it to end" in capsys.readouterr().err
+    with run.alone_in(tmp_path, wait=0.0), held(tmp_path / "lock") as other:
+        assert other is None
+    with run.alone_in(tmp_path, wait=0.0):
+        assert capsys.readouterr().err == ""
+
+
+def test_a_place_that_knows_no_locks_is_said_and_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with run.alone_in(tmp_path / "file" / "run", wait=0.0):
+        assert "nothing keeps a second run out of this directory" in capsys.readouterr().err
