@@ -99,9 +99,12 @@ class SampleReader:
         self.logs = [kept.lines for kept in (self.health, log) if kept is not None and kept.lines is not None]
         self._opened: set[int] = set()  # shards whose left-out samples are written down
 
-    def positions(self, step: int, batch: int) -> np.ndarray:
-        """This rank's global positions in a step of `batch` samples over all ranks."""
-        return step * batch + np.arange(batch // self.world_size) * self.world_size + self.rank
+    def positions(self, step: int, batch: int, offset: int = 0) -> np.ndarray:
+        """This rank's global positions in a step of `batch` samples over all ranks, which begins at offset + step * batch.
+
+        `offset` is such that this is a multiple of data.streams; negative where the batch has grown.
+        """
+        return offset + step * batch + np.arange(batch // self.world_size) * self.world_size + self.rank
 
     def rows(self, positions: np.ndarray) -> list[Row]:
         """A good row for each global position; whatever is bad or lost is filled, attempt by attempt.

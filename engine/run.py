@@ -31,7 +31,7 @@ from engine.health import replicas
 from engine.health.alarms import Alarms, rules
 from engine.health.failure import TrainingFailed
 from engine.health.guard import GoBack, Guard
-from engine.health.rollback import Cursor, Rollbacks, check_corpus, restored
+from engine.health.rollback import Cursor, Rollbacks, batch_change, check_corpus, restored
 from engine.out_of_memory import Memory
 from engine.places import checkpoints, run_directory
 from engine.report.instruments import Instruments, watching
@@ -121,7 +121,8 @@ class Loop:
         self.place.follow(self.training.phases)
         meter = Meter(self.training.comm, total, config.samples_per_step, self.instruments.use)
         window, phases = self.instruments.window, self.instruments.phases
-        batches, samples = self.training.batches(begin.step, begin.skipped_steps), SampleLog(begin.samples_digest)
+        batches = self.training.batches(begin.step, begin.skipped_steps, begin.offset)
+        samples = SampleLog(begin.samples_digest)
         for step in range(begin.step, total):
             window.before(step)
             with phases("data"):
@@ -170,8 +171,9 @@ class Loop:
         if is_leaving or is_due(done, system.images_every, system.report_every):
             self._show(done)
         if is_leaving or is_due(done, system.checkpoint.every, system.report_every):
-            corpus = training.corpus(done + cursor.skipped_steps)
-            self.saver.save(done, training.kept(), Consumed(cursor.skipped_steps, cursor.samples_digest, corpus))
+            position = cursor.position(done, config)
+            consumed = Consumed(cursor.skipped_steps, cursor.samples_digest, training.corpus(position), position)
+            self.saver.save(done, training.kept(), consumed)
         if is_leaving:
             self._tell(self.saver.finish())
         return is_stopping and not is_last
@@ -197,10 +199,12 @@ def is_due(done: int, every: int, report_every: int) -> bool:
 
 
 def _resumed(training: Training, allowed_changes: tuple[str, ...]) -> tuple[Cursor, list[str]]:
-    """Where the run goes on, and what is to be said of checkpoints that were passed over."""
+    """Where the run goes on, and what is to be said of it: checkpoints that were passed over, another batch."""
     passed_over: list[str] = []
     path = newest_good(checkpoints(training.config), passed_over.append)
     check_corpus(training, path, allowed_changes)
+    if change := batch_change(path, training.config):
+        passed_over.append(change)
     return restored(training, path), passed_over
 
 
