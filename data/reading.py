@@ -100,9 +100,9 @@ class SampleReader:
         self._opened: set[int] = set()  # shards whose left-out samples are written down
 
     def positions(self, step: int, batch: int, offset: int = 0) -> np.ndarray:
-        """This rank's global positions in a step of `batch` samples over all ranks, which begins at offset + step * batch.
+        """This rank's global positions in a step of `batch` samples over all ranks, the first offset + step * batch.
 
-        `offset` is such that this is a multiple of data.streams; negative where the batch has grown.
+        That is a multiple of data.streams; `offset` is negative where the batch has grown during the run.
         """
         return offset + step * batch + np.arange(batch // self.world_size) * self.world_size + self.rank
 

@@ -33,6 +33,7 @@ from configs import UserError
 from data import storage
 from data.patience import Patience, Unreadable
 from data.recent import Recent
+from data.remote import NotAShard
 from data.tars.headers import BLOCK
 from data.tars.indexes import Indexes, ShardIndex, ensure_sidecar
 from data.tars.listing import Member, image_of, is_header_of, key_of
@@ -42,6 +43,7 @@ T = TypeVar("T")
 _OPEN_FILES = 128  # tar files kept open; the usual limit of a process is 1,024
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _INDEX_THREADS = 16  # opening many sidecars waits for the disk or the network
+_STAYS = (FileNotFoundError, PermissionError, NotAShard)  # trying again would give the same
 _TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise: 31 s of waiting
 # A caption may be megabytes long. No row of tokens holds more than a part of this: the rest is not even read.
 _MOST_CAPTION_BYTES = 1 << 18
@@ -244,14 +246,15 @@ class Shards:
         """Whatever cannot be counted is an error: the order of all samples hangs on the sizes."""
         name = self.names[shard_idx]
         try:
-            return self.patience(lambda: self._indexes.count(shard_idx), at_once=(FileNotFoundError,))
+            return self.patience(lambda: self._indexes.count(shard_idx), at_once=_STAYS)
         except FileNotFoundError:
             raise UserError(
                 f"{name} does not exist: every named shard must; correct the pattern or upload it"
             ) from None
         except OSError as error:
+            tried = "" if isinstance(error, _STAYS) else f", tried {self.patience.tries} times"
             raise UserError(
-                f"{name} cannot be read ({error}), tried {self.patience.tries} times: every named shard must be read "
+                f"{name} cannot be read ({error}){tried}: every named shard must be read "
                 "once before a run; mend the storage, or leave the shard out"
             ) from None
 
