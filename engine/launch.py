@@ -148,10 +148,7 @@ def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes
 
 def _check_pretraining(config: Config, resume: bool) -> Config:
     """The config with init's digest filled in; its files are there."""
-    from data.storage import expand
-
-    if not resume:  # a run that goes on skips what vanished since
-        expand(config.data.train, config.system.loader.cache_dir)
+    _require_shards(config, resume)
     rec = config.objectives.rec
     if rec.weight and rec.perceptual:
         _require_perceptual_weights(str(rec.lpips_weights))
@@ -162,15 +159,23 @@ def _check_pretraining(config: Config, resume: bool) -> Config:
 
 def _check_decoder_gan(config: DecoderGan, resume: bool) -> DecoderGan:
     """The config with the tokenizer's digest filled in; its files are there."""
-    from data.storage import expand
-
-    if not resume:  # a run that goes on skips what vanished since
-        expand(config.data.train, config.system.loader.cache_dir)
+    _require_shards(config, resume)
     if config.objectives.rec.perceptual:
         _require_perceptual_weights(str(config.objectives.rec.lpips_weights))
     from engine.trainings.frozen_tokenizer import pinned
 
     return pinned(config)
+
+
+def _require_shards(config: Config | DecoderGan, resume: bool) -> None:
+    """All are there where a run begins, one where it goes on: it skips and counts those that have vanished since."""
+    from data import corpus_of_a_run, storage
+
+    known = corpus_of_a_run.names(run_directory(config) / "corpus.json", config.data.train) if resume else None
+    if known is None:
+        storage.expand(config.data.train, config.system.loader.cache_dir)
+    else:
+        storage.require_one(known)
 
 
 def _require_perceptual_weights(path: str) -> None:
