@@ -62,13 +62,13 @@ def batch_change(path: Path, config: Run) -> str:
     if archive.read_state(path).fingerprint == fingerprint(config):
         return ""
     before, now = load_run(path / "config.yaml").samples_per_step, config.samples_per_step
-    if before == now:
-        return ""
     cursor = cursor_of(path, config)
     taken, start = _position(path, config), cursor.position(cursor.step, config)
+    if before == now and start == taken:
+        return ""
     left_out = f"{start - taken} before it are left out (a step begins at a multiple of data.streams={config.streams})"
     return (
-        f"the batch has changed from {before} to {now} samples a step: the run goes on at sample {start:,} of the data, "
+        f"the batch was of {before} samples and is of {now}: the run goes on at sample {start:,} of the data, "
         f"{left_out if start > taken else 'none is skipped or met again'}"
     )
 

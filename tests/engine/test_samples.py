@@ -71,8 +71,8 @@ def test_another_batch_goes_on_at_the_next_sample_and_says_so(tmp_path: Path) ->
     cursor = cursor_of(path, larger)
     assert [cursor.position(done, larger) for done in (3, 4, 5)] == [60, 84, 108]
     assert batch_change(path, larger) == (
-        "the batch has changed from 12 to 24 samples a step: the run goes on at sample 60 of the data, none is skipped "
-        "or met again"
+        "the batch was of 12 samples and is of 24: the run goes on at sample 60 of the data, none is skipped or met "
+        "again"
     )
     training: Any = SimpleNamespace(config=larger, corpus=lambda position: facts(64, position))
     check_corpus(training, path, ("batch.clip",))
