@@ -42,10 +42,11 @@ def expand(patterns: Sequence[str], cache_dir: str | Path | None = None, key: st
     if not patterns:
         raise UserError(f"{key} is empty: it names the shards to read; give at least one .tar file, glob or URL")
     by_file: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for pattern in patterns:
         for part in _parts(pattern):
             for name in sorted(_named(part, cache_dir, key)):
-                by_file.setdefault(name if is_remote(name) else os.path.realpath(name), name)
+                by_file.setdefault(_file_of(name, folders), name)
     return sorted(by_file.values())
 
 
@@ -165,6 +166,21 @@ def _choices(inside: str) -> Iterator[str]:
         yield chr(number) if letters[0] else str(number).zfill(width)
 
 
+def _file_of(name: str, folders: dict[str, str]) -> str:
+    """What is the same for all names of one file: its path without links; a URL is its own.
+
+    `folders` keeps the paths of folders: on network storage every look is a round trip.
+    """
+    if is_remote(name):
+        return name
+    if os.path.islink(name):
+        return os.path.realpath(name)
+    folder, base = os.path.split(name)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.join(folders[folder], base)
+
+
 def _existing(pattern: str) -> int:
     """How many signs of it, up to a / or the end, are a path that exists: they are meant literally."""
     ends = [len(pattern), *(place for place in range(len(pattern) - 1, 0, -1) if pattern[place] == os.sep)]
@@ -195,7 +211,7 @@ def _local(pattern: str, names: list[str], key: str) -> set[str]:
     for name in names:
         if os.path.isdir(name):
             found |= set(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-        elif glob.has_magic(name[_existing(name) :]):
+        elif glob.has_magic(name) and glob.has_magic(name[_existing(name) :]):
             found |= _globbed(name)
         else:
             found.add(name)
