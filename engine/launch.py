@@ -130,8 +130,9 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes: tuple[str, ...]) -> int:
+    from data.losses import StorageFails
     from engine import run, world
-    from engine.exits import FAILED
+    from engine.exits import FAILED, LOST_RANK
     from engine.health.failure import TrainingFailed
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, also where no launcher has set it
@@ -142,6 +143,9 @@ def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes
         if world.is_first():  # every rank has come to it
             complain(f"error: {error}")
         return FAILED
+    except StorageFails as error:  # perhaps of this rank alone: the others hear of it over the watch
+        complain(f"error: {error}")
+        return LOST_RANK
     finally:
         world.stop()
 
