@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -100,15 +101,20 @@ class RemoteCopies:
     def __init__(self, cache_dir: str | Path) -> None:
         self._root = Path(cache_dir)
         self._compared: set[str] = set()  # with what the server has
+        self._one_by_one: dict[str, threading.Lock] = {}  # two threads that want one shard make one copy
+        self._guard = threading.Lock()
         self._silent: set[str] = set()  # servers that did not answer when they were asked for a version
 
     def fetch(self, name: str) -> Path:
         """The copy of a remote file. Raises OSError; FileNotFoundError: there is no such file, and no copy."""
         copy = self._path(name)
-        if not copy.exists() or (name not in self._compared and self._is_outdated(name, copy)):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            _download(name, copy)
-        self._compared.add(name)
+        with self._guard:
+            lock = self._one_by_one.setdefault(name, threading.Lock())
+        with lock:
+            if not copy.exists() or (name not in self._compared and self._is_outdated(name, copy)):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                _download(name, copy)
+            self._compared.add(name)
         return copy
 
     def is_copied(self, name: str) -> bool:

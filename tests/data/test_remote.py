@@ -7,6 +7,7 @@ import os
 import tarfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPMessage
 from pathlib import Path
 
@@ -199,6 +200,13 @@ def test_an_address_with_a_query_is_fetched_once_under_its_own_name(server: Web,
         shards = Shards(expand([f"{server.url}/c/{{0..0}}.tar?download=true"], tmp_path), "txt", tmp_path)
         assert [shards.read(0, i).key for i in range(2)] == ["0/0", "0/1"]
     assert server.asked == ["GET /c/0.idx?download=true", "GET /c/0.tar?download=true", "HEAD /c/0.tar?download=true"]
+
+
+def test_threads_that_want_one_shard_make_one_copy(server: Web, tmp_path: Path) -> None:
+    disk, url = Disk(tmp_path), f"{server.url}/c/0.tar"
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(disk.fetch, [url] * 8))) == 1
+    assert server.asked == ["GET /c/0.tar"]
 
 
 def test_addresses_that_a_query_tells_apart_are_several_shards(tmp_path: Path) -> None:
