@@ -182,7 +182,9 @@ def _copy(name: str, target: Path) -> Version:
         if web.is_web(name):
             return web.copy(name, file)
         filesystem, path = _filesystem(name)
-        version = _version(filesystem.info(path))
+        version = Version()
+        with suppress(NotImplementedError):
+            version = _version(filesystem.info(path))
         with filesystem.open(path, "rb") as source:
             shutil.copyfileobj(source, file, 1 << 20)
             expected, copied = getattr(source, "size", None), file.tell()

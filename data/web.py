@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from http.client import HTTPException, HTTPMessage, HTTPResponse
+from ssl import SSLError
 from typing import IO, BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
@@ -132,7 +133,7 @@ def _answer(url: str, method: str, headers: Mapping[str, str] | None = None) -> 
         raise (
             _silent(url) if isinstance(error.reason, TimeoutError) else failure(url, None, str(error.reason))
         ) from None
-    except (HTTPException, ValueError) as error:
+    except (ConnectionError, SSLError, HTTPException, ValueError) as error:
         raise failure(url, None, f"{type(error).__name__}: {error}") from None
 
 

@@ -32,6 +32,7 @@ class Web:
     pause: threading.Event | None = None  # set by nobody: every 4 KiB wait for `pause_seconds`
     pause_seconds: float = 0.0
     cut_after: int | None = None  # bytes, then the connection ends
+    is_deaf: bool = False  # it ends every connection without a word
 
     def status(self, path: str) -> int:
         left = self.answers.get(path, [])
@@ -47,6 +48,9 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Web]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             web.asked.append(f"{self.command} {self.path}")
+            if web.is_deaf:
+                self.close_connection = True
+                return
             web.authorizations.append(self.headers.get("Authorization"))
             path = self.path.partition("?")[0]
             if path in web.moved:

@@ -23,6 +23,7 @@ from data.tars.indexes import Indexes, ensure_sidecar
 from data.web import Version, failure
 from tests.data.loopback_web import Web, serving
 from tests.data.tar_shards import encoded, write_tar
+from tests.harness import free_port
 
 pytestmark = pytest.mark.L0
 
@@ -190,6 +191,15 @@ def test_a_copy_that_ends_early_is_an_error_and_leaves_nothing(server: Web, tmp_
     with pytest.raises(OSError, match=rf"gave {size} of {len(TWO)} bytes"):
         Disk(tmp_path).fetch(f"{server.url}/c/0.tar")
     assert files_below(tmp_path) == []
+
+
+def test_a_connection_that_ends_without_a_word_is_named_by_its_address(server: Web, tmp_path: Path) -> None:
+    server.is_deaf = True
+    with pytest.raises(OSError, match=rf"^{server.url}/c/0\.tar: RemoteDisconnected: Remote end closed connection"):
+        Disk(tmp_path).fetch(f"{server.url}/c/0.tar")
+    nobody = f"http://127.0.0.1:{free_port()}/c/0.tar"
+    with pytest.raises(OSError, match=rf"^{nobody}: \[Errno \d+\] Connection refused$"):
+        Disk(tmp_path).fetch(nobody)
 
 
 # --- one copy, of what the server has
