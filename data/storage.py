@@ -8,8 +8,9 @@ them in random order.
     expand(["data/{00000..00009}.tar", "s3://bucket/extra/*.tar"], cache_dir="/scratch/shards")
     Disk("/scratch/shards").open("data/00003.tar").read(512, offset=1024)
 
-Nothing here tries twice: what storage refuses is an OSError, and data/patience.py says what becomes of it. `Disk` is
-all that stands between the reader and the storage: a test that puts another in its place injects any trouble there is.
+But for listings nothing here tries twice: what storage refuses is an OSError, and data/patience.py says what becomes
+of it. `Disk` is all that stands between the reader and the storage: a test that puts another in its place injects any
+trouble there is.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from pathlib import Path
 
 from configs import UserError
 from data import remote
+from data.patience import Patience
 from data.remote import RemoteCopies, is_remote
 
 # No sign of an IPv6 address, nor behind the name of a protocol that fsspec chains: simplecache::s3://bucket/0.tar
 _BETWEEN = re.compile(r"(?<!^simplecache)(?<!^blockcache)(?<!^filecache)::(?![^\[\]]*\])")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?|([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?", re.ASCII)
+_LISTING_TRIES = 4  # of a folder on a server: 7 s of waiting
 _SHOWN = 3  # missing files named in an error
 _MOST_NAMES = 1 << 22  # of one pattern: a slip of the keyboard names billions
 
@@ -264,7 +267,7 @@ def _refuse_missing(pattern: str, missing: list[str], num_found: int, key: str) 
 
 def _listed(name: str) -> set[str]:
     try:
-        return set(remote.matches(name))
+        return set(Patience(_LISTING_TRIES)(lambda: remote.matches(name), (FileNotFoundError, PermissionError)))
     except FileNotFoundError:
         return set()
     except OSError as error:

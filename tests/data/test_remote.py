@@ -325,8 +325,12 @@ def test_a_listing_page_is_globbed_and_redirects_keep_the_method_and_not_the_pas
     server.files["/list/"] = (
         b'<a href="/">up</a><a href="1%20a.tar">1</a><a href="/list/0.tar">0</a><a href="2.txt">2</a>'
     )
+    server.answers["/list/"] = [503, 200]
     names = expand([f"{server.url}/list/*.tar"], tmp_path)
     assert [name.removeprefix(server.url) for name in names] == ["/list/0.tar", "/list/1%20a.tar"]
+    server.answers["/list/"] = [403]
+    with pytest.raises(UserError, match=r"cannot be listed \(.*/list/: the server answers 403 Forbidden\)"):
+        expand([f"{server.url}/list/*.tar"], tmp_path)
     with pytest.raises(UserError, match=r"behind the last / alone"):
         expand([f"{server.url}/*/0.tar"], tmp_path)
     with serving({"/elsewhere.tar": TWO}) as other:
