@@ -74,14 +74,14 @@ def stat(name: str) -> Version:
     if web.is_web(name):
         return web.stat(name)
     filesystem, path = _filesystem(name)
-    return _version(_asked(name, lambda: filesystem.info(path)))
+    return _version(_with_os_errors(name, lambda: filesystem.info(path)))
 
 
 def matches(name: str) -> list[str]:
     """The URLs that a glob matches. Raises OSError, and UserError for a protocol that nothing here reads."""
     if not web.is_web(name):
         filesystem, path = _filesystem(name)
-        found = _asked(name, lambda: list(filesystem.glob(path)) or [path] * bool(filesystem.isfile(path)))
+        found = _with_os_errors(name, lambda: list(filesystem.glob(path)) or [path] * bool(filesystem.isfile(path)))
         return [filesystem.unstrip_protocol(match) for match in found]
     path, query = without_query(name), name[len(without_query(name)) :]
     folder = os.path.dirname(path)
@@ -103,7 +103,7 @@ class RemoteCopies:
         self._compared: set[str] = set()  # with what the server has
         self._one_by_one: dict[str, threading.Lock] = {}  # two threads that want one shard make one copy
         self._guard = threading.Lock()
-        self._silent: set[str] = set()  # servers that did not answer when they were asked for a version
+        self._unreachable: set[str] = set()  # servers that did not answer when asked for a version
 
     def fetch(self, name: str) -> Path:
         """The copy of a remote file. Raises OSError; FileNotFoundError: there is no such file, and no copy."""
@@ -135,17 +135,17 @@ class RemoteCopies:
         return self._root / hashlib.sha256(folder.encode()).hexdigest()[:12] / base
 
     def _is_outdated(self, name: str, copy: Path) -> bool:
-        if _page(name, copy):
+        if _start_of_page(name, copy):
             return True
         server = urlsplit(name).netloc
-        if server in self._silent:
+        if server in self._unreachable:
             return False
         try:
-            return stat(name).differs_from(_noted(copy))
+            return stat(name).differs_from(_recorded_version(copy))
         except (FileNotFoundError, PermissionError):
             return False
         except OSError:
-            self._silent.add(server)
+            self._unreachable.add(server)
             return False
 
 
@@ -154,13 +154,13 @@ def _download(name: str, copy: Path) -> None:
     _remove_left_over(copy)
     partial = copy.with_name(f"{copy.name}.{os.getpid()}.{time.monotonic_ns()}.part")
     try:
-        version = _asked(name, lambda: _copy(name, partial))
-        if page := _page(name, partial):
+        version = _with_os_errors(name, lambda: _copy(name, partial))
+        if page := _start_of_page(name, partial):
             raise NotAShard(
                 f"{name}: the server sends a page that begins {page!r}, no tar; give the address of the file itself "
                 "(on the Hugging Face hub /resolve/ instead of /blob/), and see whether it wants a login"
             )
-        note = _note(copy)
+        note = _version_file(copy)
         note.unlink(missing_ok=True)  # a kill in between leaves a copy of unknown version: compared by size
         partial.replace(copy)
         with suppress(OSError):
@@ -193,8 +193,8 @@ def _copy(name: str, target: Path) -> Version:
     return version
 
 
-def _page(name: str, copy: Path) -> str:
-    """How a text in a shard's place begins; nothing for anything else. An index is text."""
+def _start_of_page(name: str, copy: Path) -> str:
+    """The first characters of a copy that is plain text and no tar; "" for any other, and for an index."""
     if without_query(name).endswith(".idx"):
         return ""
     with copy.open("rb") as file:
@@ -203,15 +203,15 @@ def _page(name: str, copy: Path) -> str:
     return block[:40].decode(errors="replace") if is_text and block and parse(block) is None else ""
 
 
-def _note(copy: Path) -> Path:
+def _version_file(copy: Path) -> Path:
     return copy.with_name(f".{copy.name}.version")
 
 
-def _noted(copy: Path) -> Version:
+def _recorded_version(copy: Path) -> Version:
     """The version of a copy; its size alone where nothing is written down."""
     size = copy.stat().st_size
     try:
-        noted = json.loads(_note(copy).read_bytes())
+        noted = json.loads(_version_file(copy).read_bytes())
         return Version(size, noted["etag"], noted["modified"])
     except (OSError, ValueError, KeyError, TypeError):
         return Version(size)
@@ -231,9 +231,8 @@ def _filesystem(name: str) -> tuple[Any, str]:
         raise UserError(f"{name} cannot be opened: {error}; install the fsspec back end for this protocol") from None
 
 
-def _asked(name: str, request: Callable[[], T]) -> T:
-    """What a remote storage answers. Back ends raise errors of their own libraries, some without a word: all become
-    OSErrors that say what happened."""
+def _with_os_errors(name: str, request: Callable[[], T]) -> T:
+    """request(). Turns the errors of client libraries, some of which have no text, into OSErrors that have one."""
     try:
         return request()
     except UserError:
@@ -244,10 +243,10 @@ def _asked(name: str, request: Callable[[], T]) -> T:
         kind = next((k for k in (FileNotFoundError, PermissionError) if isinstance(error, k)), None)
         if kind is not None:
             raise kind(str(error) or f"{name}: {type(error).__name__}") from error
-        raise web.failure(name, _status(error), str(error) or type(error).__name__) from error
+        raise web.error_for_status(name, _status(error), str(error) or type(error).__name__) from error
     except Exception as error:
         words = ": ".join(filter(None, (type(error).__name__, str(error))))
-        raise web.failure(name, _status(error), words) from error
+        raise web.error_for_status(name, _status(error), words) from error
 
 
 def _status(error: Exception) -> int | None:

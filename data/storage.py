@@ -47,9 +47,9 @@ def expand(patterns: Sequence[str], cache_dir: str | Path | None = None, key: st
     by_file: dict[str, str] = {}
     folders: dict[str, str] = {}
     for pattern in patterns:
-        for part in _parts(pattern):
-            for name in sorted(_named(part, cache_dir, key)):
-                by_file.setdefault(_file_of(name, folders), name)
+        for part in _split(pattern):
+            for name in sorted(_shards_of(part, cache_dir, key)):
+                by_file.setdefault(_real_path(name, folders), name)
     return sorted(by_file.values())
 
 
@@ -169,7 +169,7 @@ def _choices(inside: str) -> Iterator[str]:
         yield chr(number) if letters[0] else str(number).zfill(width)
 
 
-def _file_of(name: str, folders: dict[str, str]) -> str:
+def _real_path(name: str, folders: dict[str, str]) -> str:
     """What is the same for all names of one file: its path without links; a URL is its own.
 
     `folders` keeps the paths of folders: on network storage every look is a round trip.
@@ -184,23 +184,23 @@ def _file_of(name: str, folders: dict[str, str]) -> str:
     return os.path.join(folders[folder], base)
 
 
-def _existing(pattern: str) -> int:
+def _literal_length(pattern: str) -> int:
     """How many signs of it, up to a / or the end, are a path that exists: they are meant literally."""
     ends = [len(pattern), *(place for place in range(len(pattern) - 1, 0, -1) if pattern[place] == os.sep)]
     return next((end for end in ends if os.path.lexists(os.path.expanduser(pattern[:end]))), 0)
 
 
-def _parts(pattern: str) -> list[str]:
+def _split(pattern: str) -> list[str]:
     """What :: separates, but for the name of a folder that holds it."""
-    end = _existing(pattern)
+    end = _literal_length(pattern)
     first, *others = _BETWEEN.split(pattern[end:], maxsplit=1)
-    return [pattern[:end] + first, *(part for rest in others for part in _parts(rest))]
+    return [pattern[:end] + first, *(part for rest in others for part in _split(rest))]
 
 
-def _named(pattern: str, cache_dir: str | Path | None, key: str) -> set[str]:
+def _shards_of(pattern: str, cache_dir: str | Path | None, key: str) -> set[str]:
     """What one pattern without :: names."""
     pattern = pattern.removeprefix("file://")
-    end = 0 if is_remote(pattern) else _existing(pattern)
+    end = 0 if is_remote(pattern) else _literal_length(pattern)
     names = [pattern[:end] + rest for rest in islice(braces(pattern[end:]), _MOST_NAMES + 1)]
     if len(names) > _MOST_NAMES:
         raise UserError(f"{key}={pattern!r} names more than {_MOST_NAMES:,} shards: no corpus has; correct the range")
@@ -214,7 +214,7 @@ def _local(pattern: str, names: list[str], key: str) -> set[str]:
     for name in names:
         if os.path.isdir(name):
             found |= set(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-        elif glob.has_magic(name) and glob.has_magic(name[_existing(name) :]):
+        elif glob.has_magic(name) and glob.has_magic(name[_literal_length(name) :]):
             found |= _globbed(name)
         else:
             found.add(name)
@@ -224,7 +224,7 @@ def _local(pattern: str, names: list[str], key: str) -> set[str]:
 
 def _globbed(name: str) -> set[str]:
     """Below ** a file is taken once, however many links lead to it: one to a folder above itself, forty times."""
-    end = _existing(name)
+    end = _literal_length(name)
     matches = glob.glob(glob.escape(name[:end]) + name[end:], recursive=True)
     matches.sort(key=lambda match: (match.count(os.sep), match))
     if "**" not in name:

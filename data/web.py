@@ -5,7 +5,7 @@
     links("https://host/corpus/")                            # the files that its directory page names
 
 A server that says nothing for a minute has failed; one that is slow has not, however long a file takes. What a status
-means is said once, for the errors of other client libraries too: `failure`.
+means is said once, for the errors of other client libraries too: `error_for_status`.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def is_web(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def failure(name: str, status: int | None, words: str, retry_after: str | None = None) -> OSError:
-    """The error that a status of HTTP is: FileNotFoundError, PermissionError for what will not change, RetryLater."""
+def error_for_status(name: str, status: int | None, words: str, retry_after: str | None = None) -> OSError:
+    """FileNotFoundError (404), RetryLater (429, 5xx), PermissionError (other refusals), or OSError without a status."""
     text = f"{name}: the server answers {status} {words}".rstrip() if status else f"{name}: {words}"
     if status in _GONE:
         return FileNotFoundError(text)
@@ -69,19 +69,19 @@ def failure(name: str, status: int | None, words: str, retry_after: str | None =
 def stat(url: str) -> Version:
     """The version that the server has now, without the content. Raises OSError."""
     try:
-        with _answer(url, "HEAD") as answer:
-            found = _version(answer.headers)
+        with _response(url, "HEAD") as response:
+            found = _version(response.headers)
             return found if found.size else Version(None, found.etag, found.modified)  # 0: said of what is made anew
     except PermissionError:  # addresses that are signed are signed for one method
-        with _answer(url, "GET", {"Range": "bytes=0-0"}) as answer:
-            return _version(answer.headers)
+        with _response(url, "GET", {"Range": "bytes=0-0"}) as response:
+            return _version(response.headers)
 
 
 def copy(url: str, file: BinaryIO) -> Version:
     """Writes the content into a file. Raises OSError, also where it ends early."""
-    with _answer(url, "GET") as answer:
-        version, start = _version(answer.headers), file.tell()
-        shutil.copyfileobj(answer, file, _COPY_BYTES)
+    with _response(url, "GET") as response:
+        version, start = _version(response.headers), file.tell()
+        shutil.copyfileobj(response, file, _COPY_BYTES)
         copied = file.tell() - start
     if version.size is not None and version.size != copied:
         raise OSError(f"{url} gave {copied} of {version.size} bytes")
@@ -90,8 +90,8 @@ def copy(url: str, file: BinaryIO) -> Version:
 
 def links(url: str) -> list[str]:
     """The addresses that a directory's page leads to. Raises OSError."""
-    with _answer(url, "GET") as answer:
-        page = answer.read(_MOST_PAGE_BYTES)
+    with _response(url, "GET") as response:
+        page = response.read(_MOST_PAGE_BYTES)
     parser = _Links()
     parser.feed(page.decode(errors="replace"))
     return [urljoin(url, link) for link in parser.found]
@@ -120,24 +120,24 @@ class _Redirects(HTTPRedirectHandler):
 
 
 @contextmanager
-def _answer(url: str, method: str, headers: Mapping[str, str] | None = None) -> Iterator[HTTPResponse]:
+def _response(url: str, method: str, headers: Mapping[str, str] | None = None) -> Iterator[HTTPResponse]:
     try:
-        with build_opener(_Redirects).open(_request(url, method, headers or {}), timeout=_SILENT_SECONDS) as answer:
-            yield answer
+        with build_opener(_Redirects).open(_request(url, method, headers or {}), timeout=_SILENT_SECONDS) as response:
+            yield response
     except HTTPError as error:
         with error:
-            raise failure(url, error.code, error.reason, error.headers.get("Retry-After")) from None
+            raise error_for_status(url, error.code, error.reason, error.headers.get("Retry-After")) from None
     except TimeoutError:
-        raise _silent(url) from None
+        raise _silence(url) from None
     except URLError as error:
         raise (
-            _silent(url) if isinstance(error.reason, TimeoutError) else failure(url, None, str(error.reason))
+            _silence(url) if isinstance(error.reason, TimeoutError) else error_for_status(url, None, str(error.reason))
         ) from None
     except (ConnectionError, SSLError, HTTPException, ValueError) as error:
-        raise failure(url, None, f"{type(error).__name__}: {error}") from None
+        raise error_for_status(url, None, f"{type(error).__name__}: {error}") from None
 
 
-def _silent(url: str) -> OSError:
+def _silence(url: str) -> OSError:
     return OSError(f"{url}: not a word from the server for {_SILENT_SECONDS:.0f} s")
 
 

@@ -20,7 +20,7 @@ from data.patience import Patience, RetryLater
 from data.shards import Shards
 from data.storage import Disk, expand
 from data.tars.indexes import Indexes, ensure_sidecar
-from data.web import Version, failure
+from data.web import Version, error_for_status
 from tests.data.loopback_web import Web, serving
 from tests.data.tar_shards import encoded, write_tar
 from tests.harness import free_port
@@ -116,11 +116,11 @@ def test_statuses_are_the_errors_that_the_reader_tells_apart() -> None:
         451: PermissionError,
         503: RetryLater,
     }
-    assert {status: type(failure("u", status, "")) for status in kinds} == kinds
-    busy = failure("u", 429, "Too Many Requests", "7")
+    assert {status: type(error_for_status("u", status, "")) for status in kinds} == kinds
+    busy = error_for_status("u", 429, "Too Many Requests", "7")
     assert isinstance(busy, RetryLater)
     assert busy.seconds == 7
-    assert failure("u", 503, "", "Wed, 21 Oct 2026 07:28:00 GMT").seconds == 0  # type: ignore[attr-defined]
+    assert error_for_status("u", 503, "", "Wed, 21 Oct 2026 07:28:00 GMT").seconds == 0  # type: ignore[attr-defined]
 
 
 def test_a_server_that_says_when_to_ask_again_is_asked_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,10 +348,10 @@ def test_a_server_without_head_is_asked_for_one_byte(server: Web, tmp_path: Path
 
     def answer(url: str, method: str, headers: dict[str, str] | None = None) -> None:
         asked.append(f"{method} {headers}")
-        raise failure(url, 405, "Method Not Allowed")
+        raise error_for_status(url, 405, "Method Not Allowed")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(web, "_answer", answer)
+        patch.setattr(web, "_response", answer)
         with pytest.raises(PermissionError):
             web.stat(f"{server.url}/c/0.tar")
     assert asked == ["HEAD None", "GET {'Range': 'bytes=0-0'}"]
