@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 from configs import UserError
+from data import storage
 from data.shards import Shards
 from data.storage import Disk, braces, expand, require_one
 from data.tars.indexes import ensure_sidecar
@@ -50,7 +51,11 @@ def test_lists_are_split_before_their_ranges_are_read(tmp_path: Path) -> None:
     assert expand([f"{tmp_path}/a/{{00000..00001}}.tar::{tmp_path}/b/*.tar"]) == there
     with pytest.raises(UserError, match=r"d/.*: 2000 of 2000 shards are missing"):  # multiplied they would be 4 million
         expand([f"{tmp_path}/a/*.tar::{tmp_path}/d/{{0000..1999}}.tar::{tmp_path}/e/{{0000..1999}}.tar"])
-    with pytest.raises(UserError, match="names more than 4,194,304 shards"):
+
+
+def test_a_range_that_no_corpus_has_is_refused_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_MOST_NAMES", 1000)
+    with pytest.raises(UserError, match=r"s/\{0\.\.9999999999\}\.tar' names more than 1,000 shards"):
         expand(["s/{0..9999999999}.tar"])
 
 
