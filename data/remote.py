@@ -12,6 +12,7 @@ sends in a shard's place, an error or a login, is never kept.
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import glob
 import hashlib
@@ -20,8 +21,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ from data.web import Version
 from data.whole_file import write_whole
 
 T = TypeVar("T")
+_LOCK_SECONDS = 0.2  # between two looks at whether another process has made its copy
 _LEFT_OVER_SECONDS = 86_400
 _LONGEST_NAME = 200  # bytes of a copy's name; file systems take 255
 # What back ends call it, in their `info` of a file.
@@ -111,11 +113,16 @@ class RemoteCopies:
         with self._guard:
             lock = self._one_by_one.setdefault(name, threading.Lock())
         with lock:
-            if not copy.exists() or (name not in self._compared and self._is_outdated(name, copy)):
+            if self._is_wanted(name, copy):
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                _download(name, copy)
+                with _other_processes_wait(copy):
+                    if self._is_wanted(name, copy):  # not since another process has made it
+                        _download(name, copy)
             self._compared.add(name)
         return copy
+
+    def _is_wanted(self, name: str, copy: Path) -> bool:
+        return not copy.exists() or (name not in self._compared and self._is_outdated(name, copy))
 
     def is_copied(self, name: str) -> bool:
         """Whether there is a copy, of whatever version."""
@@ -147,6 +154,25 @@ class RemoteCopies:
         except OSError:
             self._unreachable.add(server)
             return False
+
+
+@contextmanager
+def _other_processes_wait(copy: Path) -> Iterator[None]:
+    """Ranks that evaluate want the same shards at once. A lock that ends with its process; without locks all copy."""
+    path = copy.with_name(f".{copy.name}.lock")
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_LOCK_SECONDS)
+            except OSError:  # a file system without locks
+                break
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _download(name: str, copy: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import tarfile
@@ -173,10 +174,10 @@ def test_errors_of_other_libraries_are_never_without_words(
 def test_a_slow_server_is_not_cut_off_and_a_silent_one_is_named(
     server: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six pieces 0.4 s apart take longer than the silence that is allowed; one that never comes does too."""
-    monkeypatch.setattr(web, "_SILENT_SECONDS", 2.0)
+    """Six pieces 0.8 s apart take longer than the silence that is allowed; one that never comes does too."""
+    monkeypatch.setattr(web, "_SILENT_SECONDS", 4.0)
     server.files["/c/0.tar"] = TWO + bytes(6 * 4096 - len(TWO))
-    server.pause, server.pause_seconds = threading.Event(), 0.4
+    server.pause, server.pause_seconds = threading.Event(), 0.8
     assert len(captions_of(f"{server.url}/c/0.tar", tmp_path)) == 2
     monkeypatch.setattr(web, "_SILENT_SECONDS", 0.1)
     server.pause_seconds = 60.0
@@ -212,11 +213,27 @@ def test_an_address_with_a_query_is_fetched_once_under_its_own_name(server: Web,
     assert server.asked == ["GET /c/0.idx?download=true", "GET /c/0.tar?download=true", "HEAD /c/0.tar?download=true"]
 
 
-def test_threads_that_want_one_shard_make_one_copy(server: Web, tmp_path: Path) -> None:
-    disk, url = Disk(tmp_path), f"{server.url}/c/0.tar"
+@pytest.mark.parametrize("num_processes", [1, 4])
+def test_all_that_want_one_shard_make_one_copy(
+    server: Web, tmp_path: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Disk stands for a process: file locks know open files, not processes."""
+    monkeypatch.setattr(remote, "_LOCK_SECONDS", 0.01)
+    disks, url = [Disk(tmp_path) for _ in range(num_processes)], f"{server.url}/c/0.tar"
     with ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(disk.fetch, [url] * 8))) == 1
-    assert server.asked == ["GET /c/0.tar"]
+        assert len(set(pool.map(lambda i: disks[i % num_processes].fetch(url), range(8)))) == 1
+    assert server.asked.count("GET /c/0.tar") == 1
+    assert files_below(tmp_path) == [".0.tar.version", "0.tar"]
+
+
+def test_without_file_locks_a_copy_is_made_all_the_same(
+    server: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(remote.fcntl, "flock", fail)
+    assert Disk(tmp_path).fetch(f"{server.url}/c/0.tar").read_bytes() == TWO
 
 
 def test_addresses_that_a_query_tells_apart_are_several_shards(tmp_path: Path) -> None:
