@@ -137,6 +137,11 @@ class DecoderGan(Run):
         """Pictures."""
         return self.batch.images
 
+    @property
+    def streams(self) -> int:
+        """data.streams."""
+        return self.data.streams
+
     def check_world(self, world_size: int) -> None:
         """Raises UserError where so many ranks cannot share the corpus."""
         self.data.check_world(world_size)

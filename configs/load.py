@@ -35,6 +35,7 @@ _RULES = {
     "model_type": "input should be a section of keys",
     "model_attributes_type": "input should be a section of keys",
 }
+_HASH = "\ue023"  # in the place of # while an override is parsed: private use, hence in no path
 _MERGE = "tag:yaml.org,2002:merge"
 # What an unquoted scalar may be besides a string, and the characters such a scalar can begin with.
 _SCALARS = (
@@ -196,12 +197,24 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {parent} holds {_kind(tree)}, not keys")
     try:
-        tree[leaf] = yaml.load(text, Loader=_Loader)
+        # Nobody comments on a command line: `data.train=my data #1/x.tar` names one file.
+        tree[leaf] = _replaced(yaml.load(text.replace("#", _HASH), Loader=_Loader), _HASH, "#")
     except (yaml.YAMLError, ValueError) as error:  # UserError, or a number of thousands of digits
         raise UserError(
-            f"override {override!r}: {text!r} is not a YAML value ({_problem(error)}); a text with signs "
-            "in it wants quotes"
+            f"override {override!r}: {text!r} is not a YAML value ({_problem(error).replace(_HASH, '#')}); a text with "
+            "signs in it wants quotes"
         ) from None
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """The value with a sign replaced in all its strings."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, list):
+        return [_replaced(item, old, new) for item in value]
+    if isinstance(value, dict):
+        return {_replaced(key, old, new): _replaced(item, old, new) for key, item in value.items()}
+    return value
 
 
 def _problem(error: Exception) -> str:

@@ -38,6 +38,11 @@ class Run(Section):
         """Over all ranks; the learning rate scales with it, and DeepSpeed is told it as the batch."""
         raise NotImplementedError
 
+    @property
+    def streams(self) -> int:
+        """Streams that the order of samples deals to ranks: a step's first position is a multiple of it."""
+        return 1
+
     def check_world(self, world_size: int) -> None:
         """Raises UserError where so many ranks cannot share the batch."""
         raise NotImplementedError

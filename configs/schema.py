@@ -65,6 +65,11 @@ class Config(Run):
         """The image-text pairs; the rows of ssl and rec are among them."""
         return self.batch.clip
 
+    @property
+    def streams(self) -> int:
+        """data.streams."""
+        return self.data.streams
+
     def check_world(self, world_size: int) -> None:
         """Raises UserError where so many ranks cannot share the corpus."""
         self.data.check_world(world_size)

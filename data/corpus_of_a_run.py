@@ -42,6 +42,15 @@ def read(path: Path, train: Sequence[str], caption: str | None) -> tuple[Found, 
         return None
 
 
+def names(path: Path, train: Sequence[str]) -> list[str] | None:
+    """The shards that a run wrote down for these patterns; None as of `read`."""
+    try:
+        stored = json.loads(path.read_bytes())
+        return list(stored["shards"]) if stored["of"]["train"] == list(train) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write(path: Path, train: Sequence[str], caption: str | None, found: Found) -> None:
     """It is there whole, or not. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,7 @@ class Loader:
             config.batch.ssl,
             config.data.streams,
         )
+        self._offset = 0
         self._ahead: Ahead[Batch] = Ahead(self._made_ahead, config.system.loader.prefetch)
 
     @property
@@ -75,9 +76,9 @@ class Loader:
         return self._ahead.wait_seconds
 
     def batch(self, step: int) -> Batch:
-        """This rank's rows of a step."""
+        """This rank's rows of a step, in the iteration that runs."""
         reader, sizes, config = self.reader, self.config.batch, self.config.views
-        rows = reader.rows(reader.positions(step, sizes.clip))
+        rows = reader.rows(reader.positions(step, sizes.clip, self._offset))
         num_ssl = sizes.ssl // reader.world_size
         masks, masked_idx = self._masker.masks(step, reader.rank, reader.world_size)
         names = views.names(config)
@@ -92,10 +93,14 @@ class Loader:
             keys=tuple(row.sample.key for row in rows),
         )
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """The batches from `start_step` on, without end, made ahead; one iteration at a time."""
+    def iterate(self, start_step: int = 0, offset: int = 0) -> Iterator[Batch]:
+        """The batches from `start_step` on, without end, made ahead; one iteration at a time.
+
+        Step s begins at position offset + s * batch.clip; other than 0 after a resume with another batch.
+        """
         self._ahead.close()
-        self.reader.losses.begin(start_step * self.config.batch.clip)
+        self._offset = offset
+        self.reader.losses.begin(offset + start_step * self.config.batch.clip)
         return self._ahead.iterate(start_step)
 
     def close(self) -> None:

@@ -68,8 +68,9 @@ class Losses:
                     self._log.add(loss)
             self._num_in_a_row += is_whole and is_new
         if self._num_in_a_row >= _MOST_IN_A_ROW:
+            why = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
             raise StorageFails(
-                f"{self._num_in_a_row} shards in a row cannot be read ({error}; the last is shard "
+                f"{self._num_in_a_row} shards in a row cannot be read ({why}; the last is shard "
                 f"{place.shard_idx} at position {position}), each tried system.loader.tries times: storage does not "
                 "answer; when it does again, go on with --resume"
             )

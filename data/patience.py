@@ -31,6 +31,14 @@ class Unreadable(Exception):
         self.is_waited_for, self.is_whole_shard = is_waited_for, is_whole_shard
 
 
+class RetryLater(OSError):
+    """A server is busy now. It says after how many `seconds` to ask again; 0 where it says nothing."""
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
 class Patience:
     """Calls what may raise OSError up to `tries` times. One instance may serve several threads."""
 
@@ -46,7 +54,9 @@ class Patience:
                 return action()
             except OSError as error:  # noqa: PERF203 - trying again is what the loop is for
                 tried += 1
-                if isinstance(error, at_once) or tried == self.tries or self._is_over.wait(wait_seconds(tried)):
+                asked = error.seconds if isinstance(error, RetryLater) else 0.0
+                seconds = max(wait_seconds(tried), min(asked, _LONGEST_WAIT_SECONDS))
+                if isinstance(error, at_once) or tried == self.tries or self._is_over.wait(seconds):
                     raise
 
     def end(self) -> None:

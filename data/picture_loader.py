@@ -56,6 +56,7 @@ class PictureLoader:
         )  # fmt: skip
         self.health = self.reader.health
         self._views, self._batch = Views(image_size=view.image_size, image_scale=view.image_scale), batch
+        self._offset = 0
         self._ahead: Ahead[PictureBatch] = Ahead(self._made_ahead, loader.prefetch)
 
     @property
@@ -64,15 +65,16 @@ class PictureLoader:
         return self._ahead.wait_seconds
 
     def batch(self, step: int) -> PictureBatch:
-        """This rank's pictures of a step."""
-        rows = self.reader.rows(self.reader.positions(step, self._batch))
+        """This rank's pictures of a step, in the iteration that runs."""
+        rows = self.reader.rows(self.reader.positions(step, self._batch, self._offset))
         images = self.reader.render(rows, ["image"], self._views)
         return PictureBatch(images, step, tuple(row.sample.key for row in rows))
 
-    def iterate(self, start_step: int = 0) -> Iterator[PictureBatch]:
-        """The batches from `start_step` on, without end, made ahead; one iteration at a time."""
+    def iterate(self, start_step: int = 0, offset: int = 0) -> Iterator[PictureBatch]:
+        """The batches from `start_step` on, without end, made ahead; `offset` as in data/loader.py."""
         self._ahead.close()
-        self.reader.losses.begin(start_step * self._batch)
+        self._offset = offset
+        self.reader.losses.begin(offset + start_step * self._batch)
         return self._ahead.iterate(start_step)
 
     def close(self) -> None:

@@ -109,9 +109,12 @@ class SampleReader:
         self.losses = Losses(self.shards.sizes, self.health, log)
         self.logs = [kept.lines for kept in (self.health, log) if kept is not None and kept.lines is not None]
 
-    def positions(self, step: int, batch: int) -> np.ndarray:
-        """This rank's global positions in a step of `batch` samples over all ranks."""
-        return step * batch + np.arange(batch // self.world_size) * self.world_size + self.rank
+    def positions(self, step: int, batch: int, offset: int = 0) -> np.ndarray:
+        """This rank's global positions in a step of `batch` samples over all ranks, the first offset + step * batch.
+
+        That is a multiple of data.streams; `offset` is negative where the batch has grown during the run.
+        """
+        return offset + step * batch + np.arange(batch // self.world_size) * self.world_size + self.rank
 
     def rows(self, positions: np.ndarray) -> list[Row]:
         """A good row for each global position; whatever is bad or lost is filled, attempt by attempt.

@@ -35,6 +35,7 @@ from data import caption_text, storage
 from data.labels import ClassNumbers, parse
 from data.patience import Patience, Unreadable
 from data.recent import Recent
+from data.remote import NotAShard
 from data.tars.headers import BLOCK
 from data.tars.indexes import Indexes, ShardIndex
 from data.tars.listing import Member, image_of, is_header_of, key_of
@@ -44,6 +45,7 @@ Exchange = Callable[[Any], list[Any]]
 T = TypeVar("T")
 _OPEN_FILES = 128  # tar files kept open; the usual limit of a process is 1,024
 _INDEX_THREADS = 16  # opening many sidecars waits for the disk or the network
+_STAYS = (FileNotFoundError, PermissionError, NotAShard)  # trying again would give the same
 _TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise: 31 s of waiting
 # A caption may be megabytes long. No row of tokens holds more than a part of this: the rest is not even read.
 _MOST_CAPTION_BYTES = 1 << 18
@@ -312,14 +314,15 @@ class Shards:
         """Whatever cannot be counted is an error: the order of all samples hangs on the sizes."""
         name = self.names[shard_idx]
         try:
-            return self.patience(lambda: self._indexes.count(shard_idx), at_once=(FileNotFoundError,))
+            return self.patience(lambda: self._indexes.count(shard_idx), at_once=_STAYS)
         except FileNotFoundError:
             raise UserError(
                 f"{name} does not exist: every named shard must; correct the pattern or upload it"
             ) from None
         except OSError as error:
+            tried = "" if isinstance(error, _STAYS) else f", tried {self.patience.tries} times"
             raise UserError(
-                f"{name} cannot be read ({error}), tried {self.patience.tries} times: every named shard must be read "
+                f"{name} cannot be read ({error}){tried}: every named shard must be read "
                 "once before a run; mend the storage, or leave the shard out"
             ) from None
 

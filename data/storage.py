@@ -1,82 +1,112 @@
 """Where shards lie: patterns from the config -> a sorted list of shard names, and an open file for each.
 
-A pattern is a file, a directory (all its .tar), a glob, a brace range or a URL that fsspec can open (s3://,
-gs://, hf://, https://). Remote shards are copied once into the cache directory, whole: training reads them in
-random order.
+A pattern is a file, a directory (all its .tar), a glob, a brace range as in bash, or a URL (https://, s3://, gs://,
+hf://: data/remote.py), or several of these with :: between them, as webdataset writes it. What exists under the very
+name that is given is meant literally. Remote shards are copied once into the cache directory, whole: training reads
+them in random order.
 
     expand(["data/{00000..00009}.tar", "s3://bucket/extra/*.tar"], cache_dir="/scratch/shards")
     Disk("/scratch/shards").open("data/00003.tar").read(512, offset=1024)
 
-Nothing here tries twice: what storage refuses is an OSError, and data/patience.py says what becomes of it. `Disk` is
-all that stands between the reader and the storage: a test that puts another in its place injects any trouble there is.
+But for listings nothing here tries twice: what storage refuses is an OSError, and data/patience.py says what becomes
+of it. `Disk` is all that stands between the reader and the storage: a test that puts another in its place injects any
+trouble there is.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
-import itertools
 import os
 import re
-import shutil
 import stat
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
-
-import fsspec
 
 from configs import UserError
+from data import remote
+from data.patience import Patience
+from data.remote import RemoteCopies, is_remote
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+# No sign of an IPv6 address, nor behind the name of a protocol that fsspec chains: simplecache::s3://bucket/0.tar
+_BETWEEN = re.compile(r"(?<!^simplecache)(?<!^blockcache)(?<!^filecache)::(?![^\[\]]*\])")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?|([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?", re.ASCII)
+_LISTING_TRIES = 4  # of a folder on a server: 7 s of waiting
 _SHOWN = 3  # missing files named in an error
-T = TypeVar("T")
+_MOST_NAMES = 1 << 22  # of one pattern: a slip of the keyboard names billions
 
 
 def expand(patterns: Sequence[str], cache_dir: str | Path | None = None, key: str = "data.train") -> list[str]:
-    """The shards that the patterns of config key `key` name, sorted, each once.
+    """The shards that the patterns of config key `key` name, sorted, each once, also where links or other spellings
+    lead to it under two names: then the first one is its name.
 
     Raises UserError for a pattern that finds nothing, a missing file, or a URL that cannot be read here.
     """
     if not patterns:
         raise UserError(f"{key} is empty: it names the shards to read; give at least one .tar file, glob or URL")
-    found: set[str] = set()
+    by_file: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for pattern in patterns:
-        named = list(braces(pattern))
-        if is_remote(pattern):
-            found |= _remote(pattern, named, cache_dir, key)
-        else:
-            found |= _local(pattern, [os.path.expanduser(name) for name in named], key)
-    return sorted(found)
+        for part in _split(pattern):
+            for name in sorted(_shards_of(part, cache_dir, key)):
+                by_file.setdefault(_real_path(name, folders), name)
+    return sorted(by_file.values())
 
 
-def braces(pattern: str) -> list[str]:
-    """`a{08..11}b{x,y}` -> a08bx a08by a09bx ...: ranges keep their zero padding."""
-    pieces = _BRACES.split(pattern)
-    choices = [[piece] if i % 2 == 0 else _choices(piece) for i, piece in enumerate(pieces)]
-    return ["".join(parts) for parts in itertools.product(*choices)]
+def require_one(names: Sequence[str], key: str = "data.train") -> None:
+    """Raises UserError where a run that goes on finds not one of its shards `names`.
+
+    A few that have vanished are skipped and counted. When all have, each would be waited for in vain.
+    """
+    if names and not any(is_remote(name) or os.path.exists(name) for name in names):
+        raise UserError(
+            f"--resume: none of the run's {len(names)} shards in {key} is there (the first is {names[0]}, and this is "
+            f"{os.getcwd()}): a run goes on with the shards it began with; start it from the directory it was started "
+            "from, or put them back"
+        )
 
 
-def is_remote(name: str) -> bool:
-    """Whether it is a URL."""
-    return "://" in name
+def braces(pattern: str) -> Iterator[str]:
+    """As bash: `a{08..11}b{x,y}` -> a08bx a08by a09bx ..., `{0..9..3}`, `{9..0}`, `{a..c}`, braces within braces.
+
+    Ranges keep their zero padding. Braces around one word stay.
+    """
+    group = _first_group(pattern)
+    if group is None:
+        yield pattern
+        return
+    start, end = group
+    for choice in _choices(pattern[start + 1 : end]):
+        for rest in braces(pattern[end + 1 :]):
+            yield f"{pattern[:start]}{choice}{rest}"
 
 
 class Disk:
     """Local files as they are, remote ones by their copy in `cache_dir`. Thread-safe. All trouble is an OSError."""
 
     def __init__(self, cache_dir: str | Path | None = None) -> None:
-        self._cache_dir = cache_dir
+        self._copies = RemoteCopies(cache_dir) if cache_dir is not None else None
 
     def fetch(self, name: str) -> Path:
         """A local file with the contents of `name`: itself when local, else the cached copy (made when missing)."""
-        return fetch(name, self._cache_dir)
+        return self._copies_of_remote.fetch(name) if is_remote(name) else Path(name)
+
+    def is_copied(self, name: str) -> bool:
+        """Whether a remote file has a copy, of whatever version."""
+        return self._copies_of_remote.is_copied(name)
+
+    def forget(self, name: str) -> None:
+        """Throws the copy of a remote file away: the next fetch makes another."""
+        self._copies_of_remote.forget(name)
 
     def open(self, name: str) -> OpenFile:
         """The shard, copied first where it is remote and has no copy yet."""
         return OpenFile(self.fetch(name))
+
+    @property
+    def _copies_of_remote(self) -> RemoteCopies:
+        assert self._copies is not None, "expand has refused remote names without a cache"
+        return self._copies
 
 
 class OpenFile:
@@ -98,31 +128,85 @@ class OpenFile:
             os.close(self._number)
 
 
-def fetch(name: str, cache_dir: str | Path | None) -> Path:
-    """A local file with the contents of `name`. Raises OSError; FileNotFoundError: there is no such remote file."""
-    if not is_remote(name):
-        return Path(name)
-    assert cache_dir is not None, "expand has refused remote names without a cache"
-    folder = Path(cache_dir) / hashlib.sha256(os.path.dirname(name).encode()).hexdigest()[:12]
-    copy = folder / os.path.basename(name)
-    if not copy.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _download(name, copy)
-    return copy
+def _first_group(pattern: str) -> tuple[int, int] | None:
+    """Where the first braces open and close that are a range or a list; None without any."""
+    opened: list[int] = []
+    found: list[tuple[int, int]] = []
+    for place, sign in enumerate(pattern):
+        if sign == "{":
+            opened.append(place)
+        elif sign == "}" and opened:
+            group = opened.pop(), place
+            if len(_items(pattern[group[0] + 1 : place])) > 1 or _RANGE.fullmatch(pattern, group[0] + 1, place):
+                found.append(group)
+    return min(found, default=None)
 
 
-def remote_bytes(name: str) -> int | None:
-    """The size of a remote file, or None where the server does not tell. Raises OSError."""
-    filesystem, path = _filesystem(name)
-    size: int | None = _asked(name, lambda: filesystem.info(path)).get("size")
-    return size
+def _items(inside: str) -> list[str]:
+    """What commas outside of further braces separate."""
+    depth, items = 0, [""]
+    for sign in inside:
+        depth += (sign == "{") - (sign == "}")
+        if sign == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += sign
+    return items
 
 
-def _choices(inside: str) -> list[str]:
-    if match := _RANGE.match(inside):
-        first, last = match.groups()
-        return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return inside.split(",")
+def _choices(inside: str) -> Iterator[str]:
+    match = _RANGE.fullmatch(inside)
+    if match is None:
+        for item in _items(inside):
+            yield from braces(item)
+        return
+    first, last, step, *letters = match.groups()
+    if first is None:
+        first, last, step = (str(ord(letters[0])), str(ord(letters[1])), letters[2])
+    by = max(1, int(step or 1)) * (1 if int(first) <= int(last) else -1)
+    width = max(len(first), len(last)) if any(re.match(r"-?0\d", end) for end in (first, last)) else 0
+    for number in range(int(first), int(last) + (1 if by > 0 else -1), by):
+        yield chr(number) if letters[0] else str(number).zfill(width)
+
+
+def _real_path(name: str, folders: dict[str, str]) -> str:
+    """What is the same for all names of one file: its path without links; a URL is its own.
+
+    `folders` keeps the paths of folders: on network storage every look is a round trip.
+    """
+    if is_remote(name):
+        return name
+    if os.path.islink(name):
+        return os.path.realpath(name)
+    folder, base = os.path.split(name)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.join(folders[folder], base)
+
+
+def _literal_length(pattern: str) -> int:
+    """How many signs of it, up to a / or the end, are a path that exists: they are meant literally."""
+    ends = [len(pattern), *(place for place in range(len(pattern) - 1, 0, -1) if pattern[place] == os.sep)]
+    return next((end for end in ends if os.path.lexists(os.path.expanduser(pattern[:end]))), 0)
+
+
+def _split(pattern: str) -> list[str]:
+    """What :: separates, but for the name of a folder that holds it."""
+    end = _literal_length(pattern)
+    first, *others = _BETWEEN.split(pattern[end:], maxsplit=1)
+    return [pattern[:end] + first, *(part for rest in others for part in _split(rest))]
+
+
+def _shards_of(pattern: str, cache_dir: str | Path | None, key: str) -> set[str]:
+    """What one pattern without :: names."""
+    pattern = pattern.removeprefix("file://")
+    end = 0 if is_remote(pattern) else _literal_length(pattern)
+    names = [pattern[:end] + rest for rest in islice(braces(pattern[end:]), _MOST_NAMES + 1)]
+    if len(names) > _MOST_NAMES:
+        raise UserError(f"{key}={pattern!r} names more than {_MOST_NAMES:,} shards: no corpus has; correct the range")
+    if is_remote(pattern):
+        return _remote(pattern, names, cache_dir, key)
+    return _local(pattern, [os.path.expanduser(name) for name in names], key)
 
 
 def _local(pattern: str, names: list[str], key: str) -> set[str]:
@@ -130,7 +214,7 @@ def _local(pattern: str, names: list[str], key: str) -> set[str]:
     for name in names:
         if os.path.isdir(name):
             found |= set(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-        elif glob.has_magic(name):
+        elif glob.has_magic(name) and glob.has_magic(name[_literal_length(name) :]):
             found |= _globbed(name)
         else:
             found.add(name)
@@ -140,7 +224,9 @@ def _local(pattern: str, names: list[str], key: str) -> set[str]:
 
 def _globbed(name: str) -> set[str]:
     """Below ** a file is taken once, however many links lead to it: one to a folder above itself, forty times."""
-    matches = sorted(glob.glob(name, recursive=True), key=lambda match: (match.count(os.sep), match))
+    end = _literal_length(name)
+    matches = glob.glob(glob.escape(name[:end]) + name[end:], recursive=True)
+    matches.sort(key=lambda match: (match.count(os.sep), match))
     if "**" not in name:
         return set(matches)
     by_file: dict[str, str] = {}
@@ -157,9 +243,8 @@ def _remote(pattern: str, names: list[str], cache_dir: str | Path | None, key: s
         )
     found: set[str] = set()
     for name in names:
-        if glob.has_magic(name):
-            filesystem, path = _filesystem(name)
-            found |= {filesystem.unstrip_protocol(match) for match in _listed(name, filesystem, path)}
+        if remote.has_magic(name):
+            found |= _listed(name)
         else:
             found.add(name)  # whether it exists shows when its index is read: one request less a shard
     _refuse_missing(pattern, [], len(found), key)
@@ -180,47 +265,12 @@ def _refuse_missing(pattern: str, missing: list[str], num_found: int, key: str) 
         )
 
 
-def _filesystem(name: str) -> tuple[Any, str]:
+def _listed(name: str) -> set[str]:
     try:
-        return fsspec.core.url_to_fs(name)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{name} cannot be opened: {error}; install the fsspec back end for this protocol") from None
-
-
-def _listed(name: str, filesystem: Any, path: str) -> list[str]:
-    try:
-        return list(_asked(name, lambda: filesystem.glob(path)))
+        return set(Patience(_LISTING_TRIES)(lambda: remote.matches(name), (FileNotFoundError, PermissionError)))
+    except FileNotFoundError:
+        return set()
     except OSError as error:
         raise UserError(
             f"{name} cannot be listed ({error}): see whether the storage answers, then start again"
         ) from None
-
-
-def _asked(name: str, request: Callable[[], T]) -> T:
-    """What a remote storage answers. Back ends raise errors of their own libraries: all become OSError."""
-    try:
-        return request()
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{name}: {type(error).__name__}: {error}") from error
-
-
-def _download(name: str, copy: Path) -> None:
-    """Copies to a temporary name first, so that another process never sees half a shard."""
-    filesystem, path = _filesystem(name)
-    partial = copy.with_name(f"{copy.name}.{os.getpid()}.{time.monotonic_ns()}.part")
-    try:
-        _asked(name, lambda: _copy(filesystem, path, partial))
-        partial.replace(copy)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _copy(filesystem: Any, path: str, target: Path) -> None:
-    """Raises OSError for a copy that ends early: a connection that is cut off can look like the end of the file."""
-    with filesystem.open(path, "rb") as source, target.open("xb") as file:
-        shutil.copyfileobj(source, file, 1 << 20)
-        expected, copied = getattr(source, "size", None), file.tell()
-    if isinstance(expected, int) and copied != expected:
-        raise OSError(f"{path} gave {copied} of {expected} bytes")

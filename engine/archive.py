@@ -49,7 +49,7 @@ OFF = {
 class State:
     """What a checkpoint knows besides its pieces."""
 
-    step: int  # steps finished; the data cursor is (step + skipped_steps) * samples_per_step
+    step: int  # steps finished
     optimizer_steps: dict[str, int]  # by engine: steps taken; fewer where non-finite gradients were skipped
     world_size: int
     fingerprint: str
@@ -57,6 +57,8 @@ class State:
     skipped_steps: int = 0  # whose data roll-backs left out (engine/health/rollback.py)
     samples_digest: str = ""  # of all samples that made these weights, step by step (data/sequence.py)
     corpus: dict[str, str] = field(default_factory=dict)  # facts about it, to be compared at a resume
+    # The data cursor: samples taken or left out. None before it was written down, when no run had changed its batch.
+    position: int | None = None
 
 
 def find(root: Path) -> Path:

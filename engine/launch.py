@@ -137,8 +137,9 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes: tuple[str, ...]) -> int:
+    from data.losses import StorageFails
     from engine import run, world
-    from engine.exits import FAILED
+    from engine.exits import FAILED, LOST_RANK
     from engine.health.failure import TrainingFailed
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, also where no launcher has set it
@@ -149,16 +150,16 @@ def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes
         if world.is_first():  # every rank has come to it
             complain(f"error: {error}")
         return FAILED
+    except StorageFails as error:  # perhaps of this rank alone: the others hear of it over the watch
+        complain(f"error: {error}")
+        return LOST_RANK
     finally:
         world.stop()
 
 
 def _check_pretraining(config: Config, resume: bool) -> Config:
     """The config with its files' digests filled in; they are there."""
-    from data.storage import expand
-
-    if not resume:  # a run that goes on skips what vanished since
-        expand(config.data.train, config.system.loader.cache_dir)
+    _require_shards(config, resume)
     from data import captions
     from engine.initial import pinned
 
@@ -168,13 +169,21 @@ def _check_pretraining(config: Config, resume: bool) -> Config:
 
 def _check_decoder_gan(config: DecoderGan, resume: bool) -> DecoderGan:
     """The config with its files' digests filled in; they are there."""
-    from data.storage import expand
-
-    if not resume:  # a run that goes on skips what vanished since
-        expand(config.data.train, config.system.loader.cache_dir)
+    _require_shards(config, resume)
     from engine.trainings.frozen_tokenizer import pinned
 
     return pinned(config)
+
+
+def _require_shards(config: Config | DecoderGan, resume: bool) -> None:
+    """All are there where a run begins, one where it goes on: it skips and counts those that have vanished since."""
+    from data import corpus_of_a_run, storage
+
+    known = corpus_of_a_run.names(run_directory(config) / "corpus.json", config.data.train) if resume else None
+    if known is None:
+        storage.expand(config.data.train, config.system.loader.cache_dir)
+    else:
+        storage.require_one(known)
 
 
 def _require_profiled_ranks(config: Run, world_size: int) -> None:

@@ -35,7 +35,7 @@ from engine.health import replicas
 from engine.health.alarms import Alarms, rules
 from engine.health.failure import TrainingFailed
 from engine.health.guard import GoBack, Guard
-from engine.health.rollback import Cursor, Rollbacks, check_corpus, restored
+from engine.health.rollback import Cursor, Rollbacks, batch_change, check_corpus, restored
 from engine.lock import held, holder
 from engine.out_of_memory import Memory
 from engine.places import checkpoints, run_directory
@@ -130,7 +130,8 @@ class Loop:
         self.place.follow(self.training.phases)
         meter = Meter(self.training.comm, total, config.samples_per_step, self.instruments.use)
         window, phases = self.instruments.window, self.instruments.phases
-        batches, samples = self.training.batches(begin.step, begin.skipped_steps), SampleLog(begin.samples_digest)
+        batches = self.training.batches(begin.step, begin.skipped_steps, begin.offset)
+        samples = SampleLog(begin.samples_digest)
         for step in range(begin.step, total):
             window.before(step)
             with phases("data"):
@@ -178,8 +179,9 @@ class Loop:
         is_stopping, is_last = self.guard.should_stop(), done == config.optim.steps
         is_leaving = is_stopping or is_last
         if is_leaving or is_due(done, system.checkpoint.every, system.report_every):
-            corpus = training.corpus(done + cursor.skipped_steps)
-            self.saver.save(done, training.kept(), Consumed(cursor.skipped_steps, cursor.samples_digest, corpus))
+            position = cursor.position(done, config)
+            consumed = Consumed(cursor.skipped_steps, cursor.samples_digest, training.corpus(position), position)
+            self.saver.save(done, training.kept(), consumed)
         if is_leaving:
             self._tell(self.saver.finish())
         if world.is_first() and (is_leaving or is_due(done, system.images_every, system.report_every)):
@@ -236,10 +238,12 @@ def is_due(done: int, every: int, report_every: int) -> bool:
 
 
 def _resumed(training: Training, allowed_changes: tuple[str, ...]) -> tuple[Cursor, list[str]]:
-    """Where the run goes on, and what is to be said of checkpoints that were passed over."""
+    """Where the run goes on, and what is to be said of it: checkpoints that were passed over, another batch."""
     passed_over: list[str] = []
     path = newest_good(checkpoints(training.config), passed_over.append)
     check_corpus(training, path, allowed_changes)
+    if change := batch_change(path, training.config):
+        passed_over.append(change)
     return restored(training, path), passed_over
 
 

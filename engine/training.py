@@ -137,17 +137,18 @@ class Training(Protocol):
         """Of each engine's steps."""
         ...
 
-    def batches(self, first_step: int, skipped_steps: int = 0) -> Iterator[Any]:
+    def batches(self, first_step: int, skipped_steps: int = 0, offset: int = 0) -> Iterator[Any]:
         """This rank's batches from `first_step` on, without end: a batch's `step` is the step that takes it, its
-        samples are those of step + skipped_steps. What was asked before ends."""
+        samples are those from position offset + (step + skipped_steps) * samples_per_step on. What was asked before
+        ends."""
         ...
 
     def samples(self, batch: Any) -> int:
         """This rank's samples in a batch as a sum of hashes modulo 2^64 (data/sequence.py)."""
         ...
 
-    def corpus(self, place: int) -> dict[str, str]:
-        """What the samples are drawn from, and which come at that many steps of data: facts by name."""
+    def corpus(self, position: int) -> dict[str, str]:
+        """What the samples are drawn from, and which come from that position in the data on: facts by name."""
         ...
 
     @property

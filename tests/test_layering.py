@@ -37,7 +37,7 @@ DOORS = {
     "torch.distributed": ("engine/world.py",),
     "nvidia": ("data/decode.py",),
     "webdataset": ("data/corpus.py",),
-    "fsspec": ("data/storage.py",),
+    "fsspec": ("data/remote.py",),
     "tokenizers": ("data/captions.py",),
     "huggingface_hub": ("data/captions.py", "model/hub.py"),
     "transformer_engine": ("kernels/fp8.py",),

@@ -72,9 +72,12 @@ class LatentLoader:
         self._mean, self._std = store.mean.view(-1, 1, 1), store.std.view(-1, 1, 1)
         self._permutation = lru_cache(2)(self._permute)  # a batch can reach into the next epoch
 
-    def batch(self, step: int) -> LatentBatch:
-        """This rank's rows of a step: a pure function of (store, seed, step, rank, world size)."""
-        positions_B = step * self.samples + np.arange(self._rank, self.samples, self._world_size, dtype=np.int64)
+    def batch(self, step: int, offset: int = 0) -> LatentBatch:
+        """This rank's rows of a step, whose first position is offset + step * batch: a pure function of these, store,
+        seed, rank and world size."""
+        positions_B = (
+            offset + step * self.samples + np.arange(self._rank, self.samples, self._world_size, dtype=np.int64)
+        )
         latents_BLhw, labels_B = self.store.read(*self.locate(positions_B))
         return LatentBatch((latents_BLhw.float() - self._mean) / self._std, labels_B, positions_B, step)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import UserError
-from data import storage
+from data import remote, storage
 from data.recent import Recent
 from data.tars import sidecar
 from data.tars.headers import BLOCK
@@ -148,10 +148,19 @@ class Indexes:
 
     def _sidecar(self, shard_idx: int) -> StoredIndex:
         name = self._names[shard_idx]
-        is_wanted_there = storage.is_remote(name) and shard_idx not in self._own
+        if not remote.is_remote(name):
+            return self._local_sidecar(shard_idx)
+        was_copied = self._disk.is_copied(name)
+        is_wanted_there = not was_copied and shard_idx not in self._own
         if is_wanted_there and (found := self._remote_sidecar(name)):
             return StoredIndex(found[1], found[0])
-        return self._local_sidecar(shard_idx)
+        try:
+            return self._local_sidecar(shard_idx)
+        except UserError as error:
+            if not was_copied:
+                raise UserError(f"{name}: {error}") from None
+        self._disk.forget(name)  # what some trouble once left in the cache is no tar
+        return self._sidecar(shard_idx)
 
     def _local_sidecar(self, shard_idx: int) -> StoredIndex:
         """The index of a local shard, or of a remote one's copy."""
@@ -173,13 +182,20 @@ class Indexes:
         return stored
 
     def _remote_sidecar(self, name: str) -> tuple[Path, dict] | None:
-        """The .idx lying beside a remote shard spares copying the shard before its first sample is wanted."""
-        try:
-            path = self._disk.fetch(name.removesuffix(".tar") + ".idx")
-            trailer = sidecar.read_trailer(path, None, storage.remote_bytes(name))
-        except FileNotFoundError:
+        """The .idx lying beside a remote shard spares copying the shard before its first sample is wanted.
+
+        Nobody need have put one there: a server that refuses it, or sends a page instead, has none.
+        """
+        if (index_name := remote.index_name(name)) is None:
             return None
-        return (path, trailer) if trailer else None
+        try:
+            path = self._disk.fetch(index_name)
+        except (FileNotFoundError, PermissionError):
+            return None
+        trailer = sidecar.read_trailer(path, None)
+        if trailer is None or remote.stat(name).size not in (None, trailer["tar_bytes"]):
+            return None
+        return path, trailer
 
 
 def ensure_sidecar(tar: Path, cache_dir: str | Path | None = None) -> StoredIndex:
@@ -219,9 +235,14 @@ def _state(tar: Path) -> tuple[int, ...]:
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Short shard names for keys: the stem, or the path below the common folder where stems repeat."""
-    stems = [os.path.basename(name).removesuffix(".tar") for name in names]
+    """Short shard names for keys: the stem, or where stems repeat the path below the common folder, if there is one."""
+    paths = [remote.without_query(name) for name in names]
+    stems = [os.path.basename(path).removesuffix(".tar") for path in paths]
     if len(set(stems)) == len(stems):
         return stems
-    common = os.path.commonpath(names)
-    return [os.path.relpath(name, common).removesuffix(".tar") for name in names]
+    if len({os.path.isabs(path) for path in paths}) == 1:
+        common = os.path.commonpath(paths)
+        below = [os.path.relpath(path, common).removesuffix(".tar") for path in paths]
+        if len(set(below)) == len(below):
+            return below
+    return [name.removesuffix(".tar") for name in names]  # absolute and relative ones, or told apart by a query alone

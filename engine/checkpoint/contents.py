@@ -50,6 +50,7 @@ class Consumed:
     skipped_steps: int = 0
     samples_digest: str = ""
     corpus: dict[str, str] = field(default_factory=dict)
+    position: int | None = None
 
 
 NOTHING = Consumed()

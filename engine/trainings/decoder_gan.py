@@ -59,7 +59,7 @@ class DecoderTraining(ShardFed[PictureBatch]):
         choices: dict[str, str],
         loader: PictureLoader,
     ) -> None:
-        super().__init__(config, loader)
+        super().__init__(loader)
         self.config, self.model, self.parts, self.choices = config, model, parts, choices
         self.comm, self.device, self.phases = parts.comm, parts.device, parts.phases
         self._shown: StageOutputs | None = None  # of the last step

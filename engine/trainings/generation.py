@@ -74,6 +74,7 @@ class GeneratorTraining:
         )
         samples = config.batch.samples
         self._loader = LatentLoader(store, config.seed, samples, config.latents.flip, comm.rank, comm.world_size)
+        self._offset = 0
         self._steps = Ahead(self._make, config.system.loader.prefetch)
 
     @property
@@ -92,17 +93,19 @@ class GeneratorTraining:
             f"{made_by})"
         )
 
-    def batches(self, first_step: int, skipped_steps: int = 0) -> Iterator[Step]:
+    def batches(self, first_step: int, skipped_steps: int = 0, offset: int = 0) -> Iterator[Step]:
         """Made ahead."""
+        self._steps.close()
+        self._offset = offset
         return renumbered(self._steps.iterate(first_step + skipped_steps), skipped_steps)
 
     def samples(self, batch: Step) -> int:
         """By their positions."""
         return sum_of_words(hash_words(batch.batch.positions_B))
 
-    def corpus(self, place: int) -> dict[str, str]:
+    def corpus(self, position: int) -> dict[str, str]:
         """By the order of the store."""
-        return self._loader.facts(place * self.config.batch.samples)
+        return self._loader.facts(position)
 
     @property
     def logs(self) -> Sequence[Lines]:
@@ -172,7 +175,7 @@ class GeneratorTraining:
         self._steps.close()
 
     def _make(self, step: int) -> Step:
-        batch = self._loader.batch(step)
+        batch = self._loader.batch(step, self._offset)
         draws = draw(self._engine.module.needs, self.config.seed, step, batch.positions_B)
         if torch.cuda.is_available():
             return Step(batch.pinned(), draws.pinned(), step)  # only from there a copy runs beside the host

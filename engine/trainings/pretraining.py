@@ -39,7 +39,7 @@ class Pretraining(ShardFed[Batch]):
     """A Training (engine/training.py). What evolves outside the engine: the centre of the centring targets."""
 
     def __init__(self, config: Config, parts: Assembly, loader: Loader) -> None:
-        super().__init__(config, loader)
+        super().__init__(loader)
         self.config, self.parts = config, parts
         self.comm, self.device, self.phases, self.choices = parts.comm, parts.device, parts.phases, parts.choices
         self.rows: Rows = parts.engine.module.rows

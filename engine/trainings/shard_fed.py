@@ -2,7 +2,7 @@
 
 class Pretraining(ShardFed[Batch]):
     def __init__(self, config, loader, ...):
-        super().__init__(config, loader)
+        super().__init__(loader)
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
-from configs import Run
 from data.health import Health
 from data.lines import Lines
 from data.reading import SampleReader
@@ -49,8 +48,11 @@ class ShardLoader(Protocol[Made]):
         """Seconds waited for batches of `iterate` since this was last read."""
         ...
 
-    def iterate(self, start_step: int) -> Iterator[Made]:
-        """The batches of that step of the data and all later ones, without end; the iteration before this one ends."""
+    def iterate(self, start_step: int, offset: int) -> Iterator[Made]:
+        """The batches of that step of the data and all later ones, without end; the iteration before this one ends.
+
+        Step s begins at position offset + s * (samples per step).
+        """
         ...
 
     def close(self) -> None:
@@ -61,20 +63,20 @@ class ShardLoader(Protocol[Made]):
 class ShardFed(Generic[B]):
     """Owns the loader, and ends it."""
 
-    def __init__(self, config: Run, loader: ShardLoader[B]) -> None:
-        self._samples_per_step, self.loader = config.samples_per_step, loader
+    def __init__(self, loader: ShardLoader[B]) -> None:
+        self.loader = loader
 
-    def batches(self, first_step: int, skipped_steps: int = 0) -> Iterator[B]:
+    def batches(self, first_step: int, skipped_steps: int = 0, offset: int = 0) -> Iterator[B]:
         """From the corpus, made ahead."""
-        return renumbered(self.loader.iterate(first_step + skipped_steps), skipped_steps)
+        return renumbered(self.loader.iterate(first_step + skipped_steps, offset), skipped_steps)
 
     def samples(self, batch: B) -> int:
         """By their keys."""
         return sum_of_keys(batch.keys)
 
-    def corpus(self, place: int) -> dict[str, str]:
+    def corpus(self, position: int) -> dict[str, str]:
         """By the order of the corpus."""
-        return self._facts.at(place * self._samples_per_step)
+        return self._facts.at(position)
 
     def describe_corpus(self) -> str:
         """Shards, samples, and what is left out, by reason."""

@@ -114,6 +114,22 @@ def test_a_word_that_yaml_takes_for_something_else_stays_a_word(text: str, value
     assert tiny_config(f"system.run_dir={text}").system.run_dir == value
 
 
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ("my data #1/x.tar", ("my data #1/x.tar",)),
+        ("#1/x.tar", ("#1/x.tar",)),
+        ("[a #1.tar, 'b #2.tar']", ("a #1.tar", "b #2.tar")),
+        ("a.tar #", ("a.tar #",)),
+    ],
+)
+def test_an_override_has_no_comments(text: str, paths: tuple[str, ...]) -> None:
+    config = tiny_config(f"data.train={text}")
+    assert config.data.train == paths
+    assert "batch.clip='12 # rows': input should be a valid integer" in refusal("batch.clip=12 # rows")
+    assert "\ue023" not in refusal("data.train=[a #1.tar") + to_yaml(config)
+
+
 def test_on_and_off_are_values_of_compile(tmp_path: Path) -> None:
     assert tiny_config("system.compile=on").system.compile == "on"
     text = TINY.read_text() + "system: {compile: off}\n"

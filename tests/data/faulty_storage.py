@@ -81,6 +81,14 @@ class FaultyStorage:
         """As the inner storage; indexes are written and read without faults."""
         return self.inner.fetch(name)
 
+    def is_copied(self, name: str) -> bool:
+        """As the inner storage."""
+        return self.inner.is_copied(name)
+
+    def forget(self, name: str) -> None:
+        """As the inner storage."""
+        self.inner.forget(name)
+
     def open(self, name: str) -> FaultyFile:
         """A request."""
         self.request(name)

@@ -146,6 +146,23 @@ def test_iterating_gives_the_batches_of_the_steps_from_the_start_step(corpus: Pa
         assert batch.local_crops.equal(direct.local_crops)
 
 
+@pytest.mark.parametrize(("start_step", "batch", "world_size"), [(5, 24, 1), (5, 24, 3), (2, 6, 2)])
+def test_with_another_batch_from_some_step_on_no_sample_is_skipped_or_met_again(
+    corpus: Path, start_step: int, batch: int, world_size: int
+) -> None:
+    """Steps of 12 up to `start_step`; what comes then is as if a step were its positions alone."""
+    sequence = [key for [whole] in batches(config_for(corpus), list(range(10))) for key in whole.keys]
+    config = config_for(corpus, f"batch.clip={batch}", "batch.ssl=6", "batch.rec=6")
+    offset = start_step * (12 - batch)
+    ranks = []
+    for rank in range(world_size):
+        with loading(config, rank=rank, world_size=world_size) as loader:
+            ahead = loader.iterate(start_step, offset)
+            ranks.append([key for _ in range(2) for key in next(ahead).keys])
+    served = [key for keys in zip(*ranks, strict=True) for key in keys]
+    assert served == sequence[start_step * 12 :][: 2 * batch]
+
+
 def test_an_error_in_the_background_reaches_the_consumer_and_threads_end(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

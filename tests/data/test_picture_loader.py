@@ -58,6 +58,12 @@ def test_the_global_batch_is_the_same_on_three_ranks_as_on_one(corpus: Path) -> 
     assert torch.stack(parts, dim=1).flatten(0, 1).equal(whole.images)
 
 
+def test_with_an_offset_a_step_begins_so_many_samples_later(corpus: Path) -> None:
+    with loading(corpus) as loader:
+        whole = [*loader.batch(2).keys, *loader.batch(3).keys]
+        assert next(loader.iterate(4, -18)).keys == tuple(whole[6:18])
+
+
 def test_iterating_starts_where_it_is_told_and_needs_no_captions(tmp_path: Path) -> None:
     for shard in range(6):
         write_tar(tmp_path / f"{shard}.tar", {f"{i}.jpg": encoded(i) for i in range(4)})

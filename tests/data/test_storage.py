@@ -8,17 +8,113 @@ import fsspec
 import pytest
 
 from configs import UserError
+from data import storage
 from data.shards import Shards
-from data.storage import braces, expand, fetch
+from data.storage import Disk, braces, expand, require_one
 from tests.data.tar_shards import index_of, write_corpus
 
 pytestmark = pytest.mark.L0
 
 
 def test_brace_ranges_keep_their_padding_and_multiply() -> None:
-    assert braces("a{08..11}-{x,y}.tar")[:3] == ["a08-x.tar", "a08-y.tar", "a09-x.tar"]
-    assert len(braces("{000000..000099}.tar")) == 100
-    assert braces("plain.tar") == ["plain.tar"]
+    assert list(braces("a{08..11}-{x,y}.tar"))[:3] == ["a08-x.tar", "a08-y.tar", "a09-x.tar"]
+    assert len(list(braces("{000000..000099}.tar"))) == 100
+    assert list(braces("plain.tar")) == ["plain.tar"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("{0..6..3}", "0 3 6"),
+        ("{3..0..2}", "3 1"),
+        ("{08..10}", "08 09 10"),
+        ("{8..10}", "8 9 10"),
+        ("{00..100..50}", "000 050 100"),  # as bash pads: to the longer end
+        ("{a..c}{1..2}", "a1 a2 b1 b2 c1 c2"),
+        ("{0{1..2},x{y,z}}", "01 02 xy xz"),
+        ("{7}-{a}-{{1..2}}", "{7}-{a}-{1} {7}-{a}-{2}"),  # braces around one word stay
+        ("a{1..2", "a{1..2"),
+        ("a}1..2{", "a}1..2{"),
+        ("{,b}c", "c bc"),
+        ("{-1..1}", "-1 0 1"),
+    ],
+)
+def test_braces_are_those_of_bash(pattern: str, names: str) -> None:
+    assert " ".join(braces(pattern)) == names
+
+
+def test_lists_are_split_before_their_ranges_are_read(tmp_path: Path) -> None:
+    for folder in "ab":
+        write_corpus(tmp_path / folder, num_shards=2, per_shard=1)
+    there = [str(tmp_path / folder / f"0000{i}.tar") for folder in "ab" for i in range(2)]
+    assert expand([f"{tmp_path}/a/{{00000..00001}}.tar::{tmp_path}/b/*.tar"]) == there
+    with pytest.raises(UserError, match=r"d/.*: 2000 of 2000 shards are missing"):  # multiplied they would be 4 million
+        expand([f"{tmp_path}/a/*.tar::{tmp_path}/d/{{0000..1999}}.tar::{tmp_path}/e/{{0000..1999}}.tar"])
+
+
+def test_a_range_that_no_corpus_has_is_refused_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_MOST_NAMES", 1000)
+    with pytest.raises(UserError, match=r"s/\{0\.\.9999999999\}\.tar' names more than 1,000 shards"):
+        expand(["s/{0..9999999999}.tar"])
+
+
+def test_the_signs_of_lists_and_globs_in_an_address_are_its_own(tmp_path: Path) -> None:
+    assert expand(["http://[::1]:8000/{0..1}.tar?a=*::https://h/x.tar"], tmp_path) == [
+        "http://[::1]:8000/0.tar?a=*", "http://[::1]:8000/1.tar?a=*", "https://h/x.tar",
+    ]  # fmt: skip
+    fsspec.filesystem("memory").pipe("/signs/a[0].tar", b"tar")
+    for chain in ("", "simplecache::"):
+        [name] = expand([f"{chain}memory://signs/a[0].tar"], tmp_path)
+        assert name.endswith("/signs/a[0].tar")
+
+
+def test_what_exists_under_the_very_name_is_meant_literally(tmp_path: Path) -> None:
+    folder = tmp_path / "my {1..2} [data]::v#1"
+    write_corpus(folder, num_shards=1, per_shard=1)
+    shard = folder / "a[0]{x,y}.tar"
+    (folder / "00000.tar").rename(shard)
+    for pattern in (shard, folder, f"{folder}/*.tar", f"{folder}/{{a,a}}*.tar::{shard}", f"{tmp_path}/m*/a[[]0]*.tar"):
+        assert expand([str(pattern)]) == [str(shard)], pattern
+    assert Shards([str(shard)], "txt").read(0, 0).key == "a[0]{x,y}/000000"
+
+
+def test_a_shard_under_several_names_is_counted_once_under_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "a", num_shards=2, per_shard=1)
+    (tmp_path / "link.tar").symlink_to(tmp_path / "a" / "00000.tar")
+    monkeypatch.chdir(tmp_path)
+    others = [
+        "./a/00000.tar",
+        f"{tmp_path}/a/*.tar",
+        "link.tar",
+        f"file://{tmp_path}/a/00001.tar",
+        "a/../a/{00000..00001}.tar",
+    ]
+    assert expand(["a/00000.tar", *others]) == [f"{tmp_path}/a/00001.tar", "a/00000.tar"]
+
+
+def test_absolute_and_relative_paths_and_addresses_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in "abc":
+        write_corpus(tmp_path / folder, num_shards=1, per_shard=1)
+    monkeypatch.chdir(tmp_path)
+    remote = fsspec.filesystem("memory")
+    remote.pipe("/mixed/00000.tar", (tmp_path / "c" / "00000.tar").read_bytes())
+    names = expand(["a/*.tar", f"{tmp_path}/b/*.tar", "memory://mixed/00000.tar"], tmp_path / "cache")
+    shards = Shards(names, "txt", tmp_path / "cache")
+    assert shards.sizes.tolist() == [1, 1, 1]
+    keys = [shards.read(i, 0).key for i in range(3)]
+    assert keys == [f"{tmp_path}/b/00000/000000", "a/00000/000000", "memory://mixed/00000/000000"]
+
+
+def test_a_run_goes_on_where_one_of_its_shards_is_there(tmp_path: Path) -> None:
+    write_corpus(tmp_path, num_shards=1, per_shard=1)
+    require_one([f"{tmp_path}/gone.tar", f"{tmp_path}/00000.tar"])
+    require_one(["gone.tar", "s3://bucket/0.tar"])
+    with pytest.raises(
+        UserError, match=r"none of the run's 2 shards in data\.train is there \(the first is gone/0\.tar"
+    ):
+        require_one(["gone/0.tar", "gone/1.tar"])
 
 
 def test_globs_ranges_and_directories_name_the_same_shards_once(tmp_path: Path) -> None:
@@ -82,6 +178,9 @@ def test_remote_mistakes_are_user_errors(tmp_path: Path) -> None:
         Shards(expand(["memory://nowhere/0.tar"], tmp_path), "txt", tmp_path)
 
 
+WHOLE = b"\0" * 10240  # a tar without members
+
+
 class Breaking(io.BytesIO):
     """What a connection that is cut off gives: an error, or an early end."""
 
@@ -100,22 +199,22 @@ def test_a_copy_that_fails_or_ends_early_is_an_os_error_and_leaves_nothing(
     error: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = fsspec.filesystem("memory")
-    remote.pipe("/flaky/0.tar", b"whole")
+    remote.pipe("/flaky/0.tar", WHOLE)
     with monkeypatch.context() as patch:
-        patch.setattr(type(remote), "open", lambda *_, **__: Breaking(b"whole", error))
-        with pytest.raises(OSError, match=r"connection reset|503 of a client library|2 of 5 bytes"):
-            fetch("memory://flaky/0.tar", tmp_path)
+        patch.setattr(type(remote), "open", lambda *_, **__: Breaking(WHOLE, error))
+        with pytest.raises(OSError, match=r"connection reset|503 of a client library|5120 of 10240 bytes"):
+            Disk(tmp_path).fetch("memory://flaky/0.tar")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert fetch("memory://flaky/0.tar", tmp_path).read_bytes() == b"whole"
+    assert Disk(tmp_path).fetch("memory://flaky/0.tar").read_bytes() == WHOLE
 
 
 def test_a_storage_that_fails_while_the_corpus_is_opened_is_a_user_error_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = fsspec.filesystem("memory")
-    remote.pipe("/down/0.tar", b"whole")
+    remote.pipe("/down/0.tar", WHOLE)
     monkeypatch.setattr("data.patience._FIRST_WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(type(remote), "open", lambda *_, **__: Breaking(b"whole", OSError("no route")))
+    monkeypatch.setattr(type(remote), "open", lambda *_, **__: Breaking(WHOLE, OSError("no route")))
     with pytest.raises(UserError, match=r"memory://down/0\.tar cannot be read \(no route\), tried 2 times"):
         Shards(["memory://down/0.tar"], "txt", tmp_path, tries=2)
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from configs import fingerprint, to_yaml
+from data import corpus_of_a_run
 from data.captions import train_bpe
+from data.corpus_of_a_run import Found
 from engine.archive import State
 from engine.checkpoint.directory import SUMS, sum_of
 from tests.data.tar_shards import write_corpus
@@ -108,6 +111,10 @@ CASES = {
         (*GOOD, "name=trained", "--resume", "optim.lr=2e-3", "batch.rec=12"),
         ("optim.lr: 0.001 -> 0.002; batch.rec: 6 -> 12", "--allow-change optim.lr,batch.rec"),
     ),
+    "no shard of a run that goes on": Case(  # as from another directory than the one it was started from
+        (*GOOD, "name=moved", "--resume"),
+        ("none of the run's 2 shards in data.train is there (the first is gone/0.tar, and this is ",),
+    ),
     "missing tokenizer": Case((*GOOD, "data.tokenizer=none.json"), ("data.tokenizer=none.json is no file",)),
     "large vocabulary": Case((*GOOD, "model.text.vocab=64"), ("tokenizer.json has 2", "model.text.vocab=64")),
     "stage 2 without a tokenizer": Case(
@@ -149,6 +156,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(here / "runs" / "trained")
     shutil.copytree(here / "runs" / "trained", here / "runs" / "half")
     (here / "runs" / "half" / "checkpoints" / "step-00000003" / "state.json").unlink()
+    shutil.copytree(here / "runs" / "trained", here / "runs" / "moved")
+    found = Found({"gone/0.tar": 6, "gone/1.tar": 6}, Counter())
+    corpus_of_a_run.write(here / "runs" / "moved" / "corpus.json", ("shards",), "txt", found)
     return here
 
 
@@ -208,7 +218,9 @@ def test_no_mistake_leaves_a_checkpoint_or_touches_one(
 ) -> None:
     found = sorted(str(path.relative_to(place / "runs")) for path in (place / "runs").glob("*/checkpoints/*"))
     assert len(finished) == len(CASES)
-    assert found == [f"{run}/checkpoints/{name}" for run in ("half", "trained") for name in ("latest", "step-00000003")]
+    assert found == [
+        f"{run}/checkpoints/{name}" for run in ("half", "moved", "trained") for name in ("latest", "step-00000003")
+    ]
 
 
 def test_help_says_what_there_is() -> None:

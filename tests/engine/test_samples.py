@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from configs import UserError
+from configs import Config, UserError, fingerprint, to_yaml
 from data.order import Order
 from data.sequence import CorpusFacts
 from engine import archive
-from engine.health.rollback import check_corpus
+from engine.health import rollback
+from engine.health.guard import GoBack
+from engine.health.rollback import Cursor, Rollbacks, batch_change, check_corpus, cursor_of
 from tests.engine.health import runs
 from tests.engine.health.runs import Spoilt
 from tests.harness import run_ranks
@@ -34,18 +36,79 @@ def test_the_digest_knows_no_world_size(tmp_path: Path) -> None:
     assert digest(tmp_path / "1") == digest(tmp_path / "2") != ""
 
 
-def facts(samples: int, place: int) -> dict[str, str]:
-    return CorpusFacts(["a.tar"], Order([samples], 1, 1, 0)).at(8 * place)
+def facts(samples: int, position: int) -> dict[str, str]:
+    return CorpusFacts(["a.tar"], Order([samples], 1, 1, 0)).at(position)
+
+
+def write_state(path: Path, config: Config, **known: Any) -> Path:
+    """What of a checkpoint is read before its weights."""
+    path.mkdir(parents=True, exist_ok=True)
+    state = archive.State(3, {}, 1, fingerprint(config), {}, **known)
+    (path / "state.json").write_text(json.dumps(asdict(state)))
+    (path / "config.yaml").write_text(to_yaml(config))
+    return path
 
 
 @pytest.mark.L0
 def test_a_resume_on_another_corpus_is_refused_by_what_has_changed(tmp_path: Path) -> None:
-    state = archive.State(3, {}, 1, "", {}, skipped_steps=2, corpus=facts(64, 5))
-    (tmp_path / "state.json").write_text(json.dumps(asdict(state)))
-    same: Any = SimpleNamespace(corpus=lambda place: facts(64, place))
-    other: Any = SimpleNamespace(corpus=lambda place: facts(65, place))
+    config = tiny_config()
+    write_state(tmp_path, config, skipped_steps=2, corpus=facts(64, 5 * 12))
+    same: Any = SimpleNamespace(config=config, corpus=lambda position: facts(64, position))
+    other: Any = SimpleNamespace(config=config, corpus=lambda position: facts(65, position))
     check_corpus(same, tmp_path, ())
     check_corpus(other, tmp_path, ("data",))
-    check_corpus(other, tmp_path, ("batch.clip",))
-    with pytest.raises(UserError, match="samples: 64 -> 65; names and sizes of the shards"):
-        check_corpus(other, tmp_path, ("optim.lr",))
+    for allowed in (("optim.lr",), ("batch.clip",)):
+        with pytest.raises(UserError, match="samples: 64 -> 65; names and sizes of the shards"):
+            check_corpus(other, tmp_path, allowed)
+
+
+@pytest.mark.L0
+def test_another_batch_goes_on_at_the_next_sample_and_says_so(tmp_path: Path) -> None:
+    before, larger = tiny_config(), tiny_config("batch.clip=24")
+    path = write_state(tmp_path, before, skipped_steps=2, corpus=facts(64, 5 * 12))
+    assert cursor_of(path, before) == Cursor(3, 2)
+    assert batch_change(path, before) == ""
+    cursor = cursor_of(path, larger)
+    assert [cursor.position(done, larger) for done in (3, 4, 5)] == [60, 84, 108]
+    assert batch_change(path, larger) == (
+        "the batch was of 12 samples and is of 24: the run goes on at sample 60 of the data, none is skipped or met "
+        "again"
+    )
+    training: Any = SimpleNamespace(config=larger, corpus=lambda position: facts(64, position))
+    check_corpus(training, path, ("batch.clip",))
+
+
+@pytest.mark.L0
+def test_after_a_change_of_the_batch_the_position_is_what_was_saved(tmp_path: Path) -> None:
+    larger, smaller = tiny_config("batch.clip=24"), tiny_config("batch.clip=6", "batch.ssl=6", "batch.rec=6")
+    path = write_state(tmp_path, larger, position=84)  # two steps of 30 and one of 24, say
+    for config in (larger, smaller):
+        cursor = cursor_of(path, config)
+        assert [cursor.position(done, config) for done in (3, 4)] == [84, 84 + config.batch.clip]
+
+
+@pytest.mark.L0
+def test_with_other_streams_the_run_goes_on_at_a_multiple_of_them_and_says_what_is_left_out(tmp_path: Path) -> None:
+    path = write_state(tmp_path, tiny_config(), position=84)
+    config = tiny_config("data.streams=5", "batch.clip=20", "batch.ssl=5", "batch.rec=5")
+    cursor = cursor_of(path, config)
+    assert cursor.position(3, config) == 85
+    assert "at sample 85 of the data, 1 before it are left out" in batch_change(path, config)
+
+
+@pytest.mark.L0
+def test_a_roll_back_behind_a_change_of_the_batch_meets_no_sample_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run was resumed at step 3, position 36, with 24 a step; at step 5 it goes back to step 2, of 12 a step."""
+    config = tiny_config("batch.clip=24")
+    begun = Cursor(step=3, offset=36 - 3 * 24)
+    monkeypatch.setattr(rollback, "on_first", lambda work: [tmp_path])
+    monkeypatch.setattr(rollback, "newest_good", lambda root, say: tmp_path)
+    monkeypatch.setattr(rollback.archive, "read_state", lambda path: archive.State(2, {}, 1, "", {}, position=24))
+    monkeypatch.setattr(rollback, "load", lambda path, kept: (None, {}))
+    training: Any = SimpleNamespace(config=config, kept=lambda: None, restored=lambda whole: None)
+    trouble = GoBack("spike", SimpleNamespace(step=5))  # type: ignore[arg-type]
+    cursor = Rollbacks(1).go_back(training, begun, trouble, lambda words: None)
+    assert cursor.step == 2
+    assert cursor.position(2, config) == begun.position(5, config) == 84

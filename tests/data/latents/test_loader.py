@@ -85,6 +85,13 @@ def test_a_resume_goes_on_where_the_other_stopped(store: LatentStore) -> None:
         assert resumed.labels_B.equal(batches[step].labels_B)
 
 
+def test_another_batch_from_some_step_on_goes_on_at_the_next_sample(store: LatentStore) -> None:
+    """Three steps of 6, then steps of 4 on two ranks."""
+    ranks = [LatentLoader(store, 0, 4, True, rank, 2) for rank in range(2)]
+    served = np.stack([loader.batch(3, 3 * (6 - 4)).positions_B for loader in ranks], axis=1)
+    assert served.flatten().tolist() == [18, 19, 20, 21]
+
+
 def test_a_batch_larger_than_the_store_passes_over_epochs(store: LatentStore) -> None:
     where, _ = (loader := LatentLoader(store, 0, 40, True)).locate(loader.batch(0).positions_B)
     assert sorted(np.bincount(where).tolist()) == [2] * 11 + [3] * 6

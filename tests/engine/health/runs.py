@@ -68,7 +68,8 @@ class Drawn:
         self.reader = SimpleNamespace(shards=shards, order=order, logs=(), summary=lambda: "corpus: drawn")
         self.wait_seconds = 0.0
 
-    def iterate(self, start: int) -> Iterator[Any]:
+    def iterate(self, start: int, offset: int) -> Iterator[Any]:
+        assert offset == 0, "the batch is the same"
         return self._ahead.iterate(start)
 
     def close(self) -> None:

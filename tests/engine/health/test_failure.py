@@ -1,4 +1,4 @@
-"""A training that failed by itself ends with a code of its own, and one line."""
+"""A training that failed by itself, or whose storage did, ends with a code of its own, and one line."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any, NoReturn
 
 import pytest
 
+from data.losses import StorageFails
 from engine import launch, run, world
-from engine.exits import FAILED
+from engine.exits import FAILED, LOST_RANK
 from engine.health.failure import TrainingFailed
 from model.objectives.comm import Solo
 from tests.tiny import tiny_config
@@ -15,12 +16,21 @@ from tests.tiny import tiny_config
 pytestmark = pytest.mark.L0
 
 
-def test_it_ends_with_code_70_and_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TrainingFailed("nonfinite", "3 non-finite losses up to step 120"), FAILED),
+        (StorageFails("8 shards in a row cannot be read"), LOST_RANK),
+    ],
+)
+def test_it_ends_with_its_code_and_one_line(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fails(*_: Any) -> NoReturn:
-        raise TrainingFailed("nonfinite", "3 non-finite losses up to step 120")
+        raise error
 
     monkeypatch.setattr(run, "train", fails)
     monkeypatch.setattr(world, "start", lambda minutes: Solo())
     monkeypatch.setattr(world, "stop", lambda: None)
-    assert vars(launch)["_train"](tiny_config(), {}, False, ()) == FAILED
-    assert capsys.readouterr().err == "error: 3 non-finite losses up to step 120\n"
+    assert vars(launch)["_train"](tiny_config(), {}, False, ()) == code
+    assert capsys.readouterr().err == f"error: {error}\n"
