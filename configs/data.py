@@ -7,11 +7,46 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from configs.section import Amount, AreaRange, Count, Paths, PixelRange, Positive, Section, Share, ShareRange, UserError
+from configs.section import (
+    Amount,
+    AreaRange,
+    Count,
+    Later,
+    Paths,
+    PixelRange,
+    Positive,
+    Section,
+    Share,
+    ShareRange,
+    UserError,
+)
+
+Colour = tuple[int, int, int]  # red, green, blue from 0 to 255
+WHITE: Colour = (255, 255, 255)
+_COLOURS = {"white": WHITE, "black": (0, 0, 0)}
+
+
+def _as_background(value: object) -> object:
+    """A colour's name -> its numbers; "random" stays. ValueError for anything else but three numbers."""
+    named = _COLOURS.get(value, value) if isinstance(value, str) else value
+    is_colour = (
+        isinstance(named, list | tuple)
+        and len(named) == 3
+        and all(type(number) is int and 0 <= number <= 255 for number in named)
+    )
+    if named == "random" or is_colour:
+        return named
+    raise ValueError(
+        f"{value!r} is no background: it is a colour as [red, green, blue] with whole numbers from 0 to 255, white, "
+        "black, or random; write [128, 128, 128] for mid-grey"
+    )
+
+
+Background = Annotated[Literal["random"] | Colour, BeforeValidator(_as_background)]
 
 
 class Pictures(Section):
@@ -23,6 +58,13 @@ class Pictures(Section):
     block_shards: Positive = 4  # samples are shuffled inside blocks of this many shards of one stream
     max_bad_share: Share = 0.02  # above this share of bad samples the run stops
     max_pixels: Positive = 50_000_000  # larger images are bad samples: they would stall a whole step
+    # What shows through transparent pictures. random: another colour for every view of every epoch; evaluation: white
+    background: Annotated[Background, Later()] = WHITE
+
+    @property
+    def still_background(self) -> Colour:
+        """The colour behind transparent pictures where nothing is random, as in evaluation."""
+        return WHITE if self.background == "random" else self.background
 
     def check_world(self, world_size: int) -> None:
         """Every rank serves whole streams, so that the global batches are the same at every world size."""

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from configs import Config, DecoderGan, UserError, load_run
-from configs.data import Pictures
+from configs.data import WHITE, Colour, Pictures
 from configs.system import System
 from data.captions import CaptionEncoder
 from data.held_out import HeldOut
@@ -68,9 +68,14 @@ class Source:
         """
         system = self.config.system if self.config else System()
         return HeldOut(
-            patterns, self.crop, system, _max_pixels(self.config), key=key, limit=limit, rank=world.rank(),
-            world_size=world.world_size(),
+            patterns, self.crop, system, _max_pixels(self.config), background=self.background, key=key, limit=limit,
+            rank=world.rank(), world_size=world.world_size(),
         )  # fmt: skip
+
+    @property
+    def background(self) -> Colour:
+        """What shows through transparent pictures: the run's colour; white where it was random, or where no run is."""
+        return self.config.data.still_background if self.config else WHITE
 
     def digest(self) -> str:
         """sha256 of every tensor of the tokenizer: the same of a run and of its weights file by itself."""
