@@ -4,7 +4,7 @@ Readers differ in which of two contradicting headers they believe. A TIFF with t
 and libtiff hands out 60,000 x 60,000 pixels for it: 10 GB. So the largest claim counts.
 
     claimed_pixels("jpeg", data)          # 12_000_000, or 0 where nothing is found: then there is nothing to decode
-    [part.kind for part in png_chunks(data)]        # [b"IHDR", b"tEXt", b"IDAT", b"IDAT", b"IEND"]
+    [kind for kind, _, _ in png_chunks(data)]       # [b"IHDR", b"tEXt", b"IDAT", b"IDAT", b"IEND"]
 """
 
 from __future__ import annotations
@@ -12,71 +12,67 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG's SOF markers: tables share their range
 _NO_LENGTH = frozenset([0x01, 0xD8, 0xD9])
 SCAN, END, APP1 = 0xDA, 0xD9, 0xE1  # JPEG's markers of a scan, of the end, of EXIF
 # Coded pixels hold 0xFF only before 0 and restart markers; several 0xFF before a marker are filling.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_HEADER_MARKERS = frozenset(range(1, 0xFF)) - frozenset(range(0xD0, 0xD8))
 _MOST_SEGMENTS, _MOST_CHUNKS, _MOST_TAGS = 10_000, 1 << 17, 4096  # of one file: a walk takes a microsecond for each
 # TIFF: image width and length, tile width and length; a tile is held whole
 _SIZE_TAGS = {256: "width", 257: "height", 322: "width", 323: "height"}
 _NUMBERS = {1: "B", 3: "H", 16: "Q"}  # the form of a tag's value -> struct's letter; "I" for all others
 
 
-class Part(NamedTuple):
-    """A JPEG segment or a chunk of a PNG or WebP: `length` bytes of payload from `start` on."""
-
-    kind: bytes  # a chunk's four letters; a segment's marker, as one byte
-    start: int
-    length: int
-
-    def of(self, data: bytes) -> bytes:
-        """The payload, or as much as is there."""
-        return data[self.start : self.start + self.length]
+# A JPEG's marker, or the four letters of a PNG's or WebP's chunk; where the payload starts; its length, of which the
+# end of the file may cut off a part.
+Segment = tuple[int, int, int]
+Chunk = tuple[bytes, int, int]
 
 
-def jpeg_segments(data: bytes) -> Iterator[Part]:
+def jpeg_segments(data: bytes) -> Iterator[Segment]:
     """Segments up to the first end of image, which comes last where it is found; what is coded between is passed over.
 
     Thumbnails and profiles lie inside segments, and a motion photo's film lies after the end: neither is looked into.
     """
-    place = 2
+    place, size = 2, len(data)
     for _ in range(_MOST_SEGMENTS):
-        found = _MARKER.search(data, place)
-        if found is None:
+        if place + 1 < size and data[place] == 0xFF and data[place + 1] in _HEADER_MARKERS:
+            place += 2  # as between most segments of a header
+        elif found := _MARKER.search(data, place):
+            place = found.end()
+        else:
             return
-        place = found.end()
         marker = data[place - 1]
         length = 0 if marker in _NO_LENGTH else int.from_bytes(data[place : place + 2], "big")
-        yield Part(bytes([marker]), min(place + 2, len(data)), max(length - 2, 0))
+        yield marker, place + 2, max(length - 2, 0)
         if marker == END:
             return
         place += length
 
 
-def png_chunks(data: bytes) -> Iterator[Part]:
-    """Chunks up to IEND; a chunk's payload may be cut off by the end of the file."""
+def png_chunks(data: bytes) -> Iterator[Chunk]:
+    """Chunks up to IEND."""
     place = 8
     for _ in range(_MOST_CHUNKS):
         if place + 8 > len(data):
             return
         length, kind = struct.unpack(">I4s", data[place : place + 8])
-        yield Part(kind, place + 8, length)
+        yield kind, place + 8, length
         if kind == b"IEND":
             return
         place += 12 + length
 
 
-def webp_chunks(data: bytes) -> Iterator[Part]:
+def webp_chunks(data: bytes) -> Iterator[Chunk]:
     """Chunks of a RIFF file as far as its header says it goes; each fills up to an even length."""
     place, end = 12, min(len(data), int.from_bytes(data[4:8], "little") + 8)
     for _ in range(_MOST_CHUNKS):
         if place + 8 > end:
             return
         kind, length = struct.unpack("<4sI", data[place : place + 8])
-        yield Part(kind, place + 8, length)
+        yield kind, place + 8, length
         place += 8 + length + length % 2
 
 
@@ -91,21 +87,21 @@ def claimed_pixels(kind: str, data: bytes) -> int:
 
 def _jpeg_frames(data: bytes) -> Iterator[tuple[int, int]]:
     """(width, height) of every frame before the first scan."""
-    for part in jpeg_segments(data):
-        if part.kind[0] in _FRAMES and part.start + 5 <= len(data):
-            height, width = struct.unpack(">HH", data[part.start + 1 : part.start + 5])
+    for marker, start, _ in jpeg_segments(data):
+        if marker in _FRAMES and start + 5 <= len(data):
+            height, width = struct.unpack(">HH", data[start + 1 : start + 5])
             yield width, height
-        if part.kind[0] == SCAN:
+        if marker == SCAN:
             return
 
 
 def _png_headers(data: bytes) -> Iterator[tuple[int, int]]:
     """(width, height) of every header before the pixels: a second one may say otherwise."""
-    for part in png_chunks(data):
-        if part.kind == b"IHDR" and part.start + 8 <= len(data):
-            width, height = struct.unpack(">II", data[part.start : part.start + 8])
+    for kind, start, _ in png_chunks(data):
+        if kind == b"IHDR" and start + 8 <= len(data):
+            width, height = struct.unpack(">II", data[start : start + 8])
             yield width, height
-        if part.kind == b"IDAT":
+        if kind == b"IDAT":
             return
 
 

@@ -113,14 +113,15 @@ def without_metadata(kind: str, data: bytes) -> bytes:
     Text of any length, profiles and chunks that a writer did not fill up make Pillow refuse a whole picture for them.
     """
     if kind == "png":
-        kept = [part for part in png_chunks(data) if part.kind in _PNG_PIXELS]
-        return data[:8] + b"".join(data[part.start - 8 : part.start + part.length + 4] for part in kept)
+        kept = [data[at - 8 : at + length + 4] for kind, at, length in png_chunks(data) if kind in _PNG_PIXELS]
+        return data[:8] + b"".join(kept)
     if kind != "webp" or data[12:16] != b"VP8X" or data[20] & _MOVING_FLAG:
         return data
     flags = bytes([data[20] & _ALPHA_FLAG])
     chunks = [b"VP8X\x0a\0\0\0" + flags + data[21:30]]
-    pixels = [part for part in webp_chunks(data) if part.kind in (b"ALPH", b"VP8 ", b"VP8L")]
-    chunks += [data[part.start - 8 : part.start + part.length] + b"\0" * (part.length % 2) for part in pixels]
+    for kind, start, length in webp_chunks(data):
+        if kind in (b"ALPH", b"VP8 ", b"VP8L"):
+            chunks += [data[start - 8 : start + length], bytes(length % 2)]
     body = b"WEBP" + b"".join(chunks)
     return b"RIFF" + len(body).to_bytes(4, "little") + body
 
@@ -128,7 +129,7 @@ def without_metadata(kind: str, data: bytes) -> bytes:
 def is_moving(data: bytes) -> bool:
     """Whether a PNG or WebP has several frames, of which the first is shown."""
     if sniff(data) == "png":
-        return any(part.kind == b"acTL" for part in png_chunks(data))
+        return any(kind == b"acTL" for kind, _, _ in png_chunks(data))
     return sniff(data) == "webp" and data[12:16] == b"VP8X" and bool(data[20] & _MOVING_FLAG)
 
 
@@ -146,16 +147,16 @@ def _exifs(kind: str, data: bytes) -> list[bytes]:
     """Every EXIF of a picture, in order."""
     if kind == "jpeg":
         found = []
-        for part in jpeg_segments(data):
-            if part.kind[0] == SCAN:
+        for marker, start, length in jpeg_segments(data):
+            if marker == SCAN:
                 break
-            if part.kind[0] == APP1 and data.startswith(_EXIF_START, part.start):
-                found.append(part.of(data).removeprefix(_EXIF_START))
+            if marker == APP1 and data.startswith(_EXIF_START, start):
+                found.append(data[start : start + length].removeprefix(_EXIF_START))
         return found
     if kind == "png":
-        return [part.of(data) for part in png_chunks(data) if part.kind == b"eXIf"]
+        return [data[start : start + length] for kind, start, length in png_chunks(data) if kind == b"eXIf"]
     if kind == "webp" and data[12:16] == b"VP8X" and data[20] & _EXIF_FLAG:
-        chunks = [part.of(data) for part in webp_chunks(data) if part.kind == b"EXIF"]
+        chunks = [data[start : start + length] for kind, start, length in webp_chunks(data) if kind == b"EXIF"]
         return [chunk.removeprefix(_EXIF_START) for chunk in chunks]  # which only a JPEG should have
     return []
 
@@ -163,10 +164,9 @@ def _exifs(kind: str, data: bytes) -> list[bytes]:
 def has_damaged_chunk(data: bytes) -> bool:
     """Whether a checksum of a PNG's pixels does not hold: Pillow does not look at it, and shows other pixels."""
     return any(
-        zlib.crc32(data[part.start - 4 : part.start + part.length])
-        != int.from_bytes(data[part.start + part.length : part.start + part.length + 4], "big")
-        for part in png_chunks(data)
-        if part.kind in _PNG_PIXELS[:-1]
+        zlib.crc32(data[start - 4 : start + length]) != int.from_bytes(data[start + length : start + length + 4], "big")
+        for kind, start, length in png_chunks(data)
+        if kind in _PNG_PIXELS[:-1]
     )
 
 
@@ -175,8 +175,8 @@ def _has_too_many_scans(data: bytes) -> bool:
     if data.count(b"\xff\xda") <= _MOST_SCANS:
         return False
     scans = 0
-    for part in jpeg_segments(data):
-        scans += part.kind[0] == SCAN
+    for marker, _, _ in jpeg_segments(data):
+        scans += marker == SCAN
         if scans > _MOST_SCANS:
             return True
     return False
@@ -184,24 +184,24 @@ def _has_too_many_scans(data: bytes) -> bool:
 
 def _is_whole_jpeg(data: bytes) -> bool:
     """It ends with the marker of the end, or has one where its last scan ends; anything may follow that."""
-    return data.endswith(b"\xff\xd9") or any(part.kind[0] == END for part in jpeg_segments(data))
+    return data.endswith(b"\xff\xd9") or any(marker == END for marker, _, _ in jpeg_segments(data))
 
 
 def _png_fault(data: bytes) -> str | None:
     header = next(png_chunks(data), None)
-    if header is None or header.kind != b"IHDR" or header.length != 13 or len(data) < 33:
+    if header is None or header[0] != b"IHDR" or header[2] != 13 or len(data) < 33:
         return "corrupt header"
     if zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
         return "corrupt header"
-    is_whole = data[-8:-4] == b"IEND" or any(part.kind == b"IEND" for part in png_chunks(data))
+    is_whole = data[-8:-4] == b"IEND" or any(kind == b"IEND" for kind, _, _ in png_chunks(data))
     return None if is_whole else "truncated image"
 
 
 def _is_whole_webp(data: bytes) -> bool:
     """Its pixels are there; of what follows them a writer may have left out the last filling byte."""
     end = int.from_bytes(data[4:8], "little") + 8
-    pixels = [part for part in webp_chunks(data) if part.kind in (b"VP8 ", b"VP8L", b"ANMF")]
-    return len(data) >= end or (bool(pixels) and all(part.start + part.length <= len(data) for part in pixels))
+    pixels = [start + length for kind, start, length in webp_chunks(data) if kind in (b"VP8 ", b"VP8L", b"ANMF")]
+    return len(data) >= end or (bool(pixels) and max(pixels) <= len(data))
 
 
 def _is_whole_bmp(data: bytes) -> bool:
@@ -218,9 +218,9 @@ def _tiff_fault(image: TiffImagePlugin.TiffImageFile) -> str | None:
 def _has_png_alpha(data: bytes) -> bool:
     if data[25:26] in (b"\4", b"\6"):  # the colour types of grey and RGB with alpha
         return True
-    for part in png_chunks(data):
-        if part.kind in (b"tRNS", b"IDAT"):
-            return part.kind == b"tRNS"
+    for kind, _, _ in png_chunks(data):
+        if kind in (b"tRNS", b"IDAT"):
+            return kind == b"tRNS"
     return False
 
 
