@@ -36,7 +36,7 @@ _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _EXIF_START = b"Exif\0\0"
 # Modes of Pillow that DALI decodes rightly from a TIFF; 16-bit grey only where 0 is black.
 _TIFF_OF_DALI = frozenset(["L", "RGB", "P", "CMYK", "YCbCr", "I;16", "I;16B"])
-_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 339  # TIFF's tags
+_BITS, _PHOTOMETRIC, _ORIENTATION, _TILE_WIDTH, _SAMPLE_FORMAT = 258, 262, 274, 322, 339  # TIFF's tags
 _UNUSABLE_SAMPLES = {2: "signed pixels", 3: "floating-point pixels"}  # by TIFF's SampleFormat: no value is white
 
 
@@ -67,14 +67,14 @@ def refusal(data: bytes, max_pixels: int) -> str | None:
 def is_for_pillow(data: bytes) -> bool:
     """Whether Pillow decodes this picture: DALI does not read its kind, drops its alpha, shows it wrongly or crashes.
 
-    Of a picture that `refusal` let pass.
+    Of a picture that `refusal` let pass. Where EXIF stands twice, in a moving PNG or in a TIFF of tiles, DALI sizes a
+    picture by one reader and turns it by another, beyond the ends of its memory.
     """
     kind = sniff(data)
-    # Of two that disagree DALI sizes a picture by one and turns it by the other, beyond the ends of its memory.
-    if kind in ("jpeg", "png") and len(_exifs(kind, data)) > 1:
-        return True
+    if kind == "jpeg":
+        return len(_exifs(kind, data)) > 1
     if kind == "png":
-        return _has_png_alpha(data)
+        return _has_png_alpha(data) or len(exifs := _exifs(kind, data)) > 1 or (bool(exifs) and is_moving(data))
     if kind == "webp":
         return _is_webp_for_pillow(data)
     if kind in ("bmp", "tiff"):
@@ -234,6 +234,8 @@ def _is_webp_for_pillow(data: bytes) -> bool:
 def _is_wrong_in_dali(image: Image.Image) -> bool:
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return image.has_transparency_data
+    if _TILE_WIDTH in image.tag_v2 and image.tag_v2.get(_ORIENTATION, 1) != 1:
+        return True
     is_white_zero = image.mode.startswith("I") and image.tag_v2.get(_PHOTOMETRIC) == 0
     return image.mode not in _TIFF_OF_DALI or is_white_zero or image.tag_v2.get(_BITS) == (12,)
 

@@ -2,6 +2,7 @@
 
 import io
 import random
+import struct
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -53,8 +54,6 @@ LAB = ImageCms.profileToProfile(
     picture(0), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
 )
 TURNED = picture(0).transpose(Image.Transpose.ROTATE_270)
-EXIF_6 = Image.Exif()
-EXIF_6[0x0112] = 6
 AVIF = Image.open(io.BytesIO(encoded(0, "AVIF", quality=95))).convert("RGB")
 WEBP = encoded(0, "WEBP", lossless=True)[12:]
 FORMATS = {
@@ -81,7 +80,7 @@ FORMATS = {
     "gif": (save(picture(0).convert("P"), "GIF"), None),
     "moving gif": (save(picture(0).convert("P"), "GIF", save_all=True, append_images=[picture(1)]), None),
     "avif": (encoded(0, "AVIF", quality=95), None),
-    "avif upright by exif": (encoded(0, "AVIF", quality=95, exif=EXIF_6), AVIF.transpose(Image.Transpose.ROTATE_270)),
+    "avif upright by exif": (encoded(0, "AVIF", quality=95, exif=exif(6)), AVIF.transpose(Image.Transpose.ROTATE_270)),
     "moving webp": (encoded(0, "WEBP", save_all=True, append_images=[picture(1)]), None),
     "moving png": (encoded(0, "PNG", save_all=True, append_images=[picture(1)]), None),
     "two pictures in a jpeg": (encoded(0, "MPO", save_all=True, append_images=[picture(1)]), None),
@@ -152,6 +151,20 @@ def test_all_decoders_turn_a_picture_alike(decoder: Decoder, kind: str, orientat
     assert turned.size == ((24, 32) if 5 <= orientation <= 8 else (32, 24))
 
 
+def tiled_tiff(orientation: int) -> bytes:
+    """RGB in tiles of 16 x 16, which Pillow reads and does not write."""
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:24] = np.asarray(picture(0))
+    tiles = [pixels[top : top + 16, left : left + 16].tobytes() for top in (0, 16) for left in (0, 16)]
+    tags = {256: 32, 257: 24, 258: 8, 259: 1, 262: 2, 274: orientation, 277: 3, 322: 16, 323: 16}
+    tables = 8 + 2 + 12 * (len(tags) + 2) + 4  # where offsets and lengths of the tiles stand
+    entries = [struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items()]
+    entries += [struct.pack("<HHII", 324, 4, 4, tables), struct.pack("<HHII", 325, 4, 4, tables + 16)]
+    places = [tables + 32 + 768 * i for i in range(4)]
+    header = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    return header + struct.pack("<4I", *places) + struct.pack("<4I", *[768] * 4) + b"".join(tiles)
+
+
 PLAIN = encoded(0, quality=95)
 XMP = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
 OF_A_JPEG = b"Exif\0\0"
@@ -168,6 +181,8 @@ ODD_EXIF = {
     "of two of a png, the first": with_png_chunk(
         with_png_chunk(encoded(0, "PNG"), b"eXIf", exif(3), before=b"IEND"), b"eXIf", exif(6)
     ),
+    "of a moving png": encoded(0, "PNG", exif=exif(6), save_all=True, append_images=[picture(1)]),
+    "of a tiff of tiles": tiled_tiff(6),
     "after a png's pixels": with_png_chunk(encoded(0, "PNG"), b"eXIf", exif(6), before=b"IEND"),
 }  # fmt: skip
 
