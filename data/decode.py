@@ -193,11 +193,13 @@ class Decoder:
     def _blended(self, picture: Picture, window: NDArray[np.int64], colour: NDArray[np.uint8]) -> Any:
         """A window of a picture with a colour behind it, in the form of Picture.pixels."""
         top, left, bottom, right = window.tolist()
-        with self._lock:
+        assert picture.alpha_HW1 is not None
+        alpha_HW1, colour_3 = picture.alpha_HW1[top:bottom, left:right], torch.from_numpy(colour)
+        if self.device == "cpu":
+            return blend(picture.pixels[top:bottom, left:right], alpha_HW1, colour_3)
+        with self._lock, self._context, dali.EvalMode.sync_cpu:
             pixels_HW3 = torch.from_dlpack(picture.pixels)[top:bottom, left:right]
-            assert picture.alpha_HW1 is not None
-            blended = blend(pixels_HW3, picture.alpha_HW1[top:bottom, left:right], torch.from_numpy(colour))
-            return blended if self.device == "cpu" else dali.as_tensor(blended, layout="HWC")
+            return dali.as_tensor(blend(pixels_HW3, alpha_HW1, colour_3), layout="HWC")
 
     def _cut(self, pixels: Sequence[Any], windows: NDArray[np.int64], size: int) -> list[Any]:
         resized = dali.resize(

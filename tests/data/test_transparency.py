@@ -3,6 +3,7 @@
 import io
 import struct
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -113,6 +114,9 @@ OPAQUE_PICTURES: dict[str, tuple[bytes, bytes]] = {
 }
 
 
+_BOTH: tuple[Literal["cpu", "gpu"], ...] = ("cpu", "gpu")
+
+
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     return Decoder("cpu", threads=2)
@@ -209,6 +213,14 @@ def test_a_random_background_lies_behind_the_window_that_a_view_shows() -> None:
     windows = views.whole_pixels(numbers.windows, [24], [32])
     by_dali = white.render_with_dali([expected.pixels], windows, numbers)
     assert (by_dali.float() - shown.float()).abs().mean() < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_shows_transparent_pictures_as_the_cpu_does() -> None:
+    data = [TRANSPARENT[name][0] for name in ("rgba png", "gif", "lossless webp")]
+    shown = [crops(Decoder(device, 2, "random"), ["image", "global0"], [1, 2, 3], [0, 0, 0], data) for device in _BOTH]
+    assert (shown[0].float() - shown[1].cpu().float()).abs().mean() < 3
 
 
 # --- loader, converter and evaluation
