@@ -94,7 +94,7 @@ def has_deep_alpha(data: bytes) -> bool:
         return False
     image = opened(kind, data)
     assert isinstance(image, TiffImagePlugin.TiffImageFile)
-    return image.mode == "RGBA" and max(image.tag_v2[_BITS]) == 16
+    return image.mode == "RGBA" and max(image.tag_v2.get(_BITS, (8,))) == 16
 
 
 def opened(kind: str, data: bytes) -> Image.Image:
