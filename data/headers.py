@@ -119,8 +119,8 @@ def without_metadata(kind: str, data: bytes) -> bytes:
         return data
     flags = bytes([data[20] & _ALPHA_FLAG])
     chunks = [b"VP8X\x0a\0\0\0" + flags + data[21:30]]
-    for kind, start, length in webp_chunks(data):
-        if kind in (b"ALPH", b"VP8 ", b"VP8L"):
+    for name, start, length in webp_chunks(data):
+        if name in (b"ALPH", b"VP8 ", b"VP8L"):
             chunks += [data[start - 8 : start + length], bytes(length % 2)]
     body = b"WEBP" + b"".join(chunks)
     return b"RIFF" + len(body).to_bytes(4, "little") + body

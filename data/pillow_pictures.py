@@ -78,7 +78,7 @@ def _eight_bits(image: Image.Image, data: bytes) -> Image.Image:
     if sniff(data) == "png" and "transparency" in image.info and image.mode in ("L", "RGB"):
         image.info["transparency"] = _scaled(image.info["transparency"], data[24])
     rgba = image.convert("RGBA")
-    return rgba.convert("RGB") if rgba.getextrema()[3] == (255, 255) else rgba
+    return rgba.convert("RGB") if rgba.getchannel("A").getextrema() == (255, 255) else rgba
 
 
 def _scaled(key: int | tuple[int, ...], bits: int) -> int | tuple[int, ...]:
