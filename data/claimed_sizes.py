@@ -20,6 +20,7 @@ SCAN, END, APP1 = 0xDA, 0xD9, 0xE1  # JPEG's markers of a scan, of the end, of E
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _HEADER_MARKERS = frozenset(range(1, 0xFF)) - frozenset(range(0xD0, 0xD8))
 _MOST_SEGMENTS, _MOST_CHUNKS, _MOST_TAGS = 10_000, 1 << 17, 4096  # of one file: a walk takes a microsecond for each
+BITS, PHOTOMETRIC, ORIENTATION, TILE_WIDTH, SAMPLE_FORMAT = 258, 262, 274, 322, 339  # TIFF's tags
 # TIFF: image width and length, tile width and length; a tile is held whole
 _SIZE_TAGS = {256: "width", 257: "height", 322: "width", 323: "height"}
 _NUMBERS = {1: "B", 3: "H", 16: "Q"}  # the form of a tag's value -> struct's letter; "I" for all others

@@ -27,7 +27,21 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from data.claimed_sizes import APP1, END, SCAN, claimed_pixels, jpeg_segments, png_chunks, tiff_numbers, webp_chunks
+from data.claimed_sizes import (
+    APP1,
+    BITS,
+    END,
+    ORIENTATION,
+    PHOTOMETRIC,
+    SAMPLE_FORMAT,
+    SCAN,
+    TILE_WIDTH,
+    claimed_pixels,
+    jpeg_segments,
+    png_chunks,
+    tiff_numbers,
+    webp_chunks,
+)
 from data.picture_types import READ_TYPES, sniff
 
 _MOST_SCANS = 64  # of a JPEG: honest ones have about ten, and every one goes through all of the picture
@@ -36,7 +50,6 @@ _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _EXIF_START = b"Exif\0\0"
 # Modes of Pillow that DALI decodes rightly from a TIFF; 16-bit grey only where 0 is black.
 _TIFF_OF_DALI = frozenset(["L", "RGB", "P", "CMYK", "YCbCr", "I;16", "I;16B"])
-_BITS, _PHOTOMETRIC, _ORIENTATION, _TILE_WIDTH, _SAMPLE_FORMAT = 258, 262, 274, 322, 339  # TIFF's tags
 _UNUSABLE_SAMPLES = {2: "signed pixels", 3: "floating-point pixels"}  # by TIFF's SampleFormat: no value is white
 
 
@@ -94,7 +107,7 @@ def has_deep_alpha(data: bytes) -> bool:
         return False
     image = opened(kind, data)
     assert isinstance(image, TiffImagePlugin.TiffImageFile)
-    return image.mode == "RGBA" and max(image.tag_v2.get(_BITS, (8,))) == 16
+    return image.mode == "RGBA" and max(image.tag_v2.get(BITS, (8,))) == 16
 
 
 def opened(kind: str, data: bytes) -> Image.Image:
@@ -140,7 +153,7 @@ def orientation(kind: str, data: bytes) -> int:
     the text in which some PNGs hide EXIF.
     """
     found = next(iter(_exifs(kind, data)), b"")
-    return next((number for tag, number in tiff_numbers(found, "H") if tag == _ORIENTATION), 1)
+    return next((number for tag, number in tiff_numbers(found, "H") if tag == ORIENTATION), 1)
 
 
 def _exifs(kind: str, data: bytes) -> list[bytes]:
@@ -209,7 +222,7 @@ def _is_whole_bmp(data: bytes) -> bool:
 
 
 def _tiff_fault(image: TiffImagePlugin.TiffImageFile) -> str | None:
-    for sample_format in image.tag_v2.get(_SAMPLE_FORMAT, ()):
+    for sample_format in image.tag_v2.get(SAMPLE_FORMAT, ()):
         if sample_format in _UNUSABLE_SAMPLES:
             return _UNUSABLE_SAMPLES[sample_format]
     return "32-bit pixels" if image.mode == "I" else None
@@ -234,10 +247,10 @@ def _is_webp_for_pillow(data: bytes) -> bool:
 def _is_wrong_in_dali(image: Image.Image) -> bool:
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return image.has_transparency_data
-    if _TILE_WIDTH in image.tag_v2 and image.tag_v2.get(_ORIENTATION, 1) != 1:
+    if TILE_WIDTH in image.tag_v2 and image.tag_v2.get(ORIENTATION, 1) != 1:
         return True
-    is_white_zero = image.mode.startswith("I") and image.tag_v2.get(_PHOTOMETRIC) == 0
-    return image.mode not in _TIFF_OF_DALI or is_white_zero or image.tag_v2.get(_BITS) == (12,)
+    is_white_zero = image.mode.startswith("I") and image.tag_v2.get(PHOTOMETRIC) == 0
+    return image.mode not in _TIFF_OF_DALI or is_white_zero or image.tag_v2.get(BITS) == (12,)
 
 
 _PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {

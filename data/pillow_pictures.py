@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from configs.data import Colour
+from data.claimed_sizes import BITS, ORIENTATION, PHOTOMETRIC
 from data.headers import has_damaged_chunk, opened, orientation, without_metadata
 from data.picture_types import READ_TYPES, sniff
 
@@ -25,7 +26,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PHOTOMETRIC, _BITS = 262, 258  # TIFF's tags
 
 
 class Undecodable(Exception):
@@ -63,7 +63,7 @@ def _orientation(kind: str, data: bytes, image: Image.Image) -> int:
     if kind == "avif":
         exif = Image.Exif()
         exif.load(image.info.get("exif", b""))
-        return int(exif.get(0x0112, 1))
+        return int(exif.get(ORIENTATION, 1))
     return orientation(kind, data)
 
 
@@ -92,9 +92,9 @@ def _from_sixteen_bits(image: Image.Image) -> Image.Image:
     """Grey of 12 or 16 bits, rounded as DALI does; a plain conversion cuts the bright values off."""
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(image).astype(np.uint32)
-    top = 4095 if tags.get(_BITS) == (12,) else 65535
+    top = 4095 if tags.get(BITS) == (12,) else 65535
     grey = np.minimum((values * 255 + top // 2) // top, 255).astype(np.uint8)
-    if tags.get(_PHOTOMETRIC) == 0:
+    if tags.get(PHOTOMETRIC) == 0:
         grey = 255 - grey
     if "transparency" not in image.info:
         return Image.fromarray(grey)
