@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from configs.section import (
     AreaRange,
@@ -31,8 +31,8 @@ from configs.section import (
 Jitter = Annotated[Number, Field(ge=0.0, le=10.0)]  # factors are drawn from 1 - this, or 0, to 1 + this
 
 _NO_TEXT = (  # members that hold pictures and arrays
-    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "tif", "tiff", "gif", "avif", "heic", "heif", "jxl",
-    "jp2", "ppm", "pgm", "npy", "npz", "pt", "pth", "safetensors",
+    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "dib", "tif", "tiff", "gif", "avif", "heic", "heif",
+    "jxl", "jp2", "ppm", "pgm", "npy", "npz", "pt", "pth", "safetensors",
 )  # fmt: skip
 
 
@@ -55,6 +55,31 @@ def check_caption(caption: str, key: str = "") -> str:
     return caption
 
 
+_Channel = Annotated[int, Field(ge=0, le=255), NotBool]
+Colour = tuple[_Channel, _Channel, _Channel]  # red, green, blue
+WHITE: Colour = (255, 255, 255)
+_COLOURS = {"white": WHITE, "black": (0, 0, 0)}
+
+
+def _as_background(value: object) -> object:
+    """A colour's name -> its numbers; "random" stays. ValueError for anything else but three numbers."""
+    named = _COLOURS.get(value, value) if isinstance(value, str) else value
+    is_colour = (
+        isinstance(named, list | tuple)
+        and len(named) == 3
+        and all(type(number) is int and 0 <= number <= 255 for number in named)
+    )
+    if named == "random" or is_colour:
+        return named
+    raise ValueError(
+        f"{value!r} is no background: it is a colour as [red, green, blue] with whole numbers from 0 to 255, white, "
+        "black, or random; write [128, 128, 128] for mid-grey"
+    )
+
+
+Background = Annotated[Literal["random"] | Colour, BeforeValidator(_as_background)]
+
+
 class Pictures(Section):
     """Where pictures come from and in which order they arrive (data/order.py)."""
 
@@ -64,6 +89,13 @@ class Pictures(Section):
     block_shards: Positive = 4  # samples are shuffled inside blocks of this many shards of one stream
     max_bad_share: Share = 0.02  # above this share of bad samples the run stops
     max_pixels: Positive = 50_000_000  # larger images are bad samples: they would stall a whole step
+    # What shows through transparent pictures. random: another colour for every view of every epoch; evaluation: white
+    background: Annotated[Background, Later()] = WHITE
+
+    @property
+    def still_background(self) -> Colour:
+        """The colour behind transparent pictures where nothing is random, as in evaluation."""
+        return WHITE if self.background == "random" else self.background
 
     def check_world(self, world_size: int) -> None:
         """Every rank serves whole streams, so that the global batches are the same at every world size."""

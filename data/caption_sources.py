@@ -19,7 +19,8 @@ from pathlib import Path, PurePosixPath
 
 from configs import UserError
 from data import caption_text
-from data.image_files import Files, composed, is_image, stem
+from data.image_files import Files, composed, stem
+from data.picture_types import is_picture_name
 from data.synthetic.grammar import with_article
 
 COLUMNS = {
@@ -186,7 +187,7 @@ def _check_cells(path: Path, where: str, cells: Sequence[str], width: int, delim
             f'cut it; put the caption in quotes, "{" ".join(delimiter.join(cells[width - 1 :]).split())[:60]}"'
         )
     for line in (line for cell in cells for line in cell.splitlines()[1:]):
-        if is_image(line.partition(delimiter)[0].strip().strip('"')) and delimiter in line:
+        if is_picture_name(line.partition(delimiter)[0].strip().strip('"')) and delimiter in line:
             raise UserError(
                 f"--captions {path}: the caption of {where} goes on over the line {line[:60]!r}, which looks like a "
                 "row: a quote is not closed; mend it, or write that caption on one line"

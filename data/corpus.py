@@ -27,8 +27,9 @@ from data.caption_sources import TABLES, folder_captions, sidecar_captions, tabl
 from data.emoji.font import EmojiFont
 from data.emoji.plan import emoji_plan
 from data.folder import HELD_OUT_SHARE, ImageFolder, folder_plan
-from data.image_files import LEVELS, SUFFIXES, classes, list_files
+from data.image_files import LEVELS, classes, list_files
 from data.manifest import is_published, staged, write_json, write_manifest
+from data.picture_types import IMAGE_EXTS
 from data.processes import CORES
 from data.sample import Plan, Sample
 from data.synthetic.plan import synthetic_plan
@@ -219,7 +220,7 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 def _add_folder(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_folder)
     add = command.add_argument
-    kinds = " ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
+    kinds = " ".join(IMAGE_EXTS)
     add("source", type=Path, metavar="SRC", help=f"directory of images ({kinds}); train and val folders are splits")
     add("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     captions = command.add_mutually_exclusive_group()

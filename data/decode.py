@@ -1,7 +1,9 @@
 """Encoded pictures + view numbers -> RGB crops: the one door to NVIDIA DALI.
 
 DALI's dynamic mode runs eager operators with its own threads, on CPU or GPU: a picture it cannot decode is an
-ordinary exception and the next call works (a DALI pipeline object would be dead). Each picture is decoded
+ordinary exception and the next call works (a DALI pipeline object would be dead). What it does not read or would
+show wrongly (data.headers.is_for_pillow: transparency, GIF, AVIF, some TIFFs), and what it fails at by itself, Pillow
+decodes (data/pillow_pictures.py). Each picture is decoded
 once, upright as its EXIF says, and every view is cut from it by an antialiased bilinear resize of the window.
 On a GPU DALI renders the views too; on CPU data/render.py does, several times as fast as DALI's CPU operators.
 
@@ -18,14 +20,19 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from configs import UserError
+from configs.data import WHITE, Colour
+from data.headers import has_deep_alpha, is_for_pillow
+from data.pillow_pictures import Undecodable, decoded, on_colour
 from data.render import LUMA, Renderer
 from data.views import ViewNumbers, whole_pixels
 
@@ -35,6 +42,9 @@ with warnings.catch_warnings():
     from nvidia.dali.experimental import dynamic as dali
 
 
+_UNDECODABLE = "undecodable image"
+
+
 @dataclass(frozen=True)
 class Picture:
     """A decoded picture: (height, width, 3) uint8 RGB, in the decoder's own memory."""
@@ -42,16 +52,23 @@ class Picture:
     pixels: Any  # a tensor of torch's on CPU, of DALI's on a GPU
     height: int
     width: int
+    alpha_HW1: torch.Tensor | None = None  # uint8, where each view has another background
 
 
 class Decoder:
     """Decodes and renders on one device with `threads` CPU threads. Calls of DALI from several threads take turns.
 
     device: "cpu", "gpu" (JPEG decoded by the GPU, other formats by the CPU, all else on the GPU) or "auto":
-    gpu when there is one. Raises UserError for "gpu" without a CUDA device.
+    gpu when there is one. background: the colour behind transparent pictures, or "random": that of each view's numbers.
+    Raises UserError for "gpu" without a CUDA device.
     """
 
-    def __init__(self, device: Literal["auto", "cpu", "gpu"] = "auto", threads: int = 2) -> None:
+    def __init__(
+        self,
+        device: Literal["auto", "cpu", "gpu"] = "auto",
+        threads: int = 2,
+        background: Colour | Literal["random"] = WHITE,
+    ) -> None:
         has_gpu = torch.cuda.is_available()
         if device == "gpu" and not has_gpu:
             raise UserError(
@@ -65,14 +82,24 @@ class Decoder:
         self._context = dali.EvalContext(num_threads=threads, device_id=device_id)
         self._lock = threading.Lock()
         self._renderer = Renderer(threads) if self.device == "cpu" else None
+        self._background = background
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pillow")  # its threads start when needed
 
     def decode(self, encoded: Sequence[bytes]) -> list[Picture | str]:
         """A Picture for each item, or the reason it could not be decoded."""
-        with self._lock, self._context, dali.EvalMode.sync_cpu:
-            return self._decode([np.frombuffer(data, np.uint8) for data in encoded])
+        by_pillow = {
+            i: self._pool.submit(self._by_pillow, data) for i, data in enumerate(encoded) if is_for_pillow(data)
+        }
+        found = self._by_dali(encoded, [i for i in range(len(encoded)) if i not in by_pillow])
+        failed = [i for i, item in found.items() if not isinstance(item, Picture)]
+        by_pillow |= {i: self._pool.submit(self._by_pillow, encoded[i], failed_dali=True) for i in failed}
+        found |= {i: future.result() for i, future in by_pillow.items()}
+        found |= self._by_dali(encoded, [i for i, item in found.items() if item is None])
+        return [found[i] or _UNDECODABLE for i in range(len(encoded))]
 
     def tensor(self, picture: Picture) -> torch.Tensor:
-        """(height, width, 3) uint8 on the decoder's device."""
+        """(height, width, 3) uint8 on the decoder's device, of a picture on one background."""
+        assert picture.alpha_HW1 is None
         with self._lock:
             return torch.from_dlpack(picture.pixels)
 
@@ -87,9 +114,14 @@ class Decoder:
         assert num_rows % len(pictures) == 0, f"{num_rows} views of {len(pictures)} pictures"
         shown = [pictures[i % len(pictures)] for i in range(num_rows)]
         windows = whole_pixels(numbers.windows, [p.height for p in shown], [p.width for p in shown])
+        pixels = [p.pixels for p in shown]
+        for row, picture in enumerate(shown):
+            if picture.alpha_HW1 is not None:
+                pixels[row] = self._blended(picture, windows[row], numbers.background[row])
+                windows[row] = [0, 0, *pixels[row].shape[:2]]
         if self._renderer is not None:
-            return self._renderer.render([p.pixels for p in shown], windows, numbers)
-        return self.render_with_dali([p.pixels for p in shown], windows, numbers)
+            return self._renderer.render(pixels, windows, numbers)
+        return self.render_with_dali(pixels, windows, numbers)
 
     def render_with_dali(self, pixels: Sequence[Any], windows: NDArray[np.int64], numbers: ViewNumbers) -> torch.Tensor:
         """What Renderer.render does, in DALI's operators: the way on a GPU, and on CPU the oracle of data/render.py."""
@@ -107,12 +139,40 @@ class Decoder:
 
     def close(self) -> None:
         """Ends the threads."""
+        self._pool.shutdown()
         if self._renderer is not None:
             self._renderer.close()
 
     def nothing(self, size: int) -> torch.Tensor:
         """(0, 3, size, size) uint8 on the device: the crops of an objective that is off."""
         return torch.empty((0, 3, size, size), dtype=torch.uint8, device=self._device)
+
+    def _by_dali(self, encoded: Sequence[bytes], idx: Sequence[int]) -> dict[int, Picture | str | None]:
+        """The items of these numbers."""
+        with self._lock, self._context, dali.EvalMode.sync_cpu:
+            return dict(zip(idx, self._decode([np.frombuffer(encoded[i], np.uint8) for i in idx]), strict=True))
+
+    def _by_pillow(self, data: bytes, failed_dali: bool = False) -> Picture | str | None:
+        """None for a picture that DALI decodes better: it has no transparent pixel, and 16 bits a channel."""
+        try:
+            image = decoded(data)
+        except Undecodable:
+            return _UNDECODABLE
+        if image.mode != "RGBA":
+            return None if not failed_dali and has_deep_alpha(data) else self._picture(image.convert("RGB"))
+        if self._background != "random":
+            return self._picture(on_colour(image, self._background))
+        alpha_HW1 = torch.from_numpy(np.array(image.getchannel("A")))[:, :, None].to(self._device)
+        return replace(self._picture(image.convert("RGB")), alpha_HW1=alpha_HW1)
+
+    def _picture(self, image: Image.Image) -> Picture:
+        pixels: Any = np.array(image)
+        if self.device == "cpu":
+            pixels = torch.from_numpy(pixels)
+        else:
+            with self._lock, self._context, dali.EvalMode.sync_cpu:
+                pixels = dali.as_tensor(pixels, device="gpu", layout="HWC")
+        return Picture(pixels, image.height, image.width)
 
     def _decode(self, encoded: list[NDArray[np.uint8]]) -> list[Picture | str]:
         """Halves a failing batch until each bad picture is alone: k of n cost about k log n more calls."""
@@ -122,13 +182,24 @@ class Decoder:
             batch = dali.decoders.image(dali.as_batch(encoded), device=self.device, output_type=types.RGB).evaluate()
         except RuntimeError:
             if len(encoded) == 1:
-                return ["undecodable image"]
+                return [_UNDECODABLE]
             half = len(encoded) // 2
             return self._decode(encoded[:half]) + self._decode(encoded[half:])
         tensors = _rows(batch)
         if self.device == "cpu":
             tensors = [torch.from_dlpack(tensor) for tensor in tensors]
         return [Picture(tensor, *tensor.shape[:2]) for tensor in tensors]
+
+    def _blended(self, picture: Picture, window: NDArray[np.int64], colour: NDArray[np.uint8]) -> Any:
+        """A window of a picture with a colour behind it, in the form of Picture.pixels."""
+        top, left, bottom, right = window.tolist()
+        assert picture.alpha_HW1 is not None
+        alpha_HW1, colour_3 = picture.alpha_HW1[top:bottom, left:right], torch.from_numpy(colour)
+        if self.device == "cpu":
+            return blend(picture.pixels[top:bottom, left:right], alpha_HW1, colour_3)
+        with self._lock, self._context, dali.EvalMode.sync_cpu:
+            pixels_HW3 = torch.from_dlpack(picture.pixels)[top:bottom, left:right]
+            return dali.as_tensor(blend(pixels_HW3, alpha_HW1, colour_3), layout="HWC")
 
     def _cut(self, pixels: Sequence[Any], windows: NDArray[np.int64], size: int) -> list[Any]:
         resized = dali.resize(
@@ -140,6 +211,12 @@ class Decoder:
             antialias=True,
         )
         return _rows(resized)
+
+
+def blend(pixels_HW3: torch.Tensor, alpha_HW1: torch.Tensor, colour_3: torch.Tensor) -> torch.Tensor:
+    """Pixels over a colour, rounded to the nearest whole number: what data.pillow_pictures.on_colour gives."""
+    colour, alpha = colour_3.to(pixels_HW3.device).int(), alpha_HW1.int()
+    return ((pixels_HW3.int() * alpha + colour * (255 - alpha) + 127) // 255).to(torch.uint8)
 
 
 def _change(rows: list[Any], active: NDArray[np.bool_], operator: Callable[[Any, NDArray[np.int64]], Any]) -> list[Any]:

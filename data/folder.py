@@ -22,7 +22,8 @@ from typing import Any
 
 from configs import UserError
 from data.caption_sources import Captions
-from data.image_files import SUFFIXES, Files, refused_name, splits, stem
+from data.image_files import Files, splits, stem
+from data.picture_types import IMAGE_EXTS, refused_name
 from data.pictures import Picture, Unusable, load_picture
 from data.processes import map_in_order
 from data.sample import Plan, Sample
@@ -69,7 +70,7 @@ class ImageFolder:
         self.source, self.max_side, self.workers = source, max_side, workers
         if not files.images:
             raise UserError(
-                f"{source} holds {len(files.names)} files and no image ({' '.join(SUFFIXES)})"
+                f"{source} holds {len(files.names)} files and no image ({' '.join(IMAGE_EXTS)})"
                 + "".join(f", {name} is left out: {reason}" for name, reason in files.left_out[:1])
                 + "; give the directory that holds the images"
             )

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from configs import UserError
+from configs.data import WHITE, Colour
 from configs.system import System
 from data.adm_crop import adm_crop
 from data.decode import Decoder, Picture
@@ -65,9 +66,9 @@ class _Row:
 class HeldOut:
     """The samples of the shards that `patterns` name, undecodable ones skipped and counted in `bad`.
 
-    `limit` keeps that many, evenly spaced over the index, so that shards sorted by class stay balanced. `key` is what
-    errors call the patterns. `classes` is the table of class names; else it is the classes.json beside the first shard.
-    Raises UserError for missing shards or none.
+    `background` is the colour behind transparent pictures. `limit` keeps that many samples, evenly spaced over the
+    index, so that shards sorted by class stay balanced. `key` is what errors call the patterns. `classes` is the table
+    of class names; else it is the classes.json beside the first shard. Raises UserError for missing shards or none.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class HeldOut:
         system: System,
         max_pixels: int,
         *,
+        background: Colour = WHITE,
         key: str = "data.held_out",
         limit: int | None = None,
         classes: Path | None = None,
@@ -88,7 +90,7 @@ class HeldOut:
         self.shards = Shards(expand(patterns, cache_dir, key), None, cache_dir, tries=system.loader.tries)
         self.bad: Counter[str] = Counter()
         self.classes = ClassNumbers(classes or Path(self.shards.names[0]).parent / "classes.json")
-        self._decoder = Decoder(system.loader.device, system.loader.threads)
+        self._decoder = Decoder(system.loader.device, system.loader.threads, background)
         self._starts = np.concatenate([[0], np.cumsum(self.shards.sizes)])
         total = int(self._starts[-1])
         if not total:

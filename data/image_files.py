@@ -17,13 +17,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from configs import UserError
+from data.picture_types import is_picture_name
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-REFUSED = {  # pictures by their name, of types that are not read: the reason
-    "heic image": (".heic", ".heif", ".hif"),
-    "jpeg 2000 image": (".jp2", ".j2k", ".jpx", ".jpf"),
-    "jpeg xl image": (".jxl",),
-}
 LEVELS = ("first", "last")  # which of nested folders names the class: torchvision's way, and Hugging Face's
 _SPLIT = re.compile(  # train, Val, train2017, test_images
     r"(?:(?P<train>train|training)|(?P<held_out>val|valid|validation|test|testing|dev|eval|held[-_ ]?out))"
@@ -42,7 +37,7 @@ class Files:
     @cached_property
     def images(self) -> tuple[str, ...]:
         """Those that their names call images."""
-        return tuple(filter(is_image, self.names))
+        return tuple(filter(is_picture_name, self.names))
 
 
 def list_files(source: Path) -> Files:
@@ -67,7 +62,7 @@ def list_files(source: Path) -> Files:
                 folders.remove(name)
         folders.sort()
         names += [above + name for name in files if not name.startswith(".")]
-        left_out += [(above + name, "hidden file") for name in files if name.startswith(".") and is_image(name)]
+        left_out += [(above + name, "hidden file") for name in files if name.startswith(".") and is_picture_name(name)]
     return Files(tuple(sorted(names)), tuple(sorted(left_out)))
 
 
@@ -83,16 +78,6 @@ def _folder_fault(path: str, source: Path, linked: set[str]) -> str | None:
         return "link to a folder that is read already"
     linked.add(target)
     return None
-
-
-def is_image(name: str) -> bool:
-    """By its name; what it really is shows when it is decoded."""
-    return name.lower().endswith(SUFFIXES)
-
-
-def refused_name(name: str) -> str | None:
-    """The reason to leave out a file whose name says a type of picture that is not read; None for all other names."""
-    return next((reason for reason, suffixes in REFUSED.items() if name.lower().endswith(suffixes)), None)
 
 
 def stem(name: str) -> str:

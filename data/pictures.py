@@ -1,24 +1,39 @@
 """An image file -> bytes a shard may hold, or the reason why not.
 
 Bytes are kept as they are where the format is jpg, png or webp, because encoding again only loses; other
-formats become PNG. Every image is decoded once, so that damage shows here and not in the middle of a
+formats become PNG. Transparency is kept: the run that reads the shard chooses its background (data.background). Every
+image is checked as the loader checks it and decoded once, so that damage shows here and not in the middle of a
 training run.
 
     load_picture(Path("scan.tif"), max_side=None)     # (b"\\x89PNG...", "png", (2480, 3508))
-    load_picture(Path("page.jpg"), max_side=None)     # Unusable: not an image
+    load_picture(Path("page.jpg"), max_side=None)     # Unusable: web page
 """
 
 from __future__ import annotations
 
 import io
+import threading
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> member extension
+from configs.data import Pictures
+from data.headers import is_moving, refusal
+from data.picture_types import sniff
+from data.pillow_pictures import Undecodable, decoded
+
+if TYPE_CHECKING:
+    from data.decode import Decoder
+
+KEPT = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # type of data.picture_types -> member extension
 ENCODERS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+_MOST_TO_SHRINK = 178_956_970  # pixels held at a time to make a picture smaller: 0.7 GB
+_MOST_TO_KEEP: int = Pictures.model_fields["max_pixels"].default
+_of_the_loader = threading.Lock()  # one decoder for all threads, made once
 
-Picture = tuple[bytes, str, tuple[int, int]]  # file bytes, member extension, (width, height)
+Picture = tuple[bytes, str, tuple[int, int]]  # file bytes, member extension, (width, height) as it is shown
 
 
 class Unusable(Exception):
@@ -27,21 +42,17 @@ class Unusable(Exception):
 
 def load_picture(path: Path, max_side: int | None) -> Picture:
     """The picture in a file, made smaller where a side is longer than `max_side` pixels. Raises Unusable."""
-    try:
-        content = _read(path)
-        if not content:
-            raise Unusable("empty file")
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            return _keep_or_encode(image, content, max_side)
-    except Unusable:
-        raise
-    except UnidentifiedImageError:
-        raise Unusable("not an image") from None
-    except Image.DecompressionBombError:
-        raise Unusable("too many pixels") from None
-    except Exception as error:  # damage makes Pillow's parsers raise almost anything
-        raise Unusable(f"damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+    content = _read(path)
+    if not content:
+        raise Unusable("empty file")
+    most = _MOST_TO_KEEP if max_side is None else _MOST_TO_SHRINK
+    reason = refusal(content, most)
+    if reason == "too many pixels":
+        remedy = "; make it smaller with --max-side" if max_side is None else ""
+        raise Unusable(f"{reason}: above the {most:,} that a run reads{remedy}")
+    if reason is not None:
+        raise Unusable(reason)
+    return _keep_or_encode(_decoded(content), content, max_side)
 
 
 def _read(path: Path) -> bytes:
@@ -53,27 +64,35 @@ def _read(path: Path) -> bytes:
         raise Unusable(f"cannot be read: {error.strerror}") from None
 
 
+def _decoded(content: bytes) -> Image.Image:
+    """The first frame. What Pillow cannot decode the loader's decoder judges, so that both read the same pictures."""
+    try:
+        return decoded(content)
+    except Undecodable as error:
+        with _of_the_loader:
+            [found] = _loader_decoder().decode([content])
+        if isinstance(found, str):
+            raise Unusable(f"{found}: {error}") from None
+        return Image.fromarray(found.pixels.numpy())
+
+
+@cache
+def _loader_decoder() -> Decoder:
+    from data.decode import Decoder  # torch and DALI take seconds to import, and few folders need them
+
+    return Decoder("cpu", threads=1)
+
+
 def _keep_or_encode(image: Image.Image, content: bytes, max_side: int | None) -> Picture:
-    extension = KEPT.get(image.format or "", "png")
-    is_moving = getattr(image, "is_animated", False) and image.format != "MPO"
-    if image.format in KEPT and not is_moving and (max_side is None or max(image.size) <= max_side):
+    """`image` is the first frame of `content`, upright."""
+    extension = KEPT.get(sniff(content))
+    is_small = max_side is None or max(image.size) <= max_side
+    if extension is not None and is_small and not is_moving(content):
         return content, extension, image.size
-    still = _eight_bits(ImageOps.exif_transpose(image))  # the first frame, upright
     if max_side is not None:
-        still.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    if extension == "jpg":
-        still = still.convert("RGB")
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    extension = extension or "png"
     with io.BytesIO() as file:
+        still = image.convert("RGB") if extension == "jpg" else image
         still.save(file, ENCODERS[extension], quality=95)
         return file.getvalue(), extension, still.size
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A copy in grey, RGB or RGBA of 8 bits."""
-    if image.mode == "F":
-        raise Unusable("floating-point pixels: which value is white is not known")
-    if image.mode.startswith("I"):  # 16-bit grey: a plain conversion to L cuts the bright values off
-        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.mode in ("L", "RGB", "RGBA"):
-        return image.copy()
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")

@@ -102,7 +102,7 @@ class SampleReader:
             sizes = dict(zip(self.shards.names, self.shards.sizes.tolist(), strict=True))
             _keep(Found(sizes, left_out), corpus_file, data, caption, rank, exchange)
         self.order = Order(self.shards.sizes, data.streams, data.block_shards, seed)
-        self._decoder = Decoder(loader.device, loader.threads)
+        self._decoder = Decoder(loader.device, loader.threads, data.background)
         self._threads = ThreadPoolExecutor(loader.threads, thread_name_prefix="read")
         self._bad: set[tuple[int, int]] = set()  # (shard, sample) known to be bad: never tried again
         log = LossLog(corpus_file.with_name("lost_shards.jsonl"), rank) if corpus_file else None

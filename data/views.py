@@ -23,14 +23,14 @@ Flags = NDArray[np.bool_]
 _ASPECT = (3 / 4, 4 / 3)  # of a crop, width over height [D of DINOv2, OpenCLIP]
 _TRIES = 10  # windows drawn before falling back to the centre
 _WINDOW_DRAWS = 2 * _TRIES + 2
-_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA, _SOLARISE = range(
-    _WINDOW_DRAWS, _WINDOW_DRAWS + 10
+_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA, _SOLARISE, *_BACKGROUND = range(
+    _WINDOW_DRAWS, _WINDOW_DRAWS + 13
 )
 
 
 @dataclass(frozen=True)
 class ViewNumbers:
-    """One view of n pictures. Applied in this order: crop, flip, jitter, blur, grey, solarise."""
+    """One view of n pictures. Applied in this order: background, crop, flip, jitter, blur, grey, solarise."""
 
     size: int  # pixels of the square crop
     windows: Floats  # (n, 4) top, left, bottom, right in pixels of the upright picture
@@ -43,6 +43,7 @@ class ViewNumbers:
     grey: Flags  # (n,)
     blur_sigma: Floats  # (n,) pixels of the crop, 0 is no blur
     solarise: Flags  # (n,) values from 128 up are inverted
+    background: NDArray[np.uint8]  # (n, 3) RGB behind a transparent picture, where data.background is random
 
 
 def names(config: Views) -> list[str]:
@@ -83,6 +84,7 @@ def draw(
         grey=(number(_GREY) < config.grey) & is_ssl,
         blur_sigma=np.where(number(_BLUR) < blur, low + (high - low) * number(_SIGMA), 0.0),
         solarise=(number(_SOLARISE) < config.solarise) & (view == "global1"),
+        background=np.stack([256 * number(slot) for slot in _BACKGROUND], axis=1).astype(np.uint8),
     )
 
 

@@ -34,7 +34,7 @@ from engine.agreement import on_first, with_one_answer
 from evaluation.command import check_counts, run_command, with_progress
 from evaluation.source import Source, open_source
 
-FORMAT = 1  # raise when the same arguments would give other files
+FORMAT = 2  # raise when the same arguments would give other files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -84,7 +84,7 @@ def _prepare(path: str | Path, options: Options) -> tuple[Source, HeldOut, dict[
     pictures = source.pictures(data, "--data" if options.data else "data.train", options.limit)
     arguments = {
         "format": FORMAT, "tokenizer": source.latent_digest(), "crop": source.crop, "dtype": options.dtype,
-        "corpus": list(data), "pictures": pictures.num_samples,
+        "corpus": list(data), "pictures": pictures.num_samples, "background": list(source.background),
     }  # fmt: skip
     return source, pictures, arguments
 

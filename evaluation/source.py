@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from configs import Config, DecoderGan, UserError, load_run
-from configs.data import Data, Pictures
+from configs.data import WHITE, Colour, Data, Pictures
 from configs.system import System
 from data.captions import CaptionEncoder, tokenizer_digest
 from data.held_out import HeldOut
@@ -81,9 +81,15 @@ class Source:
         """
         system = self.config.system if self.config else System()
         return HeldOut(
-            patterns, self.crop, system, _max_pixels(self.config), key=key, limit=limit, classes=classes,
+            patterns, self.crop, system, _max_pixels(self.config), background=self.background, key=key, limit=limit,
+            classes=classes,
             rank=world.rank(), world_size=world.world_size(),
         )  # fmt: skip
+
+    @property
+    def background(self) -> Colour:
+        """What shows through transparent pictures: the run's colour; white where it was random, or where no run is."""
+        return self.config.data.still_background if self.config else WHITE
 
     def digest(self) -> str:
         """sha256 of every tensor of the tokenizer: the same of a run and of its weights file by itself."""

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 from configs import UserError
 from data.captions import CaptionEncoder, train_bpe
-from data.headers import refusal
+from data.headers import is_for_pillow, refusal
 from data.patience import Unreadable
 from data.shards import BadMember, Shards
 from data.tars.indexes import ensure_sidecar
@@ -123,7 +123,7 @@ captions = st.one_of(
 pictures = st.one_of(
     st.builds(
         lambda kind, side: encoded(1, kind, side, side),
-        st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"]),
+        st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]),
         st.sampled_from([8, 16]),
     ),
     st.builds(
@@ -189,7 +189,9 @@ class Readers:
         return self._read_all(self.tar, caption)
 
     def read_picture(self, data: bytes) -> str:
-        return refusal(data, MOST_PIXELS) or "read"
+        if reason := refusal(data, MOST_PIXELS):
+            return reason
+        return "read by Pillow" if is_for_pillow(data) else "read"
 
     def _read_all(self, tar: Path, caption: str) -> str:
         try:

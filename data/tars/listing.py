@@ -21,8 +21,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configs import UserError
+from data.picture_types import IMAGE_EXTS, extension_of, refused_name
 from data.tars.headers import BLOCK, LONGEST_NAME, Entry, Headers, NotATar, parse, walk
-from data.tars.names import IMAGE_EXTS, NOT_IMAGES, is_hidden, is_ignored, last_ext, split_names
+from data.tars.names import NOT_IMAGES, is_hidden, is_ignored, split_names
 
 _CORRUPT, _TRUNCATED = "corrupt tar", "truncated tar"
 _SHORT_NAME = 100  # characters that a header holds itself
@@ -123,7 +124,7 @@ def _groups(entries: Sequence[Entry]) -> list[_Group | None]:
     present = frozenset(names)
     groups: list[_Group | None] = []
     for entry, name, (key, ext) in zip(entries, names, split_names(names), strict=True):
-        if (entry.is_folder and last_ext(name) not in IMAGE_EXTS) or is_ignored(name, present):
+        if (entry.is_folder and extension_of(name) not in IMAGE_EXTS) or is_ignored(name, present):
             groups.append(None)
             continue
         of_key = by_key.setdefault(key, [])
@@ -171,6 +172,8 @@ def _lost(key: str, reason: str, num_bytes: int, groups: Sequence[_Group]) -> It
 
 def _picture_fault(members: Sequence[Member]) -> str:
     if all(m.ext not in IMAGE_EXTS for m in members):
-        is_text = all(last_ext(m.name) in NOT_IMAGES for m in members)
+        if refused := next(filter(None, (refused_name(m.name) for m in members)), None):
+            return refused
+        is_text = all(extension_of(m.name) in NOT_IMAGES for m in members)
         return "missing image" if is_text else "unsupported image type"
     return "" if image_of(members).size else "empty image"

@@ -14,13 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-IMAGE_EXTS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # in order of preference within a sample
-# Pictures that are not read: a bad sample each.
-_OTHER_IMAGES = (
-    "arw", "avif", "cr2", "dng", "gif", "heic", "heif", "ico", "j2k", "jfif", "jp2", "jxl", "nef", "orf", "pgm", "ppm",
-    "psd", "raf", "svg", "tga",
-)  # fmt: skip
-_PICTURES = frozenset([*IMAGE_EXTS, *_OTHER_IMAGES])
+from data.picture_types import IMAGE_EXTS, REFUSED_TYPES, extension_of
+
+_PICTURES = frozenset([*IMAGE_EXTS, *(ext for exts in REFUSED_TYPES.values() for ext in exts)])
 # Members of other kinds hint at a picture in a format we cannot read.
 NOT_IMAGES = frozenset(["txt", "json", "cls", "caption", "csv", "xml", "url"])
 _MOST_DOTS = 32  # from the end of a name: where a key may end
@@ -29,31 +25,27 @@ _IMAGE = "image"  # what a key has by being a picture's
 
 def split_names(names: Sequence[str]) -> list[tuple[str, str]]:
     """(key, extension in lower case) of every member, of names without a leading `./`."""
-    kinds = {_stem(name): {_IMAGE} for name in names if last_ext(name) in _PICTURES and not is_hidden(name)}
+    kinds = {_stem(name): {_IMAGE} for name in names if extension_of(name) in _PICTURES and not is_hidden(name)}
     pictures = [_longest_key(name, kinds) for name in names]
     for name, picture in zip(names, pictures, strict=True):
         if picture is not None and (kind := _kind_beside(name, picture)):
             kinds[picture].add(kind)
     roots = _roots(kinds)
     lone_texts = {
-        _stem(name) for name, key in zip(names, pictures, strict=True) if key is None and last_ext(name) in NOT_IMAGES
+        _stem(name)
+        for name, key in zip(names, pictures, strict=True)
+        if key is None and extension_of(name) in NOT_IMAGES
     }
     split = []
     for name, picture in zip(names, pictures, strict=True):
         if picture is not None:
             key = roots[picture]
-        elif last_ext(name) in NOT_IMAGES:
+        elif extension_of(name) in NOT_IMAGES:
             key = _stem(name)
         else:
             key = _longest_key(name, lone_texts) or _stem(name)
         split.append((key, name[len(key) + 1 :].lower()))
     return split
-
-
-def last_ext(name: str) -> str:
-    """What follows the last dot of the base name, in lower case; "" without one."""
-    base = name[name.rfind("/") + 1 :]
-    return base.rpartition(".")[2].lower() if "." in base else ""
 
 
 def is_hidden(name: str) -> bool:
@@ -67,7 +59,7 @@ def is_ignored(name: str, present: Collection[str]) -> bool:
         return not name or name.endswith("/")
     folder, base = name[: name.rfind("/") + 1], name[name.rfind("/") + 1 :]
     is_companion = base.startswith("._") and f"{folder.removeprefix('__MACOSX/')}{base[2:]}" in present
-    return is_companion or last_ext(name) not in _PICTURES | NOT_IMAGES
+    return is_companion or extension_of(name) not in _PICTURES | NOT_IMAGES
 
 
 def named_by(exts: Sequence[str], wanted: str) -> int | None:

@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from data.picture_types import IMAGE_EXTS
 from data.tars.listing import Listing, Member, key_of
-from data.tars.names import IMAGE_EXTS, named_by
+from data.tars.names import named_by
 
 _VERSION = "v1.2"
 _RULES = f"2 {' '.join(IMAGE_EXTS)}"  # of listing.py and names.py: an index by others is written anew

@@ -15,4 +15,5 @@ def centred(size: int, heights: ArrayLike, widths: ArrayLike) -> ViewNumbers:
     top, left = (height - side) // 2, (width - side) // 2
     no, zero, one = np.zeros(len(side), bool), np.zeros(len(side)), np.ones(len(side))
     windows = np.stack([top, left, top + side, left + side], axis=1)
-    return ViewNumbers(size, windows, no, no, one, one, one, zero, no, zero, no)
+    black = np.zeros((len(side), 3), np.uint8)
+    return ViewNumbers(size, windows, no, no, one, one, one, zero, no, zero, no, black)

@@ -1,18 +1,28 @@
 """DALI decodes every format to Pillow's pixels, isolates what it cannot, and renders each row alone."""
 
 import io
+import random
+import struct
+import zlib
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageCms, ImageFilter, ImageOps
 
 from configs import UserError
 from configs.data import Views
 from data import views
 from data.decode import Decoder, Picture
+from data.headers import refusal
+from data.pictures import Unusable, load_picture
+from data.pillow_pictures import decoded
+from tests.data.encoded_pictures import app_segment, exif, png, riff, vp8x, webp_chunk, with_png_chunk, with_tiff_number
 from tests.data.plain_views import centred
 from tests.data.tar_shards import encoded, picture
+from tests.fuzz import damaged
 
 pytestmark = pytest.mark.L0
 
@@ -34,17 +44,18 @@ def rotated() -> bytes:
     return encoded(0, exif=exif, quality=95)
 
 
-def see_through() -> Image.Image:
-    image = picture(0).convert("RGBA")
-    image.putalpha(picture(1).convert("L"))
-    return image
-
-
 def deep_grey() -> bytes:
     return save(Image.fromarray(np.asarray(picture(0).convert("L")).astype(np.uint16) * 257), "PNG")
 
 
 GREY = picture(0).convert("L").convert("RGB")
+DEEP_GREY = Image.fromarray(np.asarray(picture(0).convert("L")).astype(np.uint16) * 257)
+LAB = ImageCms.profileToProfile(
+    picture(0), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+)
+TURNED = picture(0).transpose(Image.Transpose.ROTATE_270)
+AVIF = Image.open(io.BytesIO(encoded(0, "AVIF", quality=95))).convert("RGB")
+WEBP = encoded(0, "WEBP", lossless=True)[12:]
 FORMATS = {
     "jpeg": (encoded(0, quality=95), None),
     "progressive jpeg": (encoded(0, quality=95, progressive=True), None),
@@ -52,7 +63,6 @@ FORMATS = {
     "cmyk jpeg": (save(picture(0).convert("CMYK"), "JPEG"), None),
     "upright by exif": (rotated(), Image.open(io.BytesIO(rotated())).transpose(Image.Transpose.ROTATE_270)),
     "png": (encoded(0, "PNG"), None),
-    "rgba png": (save(see_through(), "PNG"), picture(0)),  # alpha is dropped, not blended
     "palette png": (save(picture(0).convert("P"), "PNG"), None),
     "bilevel png": (save(picture(0).convert("1"), "PNG"), None),
     "16-bit png": (deep_grey(), GREY),
@@ -61,6 +71,38 @@ FORMATS = {
     "bmp": (encoded(0, "BMP"), None),
     "tiff": (encoded(0, "TIFF"), None),
     "lzw tiff": (encoded(0, "TIFF", compression="tiff_lzw"), None),
+    "bilevel tiff": (save(picture(0).convert("1"), "TIFF"), None),
+    "cmyk tiff": (save(picture(0).convert("CMYK"), "TIFF"), None),
+    "lab tiff": (save(LAB, "TIFF"), picture(0)),
+    "16-bit tiff": (save(DEEP_GREY, "TIFF"), GREY),
+    "16-bit tiff of which 0 is white": (with_tiff_number(save(DEEP_GREY, "TIFF"), 262, 0), ImageOps.invert(GREY)),
+    "tiff of 64-bit offsets": (encoded(0, "TIFF", big_tiff=True), None),
+    "gif": (save(picture(0).convert("P"), "GIF"), None),
+    "moving gif": (save(picture(0).convert("P"), "GIF", save_all=True, append_images=[picture(1)]), None),
+    "avif": (encoded(0, "AVIF", quality=95), None),
+    "avif upright by exif": (encoded(0, "AVIF", quality=95, exif=exif(6)), AVIF.transpose(Image.Transpose.ROTATE_270)),
+    "jpeg with a film behind it": (encoded(0, quality=95) + b"\0\0\0\x18ftypmp42" + b"\xff\xda..." * 9999, None),
+    "png with a tail": (encoded(0, "PNG") + bytes(1 << 18), None),
+    "moving webp": (encoded(0, "WEBP", save_all=True, append_images=[picture(1)]), None),
+    "moving png": (encoded(0, "PNG", save_all=True, append_images=[picture(1)]), None),
+    "two pictures in a jpeg": (encoded(0, "MPO", save_all=True, append_images=[picture(1)]), None),
+    "webp with EXIF after a chunk of odd length": (
+        riff(vp8x(0x0C, 32, 24), WEBP, webp_chunk(b"XMP ", b"<x:/>"), webp_chunk(b"EXIF", exif(6))),
+        TURNED,
+    ),
+    "webp with EXIF of odd length, not filled up": (
+        riff(vp8x(0x08, 32, 24), WEBP, webp_chunk(b"EXIF", exif(6) + b"\0")[:-1]),
+        TURNED,
+    ),
+    "webp with EXIF as a jpeg has it": (
+        riff(vp8x(0x08, 32, 24), WEBP, webp_chunk(b"EXIF", exif(6, prefix=b"Exif\0\0"))),
+        TURNED,
+    ),
+    "webp without the EXIF that it claims": (riff(vp8x(0x08, 32, 24), WEBP), None),
+    "png with more text than Pillow takes": (
+        with_png_chunk(encoded(0, "PNG"), b"zTXt", b"workflow\0\0" + zlib.compress(bytes(3 << 20))),
+        picture(0),
+    ),
 }
 
 CORRUPT_PNG = bytearray(encoded(0, "PNG", height=64, width=64))
@@ -83,8 +125,121 @@ def test_every_format_comes_out_as_the_rgb_bytes_pillow_gives(decoder: Decoder, 
     (found,) = decoder.decode([data])
     assert pixels(found).shape == reference.shape
     assert (found.height, found.width) == reference.shape[:2]  # type: ignore[union-attr]
-    # measured 0 for all; other builds of the JPEG and WebP libraries may round a value otherwise
-    assert np.abs(pixels(found).astype(int) - reference).mean() < 0.5
+    # measured 0 for most, 0.8 for lab, whose colours are rounded to 8 bits; other builds of the JPEG and WebP libraries
+    # may round a value otherwise. Sideways, or in another colour space, it is 14 and more.
+    allowed = 2 if "lab" in name else 0.5
+    assert np.abs(pixels(found).astype(int) - reference).mean() < allowed
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_pillow_gives_what_dali_gives_to_a_level(decoder: Decoder, name: str) -> None:
+    """What it decodes where DALI fails at a picture by itself, and what the folder converter sees."""
+    data, _ = FORMATS[name]
+    [found] = decoder.decode([data])
+    # measured 0; 1 for palettes and colours of 16 bits, which are rounded otherwise
+    assert np.abs(pixels(found).astype(int) - np.asarray(decoded(data).convert("RGB"))).max() <= 1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_the_converter_packs_is_shown_as_the_file_itself(decoder: Decoder, tmp_path: Path, name: str) -> None:
+    (tmp_path / "picture").write_bytes(FORMATS[name][0])
+    content, extension, size = load_picture(tmp_path / "picture", None)
+    direct, packed = decoder.decode([FORMATS[name][0], content])
+    difference = np.abs(pixels(direct).astype(int) - pixels(packed))
+    # as above: Pillow packs. The first frame of a lossy film is coded once more: measured 3.8; 69 for another picture
+    assert difference.mean() < 6 if name == "moving webp" else difference.max() <= 1
+    assert pixels(packed).shape == (size[1], size[0], 3)
+    assert extension in ("jpg", "png", "webp")
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_all_decoders_turn_a_picture_alike(decoder: Decoder, kind: str, orientation: int) -> None:
+    of_exif = Image.Exif()
+    of_exif[0x0112] = orientation
+    data = encoded(0, kind, exif=of_exif, quality=95)
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    [found] = decoder.decode([data])
+    for shown in (pixels(found), np.asarray(decoded(data).convert("RGB"))):
+        assert (shown == np.asarray(turned)).all()
+    assert turned.size == ((24, 32) if 5 <= orientation <= 8 else (32, 24))
+
+
+def tiled_tiff(orientation: int) -> bytes:
+    """RGB in tiles of 16 x 16, which Pillow reads and does not write."""
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:24] = np.asarray(picture(0))
+    tiles = [pixels[top : top + 16, left : left + 16].tobytes() for top in (0, 16) for left in (0, 16)]
+    tags = {256: 32, 257: 24, 258: 8, 259: 1, 262: 2, 274: orientation, 277: 3, 322: 16, 323: 16}
+    tables = 8 + 2 + 12 * (len(tags) + 2) + 4  # where offsets and lengths of the tiles stand
+    entries = [struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items()]
+    entries += [struct.pack("<HHII", 324, 4, 4, tables), struct.pack("<HHII", 325, 4, 4, tables + 16)]
+    places = [tables + 32 + 768 * i for i in range(4)]
+    header = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    return header + struct.pack("<4I", *places) + struct.pack("<4I", *[768] * 4) + b"".join(tiles)
+
+
+PLAIN = encoded(0, quality=95)
+XMP = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
+OF_A_JPEG = b"Exif\0\0"
+ODD_EXIF = {
+    "of a byte": PLAIN[:2] + app_segment(0xE1, exif(6, form=1, prefix=OF_A_JPEG)) + PLAIN[2:],
+    "of 32 bits, the other end first, not": PLAIN[:2] + app_segment(0xE1, exif(6, ">", 4, OF_A_JPEG)) + PLAIN[2:],
+    "of two, the first": PLAIN[:2]
+    + app_segment(0xE1, exif(6, prefix=OF_A_JPEG)) + app_segment(0xE1, exif(3, prefix=OF_A_JPEG))
+    + PLAIN[2:],
+    "after much else": PLAIN[:2] + app_segment(0xE2, bytes(60_000)) * 3
+    + app_segment(0xE1, exif(6, prefix=OF_A_JPEG)) + PLAIN[2:],
+    "of xmp, not": PLAIN[:2] + app_segment(0xE1, XMP) + PLAIN[2:],
+    "of a png, with a jpeg's first bytes, not": with_png_chunk(encoded(0, "PNG"), b"eXIf", exif(6, prefix=OF_A_JPEG)),
+    "of two of a png, the first": with_png_chunk(
+        with_png_chunk(encoded(0, "PNG"), b"eXIf", exif(3), before=b"IEND"), b"eXIf", exif(6)
+    ),
+    "of a moving png": encoded(0, "PNG", exif=exif(6), save_all=True, append_images=[picture(1)]),
+    "of a tiff of tiles": tiled_tiff(6),
+    "after a png's pixels": with_png_chunk(encoded(0, "PNG"), b"eXIf", exif(6), before=b"IEND"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_EXIF)
+def test_all_decoders_read_odd_exif_alike(decoder: Decoder, name: str) -> None:
+    [found] = decoder.decode([ODD_EXIF[name]])
+    shown = np.asarray(decoded(ODD_EXIF[name]).convert("RGB"))
+    assert shown.shape == ((24, 32, 3) if name.endswith("not") else (32, 24, 3))
+    assert (pixels(found) == shown).all()
+
+
+def test_a_picture_that_dali_fails_at_by_itself_is_left_to_pillow(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = pixels(decoder.decode([encoded(1)])[0])
+    monkeypatch.setattr(Decoder, "_decode", lambda _, some: ["undecodable image"] * len(some))
+    found = decoder.decode([encoded(1), bytes(CORRUPT_PNG), png(np.zeros((4, 4, 3), int), 16, 2), b"<html>"])
+    assert (pixels(found[0]) == expected).all()
+    assert found[1] == found[3] == "undecodable image"  # Pillow would show a damaged PNG's other pixels
+    assert pixels(found[2]).shape == (4, 4, 3)
+
+
+def test_converter_and_loader_agree_on_damaged_pictures(decoder: Decoder, tmp_path: Path) -> None:
+    """Bytes are replaced, cut off and doubled; DALI and Pillow do not forgive the same damage."""
+    verdicts: Counter[bool] = Counter()
+    big = [encoded(5, kind, 96, 96) for kind in ("JPEG", "PNG", "WEBP", "AVIF", "GIF")]
+    sources = big * 3 + [data for data, _ in FORMATS.values() if not data.startswith((b"II", b"MM"))]
+    for number, source in enumerate(sources):
+        rng = random.Random(number)
+        for _ in range(3):
+            data = damaged(source, rng)
+            path = tmp_path / "picture"
+            path.write_bytes(data)
+            is_read = refusal(data, 10**7) is None and isinstance(decoder.decode([data])[0], Picture)
+            try:
+                load_picture(path, None)
+                is_kept = True
+            except Unusable:
+                is_kept = False
+            assert is_kept == is_read, data
+            verdicts[is_read] += 1
+    assert min(verdicts[True], verdicts[False]) > 15
 
 
 def test_undecodable_pictures_are_isolated_and_the_others_decoded(decoder: Decoder) -> None:

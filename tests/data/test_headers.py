@@ -1,12 +1,15 @@
 """A look at the bytes names what is wrong with a picture before it is decoded, and lets good ones pass."""
 
 import struct
+import zlib
 
 import pytest
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from data.claimed_sizes import claimed_pixels
 from data.headers import refusal
+from data.picture_types import IMAGE_EXTS, READ_TYPES, REFUSED_TYPES, is_picture_name, refused_name
+from tests.data.encoded_pictures import app_segment, exif, png_chunk, riff, saved, vp8x, webp_chunk, with_png_chunk
 from tests.data.tar_shards import encoded, huge_png
 
 pytestmark = pytest.mark.L0
@@ -20,6 +23,29 @@ GOOD = {
     "webp": encoded(0, "WEBP"),
     "bmp": encoded(0, "BMP"),
     "tiff": encoded(0, "TIFF"),
+    "tiff of 64-bit offsets": encoded(0, "TIFF", big_tiff=True),
+    "gif": encoded(0, "GIF"),
+    "avif": encoded(0, "AVIF"),
+    # A motion photo: a film behind the end marker, in which 0xFFDA and 0xFFD9 stand by chance.
+    "jpeg with a film": encoded(0) + b"\0\0\0\x18ftypmp42" + b"\xff\xd9" + bytes(range(256)) + b"\xff\xda..." * 300,
+    "jpeg with scans' markers in its profile": encoded(0)[:2]
+    + app_segment(0xE2, b"ICC_PROFILE\0\1\1" + b"\xff\xda\xff\xd9" * 9000) * 3
+    + encoded(0)[2:],
+    "jpeg with scans' markers in both": encoded(0)[:2]
+    + app_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + b"\xff\xda" * 9000)
+    + encoded(0)[2:]
+    + b"\xff\xda" * 99,
+    "jpeg with filling before its markers": encoded(0)[:2] + b"\xff" * 9 + encoded(0)[2:-2] + b"\xff\xff\xff\xd9!",
+    "png with a long tail": encoded(0, "PNG") + bytes(1 << 18),
+    "png with more text than Pillow takes": with_png_chunk(
+        encoded(0, "PNG"), b"zTXt", b"workflow\0\0" + zlib.compress(bytes(3 << 20))
+    ),
+    "png with damaged text": with_png_chunk(encoded(0, "PNG"), b"tEXt", b"a\0b").replace(b"a\0b", b"a\0c"),
+    "webp with bytes after its end": encoded(0, "WEBP") + bytes(99),
+    "webp with EXIF of odd length, not filled up": riff(
+        vp8x(0x08, 32, 24), encoded(0, "WEBP")[12:], webp_chunk(b"EXIF", exif(1) + b"\0")[:-1]
+    ),
+    "webp cut in its EXIF": riff(vp8x(0x08, 32, 24), encoded(0, "WEBP")[12:], webp_chunk(b"EXIF", exif(1)))[:-9],
 }
 # a camera file: the thumbnail in its EXIF has an end marker of its own
 THUMBNAIL = encoded(1, height=8, width=8)
@@ -47,6 +73,17 @@ def two_widths(huge_first: bool, tags: tuple[int, int] = (256, 257)) -> bytes:
     return data[:4] + struct.pack("<I", len(data)) + data[8:] + directory
 
 
+def two_widths_of_64_bits() -> bytes:
+    data = encoded(0, "TIFF", big_tiff=True)
+    [start] = struct.unpack("<Q", data[8:16])
+    [count] = struct.unpack("<Q", data[start : start + 8])
+    entries = data[start + 8 : start + 8 + 20 * count]
+    huge = b"".join(struct.pack("<HHQQ", tag, 16, 1, 60_000) for tag in (256, 257))
+    return (
+        data[:8] + struct.pack("<Q", len(data)) + data[16:] + struct.pack("<Q", count + 2) + entries + huge + bytes(8)
+    )
+
+
 def many_scans(count: int) -> bytes:
     """A progressive JPEG that refines its last coefficients again and again: seconds to decode for a few kB."""
     data = encoded(0, progressive=True)
@@ -57,8 +94,23 @@ BAD = {
     "empty": (b"", "empty image"),
     "html": (b"<!DOCTYPE html><html></html>", "web page"),
     "html after white space": (b"\n\n  <html>", "web page"),
-    "gif": (encoded(0, "GIF"), "gif image"),
-    "avif": (b"\0\0\0\x1cftypavif", "heif, avif or video"),
+    "half a gif header": (encoded(0, "GIF")[:12], "corrupt header"),
+    "avif without a picture": (b"\0\0\0\x1cftypavif", "corrupt header"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "heic image"),
+    "heic by its second brand": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "heic image"),
+    "a film": (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "video"),
+    "jpeg 2000": (encoded(0, "JPEG2000"), "jpeg 2000 image"),
+    "jpeg xl": (b"\xff\x0a\xfa\x7f", "jpeg xl image"),
+    "svg": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "svg image"),
+    "a page with an svg": (b"<!DOCTYPE html><html><body><svg/></body></html>", "web page"),
+    "floating-point tiff": (saved(Image.new("F", (4, 4)), "TIFF"), "floating-point pixels"),
+    "signed tiff": (saved(Image.new("I", (4, 4)), "TIFF"), "signed pixels"),
+    "png with a damaged header": (encoded(0, "PNG").replace(b"\x08\x02\0\0\0", b"\x08\x06\0\0\0", 1), "corrupt header"),
+    "png cut in its text": (
+        with_png_chunk(encoded(0, "PNG"), b"tEXt", bytes(999))[: encoded(0, "PNG").find(b"IDAT") + 99],
+        "truncated image",
+    ),
+    "jpeg cut before its film": (encoded(0)[:-9] + bytes(999), "truncated image"),
     "noise": (bytes(range(256)), "not an image"),
     "half a jpeg": (encoded(0)[:-200], "truncated image"),
     "jpeg without end marker": (encoded(0)[:-2], "truncated image"),
@@ -81,6 +133,8 @@ BAD = {
     "a tiff of two widths, the second one huge": (two_widths(huge_first=False), "too many pixels"),
     "a tiff of one huge tile": (two_widths(huge_first=False, tags=(322, 323)), "too many pixels"),
     "a jpeg of a thousand scans": (many_scans(1000), "too many scans"),
+    "a jpeg of a thousand scans before a film": (many_scans(1000) + b"\xff\xda" * 9, "too many scans"),
+    "a tiff of 64-bit offsets, its second width huge": (two_widths_of_64_bits(), "too many pixels"),
 }
 
 
@@ -103,6 +157,29 @@ def test_bad_pictures_are_refused_with_their_reason(name: str) -> None:
 def test_the_pixel_limit_is_ours_alone() -> None:
     assert refusal(huge_png(), max_pixels=60_000**2) is None
     assert Image.MAX_IMAGE_PIXELS == 89_478_485  # Pillow's own limit is neither used nor changed
+
+
+def test_avif_is_refused_by_its_name_where_pillow_cannot_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
+    assert refusal(GOOD["avif"], 10**6) == "avif image"
+
+
+def test_a_picture_of_a_million_parts_is_given_up_on() -> None:
+    assert refusal(encoded(0)[:-2] + b"\xff\x01" * 20_000, 10**6) == "truncated image"
+    assert refusal(encoded(0, "PNG")[:33] + png_chunk(b"tEXt", b"") * 140_000 + b"more", 10**6) == "truncated image"
+
+
+def test_one_table_tells_pictures_by_their_names() -> None:
+    assert [is_picture_name(name) for name in ("a/b.JPG", "b.jfif", "c.d.avif", "e.gif", "f.heic", "jpg", "g.txt")] == [
+        True, True, True, True, False, False, False,
+    ]  # fmt: skip
+    assert refused_name("a/IMG_2024.03.HEIC") == "heic image"
+    assert refused_name("a.jpg") is refused_name("a.txt") is None
+    refused = [ext for exts in REFUSED_TYPES.values() for ext in exts]
+    assert not set(refused) & set(IMAGE_EXTS)
+    assert IMAGE_EXTS[:7] == ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # the order in which one is preferred
+    assert len({*refused, *IMAGE_EXTS}) == len(refused) + len(IMAGE_EXTS)
+    assert set(READ_TYPES) == {"jpeg", "png", "webp", "bmp", "tiff", "avif", "gif"}
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "tiff"])

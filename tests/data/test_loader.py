@@ -180,7 +180,7 @@ def test_an_error_in_the_background_reaches_the_consumer_and_threads_end(
 GOOD = 800
 EXPECTED = dict.fromkeys(
     ["missing caption", "missing image", "empty image", "wrong member type", "duplicate key",
-     "truncated image", "web page", "gif image", "too many pixels", "undecodable image"],
+     "truncated image", "web page", "heic image", "too many pixels", "undecodable image"],
     20,
 )  # fmt: skip
 SEEN_BY_INDEX = ["missing caption", "missing image", "empty image", "wrong member type", "duplicate key"]
@@ -199,7 +199,7 @@ def bad_members(reason: str, key: str, key_before: str) -> list[tuple[str, bytes
         "duplicate key": [(f"{key_before}.jpg", encoded(i)), (f"{key_before}.txt", b"bad")],
         "truncated image": [(f"{key}.jpg", encoded(i)[:-150]), text],
         "web page": [(f"{key}.jpg", b"<!DOCTYPE html><p>gone"), text],
-        "gif image": [(f"{key}.jpg", encoded(i, "GIF")), text],
+        "heic image": [(f"{key}.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), text],
         "too many pixels": [(f"{key}.png", huge_png()), text],
         "undecodable image": [(f"{key}.png", bytes(corrupt)), text],
     }[reason]
