@@ -10,6 +10,9 @@
     latent = program(images)
 
 Batch, height and width are free. Only sides of a single patch are not: torch.export takes a size of one for a constant.
+
+Inputs are contiguous, outputs are. It matters to programs that AOTInductor compiled further, which read their inputs as
+if they were and do not look; with AOTI_RUNTIME_CHECK_INPUTS=1 in the environment they do.
 """
 
 from __future__ import annotations

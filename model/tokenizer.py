@@ -7,6 +7,8 @@
 
 Any height and width that are multiples of the patch size work. The latent is deterministic: no sampling, no
 noise [P]. Of weights with model.latent=gaussian `encode` gives the mode, `moments` the distribution.
+
+Every tensor that is returned is contiguous: safetensors, `.view` and compiled programs take it as it is.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ class VisualTokenizer(Parts, OnHub):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, height, width), uint8 or float in [0, 1] -> latent (B, L, height/p, width/p)."""
-        return mode(self._encoded(images), self.model, dim=1)
+        return mode(self._encoded(images), self.model, dim=1).contiguous()
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Gaussian:
@@ -100,7 +102,7 @@ class VisualTokenizer(Parts, OnHub):
                 f"these weights have model.latent={self.model.latent}: their latents are points, without a variance; "
                 "call encode"
             )
-        return Gaussian.of(self._encoded(images), dim=1)
+        return Gaussian(*(half.contiguous() for half in Gaussian.of(self._encoded(images), dim=1)))
 
     def _encoded(self, images: Tensor) -> Tensor:
         x_TD, layout = self.features(images)
@@ -116,7 +118,7 @@ class VisualTokenizer(Parts, OnHub):
     def features(self, images: Tensor) -> tuple[Tensor, Layout]:
         """The trunk's final-normed tokens of `images`, pre-bottleneck, and their layout (group "clip")."""
         crops = {"clip": normalise(images)}
-        return self.trunk(crops, {}), self.trunk.layout(crops)
+        return self.trunk(crops, {}).contiguous(), self.trunk.layout(crops)
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ class VisualTokenizer(Parts, OnHub):
 def pixels_of(decoder: Decoder, latent: Tensor) -> Tensor:
     """(B, L, h, w) -> (B, 3, h*p, w*p) float32 in [0, 1], clamped."""
     grid = (latent.shape[2], latent.shape[3])
-    return denormalise(decoder(latent.flatten(2).transpose(1, 2), grid))
+    return denormalise(decoder(latent.flatten(2).transpose(1, 2), grid)).contiguous()
 
 
 def _require(part: Part | None, method: str, name: str) -> Part:
