@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs import UserError
+from configs import Config, UserError, load_run
 from configs.architecture import Model
 from model.captions import pack_captions
 from model.hub import OnHub
@@ -49,6 +49,7 @@ class VisualTokenizer(Parts, OnHub):
     ) -> None:
         super().__init__(model, parts, has_bias, attention)
         self.origin = origin
+        self.vocabulary: str | None = None  # of the captions: a tokenizer.json, or the hub name of one
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +76,9 @@ class VisualTokenizer(Parts, OnHub):
     @classmethod
     def from_run(cls, run: str | Path, attention: str = "sdpa") -> VisualTokenizer:
         """From the run directory's weights.safetensors. Raises UserError where there is none."""
-        return cls.from_file(Path(run) / "weights.safetensors", attention)
+        tokenizer = cls.from_file(Path(run) / "weights.safetensors", attention)
+        tokenizer.vocabulary = _vocabulary_of(Path(run) / "config.yaml")
+        return tokenizer
 
     @classmethod
     def from_file(cls, path: str | Path, attention: str = "sdpa") -> VisualTokenizer:
@@ -140,6 +143,17 @@ def pixels_of(decoder: Decoder, latent: Tensor) -> Tensor:
     """(B, L, h, w) -> (B, 3, h*p, w*p) float32 in [0, 1], clamped."""
     grid = (latent.shape[2], latent.shape[3])
     return denormalise(decoder(latent.flatten(2).transpose(1, 2), grid)).contiguous()
+
+
+def _vocabulary_of(path: Path) -> str | None:
+    """data.tokenizer of a pre-training run's config.yaml; None of another kind of run, or where it cannot be read."""
+    try:
+        config = load_run(path) if path.is_file() else None
+    except (
+        UserError
+    ):  # the weights describe their model themselves: a config of another version does not keep them shut
+        return None
+    return config.data.tokenizer if isinstance(config, Config) else None
 
 
 def _require(part: Part | None, method: str, name: str) -> Part:
