@@ -2,7 +2,7 @@
 
 python -m model.interchange export runs/demo --out DIR      # the public VTP layout, vocabulary, model card
 python -m model.interchange import DIR --out FILE           # back: VisualTokenizer.from_file(FILE), init.weights=FILE
-python -m model.interchange programs runs/demo --out DIR    # encode.pt2, decode.pt2: torch alone runs them
+python -m model.interchange programs runs/demo --out DIR    # encode.pt2, decode.pt2: torch alone runs them; --onnx
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import UserError
-from model.programs import write_programs
+from model.programs import write_onnx, write_programs
 from model.public_config import unread_by_official
 from model.public_directory import CONFIG, VOCABULARY, read_public
 from model.tokenizer import VisualTokenizer
@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             export(_tokenizer(given.directory), given.out, given.license)
         elif given.command == "import":
             import_directory(given.directory, given.out)
+        elif given.onnx:
+            write_onnx(_tokenizer(given.directory), given.out)
         else:
             write_programs(_tokenizer(given.directory), given.out)
     except (UserError, OSError) as error:  # of the disk, with the path
@@ -87,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--license", metavar="ID", help="of the weights, for the model card: mit, apache-2.0 ..."
             )
+        if name == "programs":
+            command.add_argument("--onnx", action="store_true", help="encode.onnx and decode.onnx, for onnxruntime")
     return parser
 
 
