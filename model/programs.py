@@ -158,6 +158,7 @@ def conventions(tokenizer: VisualTokenizer) -> dict[str, Any]:
     return {
         "encode": {"images": image, "returns": latent},
         "decode": None if tokenizer.decoder is None else {"latent": latent, "returns": image},
+        "strides": "contiguous, of what goes in and what comes out",
         "sides": f"multiples of {model.patch_size}, from {LEAST_SIDE * model.patch_size} pixels on",
         "origin": None if origin is None else asdict(origin),
         "torch": torch.__version__,

@@ -87,6 +87,7 @@ def test_the_conventions_lie_beside_the_programs_and_inside_them(programs: Path)
         "shape": ["batch", 3, "height", "width"], "dtype": "float32", "range": [0, 1], "colour": "RGB"
     }  # fmt: skip
     assert said["decode"]["latent"]["shape"] == ["batch", 8, "height / 8", "width / 8"]
+    assert said["strides"] == "contiguous, of what goes in and what comes out"
     assert said["origin"]["name"] == "tiny"
 
 
