@@ -191,7 +191,7 @@ def _without_bf16(arguments: Any) -> Any:
 def _name(node: fx.Node) -> str:
     """aten.cat.default -> cat."""
     packet = getattr(node.target, "overloadpacket", node.target)
-    return str(packet.__name__)
+    return str(getattr(packet, "__name__", packet))
 
 
 def _export(module: nn.Module, example: Tensor, step: int) -> ExportedProgram:
