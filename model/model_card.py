@@ -65,7 +65,7 @@ def card_text(
         patch=model.patch_size,
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         decode=_DECODE if "decoder" in parts else "",
-        unread=f" Of them {unread}." if unread else "",
+        unread=f" But {unread}." if unread else "",
     )
 
 
