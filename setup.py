@@ -31,7 +31,7 @@ setup(
         "pydantic>=2.10",
         "pyyaml",
         "numpy",
-        "pillow",
+        "pillow>=11.3",  # the first with AVIF
         "rich",
         "tensorboard",
         "torchmetrics>=1.9",  # evaluation: FID and SSIM; without its extras it needs no torchvision
@@ -45,6 +45,7 @@ setup(
         "gpu": ["xformers", "torchao"],
         # Built against the torch that is installed: pip install --no-build-isolation -e ".[transformer-engine]"
         "transformer-engine": ["transformer-engine[pytorch]"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],  # model.interchange programs --onnx
         "dev": [
             "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "beartype",
             "scikit-image", "scikit-learn",

@@ -3,9 +3,11 @@
     network = read_inception("pt_inception-2015-12-05-6726825d.pth")
     network(images).shape                # (B, 3, H, W) in [0, 1] -> (B, 2048)
 
-Where it differs from torchvision's Inception, it follows that graph, as pytorch-fid and torch-fidelity do: pictures are
-resized to 299 x 299 by TensorFlow 1's bilinear filter (pixel corners at integers, no antialiasing) and scaled to
-(x - 128) / 128 on 0 .. 255; average pools leave padding out of the count; the last block pools by maximum.
+Where it differs from torchvision's Inception, it follows that graph: average pools leave padding out of the count, the
+last block pools by maximum, as in pytorch-fid and torch-fidelity. Pictures are resized to 299 x 299 by TensorFlow 1's
+bilinear filter (pixel corners at integers, no antialiasing) and scaled to (x - 128) / 128 on 0 .. 255: as the graph
+itself, ADM's evaluator and torch-fidelity do. pytorch-fid resizes by torch's bilinear filter (pixel centres at halves)
+and scales to 2 x - 1 on 0 .. 1: its figures of pictures that are not 299 pixels wide are others.
 
 Layers are rows of tables, `name: (in, out, kernel, stride, padding)`; names are those of the published state dict.
 """

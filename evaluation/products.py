@@ -52,7 +52,7 @@ class Products:
         """(B, L, h, w): VisualTokenizer.encode."""
         bottleneck = _part(self.tokenizer.bottleneck, "bottleneck")
         latent_BPL = mode(bottleneck(self._layout.patches(self._blocks[-1], "clip")), self.tokenizer.model)
-        return latent_BPL.transpose(1, 2).unflatten(2, self._layout.group("clip").grid)
+        return latent_BPL.transpose(1, 2).unflatten(2, self._layout.group("clip").grid).contiguous()
 
     @cached_property
     def recon(self) -> Tensor:

@@ -49,8 +49,9 @@ class Source:
         """Class prompts -> token ids. Raises UserError where nothing says which tokenizer it was, or it was another."""
         if self.caption_tokenizer is None:
             raise UserError(
-                "zero_shot embeds the classes' prompts, and neither a weights file nor a run of stage 2 says with "
-                "which tokenizer the text tower was trained: give --tokenizer, a tokenizer.json or a hub name"
+                f"zero_shot embeds the classes' prompts, and {self.name} does not say with which tokenizer the text "
+                "tower was trained: a run of pre-training does, and a public directory with a tokenizer.json; give "
+                "--tokenizer, a tokenizer.json or a hub name"
             )
         if isinstance(self.config, Config) and self.caption_tokenizer == self.config.data.tokenizer:
             self._require_the_runs_captions(self.config.data)
@@ -125,7 +126,7 @@ def open_source(
     check_finite(tokenizer, name)
     crop = crop or (config.views.image_size if config else CROP)
     _check_crop(crop, tokenizer.model.patch_size, _max_pixels(config))
-    captions = caption_tokenizer or (config.data.tokenizer if isinstance(config, Config) else None)
+    captions = caption_tokenizer or tokenizer.vocabulary
     return Source(name, tokenizer, folder, crop, config, captions)
 
 

@@ -1,19 +1,27 @@
 """Saving to and loading from the Hugging Face hub: huggingface_hub's own mixin, in the public VTP layout.
 
     tokenizer = VisualTokenizer.from_pretrained("OWNER/NAME", revision="main")     # or a directory
-    tokenizer.save_pretrained("DIR")                        # config.json, model.safetensors, README.md
-    tokenizer.push_to_hub("OWNER/NAME", private=True)       # the same three files
+    tokenizer.save_pretrained("DIR", model_card_kwargs={"license": "mit"})
+    tokenizer.push_to_hub("OWNER/NAME", private=True)       # the same files
+
+    DIR/config.json, model.safetensors      the public VTP layout
+    DIR/tokenizer.json                      the captions' vocabulary, where the text tower is there and it can be had
+    DIR/README.md                           the model card
 
 Where to look, tokens, caches and commits are the mixin's affair; what the files are is model/public_directory.py's.
 """
 
 from __future__ import annotations
 
+import inspect
+import shutil
 from abc import abstractmethod
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Tensor
 
@@ -21,18 +29,29 @@ from configs import UserError
 from configs.architecture import Model
 from model.model_card import card_text
 from model.origin import Origin
-from model.public_directory import CONFIG, read_config, read_public, write_public
+from model.public_config import read_key
+from model.public_directory import CONFIG, VOCABULARY, read_config, read_public, write_public
 from model.public_layout import check_exportable
 from model.public_weights import INDEX, WEIGHTS, read_index
 
 T = TypeVar("T", bound="OnHub")
+CARD = "README.md"
+_LINKS = ("repo_url", "paper_url", "docs_url")  # of the mixin's template: they have no place in the metadata
+_FIELDS = frozenset(inspect.signature(ModelCardData.__init__).parameters) - {"self", "ignore_metadata_errors", "kwargs"}
+_NOT_DELIVERED = (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError)
 
 
-class OnHub(ModelHubMixin, library_name="vtp-engine", tags=["visual-tokenizer", "vtp"]):
-    """What VisualTokenizer gets from the hub. It brings `model`, `origin`, `state_dict` and `from_state`."""
+class OnHub(
+    ModelHubMixin,
+    library_name="vtp-engine",
+    tags=["visual-tokenizer", "vtp"],
+    pipeline_tag="image-feature-extraction",
+):
+    """What VisualTokenizer gets from the hub. It brings `model`, `origin`, `vocabulary`, `state_dict`, `from_state`."""
 
     model: Model
     origin: Origin | None
+    vocabulary: str | None  # of the captions: a tokenizer.json, or the hub name of one
 
     @classmethod
     @abstractmethod
@@ -64,31 +83,74 @@ class OnHub(ModelHubMixin, library_name="vtp-engine", tags=["visual-tokenizer", 
                 "download it once and give its path"
             ) from None
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Writes config.json, model.safetensors and, where there is none, README.md. Options: the mixin's.
+    def save_pretrained(
+        self, save_directory: str | Path, *, model_card_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> str | None:
+        """Writes config.json, model.safetensors, the captions' tokenizer.json and, where there is none, README.md.
 
-        Raises UserError, before anything is written, for a model that the public layout cannot describe.
+        `model_card_kwargs` are fields of the card's metadata, such as license, datasets, base_model; tags are added to
+        ours; repo_url, paper_url and docs_url go into its table. Other options are the mixin's. Raises UserError,
+        before anything is written, for a model that the public layout cannot describe, or a card that would stay.
         """
         check_exportable(self.state_dict(), self.model)
-        self._known_origin()
-        return super().save_pretrained(save_directory, **options)
+        card = Path(save_directory) / CARD
+        if model_card_kwargs and card.exists():
+            raise UserError(
+                f"{card} exists and is not written over: model_card_kwargs would have no effect; edit that file, or "
+                "remove it"
+            )
+        self.generate_model_card(**(model_card_kwargs or {}))  # says what is wrong with them, if anything is
+        return super().save_pretrained(save_directory, model_card_kwargs=model_card_kwargs, **options)
 
-    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
-        """README.md: what the weights are, as far as it is known, and how to use them."""
-        data, parts = self._hub_mixin_info.model_card_data, {name.split(".")[0] for name in self.state_dict()}
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(self.model, self._known_origin(), parts)}")
+    def generate_model_card(self, *_: Any, **given: Any) -> ModelCard:
+        """README.md: what the weights are, as far as known, and how to use them; `given` are model_card_kwargs."""
+        data, links = card_data(self._hub_mixin_info.model_card_data, given)
+        text = card_text(
+            self.model,
+            self._known_origin(),
+            self._parts(),
+            str(data.license),
+            self.vocabulary_file() is not None,
+            links,
+        )
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+    def vocabulary_file(self) -> Path | None:
+        """The captions' tokenizer.json, fetched where `vocabulary` is a hub name; None where there is none to be had,
+        or no text tower to use it."""
+        if self.vocabulary is None or "text" not in self._parts():
+            return None
+        path = Path(self.vocabulary)
+        if path.is_file() or path.suffix == ".json":
+            return path if path.is_file() else None
+        repository, _, revision = self.vocabulary.partition("@")
+        try:
+            return Path(hf_hub_download(repository, VOCABULARY, revision=revision or None))
+        except _NOT_DELIVERED:
+            return None
+
+    def _parts(self) -> set[str]:
+        return {name.split(".")[0] for name in self.state_dict()}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_public(save_directory, self.state_dict(), self.model, self._known_origin())
+        found = self.vocabulary_file()
+        if found is not None and found.resolve() != (save_directory / VOCABULARY).resolve():
+            shutil.copyfile(found, save_directory / VOCABULARY)
 
     @classmethod
     def _from_pretrained(cls: type[T], *, model_id: str, attention: str = "sdpa", **hub: Any) -> T:
         directory = Path(model_id)
         if not directory.is_dir():
             directory = Path(hf_hub_download(model_id, CONFIG, **hub)).parent
-            _fetch_weights(model_id, directory, {**hub, "revision": directory.name})  # the commit of the first
+            hub |= {"revision": directory.name}  # the commit of the first
+            _fetch_weights(model_id, directory, hub)
+            _fetch_vocabulary(model_id, directory, hub)
         state, model, origin = read_public(directory)
-        return cls.from_state(model, state, attention, origin)
+        tokenizer = cls.from_state(model, state, attention, origin)
+        if (directory / VOCABULARY).is_file():
+            tokenizer.vocabulary = str(directory / VOCABULARY)
+        return tokenizer
 
     def _known_origin(self) -> Origin:
         if self.origin is None:
@@ -97,6 +159,23 @@ class OnHub(ModelHubMixin, library_name="vtp-engine", tags=["visual-tokenizer", 
                 "VisualTokenizer.from_state an origin=Origin(image_size=...)"
             )
         return self.origin
+
+
+def card_data(ours: ModelCardData, given: Mapping[str, Any]) -> tuple[ModelCardData, dict[str, str]]:
+    """The card's metadata, and its links, from `ours` and a user's model_card_kwargs, which go before; tags are added.
+
+    Without a licence it is `unknown`: whose weights they are, nobody recorded. Raises UserError for a name that is
+    neither metadata nor a link.
+    """
+    unknown = sorted(given.keys() - _FIELDS - set(_LINKS))
+    if unknown:
+        raise UserError(
+            f"model_card_kwargs has {unknown[0]}={given[unknown[0]]!r}, which is no field of a model card: those are "
+            f"{', '.join(sorted(_FIELDS))} and {', '.join(_LINKS)}"
+        )
+    metadata = {"license": "unknown", **ours.to_dict()} | {key: given[key] for key in given if key not in _LINKS}
+    metadata["tags"] = sorted({*(ours.tags or ()), *(given.get("tags") or ())})
+    return ModelCardData(**metadata), {key: str(given[key]) for key in _LINKS if given.get(key)}
 
 
 def _fetch_weights(name: str, directory: Path, hub: dict[str, Any]) -> None:
@@ -110,3 +189,10 @@ def _fetch_weights(name: str, directory: Path, hub: dict[str, Any]) -> None:
             raise none from None
         for file in sorted(set(read_index(directory / INDEX).values())):
             hf_hub_download(name, file, **hub)
+
+
+def _fetch_vocabulary(name: str, directory: Path, hub: dict[str, Any]) -> None:
+    """Into the cache's `directory`, where there are captions and the hub has it: the layout does not ask for it."""
+    if read_key(read_config(directory), "train_clip"):
+        with suppress(EntryNotFoundError):
+            hf_hub_download(name, VOCABULARY, **hub)

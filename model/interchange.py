@@ -1,8 +1,8 @@
 """Weights for programs that are not this one, and theirs for this one.
 
-python -m model.interchange export runs/demo --out DIR      # the public VTP layout: config.json, model.safetensors
+python -m model.interchange export runs/demo --out DIR      # the public VTP layout, vocabulary, model card
 python -m model.interchange import DIR --out FILE           # back: VisualTokenizer.from_file(FILE), init.weights=FILE
-python -m model.interchange programs runs/demo --out DIR    # encode.pt2, decode.pt2: torch alone runs them
+python -m model.interchange programs runs/demo --out DIR    # encode.pt2, decode.pt2: torch alone runs them; --onnx
 """
 
 from __future__ import annotations
@@ -14,10 +14,25 @@ from pathlib import Path
 
 from configs import UserError
 from configs.command_line import CommandParser
-from model.programs import write_programs
-from model.public_directory import CONFIG, read_public
+from model.programs import write_onnx, write_programs
+from model.public_config import unread_by_official
+from model.public_directory import CONFIG, VOCABULARY, read_public
 from model.tokenizer import VisualTokenizer
 from model.weights import write_weights
+
+
+def export(tokenizer: VisualTokenizer, out: Path, licence: str | None) -> None:
+    """The public layout into `out`; prints what of it others cannot read, and what it lacks."""
+    tokenizer.save_pretrained(out, model_card_kwargs={"license": licence} if licence else None)
+    parts = {name.split(".")[0] for name in tokenizer.state_dict()}
+    notes = [unread_by_official(tokenizer.model, parts)]
+    if "text" in parts and not (out / VOCABULARY).is_file():
+        notes.append(
+            f"{out} has no {VOCABULARY}, the captions' vocabulary: {tokenizer.vocabulary or 'its source'} is not to be "
+            "had here; copy it there, or zero_shot asks for --tokenizer"
+        )
+    for note in filter(None, notes):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def import_directory(directory: Path, out: Path) -> None:
@@ -33,9 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_out(given.out, is_file=given.command == "import")
         if given.command == "export":
-            _tokenizer(given.directory).save_pretrained(given.out)
+            export(_tokenizer(given.directory), given.out, given.license)
         elif given.command == "import":
             import_directory(given.directory, given.out)
+        elif given.onnx:
+            write_onnx(_tokenizer(given.directory), given.out)
         else:
             write_programs(_tokenizer(given.directory), given.out)
     except (UserError, OSError) as error:  # of the disk, with the path
@@ -69,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=task)
         command.add_argument("directory", type=Path, help=source)
         command.add_argument("--out", type=Path, required=True, metavar=out)
+        if name == "export":
+            command.add_argument(
+                "--license", metavar="ID", help="of the weights, for the model card: mit, apache-2.0 ..."
+            )
+        if name == "programs":
+            command.add_argument("--onnx", action="store_true", help="encode.onnx and decode.onnx, for onnxruntime")
     return parser
 
 

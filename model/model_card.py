@@ -1,14 +1,17 @@
 """The README.md of saved weights: what is known of them and nothing that was not recorded.
 
-print(card_text(config.model, Origin(image_size=256, name="vtp_b", steps=100_000), {"trunk", "bottleneck", "decoder"}))
+    print(card_text(config.model, Origin(image_size=256, name="vtp_b", steps=100_000), {"trunk", "bottleneck"}))
+
+The metadata above the text, by which the hub sorts and filters, are model/hub.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 
 from configs.architecture import Model
 from model.origin import Origin
+from model.public_config import unread_by_official
 
 _METHODS = {"decoder": "decode", "text": "embed_captions", "clip": "embed_images"}
 _CARD = """# {title}
@@ -20,7 +23,7 @@ image into latents with {channels} channels at 1/{patch} of the resolution.
 |---|---|
 {rows}
 
-`config.json` and `model.safetensors` are in the public VTP layout. With vtp-engine:
+`config.json` and `model.safetensors` are in the public VTP layout.{unread} With vtp-engine:
 
     from model.tokenizer import VisualTokenizer
     tokenizer = VisualTokenizer.from_pretrained("PATH OR NAME")
@@ -31,8 +34,16 @@ What these weights reconstruct, classify or generate has not been recorded here.
 _DECODE = "    pixels = tokenizer.decode(latent)    # (B, 3, H, W) in [0, 1]\n"
 
 
-def card_text(model: Model, origin: Origin, parts: Set[str]) -> str:
-    """Markdown without front matter; `parts` are those of model.parts.PARTS that the weights hold."""
+def card_text(
+    model: Model,
+    origin: Origin,
+    parts: Set[str],
+    licence: str = "unknown",
+    has_vocabulary: bool = False,
+    links: Mapping[str, str] | None = None,
+) -> str:
+    """Markdown without front matter; `parts` are those of model.parts.PARTS that the weights hold, `has_vocabulary`
+    whether tokenizer.json lies beside them."""
     rows = {
         "configuration": origin.name or "unknown",
         "training steps": "unknown" if origin.steps is None else f"{origin.steps:,}",
@@ -40,15 +51,21 @@ def card_text(model: Model, origin: Origin, parts: Set[str]) -> str:
         "trained at": f"{origin.image_size} pixels",
         "encoder": _vit(model.trunk.width, model.trunk.depth, model.trunk.heads),
         "methods": ", ".join(["encode", *(_METHODS[part] for part in _METHODS if part in parts)]),
+        "licence": licence,
     }
     if "decoder" in parts:
         rows["decoder"] = _vit(model.decoder.width, model.decoder.depth, model.decoder.heads)
+    if "text" in parts:
+        rows["captions' vocabulary"] = "`tokenizer.json`" if has_vocabulary else "not in this directory"
+    rows |= {key.removesuffix("_url"): url for key, url in (links or {}).items()}
+    unread = unread_by_official(model, parts)
     return _CARD.format(
         title=origin.name or "Visual tokenizer",
         channels=model.latent_channels,
         patch=model.patch_size,
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         decode=_DECODE if "decoder" in parts else "",
+        unread=f" But {unread}." if unread else "",
     )
 
 

@@ -1,32 +1,46 @@
-"""`torch.export` programs: encode and decode as files that torch alone runs, without any of this code.
+"""`torch.export` programs: encode and decode as files that torch alone runs, without any of this code; ONNX ones too.
 
     write_programs(tokenizer, Path("DIR"))
+    write_onnx(tokenizer, Path("DIR"))      # encode.onnx, decode.onnx, for onnxruntime and its like: float32 throughout
 
     DIR/encode.pt2          images (B, 3, H, W) float32 in [0, 1] -> latent (B, L, H/p, W/p)
     DIR/decode.pt2          latent (B, L, h, w) -> pixels (B, 3, h*p, w*p) float32 in [0, 1]
     DIR/conventions.json    what goes in and comes out; also inside each .pt2, as its extra file of that name
+    DIR/*.onnx              the same by another format: inputs `images` and `latent`, outputs `latent` and `pixels`
 
     program = torch.export.load("DIR/encode.pt2").module()
     latent = program(images)
 
 Batch, height and width are free. Only sides of a single patch are not: torch.export takes a size of one for a constant.
+
+Inputs are contiguous, outputs are. It matters to programs that AOTInductor compiled further, which read their inputs as
+if they were and do not look; with AOTI_RUNTIME_CHECK_INPUTS=1 in the environment they do.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from configs import UserError
 from model.tokenizer import VisualTokenizer, pixels_of
 from model.towers import Decoder
 
 CONVENTIONS = "conventions.json"
+NEEDED_FOR_ONNX = ("onnx", "onnxscript")
+# Operators that move bf16 numbers and make none: nothing to round behind them.
+MOVES = frozenset(
+    ("cat", "chunk", "expand", "flatten", "getitem", "ones", "repeat", "select", "stack", "unbind", "unflatten",
+     "unsqueeze", "zeros", "zeros_like")
+)  # fmt: skip
 LEAST_SIDE = 2  # patches
 MOST_SIDE, MOST_IMAGES = 4096, 65_536  # bounds that torch.export asks for; nothing is known to end there
 
@@ -52,19 +66,72 @@ class _Decode(nn.Module):
         return pixels_of(self.decoder, latent)
 
 
+class _RoundedFloat32(fx.Interpreter):
+    """Runs a program with float32 operators alone: what is bf16 in it is computed in float32 and rounded to bf16.
+
+    The same numbers, because that is how bf16 operators compute; runtimes of ONNX have few of those (no Sin, no Cos),
+    but the conversions.
+    """
+
+    def run_node(self, node: fx.Node) -> Any:
+        """As the base class's, for one node."""
+        if node.op != "call_function" or node.target is torch.ops.aten._assert_tensor_metadata.default:
+            return None if node.op == "call_function" else super().run_node(node)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        result = self.call_function(node.target, _without_bf16(args), _without_bf16(kwargs))
+        value = node.meta.get("val")
+        makes_bf16 = isinstance(value, Tensor) and value.dtype == torch.bfloat16 and _name(node) not in MOVES
+        return result.to(torch.bfloat16).to(torch.float32) if makes_bf16 else result
+
+
+class _InFloat32(nn.Module):
+    """A program of one argument as a module to export again."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        self.program = program.module()
+
+    def forward(self, x: Tensor) -> Any:
+        return _RoundedFloat32(self.program).run(x)
+
+
+def write_onnx(tokenizer: VisualTokenizer, directory: Path) -> None:
+    """encode.onnx, decode.onnx and conventions.json into `directory`; without a decoder there is no decode.onnx.
+
+    Raises UserError where the weights hold no bottleneck or are not float32, or a package is missing.
+    """
+    if missing := [name for name in NEEDED_FOR_ONNX if find_spec(name) is None]:
+        raise UserError(
+            f"{' and '.join(missing)} not installed: torch writes ONNX with them; pip install onnx onnxscript"
+        )
+    if tokenizer.dtype != torch.float32:
+        raise UserError(
+            f"the weights are {tokenizer.dtype}, ONNX programs are written of float32: call tokenizer.float() first"
+        )
+    patch = tokenizer.model.patch_size
+    steps = {"encode": (patch, "images", "latent"), "decode": (1, "latent", "pixels")}
+    for name, program in _programs(tokenizer).items():
+        step, given, returned = steps[name]
+        [example] = program.example_inputs[0]
+        again = _export(_InFloat32(program), example, step)
+        onnx = torch.onnx.export(
+            again, (example,), dynamo=True, verbose=False, input_names=[given], output_names=[returned]
+        )
+        assert onnx is not None, "with dynamo=True it returns the program"
+        directory.mkdir(parents=True, exist_ok=True)
+        onnx.save(directory / f"{name}.onnx")
+    _write_conventions(tokenizer, directory)
+
+
 def write_programs(tokenizer: VisualTokenizer, directory: Path) -> None:
     """encode.pt2, decode.pt2 and conventions.json into `directory`; without a decoder there is no decode.pt2.
 
     Raises UserError where the weights hold no bottleneck.
     """
-    programs = {"encode": encode_program(tokenizer)}
-    if tokenizer.decoder is not None:
-        programs["decode"] = decode_program(tokenizer.decoder)
-    said = json.dumps(conventions(tokenizer), indent=2) + "\n"
-    directory.mkdir(parents=True, exist_ok=True)
+    programs = _programs(tokenizer)
+    said = _write_conventions(tokenizer, directory)
     for name, program in programs.items():
         torch.export.save(program, directory / f"{name}.pt2", extra_files={CONVENTIONS: said})
-    (directory / CONVENTIONS).write_text(said)
 
 
 def encode_program(tokenizer: VisualTokenizer) -> ExportedProgram:
@@ -91,10 +158,40 @@ def conventions(tokenizer: VisualTokenizer) -> dict[str, Any]:
     return {
         "encode": {"images": image, "returns": latent},
         "decode": None if tokenizer.decoder is None else {"latent": latent, "returns": image},
+        "strides": "contiguous, of what goes in and what comes out",
         "sides": f"multiples of {model.patch_size}, from {LEAST_SIDE * model.patch_size} pixels on",
         "origin": None if origin is None else asdict(origin),
         "torch": torch.__version__,
     }
+
+
+def _programs(tokenizer: VisualTokenizer) -> dict[str, ExportedProgram]:
+    programs = {"encode": encode_program(tokenizer)}
+    if tokenizer.decoder is not None:
+        programs["decode"] = decode_program(tokenizer.decoder)
+    return programs
+
+
+def _write_conventions(tokenizer: VisualTokenizer, directory: Path) -> str:
+    said = json.dumps(conventions(tokenizer), indent=2) + "\n"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / CONVENTIONS).write_text(said)
+    return said
+
+
+def _without_bf16(arguments: Any) -> Any:
+    """The same arguments of an operator, float32 where they name bf16."""
+    if isinstance(arguments, Mapping):
+        return {key: _without_bf16(value) for key, value in arguments.items()}
+    if isinstance(arguments, tuple):
+        return tuple(_without_bf16(value) for value in arguments)
+    return torch.float32 if arguments is torch.bfloat16 else arguments
+
+
+def _name(node: fx.Node) -> str:
+    """aten.cat.default -> cat."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
 
 
 def _export(module: nn.Module, example: Tensor, step: int) -> ExportedProgram:

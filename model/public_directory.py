@@ -1,5 +1,7 @@
 """A directory in the public VTP layout: config.json and model.safetensors (or the parts of one).
 
+`tokenizer.json`, the captions' vocabulary, may lie beside them: the layout does not ask for it, zero-shot does.
+
 write_public(directory, state, config.model, Origin(image_size=256))
 state, model, origin = read_public(directory)       # ours, or one that public code wrote
 """
@@ -17,11 +19,12 @@ from configs import UserError
 from configs.architecture import Model
 from configs.permissions import follow_umask
 from model.origin import METADATA, Origin
-from model.public_config import read_key
+from model.public_config import image_size_of
 from model.public_layout import from_public, to_public
 from model.public_weights import LAYOUT, WEIGHTS, read_tensors
 
 CONFIG = "config.json"
+VOCABULARY = "tokenizer.json"
 
 
 def read_public(directory: Path) -> tuple[dict[str, Tensor], Model, Origin]:
@@ -33,10 +36,10 @@ def read_public(directory: Path) -> tuple[dict[str, Tensor], Model, Origin]:
     public, metadata = read_tensors(directory)
     try:
         state, model = from_public(public, described)
+        text = metadata.get(METADATA)
+        return state, model, Origin.from_json(text) if text else Origin(image_size_of(described))
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
-    text = metadata.get(METADATA)
-    return state, model, Origin.from_json(text) if text else Origin(int(read_key(described, "image_size")))
 
 
 def read_config(directory: Path) -> dict[str, Any]:

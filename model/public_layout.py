@@ -5,13 +5,14 @@
 
 Both ways are exact: names and a few shapes change, numbers do not. The teacher and the prototypes stay
 behind, the layout has no place for them. The periods of RoPE, which the layout stores and we compute, are
-written and compared.
+written and compared. What the official class would refuse, or compute otherwise, is not written; a decoder that it
+cannot build is, and config.json does not announce it (public_config.unread_by_official).
 
     ours                              public
     trunk.patch_embed.weight          trunk.patch_embed.proj.weight
     bottleneck.weight                 trunk.feature_bottleneck.weight
     decoder.proj_in.weight (D, L)     pixel_decoder.proj_in.weight (D, L, 1, 1)
-    clip.logit_scale (1,)             logit_scale ()           both hold the logarithm
+    clip.logit_scale (1,)             logit_scale ()           or (1,); both hold the logarithm
     trunk.blocks.0.mlp.w12 (2F, D)    trunk.blocks.0.mlp.w1 (F, D), .w2 (F, D)
     text.resblocks.0. ...             text_transformer.resblocks.0. ...
     text.ln_final.weight              ln_final.weight
@@ -26,10 +27,14 @@ from torch import Tensor
 
 from configs import UserError
 from configs.architecture import Model
+from model.block import swiglu_hidden
 from model.parts import Parts, outlives_training
-from model.public_config import model_of, parts_of, public_config
+from model.public_config import has_bias, is_scale_scalar, model_of, official_hidden, parts_of, public_config
 from model.rope import rope_of
 
+_OWN_FILES = (
+    "`weights.safetensors` itself opens here; `python -m model.interchange programs` writes what torch alone runs"
+)
 _PREFIXES = (
     ("trunk.patch_embed.", "trunk.patch_embed.proj."),
     ("bottleneck.", "trunk.feature_bottleneck."),
@@ -62,17 +67,19 @@ def from_public(public: dict[str, Tensor], described: dict[str, Any]) -> tuple[d
     """
     model = model_of(described)
     with torch.device("meta"):
-        wanted = Parts(model, parts_of(described), has_bias="logit_bias" in public).state_dict()
+        wanted = Parts(model, parts_of(described, public.keys()), has_bias(described)).state_dict()
+    is_scalar = is_scale_scalar(described)
     left = dict(public)
     for part, vit in (("trunk", model.trunk), ("pixel_decoder", model.decoder)):
         _check_periods(left.pop(f"{part}.rope_embed.periods", None), rope_of(model, vit).periods(), part)
     state = {}
     for name, like in wanted.items():
-        pieces = [_take(left, key, tuple(part.shape)) for key, part in _public_parts(name, like).items()]
+        pieces = [_take(left, key, tuple(part.shape)) for key, part in _public_parts(name, like, is_scalar).items()]
         state[name] = (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).reshape(like.shape)
     if left:
         raise UserError(
-            f"{len(left)} tensors are not of the VTP layout, the first is {min(left)}; nothing was imported"
+            f"{len(left)} tensors are not of the VTP layout as config.json describes it, the first is {min(left)}; "
+            "nothing was imported: fetch both files from one place"
         )
     return state, model
 
@@ -89,17 +96,30 @@ def check_exportable(state: dict[str, Tensor], model: Model) -> None:
     if model.latent != "deterministic":
         raise UserError(
             f"model.latent={model.latent} has no place in the public layout, which holds no variance; not exported. "
-            "`python -m model.interchange programs` writes encode.pt2, which gives the mode, and decode.pt2"
+            f"{_OWN_FILES}, and gives the mode"
         )
-    rules = (
+    rules: list[tuple[str, Any, Any, str]] = [
         ("model.clip_width", model.clip_width, model.text.width, "the text width serves for both"),
         ("model.registers", model.registers, 0, "there are no register tokens"),
         ("model.rope_base", model.rope_base, 100.0, "the base is fixed"),
+        ("model.rope_dtype", model.rope_dtype, "bf16", "the official class computes RoPE in bf16 whatever is stored"),
         ("model.decoder.mlp_ratio", model.decoder.mlp_ratio, 4.0, "the ratio is fixed"),
-    )
+    ]
+    for key, vit in (("model.trunk", model.trunk), ("model.decoder", model.decoder)):
+        scale = (str(vit.layer_scale), str(vit.layer_scale or None))
+        rules.append((f"{key}.layer_scale", *scale, "an initial 0 leaves it out"))
+        ours, theirs = swiglu_hidden(vit.width, vit.mlp_ratio), official_hidden(vit)
+        rules.append((f"{key}.mlp_ratio, hidden channels", ours, theirs, "the width is rounded down twice"))
     for key, found, rule, reason in rules:
         if found != rule:
-            raise UserError(f"{key}={found} has no place in the public layout, only {rule}: {reason}; not exported")
+            raise UserError(
+                f"{key}={found} has no place in the public layout, only {rule}: {reason}; not exported. {_OWN_FILES}"
+            )
+    if model.latent_channels == model.trunk.width:
+        raise UserError(
+            f"model.latent_channels={model.latent_channels} is the trunk's width: the official class has no bottleneck "
+            f"then, and would leave these weights' out; not exported. {_OWN_FILES}"
+        )
 
 
 def _public_name(name: str) -> str:
@@ -109,19 +129,20 @@ def _public_name(name: str) -> str:
     return name
 
 
-def _public_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What a tensor of ours is there: itself, or the two halves of a fused one."""
+def _public_parts(name: str, tensor: Tensor, is_scalar: bool = True) -> dict[str, Tensor]:
+    """What a tensor of ours is there: itself, or the two halves of a fused one; `is_scalar` is of clip's scale and
+    bias."""
     if ".w12." in name:
         return dict(
             zip((_public_name(name.replace("w12", part)) for part in ("w1", "w2")), tensor.chunk(2), strict=True)
         )
-    return {_public_name(name): _public_shape(name, tensor)}
+    return {_public_name(name): _public_shape(name, tensor, is_scalar)}
 
 
-def _public_shape(name: str, tensor: Tensor) -> Tensor:
+def _public_shape(name: str, tensor: Tensor, is_scalar: bool) -> Tensor:
     if name in ("decoder.proj_in.weight", "decoder.proj_out.weight"):
         return tensor[:, :, None, None]  # a 1x1 convolution there
-    return tensor.reshape(()) if name in ("clip.logit_scale", "clip.logit_bias") else tensor
+    return tensor.reshape(()) if is_scalar and name in ("clip.logit_scale", "clip.logit_bias") else tensor
 
 
 def _take(left: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
@@ -130,11 +151,17 @@ def _take(left: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
     if tensor is None or tuple(tensor.shape) != shape:
         found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
         raise UserError(
-            f"{key}: found {found}, config.json asks for {shape}; the weights and the config do not belong together"
+            f"{key}: found {found}, config.json asks for {shape}; the weights and the config do not belong together: "
+            "fetch both from one place"
         )
     return tensor
 
 
 def _check_periods(found: Tensor | None, ours: Tensor, part: str) -> None:
-    if found is not None and not torch.equal(found.to(ours.dtype), ours):
-        raise UserError(f"{part}.rope_embed.periods are {found.tolist()}, ours {ours.tolist()}: another RoPE")
+    if found is not None and not (found.shape == ours.shape and torch.equal(found.to(ours.dtype), ours)):
+        raise UserError(
+            f"{part}.rope_embed.periods are {found.tolist()} and config.json's number of heads gives {ours.tolist()}: "
+            "another RoPE, with which these weights would give other latents. Correct the number of heads if it is "
+            "wrong; what an earlier vtp-engine exported, with heads of a width that is no power of two, export again "
+            "from its run"
+        )

@@ -34,9 +34,13 @@ class Rope:
     dtype: torch.dtype
 
     def periods(self, device: torch.device | str = "cpu") -> Tensor:
-        """(E/4,) periods, in units of the normalised coordinate."""
-        exponents = torch.arange(self.head_width // 4, device=device, dtype=torch.float32) / (self.head_width // 4)
-        return (self.base**exponents).to(self.dtype)
+        """(E/4,) periods, in units of the normalised coordinate.
+
+        Exponents are rounded to `dtype` too, as those of the released weights [C]: it shows where E is no power of two.
+        """
+        exponents = torch.arange(self.head_width // 4, device=device, dtype=self.dtype) / (self.head_width // 4)
+        periods: Tensor = self.base**exponents
+        return periods
 
     def table(self, grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
         """(2, P, E): cos and sin for the patches of a (rows, columns) grid, row by row."""

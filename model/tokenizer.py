@@ -7,6 +7,8 @@
 
 Any height and width that are multiples of the patch size work. The latent is deterministic: no sampling, no
 noise [P]. Of weights with model.latent=gaussian `encode` gives the mode, `moments` the distribution.
+
+Every tensor that is returned is contiguous: safetensors, `.view` and compiled programs take it as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs import UserError
+from configs import Config, UserError, load_run
 from configs.architecture import Model
 from model.captions import pack_captions
 from model.hub import OnHub
@@ -47,6 +49,7 @@ class VisualTokenizer(Parts, OnHub):
     ) -> None:
         super().__init__(model, parts, has_bias, attention)
         self.origin = origin
+        self.vocabulary: str | None = None  # of the captions: a tokenizer.json, or the hub name of one
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +77,9 @@ class VisualTokenizer(Parts, OnHub):
     def from_run(cls, run: str | Path, attention: str = "sdpa") -> VisualTokenizer:
         """From the run directory's weights.safetensors. Raises UserError where there is none, or the run has gone on
         since it was written."""
-        return cls.from_file(weights_of_run(Path(run)), attention)
+        tokenizer = cls.from_file(weights_of_run(Path(run)), attention)
+        tokenizer.vocabulary = _vocabulary_of(Path(run) / "config.yaml")
+        return tokenizer
 
     @classmethod
     def from_file(cls, path: str | Path, attention: str = "sdpa") -> VisualTokenizer:
@@ -91,7 +96,7 @@ class VisualTokenizer(Parts, OnHub):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, height, width), uint8 or float in [0, 1] -> latent (B, L, height/p, width/p)."""
-        return mode(self._encoded(images), self.model, dim=1)
+        return mode(self._encoded(images), self.model, dim=1).contiguous()
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Gaussian:
@@ -101,7 +106,7 @@ class VisualTokenizer(Parts, OnHub):
                 f"these weights have model.latent={self.model.latent}: their latents are points, without a variance; "
                 "call encode"
             )
-        return Gaussian.of(self._encoded(images), dim=1)
+        return Gaussian(*(half.contiguous() for half in Gaussian.of(self._encoded(images), dim=1)))
 
     def _encoded(self, images: Tensor) -> Tensor:
         x_TD, layout = self.features(images)
@@ -117,7 +122,7 @@ class VisualTokenizer(Parts, OnHub):
     def features(self, images: Tensor) -> tuple[Tensor, Layout]:
         """The trunk's final-normed tokens of `images`, pre-bottleneck, and their layout (group "clip")."""
         crops = {"clip": normalise(images)}
-        return self.trunk(crops, {}), self.trunk.layout(crops)
+        return self.trunk(crops, {}).contiguous(), self.trunk.layout(crops)
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
@@ -138,7 +143,18 @@ class VisualTokenizer(Parts, OnHub):
 def pixels_of(decoder: Decoder, latent: Tensor) -> Tensor:
     """(B, L, h, w) -> (B, 3, h*p, w*p) float32 in [0, 1], clamped."""
     grid = (latent.shape[2], latent.shape[3])
-    return denormalise(decoder(latent.flatten(2).transpose(1, 2), grid))
+    return denormalise(decoder(latent.flatten(2).transpose(1, 2), grid)).contiguous()
+
+
+def _vocabulary_of(path: Path) -> str | None:
+    """data.tokenizer of a pre-training run's config.yaml; None of another kind of run, or where it cannot be read."""
+    try:
+        config = load_run(path) if path.is_file() else None
+    except (
+        UserError
+    ):  # the weights describe their model themselves: a config of another version does not keep them shut
+        return None
+    return config.data.tokenizer if isinstance(config, Config) else None
 
 
 def _require(part: Part | None, method: str, name: str) -> Part:

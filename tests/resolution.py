@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-EXTRAS = ("", "dev", "gpu", "transformer-engine")
+EXTRAS = ("", "dev", "gpu", "transformer-engine", "onnx")
 PLATFORM = "x86_64-unknown-linux-gnu"
 HEADER = """\
 # The versions this release is tested with, consistent with each other on PyPI for Python 3.10 to 3.14 and all extras.

@@ -87,4 +87,4 @@ def test_without_a_network_the_check_says_so_and_passes(monkeypatch, capsys) -> 
 
 def test_resolvable_pins_pass(monkeypatch, capsys) -> None:
     assert check_with(monkeypatch, {}) == 0
-    assert "Python 3.10 to 3.14, extras dev, gpu, transformer-engine" in capsys.readouterr().out
+    assert "Python 3.10 to 3.14, extras dev, gpu, transformer-engine, onnx" in capsys.readouterr().out

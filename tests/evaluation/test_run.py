@@ -145,6 +145,13 @@ def test_weights_of_a_run_that_has_gone_on_are_refused_by_the_run_and_taken_by_t
     evaluated(tmp_path / "out", copy, "--tasks", "reconstruction")
 
 
+def test_an_exported_directory_brings_what_zero_shot_needs(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    VisualTokenizer.from_run(trained).save_pretrained(tmp_path / "public")
+    given = ("--tasks", "zero_shot", "--data", corpus / "held_out", "--crop", 32)
+    found = evaluated(tmp_path / "of", tmp_path / "public", *given)
+    assert found["zero_shot"] == evaluated(tmp_path / "run", trained, *given)["zero_shot"]
+
+
 def test_a_hub_name_is_evaluated_as_the_run_that_was_published(trained: Path, corpus: Path, tmp_path: Path) -> None:
     """In a process of its own: huggingface_hub reads the hub's address when it is imported."""
     asked = ("--tasks", "reconstruction", "--data", corpus / "held_out", "--crop", 32)

@@ -15,6 +15,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from configs import UserError
+from model.interchange import main
 from model.origin import Origin
 from model.public_directory import read_public
 from model.tokenizer import VisualTokenizer
@@ -77,6 +78,62 @@ def test_the_card_says_what_is_known_and_names_what_the_weights_can_do() -> None
         assert said in card.text
 
 
+def test_what_a_user_says_of_the_weights_stands_in_the_card(saved: Path, tmp_path: Path) -> None:
+    tokenizer = VisualTokenizer.from_pretrained(saved)
+    said = {"license": "mit", "datasets": ["someone/pictures"], "tags": ["mine"], "repo_url": "https://example.com/it"}
+    tokenizer.save_pretrained(tmp_path / "said", model_card_kwargs=said)
+    card = huggingface_hub.ModelCard.load(tmp_path / "said" / "README.md")
+    assert (card.data.license, card.data.datasets) == ("mit", ["someone/pictures"])
+    assert {"mine", "vtp", "visual-tokenizer"} <= set(card.data.tags)
+    assert "| licence | mit |" in card.text
+    assert "| repo | https://example.com/it |" in card.text
+    assert tokenizer.generate_model_card().data.license == "unknown", "one card's words are not the next one's"
+    with pytest.raises(UserError, match=r"licence='mit', which is no field of a model card: those are base_model, "):
+        tokenizer.save_pretrained(tmp_path / "wrong", model_card_kwargs={"licence": "mit"})
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(UserError, match=r"README.md exists and is not written over: model_card_kwargs would have no"):
+        tokenizer.save_pretrained(tmp_path / "said", model_card_kwargs={"license": "apache-2.0"})
+
+
+def test_a_card_names_licence_and_task_without_being_told(saved: Path) -> None:
+    card = huggingface_hub.ModelCard.load(saved / "README.md")
+    assert card.data.license == "unknown"
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert "| captions' vocabulary | not in this directory |" in card.text
+
+
+def test_the_licence_can_be_said_on_the_command_line(saved: Path, tmp_path: Path) -> None:
+    assert main(["export", str(saved), "--out", str(tmp_path / "out"), "--license", "apache-2.0"]) == 0
+    assert huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md").data.license == "apache-2.0"
+
+
+def test_the_captions_vocabulary_travels_with_a_text_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vocabulary = tmp_path / "captions.json"
+    vocabulary.write_text("{}")
+    run = write_run(tmp_path / "run", tiny_config(f"data.tokenizer={vocabulary}"))
+    assert main(["export", str(run), "--out", str(tmp_path / "public")]) == 0
+    assert "vocabulary" not in capsys.readouterr().err
+    assert (tmp_path / "public" / "tokenizer.json").read_text() == "{}"
+    loaded = VisualTokenizer.from_pretrained(tmp_path / "public")
+    assert loaded.vocabulary == str(tmp_path / "public" / "tokenizer.json")
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").read_text() == "{}"
+    assert "| captions' vocabulary | `tokenizer.json` |" in (tmp_path / "again" / "README.md").read_text()
+    vocabulary.unlink()
+    assert main(["export", str(run), "--out", str(tmp_path / "without")]) == 0
+    assert f"has no tokenizer.json, the captions' vocabulary: {vocabulary} is not to be had" in capsys.readouterr().err
+
+
+def test_weights_without_a_text_tower_need_no_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vocabulary = tmp_path / "captions.json"
+    vocabulary.write_text("{}")
+    no_text = ("objectives.clip.weight=0", "batch.ssl=0", "objectives.ssl.weight=0")
+    run = write_run(tmp_path / "run", tiny_config(f"data.tokenizer={vocabulary}", *no_text))
+    assert main(["export", str(run), "--out", str(tmp_path / "public")]) == 0
+    assert not (tmp_path / "public" / "tokenizer.json").exists()
+    assert "vocabulary" not in capsys.readouterr().err
+
+
 @pytest.fixture
 def in_parts(saved: Path, tmp_path: Path) -> Path:
     """The same weights as huggingface_hub writes what is larger than a file may be."""
@@ -137,10 +194,16 @@ def test_a_hub_name_with_weights_in_several_files_is_fetched_and_then_found_with
     in_parts: Path, tmp_path: Path
 ) -> None:
     (in_parts / "more.safetensors").write_bytes(b"")
+    (in_parts / "tokenizer.json").write_text("{}")
     load = "V.from_pretrained('someone/large', cache_dir=argv[1], local_files_only={})"
+    shown = "print(t.origin.image_size, t.vocabulary); t.vocabulary = 'someone/large@v2'; print(t.vocabulary_file())"
     with serving(in_parts, "someone/large") as hub:
-        fetched = fetch(hub.url, tmp_path, f"{load.format(False)}; t = {load.format(True)}; print(t.origin.image_size)")
-    assert fetched.stdout == "32\n", fetched.stderr
+        fetched = fetch(hub.url, tmp_path, f"{load.format(False)}; t = {load.format(True)}; {shown}")
+    [size, read], [named] = (line.split() for line in fetched.stdout.splitlines())
+    assert size == "32"
+    assert read.endswith(f"{COMMIT}/tokenizer.json"), "beside the weights"
+    assert named.endswith(f"{COMMIT}/tokenizer.json"), "where a run names a vocabulary of the hub"
+    assert ("HEAD", "/someone/large/resolve/v2/tokenizer.json", None) in hub.asked
     assert not any(path.endswith("more.safetensors") for _, path, _ in hub.asked), "only what the index names"
 
 

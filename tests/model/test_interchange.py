@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from configs import fingerprint
 from model.interchange import main
 from model.origin import Origin
+from model.public_config import model_of, public_config
+from model.public_layout import from_public, to_public
 from model.tokenizer import VisualTokenizer
 from model.weights import read_origin, read_weights
-from tests.model.tiny_weights import NO_REC, write_run
+from tests.model.tiny_weights import NO_REC, build, write_run
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -41,6 +44,10 @@ def test_a_run_exports_to_the_public_layout_and_comes_back_the_same(tmp_path: Pa
     [
         (("model.registers=2",), "model.registers=2"),
         (("model.clip_width=16",), "model.clip_width=16"),
+        (("model.rope_dtype=fp32",), "model.rope_dtype=fp32 has no place in the public layout, only bf16"),
+        (("model.latent_channels=32",), "model.latent_channels=32 is the trunk's width"),
+        (("model.trunk.layer_scale=0.0",), "model.trunk.layer_scale=0.0 has no place"),
+        (("model.trunk.mlp_ratio=7.171875",), "hidden channels=160 has no place in the public layout, only 152"),
         (NO_REC, "no bottleneck"),
     ],
 )
@@ -49,7 +56,9 @@ def test_what_the_public_layout_cannot_hold_is_refused(
 ) -> None:
     run = write_run(tmp_path / "run", tiny_config(*overrides))
     assert main(["export", str(run), "--out", str(tmp_path / "public")]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert "model.interchange programs" in error or "train with objectives.rec on" in error, "a way out"
     assert not (tmp_path / "public").exists()
 
 
@@ -64,8 +73,15 @@ def test_what_the_public_layout_cannot_hold_is_refused(
             '"vision_patch_size": 4',
             "trunk.patch_embed.proj.weight: found shape (32, 3, 8, 8)",
         ),
-        ('"vision_num_heads": 2', '"vision_num_heads": 4', "another RoPE"),
-        ('"text_depth": 1,', "", "no text_depth"),
+        ('"vision_num_heads": 2', '"vision_num_heads": 4', "another RoPE, with which these weights would give other"),
+        ('"text_depth": 1,', "", "no text_depth: every key of the public layout must be there"),
+        ('"text_quick_gelu": false', '"text_quick_gelu": true', "such a model run in the public VTP code, not here"),
+        ('"vision_ffn_layer": "swiglu"', '"vision_ffn_layer": "mlp"', "vision_ffn_layer='mlp': only 'swiglu' can be"),
+        ('"vision_ffn_layer": "swiglu"', '"vision_ffn_layer": "swiglu64"', "'swiglu64' of 128 channels, of which ours"),
+        ('"vision_norm_layer": "rmsnorm"', '"vision_norm_layer": "layernormbf16"', "norm 'layernormbf16'"),
+        ('"nonscalar_logit_scale": false', '"nonscalar_logit_scale": "no"', "nonscalar_logit_scale='no': it is true"),
+        ('"nonscalar_logit_scale": false', '"nonscalar_logit_scale": true', "logit_scale: found shape ()"),
+        ('"init_logit_bias": null', '"init_logit_bias": -10.0', "logit_bias: found nothing"),
         ('"model_type": "vtp"', '"model_type": "llama"', "model_type='llama': it describes no VTP tokenizer"),
         (
             '"text_depth": 1,',
@@ -89,13 +105,96 @@ def test_a_public_directory_that_does_not_fit_is_refused(
     assert not (tmp_path / "back.safetensors").exists()
 
 
-def test_what_hugging_face_adds_to_a_config_does_no_harm(tmp_path: Path) -> None:
+# Every argument of the official VTPConfig, all of which its saves name, in the values of its default.
+OFFICIAL = {
+    "image_size": 256, "train_clip": True, "train_reconstruction": True, "vision_patch_size": 16,
+    "vision_embed_dim": 768, "vision_depth": 12, "vision_num_heads": 12, "vision_mlp_ratio": 4.0,
+    "vision_ffn_layer": "swiglu", "vision_norm_layer": "rmsnorm", "vision_init_values": None,
+    "vision_use_qk_norm": False, "vision_feature_bottleneck": 64, "vision_bottleneck_ae_only": True,
+    "vision_clip_feat": "cls", "text_context_length": 77, "text_vocab_size": 49408, "text_embed_dim": 768,
+    "text_num_heads": 12, "text_depth": 12, "text_mlp_ratio": 4.0, "text_ls_init_value": None,
+    "text_embed_cls": False, "text_pad_id": 0, "text_no_causal_mask": False, "text_pool_type": "argmax",
+    "text_proj_type": "linear", "text_proj_bias": False, "text_output_tokens": False, "text_quick_gelu": False,
+    "decoder_embed_dim": 768, "decoder_num_heads": 12, "decoder_depth": 12, "decoder_ffn_layer": "swiglu",
+    "decoder_norm_layer": "layernorm", "decoder_init_values": None, "decoder_use_qk_norm": False,
+    "init_logit_scale": None, "init_logit_bias": None, "nonscalar_logit_scale": False,
+}  # fmt: skip
+
+
+def test_a_config_that_the_official_class_saved_is_understood_key_by_key() -> None:
+    model = model_of(OFFICIAL)
+    parts = frozenset(("trunk", "bottleneck", "decoder", "text", "clip"))
+    assert public_config(model, parts, has_bias=False, image_size=256) == {"model_type": "vtp", **OFFICIAL}
+    assert model_of(OFFICIAL | {"vision_init_values": 0, "text_pad_id": 7, "text_output_tokens": True}) == model
+    assert model_of(OFFICIAL | {"vision_ffn_layer": "swiglu64", "decoder_ffn_layer": "swiglu128"}) == model
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"transformers_version": "4.50", "torch_dtype": "float32"},
+        {"_attn_implementation_autoset": True, "architectures": ["VTPModel"], "use_cache": False},
+        {"init_logit_scale": 2.6593, "text_pad_id": 5},
+    ],
+)
+def test_what_hugging_face_adds_to_a_config_and_what_has_no_effect_does_no_harm(
+    tmp_path: Path, added: dict[str, object]
+) -> None:
     main(["export", str(write_run(tmp_path / "run", tiny_config())), "--out", str(tmp_path / "public")])
     path = tmp_path / "public" / "config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"transformers_version": "4.50", "torch_dtype": "float32"})
-    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | added))
     assert main(["import", str(tmp_path / "public"), "--out", str(tmp_path / "back.safetensors")]) == 0
+
+
+def test_a_logit_scale_of_one_number_in_a_row_is_read_as_one_without(tmp_path: Path) -> None:
+    """nonscalar_logit_scale: the official class keeps scale and bias in the shape (1,) then."""
+    config = tiny_config("objectives.clip.kind=sigmoid")
+    state = build(config).state_dict()
+    public, described = to_public(state, config.model, image_size=32)
+    assert public["logit_scale"].shape == public["logit_bias"].shape == ()
+    one = {name: public[name].reshape(1) for name in ("logit_scale", "logit_bias")}
+    for tensors, said in ((public, {}), (public | one, {"nonscalar_logit_scale": True})):
+        back, _ = from_public(tensors, described | said)
+        for name in ("clip.logit_scale", "clip.logit_bias"):
+            assert torch.equal(back[name], state[name])
+
+
+def test_an_older_export_without_the_key_is_read_as_the_official_class_reads_it() -> None:
+    config = tiny_config()
+    state = build(config).state_dict()
+    public, described = to_public(state, config.model, image_size=32)
+    del described["nonscalar_logit_scale"]
+    assert torch.equal(from_public(public, described)[0]["clip.logit_scale"], state["clip.logit_scale"])
+
+
+@pytest.mark.parametrize(("patch", "announced"), [(8, False), (16, True)])
+def test_a_decoder_that_the_official_class_cannot_build_is_kept_for_us_and_not_announced_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], patch: int, announced: bool
+) -> None:
+    """It builds decoders for patches of 16 pixels whatever config.json says, and loads what it does not build as
+    unused; announced, the directory would not load at all."""
+    run = write_run(tmp_path / "run", tiny_config(f"model.patch_size={patch}"))
+    assert main(["export", str(run), "--out", str(tmp_path / "public")]) == 0
+    assert ("note: the official VTP class builds decoders for patches of 16" in capsys.readouterr().err) != announced
+    described = json.loads((tmp_path / "public" / "config.json").read_text())
+    assert described["train_reconstruction"] == announced
+    assert ("train_reconstruction=false" in (tmp_path / "public" / "README.md").read_text()) != announced
+    ours, back = VisualTokenizer.from_run(run), VisualTokenizer.from_pretrained(tmp_path / "public")
+    latent = ours.encode(torch.rand(1, 3, 32, 32))
+    assert torch.equal(back.decode(latent), ours.decode(latent))
+
+
+@pytest.mark.parametrize("size", ["large", 0, True, [256, 256]])
+def test_an_image_size_that_is_none_is_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: object
+) -> None:
+    """Of a directory that public code wrote: ours says it in the weights' metadata too."""
+    config = tiny_config()
+    public, described = to_public(build(config).state_dict(), config.model, image_size=32)
+    save_file({name: tensor.contiguous() for name, tensor in public.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(described | {"image_size": size}))
+    assert main(["import", str(tmp_path), "--out", str(tmp_path / "back.safetensors")]) == 2
+    assert f"config.json has image_size={size!r}: it is the side" in capsys.readouterr().err
 
 
 def test_what_is_known_of_the_weights_travels_along(tmp_path: Path) -> None:
@@ -119,6 +218,7 @@ def test_a_public_file_that_is_cut_off_is_one_clear_error(tmp_path: Path, capsys
 def test_an_out_of_the_other_kind_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", tiny_config())
     assert main(["export", str(run), "--out", str(tmp_path / "public")]) == 0
+    capsys.readouterr()
     for asked, kind in (
         (["export", run, "--out", run / "weights.safetensors"], "a file"),
         (["programs", run, "--out", run / "weights.safetensors"], "a file"),

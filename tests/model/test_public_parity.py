@@ -115,7 +115,7 @@ def test_export_after_import_is_the_identity() -> None:
     for name, tensor in state.items():
         assert exported[name].dtype == tensor.dtype, name
         assert torch.equal(exported[name], tensor), name
-    assert config == {"model_type": "vtp", **described}
+    assert config == {"model_type": "vtp", **described, "nonscalar_logit_scale": False}
 
 
 def test_import_after_export_is_the_identity() -> None:

@@ -19,6 +19,21 @@ def test_periods_run_geometrically_from_one_towards_the_base() -> None:
     assert Rope(16, 100.0, torch.bfloat16).periods().tolist() == [1.0, 3.15625, 10.0, 31.625]
 
 
+@pytest.mark.parametrize("head_width", [24, 40, 48, 72, 80, 96, 64])
+def test_bf16_rounds_exponents_too_as_the_released_weights_do(head_width: int) -> None:
+    """It shows where the quotients i / (E/4) are no short binary fractions: in every width here but 64."""
+    count = head_width // 4
+    quotients = torch.tensor([i / count for i in range(count)], dtype=torch.float64)
+    rounded, exact = 100.0 ** quotients.bfloat16().double(), 100.0**quotients
+    assert torch.equal(Rope(head_width, 100.0, torch.bfloat16).periods(), rounded.bfloat16())
+    assert torch.equal(rounded.bfloat16(), exact.bfloat16()) == (head_width == 64)
+    torch.testing.assert_close(Rope(head_width, 100.0, torch.float32).periods(), exact.float(), rtol=1e-6, atol=0)
+
+
+def test_periods_of_heads_of_24_channels_are_the_official_ones() -> None:
+    assert Rope(24, 100.0, torch.bfloat16).periods().tolist() == [1.0, 2.15625, 4.65625, 10.0, 21.625, 46.25]
+
+
 def test_table_holds_row_angles_then_column_angles_twice() -> None:
     cos_PE, sin_PE = ROPE.table((2, 3))
     down, across = -0.5, 2 / 3  # the last patch of the first row

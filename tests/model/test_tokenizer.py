@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from configs import UserError
+from model.autoencoder import Autoencoder
 from model.public_layout import to_public
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights, write_weights
 from tests.model.tiny_weights import NO_REC, build, tokenizer_of, write_run
-from tests.tiny import model_inputs, random_batch, tiny_config
+from tests.tiny import CONV, model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
 NO_CLIP = ("objectives.clip.weight=0", "batch.ssl=0", "objectives.ssl.weight=0")
@@ -55,6 +56,36 @@ def test_any_multiple_of_the_patch_size_works_and_others_say_so() -> None:
     assert tokenizer.decode(latent).shape == (1, 3, 24, 56)
     with pytest.raises(UserError, match="24x55"):
         tokenizer.encode(torch.rand(1, 3, 24, 55))
+
+
+@pytest.mark.parametrize("convolutions", [(), CONV])
+@pytest.mark.parametrize("latent", ["deterministic", "gaussian"])
+def test_whatever_is_returned_is_contiguous_however_the_input_lies(
+    tmp_path: Path, convolutions: tuple[str, ...], latent: str
+) -> None:
+    config = tiny_config(f"model.latent={latent}", *convolutions)
+    tokenizer = tokenizer_of(config)
+    vae = Autoencoder(tokenizer)
+    for images in (torch.rand(2, 3, 32, 48), torch.rand(1, 32, 48, 3).permute(0, 3, 1, 2)):
+        found = tokenizer.encode(images)
+        distribution = vae.encode(images * 2 - 1).latent_dist
+        channels_last = found.contiguous(memory_format=torch.channels_last)
+        returned = {
+            "encode": found,
+            "decode": tokenizer.decode(channels_last),
+            "features": tokenizer.features(images)[0],
+            "mode": distribution.mode(),
+            "sample": distribution.sample(),
+            "std": distribution.std,
+            "vae.decode": vae.decode(channels_last).sample,
+        }
+        if latent == "gaussian":
+            returned |= tokenizer.moments(images)._asdict()
+        if not convolutions:
+            returned["embed_images"] = tokenizer.embed_images(images)
+            returned["embed_captions"] = tokenizer.embed_captions(random_batch(config, step=0).captions)
+        assert [name for name, tensor in returned.items() if not tensor.is_contiguous()] == []
+        save_file({"latent": found}, tmp_path / "latent.safetensors")  # refuses what is not
 
 
 def test_a_part_that_was_not_trained_is_named() -> None:
