@@ -16,7 +16,7 @@ RUN apt-get update \
 # What the image lacks, pinned, and what it has in versions of its own: PIP_CONSTRAINT, which the image sets, keeps those.
 RUN pip install --no-cache-dir \
     deepspeed==0.19.8 webdataset==1.0.2 torchmetrics==1.9.0 torchao==0.18.0 jaxtyping==0.3.11 \
-    fsspec huggingface_hub jinja2 matplotlib numpy nvidia-ml-py pillow "pydantic>=2.10" pyyaml rich safetensors \
+    fsspec huggingface_hub jinja2 matplotlib numpy nvidia-ml-py "pillow>=11.3" "pydantic>=2.10" pyyaml rich safetensors \
     setuptools tensorboard tokenizers
 
 WORKDIR /opt/vtp-engine

@@ -50,6 +50,7 @@ setup(
             "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "beartype",
             "scikit-image", "scikit-learn",
             "uv",  # resolves the pins against PyPI (tests/resolution.py)
+            "onnx", "onnxscript", "onnxruntime",
             "torchao", "triton",  # both run on the CPU too: real float8, interpreted kernels
         ],
     },
