@@ -133,7 +133,7 @@ def pods(name: str, here: Path, shards: Path, run_dir: Path) -> Iterator[list[su
                 pod.kill()
 
 
-@pytest.mark.L1
+@pytest.mark.L2
 def test_an_evicted_pod_saves_and_the_run_goes_on_even_under_the_other_operator(tmp_path: Path) -> None:
     shards, run_dir = write_shards(tmp_path / "shards"), tmp_path / "run"
 

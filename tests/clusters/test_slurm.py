@@ -50,7 +50,7 @@ def slurm(tmp_path: Path) -> Slurm:
     return Slurm(tmp_path, num_tasks=2)
 
 
-@pytest.mark.L1
+@pytest.mark.L2
 def test_a_job_saves_before_its_limit_and_goes_on_after_the_requeue(slurm: Slurm, tmp_path: Path) -> None:
     shards, run_dir = write_shards(tmp_path / "shards"), tmp_path / "run"
     config, *given = [x for x in arguments(shards, run_dir) if not x.startswith("system.run_dir=")]

@@ -38,7 +38,7 @@ def learn_one_batch(comm: Comm, config: Config, steps: int) -> tuple[list[dict[s
     return losses, ranks.outcome(parts, []).weights
 
 
-@pytest.mark.L1
+@pytest.mark.L2
 def test_under_zero_3_two_ranks_learn_to_reconstruct() -> None:
     config = conv_config("optim.steps=32", "optim.lr=2e-2", "optim.clip_norm=10")
     losses, _ = run_ranks(learn_one_batch, 2, config, 32)[0]
@@ -75,7 +75,7 @@ def losses_of(comm: Comm, cases: list[Config]) -> tuple[list[list[float]], int, 
     return losses, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-@pytest.mark.L1
+@pytest.mark.L2
 def test_checkpointing_and_graphs_change_nothing() -> None:
     """Of the tiny model's 16 residual blocks many are alike: one graph for all of a shape."""
     modes = [f"system.activation_checkpointing={mode}" for mode in ("off", "selective", "full")]

@@ -81,7 +81,7 @@ def test_steps_hide_as_much_as_is_said_and_any_patch_as_often() -> None:
     assert torch.equal(visible_idx_RV, visible_idx_RV.sort(dim=1).values)
 
 
-@pytest.mark.L1
+@pytest.mark.L2
 def test_a_disturbed_run_learns_is_the_same_on_other_ranks_and_its_weights_are_a_tokenizer(tmp_path: Path) -> None:
     config = tiny_config(*DISTURBED, "optim.steps=12")
     losses = {}

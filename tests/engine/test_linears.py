@@ -163,7 +163,7 @@ def trace(comm: Comm, steps: int) -> dict[str, Any]:
     return found | {"graphs": counters["stats"]["unique_graphs"], "breaks": breaks, "float8": sorted(float8_nodes)}
 
 
-@pytest.mark.L1
+@pytest.mark.L2
 def test_fp8_blocks_trace_to_one_graph_per_layout_without_breaks() -> None:
     found = run_ranks(trace, 2, 2, timeout=300.0)[0]
     assert (found["graphs"], found["breaks"]) == (6, 0)  # as in bf16: two of student, two of teacher, decoder, captions

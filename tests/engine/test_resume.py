@@ -59,8 +59,8 @@ DISTURBED = (
     ("stage", "overrides"),
     [
         ("zero3", []),
-        ("zero3", ["optim.precision=bf16", "objectives.ssl.targets=centering"]),
-        ("zero3", ["model.trunk.drop_path=0.4"]),
+        pytest.param("zero3", ["optim.precision=bf16", "objectives.ssl.targets=centering"], marks=pytest.mark.L2),
+        pytest.param("zero3", ["model.trunk.drop_path=0.4"], marks=pytest.mark.L2),
         ("zero3", [*DISTURBED, "ema=0.9", "model.trunk.drop_path=0.4"]),
         ("zero2", []),
         ("zero1", ["optim.precision=bf16"]),

@@ -52,7 +52,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.L0
+@pytest.mark.L2
 def test_a_gaussian_tokenizers_program_gives_the_mode_where_the_public_layout_is_refused(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(tiny_config("model.latent=gaussian", "model.trunk.depth=1"))
     images = torch.rand(3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
@@ -105,6 +105,7 @@ def test_weights_without_a_bottleneck_have_no_programs(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.L2
 @pytest.mark.L1  # half a minute of one core: two C++ compilations, of what users of AOTInductor deploy
 @pytest.mark.filterwarnings(  # torch's own, of its own code
     "ignore:.isinstance.treespec, LeafSpec.*:FutureWarning", "ignore:.torch.jit.*is deprecated:DeprecationWarning"
@@ -135,6 +136,7 @@ def test_compiled_ahead_of_time_decode_takes_what_encode_gives(tmp_path: Path, m
     torch.testing.assert_close(decode(latent), tokenizer.decode(tokenizer.encode(images)), rtol=0, atol=2e-3)
 
 
+@pytest.mark.L2
 @pytest.mark.L1  # twenty seconds of one core: torch's exporter, not ours
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.*:FutureWarning")  # torch's own, of its own code
 def test_onnxruntime_gives_the_tokenizers_latents_and_pixels_at_every_size(tmp_path: Path) -> None:

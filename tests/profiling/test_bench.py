@@ -89,7 +89,7 @@ def run_small() -> dict[str, Measurement]:
     return {module.__name__: found for module in (step, text, compile) for found in module.run(rounds=1)}
 
 
-@pytest.mark.L1
+@pytest.mark.L2
 def test_the_benches_that_compile_run_small() -> None:
     found = run_ranks(run_small, 1, timeout=300.0, join=False)[0]
     ways = found["profiling.benches.step"].rows
@@ -136,6 +136,7 @@ def test_the_prototype_bench_tells_time_and_memory_of_both(
     assert "chunks" in out
 
 
+@pytest.mark.L2
 def test_the_loader_bench_makes_the_same_tensors_with_both_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own check, that batches agree in types and shapes, runs here too; so do both corpora."""
     pytest.importorskip("skimage")

@@ -41,6 +41,7 @@ def test_a_token_of_twice_the_width_moves_and_keeps_twice_as_much() -> None:
         assert wide == pytest.approx(2 * narrow, rel=0.02)
 
 
+@pytest.mark.L2
 @pytest.mark.parametrize("part", [VIT, TEXT], ids=["vit", "text"])
 def test_what_fused_blocks_move_and_keep_is_what_inductor_says(part: Vit | Text) -> None:
     """Its count has the operands of products and of attention in it, which are known, and each weight."""

@@ -82,6 +82,7 @@ def test_the_gradient_cache_is_held_against_a_part_of_its_batch() -> None:
     assert "pairs/s in one part" in whole.notes[0]
 
 
+@pytest.mark.L2
 def test_the_losses_of_fp8_stand_beside_those_of_bf16() -> None:
     [found] = ran("fp8_losses")
     plain, other = found.losses["bf16"], found.losses["fp8_torchao"]

@@ -172,6 +172,7 @@ def test_strong_scaling_ends_where_a_gpu_would_have_no_row() -> None:
     assert weak.batch.clip == 32_768
 
 
+@pytest.mark.L2
 def test_the_scaling_tables_end_with_the_rows_and_name_what_breaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

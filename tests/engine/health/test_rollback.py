@@ -89,7 +89,7 @@ def test_a_run_that_went_back_is_the_run_without_the_bad_data(went_back: tuple[R
     assert state(bad).samples_digest == state(tmp_path).samples_digest != ""
 
 
-@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.L2)])
 def test_a_run_resumed_is_the_run_that_went_on(went_back: tuple[Run, Path], tmp_path: Path, step: int) -> None:
     """From step 8, which is after the roll-back; and from step 4, where the resumed run meets the bad data again."""
     config, whole = went_back
@@ -101,7 +101,9 @@ def test_a_run_resumed_is_the_run_that_went_on(went_back: tuple[Run, Path], tmp_
     assert state(tmp_path).samples_digest == state(whole).samples_digest
 
 
-@pytest.mark.parametrize("kind", ["generator", "decoder_gan", "pretraining"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.L2) for kind in ("generator", "decoder_gan")), "pretraining"]
+)
 def test_every_kind_of_run_can_go_back_under_every_stage(tmp_path: Path, kind: str) -> None:
     config, stage = of_kind(kind, tmp_path), {"generator": "zero2", "pretraining": "zero1"}.get(kind, "zero3")
     bad = run_ranks(runs.train, 2, config, tmp_path / "bad", Spoilt({5: "nan"}), False, stage)[0]

@@ -178,7 +178,7 @@ def train(shards: Path, run_dir: Path, full_at: tuple[int, ...], *more: str) -> 
     return launch_here([*arguments(shards, run_dir), *more])
 
 
-@pytest.mark.L1
+@pytest.mark.L2
 def test_a_run_through_a_full_disk_is_the_run_without_and_its_log_is_whole(shards: Path, tmp_path: Path) -> None:
     whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
     more = ("system.images_every=2", "profile.steps=5:7")

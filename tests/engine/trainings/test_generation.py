@@ -72,7 +72,14 @@ def test_six_steps_equal_three_and_three_bitwise(store: Path, tmp_path: Path, st
     assert len(set(whole["losses"])) == 6
 
 
-@pytest.mark.parametrize(("kind", "most"), [("diffusion", 3), ("masked", 2), ("random", 2)])
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [
+        pytest.param("diffusion", 3, marks=pytest.mark.L2),
+        ("masked", 2),
+        pytest.param("random", 2, marks=pytest.mark.L2),
+    ],
+)
 def test_a_step_is_the_same_on_any_number_of_ranks(store: Path, tmp_path: Path, kind: str, most: int) -> None:
     config, losses = tiny(store, generator=KINDS[kind]), {}
     for world_size in range(1, most + 1):

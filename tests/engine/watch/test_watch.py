@@ -105,7 +105,9 @@ def test_a_lost_rank_is_named_by_the_others_with_step_and_phase(
     assert len((tmp_path / failures.FILE).read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize(("fate", "kind"), [("killed", "dead"), ("stopped", "silent")])
+@pytest.mark.parametrize(
+    ("fate", "kind"), [("killed", "dead"), pytest.param("stopped", "silent", marks=pytest.mark.L2)]
+)
 def test_the_first_rank_is_named_too_when_it_is_lost(tmp_path: Path, fate: str, kind: str) -> None:
     """It is the one that judges, so the others know of it what it last told them."""
     with pytest.raises(RanksFailed):
@@ -126,7 +128,13 @@ def test_a_rank_that_fails_says_so_and_the_others_end_for_it(tmp_path: Path) -> 
     assert lines[1]["message"].endswith("ValueError: of its own")
 
 
-@pytest.mark.parametrize(("fate", "kind"), [("killed", "dead"), ("stopped", "silent"), ("hanging", "stuck")])
+@pytest.mark.parametrize(
+    ("fate", "kind"),
+    [
+        ("killed", "dead"),
+        *(pytest.param(*case, marks=pytest.mark.L2) for case in [("stopped", "silent"), ("hanging", "stuck")]),
+    ],
+)
 def test_a_rank_lost_before_the_first_step_is_named_with_what_was_done_there(
     tmp_path: Path, fate: str, kind: str
 ) -> None:

@@ -179,6 +179,7 @@ def test_the_command_line_refuses_what_it_does_not_know(tmp_path: Path, capsys: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.L2
 def test_a_dry_run_shows_cells_and_the_command_works_through_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
