@@ -119,7 +119,8 @@ def fingerprint(config: Run) -> str:
     leave_out_later(config, science)
     for path, digest in config.digest_keys.items():
         if _get(science, digest) is not None:
-            _delete(science, path)
+            section, leaf = _section_of(science, path)
+            del section[leaf]
     return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -153,19 +154,18 @@ def _science(config: Run) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"system": True, "profile": True, "name": True, **config.places})
 
 
+def _section_of(tree: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """Return the section that holds a dotted key, and the last part of the key."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    return tree, leaf
+
+
 def _get(tree: dict[str, Any], key: str) -> Any:
     """Return the value of a dotted key; None without one."""
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        tree = tree[parent]
-    return tree.get(leaf)
-
-
-def _delete(tree: dict[str, Any], key: str) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        tree = tree[parent]
-    del tree[leaf]
+    section, leaf = _section_of(tree, key)
+    return section.get(leaf)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -63,15 +63,13 @@ Width = Annotated[int, Field(ge=1, le=65_536), NotBool]  # channels, hidden unit
 SmallPositive = Annotated[int, Field(ge=1, le=1024), NotBool]  # layers, heads, patches a side, threads
 Seconds = Annotated[int, Field(ge=1, le=365 * 24 * 3600), NotBool]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
-Momentum = Annotated[
-    Number, Field(ge=0.0, lt=1.0)
-]  # share of a running average that is kept; at 1 it would never change
+# Share of a running average that is kept; at 1 it would never change.
+Momentum = Annotated[Number, Field(ge=0.0, lt=1.0)]
 Weight = Annotated[Number, Field(ge=0.0, le=1e6)]  # of a loss term
 MlpRatio = Annotated[Number, Field(gt=0.0, le=64.0)]  # hidden width of an MLP / its width
 Temperature = Annotated[Number, Field(ge=1e-3, le=1e3)]  # below, exp(cosine / temperature) overflows float32
-ClassDropout = Annotated[
-    Number, Field(ge=0.0, lt=1.0)
-]  # share of samples trained without their class; at 1 no class would be learnt
+# Share of samples that are trained without their class; at 1 no class would be learnt.
+ClassDropout = Annotated[Number, Field(ge=0.0, lt=1.0)]
 Range = tuple[float, float]
 Amount = Annotated[Number, Field(ge=0.0, le=1e6)]
 LearningRate = Annotated[Number, Field(gt=0.0, le=100.0)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import UserError
-from data.caption_sources import Captions
+from data.caption_sources import TABLE_SUFFIXES, Captions
 from data.image_files import FileList, folder_splits, stem
 from data.image_types import IMAGE_EXTS, unsupported_type
 from data.pictures import Picture, Unusable, load_picture
@@ -29,7 +29,7 @@ from data.processes import map_in_order
 from data.sample import Plan, Sample
 from data.synthetic.grammar import with_article
 
-NOT_REPORTED = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".md")  # tables and notes beside the images
+NOT_REPORTED = (*TABLE_SUFFIXES, ".md")  # tables and notes beside the images
 MIN_POOL_BYTES = 16 << 20  # bytes of images; below it, starting processes takes longer than decoding
 HELD_OUT_SHARE = 0.02
 

@@ -71,9 +71,8 @@ def stat(url: str) -> FileVersion:
     try:
         with _response(url, "HEAD") as response:
             found = _version(response.headers)
-            return (
-                found if found.size else FileVersion(None, found.etag, found.modified)
-            )  # 0: generated pages report no length
+            # A length of 0 is that of a generated page: unknown.
+            return found if found.size else FileVersion(None, found.etag, found.modified)
     except PermissionError:  # signed URLs are signed for one method
         with _response(url, "GET", {"Range": "bytes=0-0"}) as response:
             return _version(response.headers)

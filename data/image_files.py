@@ -90,6 +90,11 @@ def to_nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def words_of(name: str) -> str:
+    """Replace underscores and hyphens by spaces: 'golden_retriever' -> 'golden retriever'; "" for separators alone."""
+    return " ".join(to_nfc(name).replace("_", " ").replace("-", " ").split())
+
+
 def folder_splits(names: Sequence[str]) -> dict[str, str]:
     """Map top folders that are splits to train or held_out; return {} where the top folders are not splits.
 
@@ -121,7 +126,9 @@ def folder_classes(names: Sequence[str], level: str | None) -> dict[str, str]:
                 f"--caption-from-folder: {name} lies in {len(parts)} folders, so its class could be {parts[0]!r} or "
                 f"{parts[-1]!r}; say which with --class-folder first or last"
             )
-    return {name: _as_words(parts[-1 if level == "last" else 0]) for name, parts in folders.items() if parts}
+    class_idx = -1 if level == "last" else 0
+    class_folders = {name: parts[class_idx] for name, parts in folders.items() if parts}
+    return {name: words_of(folder) or folder for name, folder in class_folders.items()}
 
 
 def _split_of(folder: str) -> str | None:
@@ -140,7 +147,3 @@ def _class_folders(name: str, tops: dict[str, str]) -> list[str]:
             "split: either all top folders are splits or none is; move it into one"
         )
     return parts[1:]
-
-
-def _as_words(folder: str) -> str:
-    return " ".join(to_nfc(folder).replace("_", " ").replace("-", " ").split()) or folder

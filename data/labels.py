@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from configs import UserError
 from data import caption_text
+from data.image_files import words_of
 
 CLASS_TABLE_FORMAT = (
     'write {"classes": [{"name": "tench", "prompts": ["a tench", ...]}, ...]}, prompts in all of them or in none'
@@ -108,4 +108,4 @@ def _index_by_name(names: list[str]) -> dict[str, int | None]:
 
 def _normalised(name: str) -> str:
     """Normalise a class name for comparison: 'Golden_Retriever' -> 'golden retriever'."""
-    return " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").replace("-", " ").split())
+    return words_of(name).casefold()

@@ -48,7 +48,7 @@ def map_in_order(function: Callable[[T], R], items: Sequence[T], workers: int, c
     except BrokenProcessPool:
         raise OSError(
             "a worker process died: it was killed, ran out of memory, or crashed on a file; see the system log, and "
-            "run again with fewer --workers"
+            "run again with fewer processes"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

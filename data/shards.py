@@ -14,12 +14,11 @@ is not writable.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from configs.data import check_caption
 from data import caption_text, storage
 from data.labels import ClassIndex, parse_label
 from data.patience import Patience, Unreadable
+from data.processes import map_in_order
 from data.recent import Recent
 from data.remote import NotAShard
 from data.tars.headers import BLOCK
@@ -381,11 +381,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     processes = max(1, min(arguments.processes, len(names)))
     print(f"indexing {_count_of(len(names), 'shard')}, {processes} at once", flush=True)
-    look = partial(_index, caption=arguments.caption, cache_dir=arguments.cache_dir)
-    if processes == 1:
-        return _print_indexed(names, map(look, names))
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        return _print_indexed(names, pool.map(look, names))
+    index_one = partial(_index, caption=arguments.caption, cache_dir=arguments.cache_dir)
+    return _print_indexed(names, map_in_order(index_one, names, processes, chunk=1))
 
 
 def _index(name: str, caption: str, cache_dir: str | None) -> _IndexedShard | UserError:

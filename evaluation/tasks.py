@@ -84,9 +84,8 @@ class Setup:
         if not train_data:
             raise UserError("a probe learns before it is asked: name labelled training shards with --train-data")
         key = "--train-data" if self.options.train_data else "data.train"
-        training = self._pictures(
-            train_data, key, self.held_out.classes.path
-        )  # class names get the same numbers in both
+        # With the class table of the held-out pictures, so that class names get the same numbers in both.
+        training = self._pictures(train_data, key, self.held_out.classes.path)
         return Corpora(Bank(len(self.held_out), self.folder), lambda: self._filled(training), self.device)
 
     def batches(self, pictures: HeldOut, title: str) -> Iterator[Products]:

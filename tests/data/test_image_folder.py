@@ -313,7 +313,7 @@ def test_the_corpus_is_the_same_bytes_for_any_number_of_processes(
 
 
 def test_a_worker_process_that_dies_is_an_error_at_once() -> None:
-    with pytest.raises(OSError, match=r"a worker process died: .* fewer --workers"):
+    with pytest.raises(OSError, match=r"a worker process died: .* fewer processes"):
         list(processes.map_in_order(os._exit, range(100), workers=2))
 
 
