@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, WrapValidator, model_validator
 
-from configs.section import Count, Depth, MlpRatio, NotBool, Number, Section, Width, require_hidden
+from configs.section import Count, MlpRatio, NotBool, Number, Section, SmallPositive, Width, require_hidden_units
 
 
 def _or_nothing(value: Any, validate: Callable[[Any], Any]) -> Any:
@@ -25,8 +25,8 @@ class Vit(Section):
     """One transformer over patches: the trunk or the decoder."""
 
     width: Width
-    depth: Depth
-    heads: Depth
+    depth: SmallPositive
+    heads: SmallPositive
     mlp_ratio: MlpRatio = 4.0  # SwiGLU hidden = int(width * ratio * 2/3), aligned up to 8 [C]
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # eps 1e-5 / 1e-6 [C]
     qk_norm: bool = False
@@ -40,7 +40,7 @@ class Vit(Section):
                 f"width={self.width} over heads={self.heads}: the head width must be a multiple of 4 (axial "
                 "RoPE turns pairs on two axes); change width or heads"
             )
-        require_hidden(self.width, self.mlp_ratio * 2 / 3)
+        require_hidden_units(self.width, self.mlp_ratio * 2 / 3)
         return self
 
 
@@ -53,8 +53,8 @@ class Conv(Section):
     """
 
     channels: Width = 128
-    multipliers: Annotated[tuple[Depth, ...], Field(min_length=1, max_length=12)] = (1, 1, 2, 2, 4)
-    num_res_blocks: Depth = 2  # of a level of the encoder; the decoder has one more
+    multipliers: Annotated[tuple[SmallPositive, ...], Field(min_length=1, max_length=12)] = (1, 1, 2, 2, 4)
+    num_res_blocks: SmallPositive = 2  # of a level of the encoder; the decoder has one more
     groups: Width = 32  # of every norm
     attention_levels: Count = 0  # so many of the coarsest attend behind every residual block; the middle always does
 
@@ -80,8 +80,8 @@ class Text(Section):
     """Causal text transformer with end-of-text pooling [C]."""
 
     width: Width = 768
-    depth: Depth = 12
-    heads: Depth = 12
+    depth: SmallPositive = 12
+    heads: SmallPositive = 12
     context: Annotated[int, Field(ge=3, le=65_536), NotBool] = 77  # start, a word, end of text
     vocab: Annotated[int, Field(ge=3, le=2**24), NotBool] = 49_408
     mlp_ratio: MlpRatio = 4.0
@@ -90,7 +90,7 @@ class Text(Section):
     def _head_dim(self) -> Text:
         if self.width % self.heads:
             raise ValueError(f"width={self.width} over heads={self.heads}: heads share the width evenly; change either")
-        require_hidden(self.width, self.mlp_ratio)
+        require_hidden_units(self.width, self.mlp_ratio)
         return self
 
 
@@ -107,7 +107,7 @@ class Model(Section):
     """Everything with weights: trunk, bottleneck, decoder, text tower, heads; with `conv`, convolutions in the place of
     trunk and decoder. Which of them a run builds, its objectives' weights decide (model/pretrainer.py)."""
 
-    patch_size: Depth = 16
+    patch_size: SmallPositive = 16
     latent_channels: Width = 64  # "f16d64" [P]
     latent: Literal["deterministic", "gaussian"] = "deterministic"  # point [P], or mean and variance
     bottleneck_ae_only: bool = True  # heads read features before the bottleneck [C]; False: after it

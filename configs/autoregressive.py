@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import ClassDropout, Depth, MlpRatio, Number, Section, Width, require_hidden
+from configs.section import ClassDropout, MlpRatio, Number, Section, SmallPositive, Width, require_hidden_units
 
 
 class MaskRatio(Section):
@@ -35,10 +35,10 @@ class Head(Section):
     """The MLP that denoises one token, given what the transformer says of it."""
 
     width: Width = 1024  # [P]
-    depth: Depth = 6  # residual blocks [P]; 3 in the study of tokenizers, arXiv 2507.15856
+    depth: SmallPositive = 6  # residual blocks [P]; 3 in the study of tokenizers, arXiv 2507.15856
     # "noise" is the published one [P]; "velocity" needs fewer steps to draw a token (docs/decisions.md).
     objective: Literal["noise", "velocity"] = "noise"
-    repeats: Depth = 4  # noise levels a token meets in one step, on average [P]
+    repeats: SmallPositive = 4  # noise levels a token meets in one step, on average [P]
 
 
 class Autoregressive(Section):
@@ -47,11 +47,11 @@ class Autoregressive(Section):
     model: Literal["autoregressive"] = "autoregressive"
     order: Literal["masked", "random", "raster"] = "masked"
     width: Width = 768  # [P]
-    depth: Depth = 24  # blocks in all; with order=masked half of them encode and half decode [P]
-    heads: Depth = 12  # [P]
+    depth: SmallPositive = 24  # blocks in all; with order=masked half of them encode and half decode [P]
+    heads: SmallPositive = 12  # [P]
     mlp_ratio: MlpRatio = 4.0  # [P]
-    patch: Depth = 1  # latents on a side of one token [P]
-    buffer: Depth = 64  # copies of the class embedding before the tokens [P]
+    patch: SmallPositive = 1  # latents on a side of one token [P]
+    buffer: SmallPositive = 64  # copies of the class embedding before the tokens [P]
     class_dropout: ClassDropout = 0.1  # share of samples that are trained without their class [P]
     mask_ratio: MaskRatio = MaskRatio()  # of order=masked
     head: Head = Head()
@@ -60,7 +60,7 @@ class Autoregressive(Section):
     def _heads_share_the_width(self) -> Autoregressive:
         if self.width % self.heads:
             raise ValueError(f"width={self.width} over heads={self.heads}: heads share the width evenly; change either")
-        require_hidden(self.width, self.mlp_ratio)
+        require_hidden_units(self.width, self.mlp_ratio)
         return self
 
     @model_validator(mode="after")

@@ -28,30 +28,34 @@ from configs.section import (
     Width,
 )
 
-Jitter = Annotated[Number, Field(ge=0.0, le=10.0)]  # factors are drawn from 1 - this, or 0, to 1 + this
+Jitter = Annotated[Number, Field(ge=0.0, le=10.0)]  # factors are drawn from [max(0, 1 - this), 1 + this]
 
-_NO_TEXT = (  # members that hold pictures and arrays
+# Extensions of images (all that data/image_types.py supports) and arrays, which hold no caption.
+_BINARY_EXTS = (
     "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "dib", "tif", "tiff", "gif", "avif", "heic", "heif",
     "jxl", "jp2", "ppm", "pgm", "npy", "npz", "pt", "pth", "safetensors",
 )  # fmt: skip
 
 
 def check_caption(caption: str, key: str = "") -> str:
-    """The value of data.caption, a member that can hold a text. Raises UserError; `key` names another setting."""
+    """Check a value of data.caption, a member that can hold text, and return it. Raises UserError.
+
+    `key` is the option that has the value, for the message.
+    """
     extension, colon, field = caption.partition(":")
     found = f"{key}{caption!r}"
     if extension == "json" and not field:
         raise UserError(f"{found} names no field: a .json member holds a record; write json:KEY, such as json:caption")
     if colon and extension != "json":
-        raise UserError(f"{found}: fields are read of .json members alone; write {extension!r} or json:{field}")
-    if extension in _NO_TEXT:
+        raise UserError(f"{found}: only .json members have fields; write {extension!r} or json:{field}")
+    if extension in _BINARY_EXTS:
         raise UserError(
-            f"{found}: a .{extension} member is no text, which a caption is; write the extension of the member that "
-            "holds it (txt), or json:KEY"
+            f"{found}: a .{extension} member holds no text, and a caption is text; write the extension of the member "
+            "with the captions (txt), or json:KEY"
         )
     if not extension or extension != extension.lower() or extension.startswith(".") or extension.split() != [extension]:
         wanted = "".join(extension.split()).lstrip(".").lower() or "txt"
-        raise UserError(f"{found} is no extension of a member: those are in lower case, without a dot; write {wanted}")
+        raise UserError(f"{found} is not a member extension: those are in lower case, without a dot; write {wanted}")
     return caption
 
 
@@ -61,8 +65,8 @@ WHITE: Colour = (255, 255, 255)
 _COLOURS = {"white": WHITE, "black": (0, 0, 0)}
 
 
-def _as_background(value: object) -> object:
-    """A colour's name -> its numbers; "random" stays. ValueError for anything else but three numbers."""
+def _parse_background(value: object) -> object:
+    """Convert the name of a colour to its RGB values; keep "random" and RGB values. Raises ValueError otherwise."""
     named = _COLOURS.get(value, value) if isinstance(value, str) else value
     is_colour = (
         isinstance(named, list | tuple)
@@ -72,12 +76,12 @@ def _as_background(value: object) -> object:
     if named == "random" or is_colour:
         return named
     raise ValueError(
-        f"{value!r} is no background: it is a colour as [red, green, blue] with whole numbers from 0 to 255, white, "
-        "black, or random; write [128, 128, 128] for mid-grey"
+        f"{value!r} is not a background: it must be [red, green, blue] with integers from 0 to 255, white, black "
+        "or random; write [128, 128, 128] for mid-grey"
     )
 
 
-Background = Annotated[Literal["random"] | Colour, BeforeValidator(_as_background)]
+Background = Annotated[Literal["random"] | Colour, BeforeValidator(_parse_background)]
 
 
 class Pictures(Section):
@@ -89,12 +93,12 @@ class Pictures(Section):
     block_shards: Positive = 4  # samples are shuffled inside blocks of this many shards of one stream
     max_bad_share: Share = 0.02  # above this share of bad samples the run stops
     max_pixels: Positive = 50_000_000  # larger images are bad samples: they would stall a whole step
-    # What shows through transparent pictures. random: another colour for every view of every epoch; evaluation: white
+    # Background of transparent images. random: a colour for each view and epoch, in evaluation white
     background: Annotated[Background, Later()] = WHITE
 
     @property
-    def still_background(self) -> Colour:
-        """The colour behind transparent pictures where nothing is random, as in evaluation."""
+    def fixed_background(self) -> Colour:
+        """The background where nothing is random, as in evaluation: white in place of random."""
         return WHITE if self.background == "random" else self.background
 
     def check_world(self, world_size: int) -> None:
@@ -111,9 +115,9 @@ class Data(Pictures):
     """Pictures and what is said of them."""
 
     tokenizer: str  # a tokenizer.json file, or a Hugging Face hub name (CLIP's for the real presets)
-    # sha256 of that file; filled in at the start, and one that is given must be the file's
+    # sha256 of that file: filled in at the start; a given one is compared with the file
     tokenizer_sha256: Annotated[Digest | None, Later()] = None
-    # Member extension holding the caption; "json:KEY" reads a field of the .json member, of a list one drawn by hash
+    # Extension of the caption's member, or "json:KEY" for a field of the .json member; of a list one is drawn by hash
     caption: Annotated[str, AfterValidator(check_caption)] = "txt"
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from configs.data import ImageView, Pictures
+from configs.learning import require_lpips_weights
 from configs.run import Run
 from configs.section import (
     Betas,
@@ -29,7 +30,7 @@ from configs.section import (
     WeightDecay,
 )
 
-BeforeTheEnd = Annotated[Number, Field(ge=0.0, lt=1.0)]  # at 1 the run would be over
+StartShare = Annotated[Number, Field(ge=0.0, lt=1.0)]  # at 1 the run would be over
 
 
 class Tokenizer(Section):
@@ -64,22 +65,12 @@ class PixelLosses(Section):
     l1: Weight = 1.0
     perceptual: Weight = 1.0  # L1 : LPIPS = 1 : 1, as in stage 1 [P]; needs lpips_weights
     lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
-    # sha256 of its tensors; filled in at the start, and one that is given must be the file's
+    # sha256 of its tensors: filled in at the start; a given one is compared with the file
     lpips_sha256: Annotated[Digest | None, Later()] = None
 
     @model_validator(mode="after")
     def _perceptual_is_explicit(self) -> PixelLosses:
-        if self.perceptual and self.lpips_weights is None:
-            raise ValueError(
-                f"perceptual={self.perceptual:g} but lpips_weights is not set: the perceptual term is never "
-                "dropped silently; give objectives.rec.lpips_weights=FILE, or switch it off with "
-                "objectives.rec.perceptual=0"
-            )
-        if self.lpips_sha256 and self.lpips_weights is None:
-            raise ValueError(
-                f"lpips_sha256={self.lpips_sha256} of no file: give objectives.rec.lpips_weights too, or remove "
-                "objectives.rec.lpips_sha256"
-            )
+        require_lpips_weights(self.perceptual, self.lpips_weights, self.lpips_sha256)
         if not (self.l1 or self.perceptual):
             raise ValueError("l1=0 and perceptual=0: nothing holds the decoder to the picture; set one of them")
         return self
@@ -92,8 +83,8 @@ class Gan(Section):
     balance: Literal["adaptive", "fixed"] = "adaptive"  # adaptive: times |grad rec| / |grad gan| at the last layer
     weight: Number = Field(0.75, gt=0, le=1e6)  # adaptive 0.5 to 0.75, fixed about 0.1 [D of RAE, VA-VAE, l-DeTok]
     limit: Number = Field(1e4, gt=0, le=1e9)  # of the adaptive ratio [D of VQGAN]
-    discriminator_start: BeforeTheEnd = 0.375  # of optim.steps: the discriminator steps from here on [D]
-    start: BeforeTheEnd = 0.5  # of optim.steps: the term is in the decoder's loss from here on [D of l-DeTok]
+    discriminator_start: StartShare = 0.375  # of optim.steps: the discriminator steps from here on [D]
+    start: StartShare = 0.5  # of optim.steps: the term is in the decoder's loss from here on [D of l-DeTok]
 
     @model_validator(mode="after")
     def _the_discriminator_leads(self) -> Gan:
@@ -121,7 +112,7 @@ class DecoderGan(Run):
     """A stage-2 run; configs/run.py has what it shares with other kinds of runs."""
 
     places: ClassVar[dict[str, Any]] = {"tokenizer": {"weights"}}
-    digests: ClassVar[dict[str, str]] = {"objectives.rec.lpips_weights": "objectives.rec.lpips_sha256"}
+    digest_keys: ClassVar[dict[str, str]] = {"objectives.rec.lpips_weights": "objectives.rec.lpips_sha256"}
 
     kind: Literal["decoder_gan"] = "decoder_gan"
     tokenizer: Tokenizer
@@ -139,7 +130,7 @@ class DecoderGan(Run):
 
     @property
     def streams(self) -> int:
-        """data.streams."""
+        """Number of sample streams: data.streams."""
         return self.data.streams
 
     def check_world(self, world_size: int) -> None:

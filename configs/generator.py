@@ -20,7 +20,17 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from configs.autoregressive import Autoregressive
-from configs.section import ClassDropout, Depth, Later, MlpRatio, Number, Section, Weight, Width, require_hidden
+from configs.section import (
+    ClassDropout,
+    Later,
+    MlpRatio,
+    Number,
+    Section,
+    SmallPositive,
+    Weight,
+    Width,
+    require_hidden_units,
+)
 
 
 class Times(Section):
@@ -45,9 +55,9 @@ class Diffusion(Section):
 
     model: Literal["diffusion"] = "diffusion"
     width: Width
-    depth: Depth
-    heads: Depth
-    patch: Depth = 1  # latents on a side of a token; 1 for 16-fold tokenizers [P]
+    depth: SmallPositive
+    heads: SmallPositive
+    patch: SmallPositive = 1  # latents on a side of a token; 1 for 16-fold tokenizers [P]
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # hidden width * ratio * 2/3, or width * ratio; DiT, SiT: gelu [P]
     mlp_ratio: MlpRatio = 4.0  # [P]
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # DiT, SiT: layernorm, with nothing learnt [P]
@@ -68,7 +78,7 @@ class Diffusion(Section):
                 f"width={self.width} over heads={self.heads}: the head width must be a multiple of 4 (positions turn "
                 "pairs on two axes); change width or heads"
             )
-        require_hidden(self.width, self.mlp_ratio * (2 / 3 if self.mlp == "swiglu" else 1))
+        require_hidden_units(self.width, self.mlp_ratio * (2 / 3 if self.mlp == "swiglu" else 1))
         return self
 
     @model_validator(mode="after")

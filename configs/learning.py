@@ -15,7 +15,6 @@ from configs.architecture import Vit
 from configs.section import (
     Betas,
     ClipNorm,
-    Depth,
     Digest,
     Later,
     LearningRate,
@@ -26,6 +25,7 @@ from configs.section import (
     Positive,
     Section,
     Share,
+    SmallPositive,
     Temperature,
     Weight,
     WeightDecay,
@@ -76,7 +76,7 @@ class Align(Section):
     weights: str  # that file; DINOv2's as transformers or timm have it. Where it lies is not science
     sha256: str | None = None  # of the file's tensors; filled in at the start, and one that is given must be the file's
     encoder: Vit  # as the file describes it: the linear map onto its width is part of this run's model
-    patch_size: Depth = 16  # of the encoder; DINOv2's is 14
+    patch_size: SmallPositive = 16  # of the encoder; DINOv2's is 14
     registers: Annotated[int, Field(ge=0, le=1024), NotBool] = 0  # of the encoder
     weight: Number = Field(0.1, gt=0, le=1e6)  # beside l1 and perceptual
     cosine_margin: Share = 0.5  # m1: latent and feature need no cosine above 1 - m1
@@ -94,6 +94,20 @@ class Align(Section):
         return self
 
 
+def require_lpips_weights(perceptual: float, weights: str | None, sha256: str | None) -> None:
+    """Raise ValueError where a perceptual term, or a digest, has no file with LPIPS weights."""
+    if perceptual and weights is None:
+        raise ValueError(
+            f"perceptual={perceptual:g} but lpips_weights is not set: the perceptual term is never dropped silently; "
+            "give objectives.rec.lpips_weights=FILE, or switch it off with objectives.rec.perceptual=0"
+        )
+    if sha256 and weights is None:
+        raise ValueError(
+            f"lpips_sha256={sha256} of no file: give objectives.rec.lpips_weights too, or remove "
+            "objectives.rec.lpips_sha256"
+        )
+
+
 class Rec(Section):
     """rec = l1 * L1 + l2 * mean square + perceptual * LPIPS + kl * KL, and with `align` its two terms.
 
@@ -105,7 +119,7 @@ class Rec(Section):
     l2: Weight = 0.0  # mean square; l-DeTok's 1, with l1 at 0
     perceptual: Weight = 1.0  # L1 : LPIPS = 1 : 1 [P]; needs lpips_weights
     lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
-    # sha256 of its tensors; filled in at the start, and one that is given must be the file's
+    # sha256 of its tensors: filled in at the start; a given one is compared with the file
     lpips_sha256: Annotated[Digest | None, Later()] = None
     kl: Weight = 0.0  # nats of an image, with model.latent=gaussian; l-DeTok's 1e-6
     noise: Noise = Noise()
@@ -114,21 +128,7 @@ class Rec(Section):
 
     @model_validator(mode="after")
     def _perceptual_is_explicit(self) -> Rec:
-        if self.weight and self.perceptual and self.lpips_weights is None:
-            raise ValueError(
-                f"perceptual={self.perceptual:g} but lpips_weights is not set: the perceptual term is never "
-                "dropped silently; give objectives.rec.lpips_weights=FILE, or switch it off with "
-                "objectives.rec.perceptual=0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _digest_has_a_file(self) -> Rec:
-        if self.lpips_sha256 and self.lpips_weights is None:
-            raise ValueError(
-                f"lpips_sha256={self.lpips_sha256} of no file: give objectives.rec.lpips_weights too, or remove "
-                "objectives.rec.lpips_sha256"
-            )
+        require_lpips_weights(self.perceptual if self.weight else 0.0, self.lpips_weights, self.lpips_sha256)
         return self
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ _RULES = {
     "model_type": "input should be a section of keys",
     "model_attributes_type": "input should be a section of keys",
 }
-_HASH = "\ue023"  # in the place of # while an override is parsed: private use, hence in no path
+_ESCAPED_HASH = "\ue023"  # replaces # while an override is parsed; a private-use character, so in no path
 _MERGE = "tag:yaml.org,2002:merge"
 # What an unquoted scalar may be besides a string, and the characters such a scalar can begin with.
 _SCALARS = (
@@ -112,26 +112,27 @@ def to_yaml(config: Run) -> str:
 def fingerprint(config: Run) -> str:
     """16 hex digits of everything that changes results: the config less its name, `system` and `profile`.
 
-    Of a file that is pinned by its digest the digest counts, not the place (Run.places, Run.digests); a setting that
-    came later (configs/section.py) counts where it is not at its default.
+    Of a file with a digest the digest counts, not the path (Run.places, Run.digest_keys); a setting that was added
+    later (configs/section.py) counts where it is not at its default.
     """
     science = _science(config)
     leave_out_later(config, science)
-    for path, digest in config.digests.items():
-        if _value(science, digest) is not None:
-            _drop(science, path)
+    for path, digest in config.digest_keys.items():
+        if _get(science, digest) is not None:
+            section, leaf = _section_of(science, path)
+            del section[leaf]
     return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def science_changes(old: Run, changed: Run) -> list[str]:
     """The dotted science keys in which two configs differ, as `key: old -> changed`.
 
-    Files are compared by their digests, and by their paths where one of the configs has no digest yet.
+    Files are compared by their digests, and by their paths where one of the configs has no digest.
     """
     if old.kind != changed.kind:
         return [f"kind: {old.kind} -> {changed.kind}"]
     flat_old, flat_changed = _flatten(_science(old)), _flatten(_science(changed))
-    files = {digest: path for path, digest in old.digests.items()}
+    files = {digest: path for path, digest in old.digest_keys.items()}
     for digest, path in files.items():
         uncompared = digest if None in (flat_old[digest], flat_changed[digest]) else path
         del flat_old[uncompared], flat_changed[uncompared]
@@ -140,7 +141,7 @@ def science_changes(old: Run, changed: Run) -> list[str]:
     changes = {key: f"{key}: {before} -> {after}" for key, (before, after) in pairs.items() if before != after}
     for digest in files.keys() & changes.keys():
         path = files[digest]
-        changes[digest] += f" ({path}={_value(changed.model_dump(), path)} holds another file)"
+        changes[digest] += f" ({path}={_get(changed.model_dump(), path)} holds another file)"
     return list(changes.values())
 
 
@@ -153,19 +154,18 @@ def _science(config: Run) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"system": True, "profile": True, "name": True, **config.places})
 
 
-def _value(tree: dict[str, Any], key: str) -> Any:
-    """The value under a dotted key; None where there is none."""
+def _section_of(tree: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """Return the section that holds a dotted key, and the last part of the key."""
     *parents, leaf = key.split(".")
     for parent in parents:
         tree = tree[parent]
-    return tree.get(leaf)
+    return tree, leaf
 
 
-def _drop(tree: dict[str, Any], key: str) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        tree = tree[parent]
-    del tree[leaf]
+def _get(tree: dict[str, Any], key: str) -> Any:
+    """Return the value of a dotted key; None without one."""
+    section, leaf = _section_of(tree, key)
+    return section.get(leaf)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or a number of thousands of digits
+    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a number of thousands of digits
         raise UserError(f"--config {path} is not valid YAML: {_problem(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--config {path} holds {_kind(tree)}, not keys and values")
@@ -197,23 +197,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {parent} holds {_kind(tree)}, not keys")
     try:
-        # Nobody comments on a command line: `data.train=my data #1/x.tar` names one file.
-        tree[leaf] = _replaced(yaml.load(text.replace("#", _HASH), Loader=_Loader), _HASH, "#")
+        # Overrides have no comments: `data.train=my data #1/x.tar` names one file.
+        tree[leaf] = _replace_in_texts(yaml.load(text.replace("#", _ESCAPED_HASH), Loader=_Loader), _ESCAPED_HASH, "#")
     except (yaml.YAMLError, ValueError) as error:  # UserError, or a number of thousands of digits
         raise UserError(
-            f"override {override!r}: {text!r} is not a YAML value ({_problem(error).replace(_HASH, '#')}); a text with "
-            "signs in it wants quotes"
+            f"override {override!r}: {text!r} is not a YAML value ({_problem(error).replace(_ESCAPED_HASH, '#')}); "
+            "a text with signs in it wants quotes"
         ) from None
 
 
-def _replaced(value: Any, old: str, new: str) -> Any:
-    """The value with a sign replaced in all its strings."""
+def _replace_in_texts(value: Any, old: str, new: str) -> Any:
+    """Replace a character in all strings of a nested value."""
     if isinstance(value, str):
         return value.replace(old, new)
     if isinstance(value, list):
-        return [_replaced(item, old, new) for item in value]
+        return [_replace_in_texts(item, old, new) for item in value]
     if isinstance(value, dict):
-        return {_replaced(key, old, new): _replaced(item, old, new) for key, item in value.items()}
+        return {_replace_in_texts(key, old, new): _replace_in_texts(item, old, new) for key, item in value.items()}
     return value
 
 

@@ -21,9 +21,9 @@ class Run(Section):
 
     # Where files lie that are pinned by a digest beside the place: no science. As pydantic's `exclude` takes it.
     places: ClassVar[dict[str, Any]] = {}
-    # Path of a file -> its digest. The path is science while there is no digest, as in runs of earlier versions; then
-    # the digest is, and the file may lie elsewhere.
-    digests: ClassVar[dict[str, str]] = {}
+    # Key of a file's path -> key of its digest. The digest is science, so that the file may be moved; without a digest,
+    # as in runs of earlier versions, the path is.
+    digest_keys: ClassVar[dict[str, str]] = {}
 
     kind: str
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=128)]
@@ -40,7 +40,7 @@ class Run(Section):
 
     @property
     def streams(self) -> int:
-        """Streams that the order of samples deals to ranks: a step's first position is a multiple of it."""
+        """Number of sample streams (data.streams); the first position of a step is a multiple of it."""
         return 1
 
     def check_world(self, world_size: int) -> None:

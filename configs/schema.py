@@ -44,7 +44,7 @@ class Config(Run):
     """Pre-training a tokenizer; configs/run.py has what it shares with other kinds of runs."""
 
     places: ClassVar[dict[str, Any]] = {"init": {"weights"}, "objectives": {"rec": {"align": {"weights"}}}}
-    digests: ClassVar[dict[str, str]] = {
+    digest_keys: ClassVar[dict[str, str]] = {
         "data.tokenizer": "data.tokenizer_sha256",
         "objectives.rec.lpips_weights": "objectives.rec.lpips_sha256",
     }
@@ -67,7 +67,7 @@ class Config(Run):
 
     @property
     def streams(self) -> int:
-        """data.streams."""
+        """Number of sample streams: data.streams."""
         return self.data.streams
 
     def check_world(self, world_size: int) -> None:
@@ -193,7 +193,7 @@ class Config(Run):
         return self
 
     @model_validator(mode="after")
-    def _one_row_has_something_to_be_compared_with(self) -> Config:
+    def _batches_of_one_have_an_objective(self) -> Config:
         objectives, batch = self.objectives, self.batch
         if objectives.clip.weight and objectives.clip.kind == "softmax" and batch.clip == 1:
             raise ValueError(
@@ -208,7 +208,7 @@ class Config(Run):
         return self
 
     @model_validator(mode="after")
-    def _the_teacher_follows(self) -> Config:
+    def _teacher_momentum_lets_it_learn(self) -> Config:
         teacher = self.teacher
         is_still = teacher.momentum == teacher.final_momentum == 1
         if is_still and self.objectives.ssl.weight and self.init.weights is None:

@@ -43,31 +43,33 @@ def _steps_in_order(value: object) -> object:
     return value
 
 
-def _a_directory(path: str) -> str:
+def _check_directory(path: str) -> str:
     longest = max((len(part.encode("utf-8", "surrogateescape")) for part in path.split("/")), default=0)
-    if longest > MOST_BYTES_OF_A_NAME:
-        raise ValueError(f"a name of {longest} bytes in it: file systems take {MOST_BYTES_OF_A_NAME}; shorten it")
+    if longest > MOST_FILE_NAME_BYTES:
+        raise ValueError(f"a name in it has {longest} bytes: file systems take {MOST_FILE_NAME_BYTES}; shorten it")
     if not path or "\0" in path:
-        raise ValueError(f"{path!r} is no path of a directory; name one, or leave it out")
+        raise ValueError(f"{path!r} is not a directory path; give one, or leave the key out")
     return path
 
 
-MOST_BYTES_OF_A_NAME = 255
+MOST_FILE_NAME_BYTES = 255
 NotBool = BeforeValidator(_no_truth_value)
 Number = Annotated[float, NotBool]
-MOST = 2**31 - 1  # of whatever is counted: no product of two such counts leaves 64 bits
-Seed = Annotated[int, Field(ge=0, lt=2**64), NotBool]  # a word of 64 bits (data/hashing.py)
-Positive = Annotated[int, Field(ge=1, le=MOST), NotBool]
-Count = Annotated[int, Field(ge=0, le=MOST), NotBool]
+MOST_COUNT = 2**31 - 1  # products of two counts fit into 64 bits
+Seed = Annotated[int, Field(ge=0, lt=2**64), NotBool]  # unsigned 64-bit (data/hashing.py)
+Positive = Annotated[int, Field(ge=1, le=MOST_COUNT), NotBool]
+Count = Annotated[int, Field(ge=0, le=MOST_COUNT), NotBool]
 Width = Annotated[int, Field(ge=1, le=65_536), NotBool]  # channels, hidden units, pixels a side
-Depth = Annotated[int, Field(ge=1, le=1024), NotBool]  # layers, heads, patches a side
+SmallPositive = Annotated[int, Field(ge=1, le=1024), NotBool]  # layers, heads, patches a side, threads
 Seconds = Annotated[int, Field(ge=1, le=365 * 24 * 3600), NotBool]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
-Momentum = Annotated[Number, Field(ge=0.0, lt=1.0)]  # share kept of a running average; at 1 it would never move
-Weight = Annotated[Number, Field(ge=0.0, le=1e6)]  # of a term of a loss
-MlpRatio = Annotated[Number, Field(gt=0.0, le=64.0)]  # hidden width of an MLP over its width
-Temperature = Annotated[Number, Field(ge=1e-3, le=1e3)]  # cosines divided by less leave float32 in exp
-ClassDropout = Annotated[Number, Field(ge=0.0, lt=1.0)]  # share of samples without a class; at 1 none would be learnt
+# Share of a running average that is kept; at 1 it would never change.
+Momentum = Annotated[Number, Field(ge=0.0, lt=1.0)]
+Weight = Annotated[Number, Field(ge=0.0, le=1e6)]  # of a loss term
+MlpRatio = Annotated[Number, Field(gt=0.0, le=64.0)]  # hidden width of an MLP / its width
+Temperature = Annotated[Number, Field(ge=1e-3, le=1e3)]  # below, exp(cosine / temperature) overflows float32
+# Share of samples that are trained without their class; at 1 no class would be learnt.
+ClassDropout = Annotated[Number, Field(ge=0.0, lt=1.0)]
 Range = tuple[float, float]
 Amount = Annotated[Number, Field(ge=0.0, le=1e6)]
 LearningRate = Annotated[Number, Field(gt=0.0, le=100.0)]
@@ -83,19 +85,19 @@ MaskRange = Annotated[
     AfterValidator(_ordered),
 ]
 AmountRange = Annotated[tuple[Amount, Amount], AfterValidator(_ordered)]
-# Of blurs; none is wider than a crop.
+# Of a blur's sigma, in pixels of the crop.
 PixelRange = Annotated[
     tuple[Annotated[Number, Field(ge=0.0, le=1024.0)], Annotated[Number, Field(ge=0.0, le=1024.0)]],
     AfterValidator(_ordered),
 ]
 StepSpan = Annotated[str, BeforeValidator(_steps_in_order)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # sha256 in hexadecimal digits
-Directory = Annotated[str, AfterValidator(_a_directory)]
+Directory = Annotated[str, AfterValidator(_check_directory)]
 Paths = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
 
 
 def require_digest(key: str, path: str | None, digest_key: str, given: str | None, found: str | None) -> None:
-    """Raises UserError where the file `path` of the setting `key` is not the one whose digest was given."""
+    """Raise UserError where the file `path` of setting `key` does not have the digest that was given."""
     if given not in (None, found):
         raise UserError(
             f"{key}={path} has the digest {found}, but {digest_key}={given}: this is another file; give the one that "
@@ -103,8 +105,8 @@ def require_digest(key: str, path: str | None, digest_key: str, given: str | Non
         )
 
 
-def require_hidden(width: int, ratio: float) -> None:
-    """Raises ValueError where an MLP of int(width * ratio) hidden units would have none."""
+def require_hidden_units(width: int, ratio: float) -> None:
+    """Raise ValueError where an MLP of int(width * ratio) hidden units has none."""
     if int(width * ratio) < 1:
         raise ValueError(
             f"width={width} with an MLP of {ratio:.3g} times as many hidden units: that is less than one; raise "

@@ -14,7 +14,6 @@ from pydantic import Field, model_validator
 from configs.section import (
     AmountRange,
     Count,
-    Depth,
     Directory,
     NotBool,
     Positive,
@@ -22,6 +21,7 @@ from configs.section import (
     Section,
     Share,
     ShareRange,
+    SmallPositive,
     StepSpan,
 )
 
@@ -29,8 +29,8 @@ from configs.section import (
 class Loader(Section):
     """How each rank reads and decodes shards, ahead of the step."""
 
-    threads: Depth = 2  # decoding threads a rank
-    prefetch: Depth = 2  # batches decoded ahead of the step
+    threads: SmallPositive = 2  # decoding threads a rank
+    prefetch: SmallPositive = 2  # batches decoded ahead of the step
     device: Literal["auto", "cpu", "gpu"] = "auto"
     cache_dir: str | None = None  # where remote shards are kept; required for remote URLs
     tries: Annotated[int, Field(ge=1, le=64), NotBool] = (

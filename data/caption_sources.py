@@ -4,8 +4,8 @@
     table_captions(Path("captions.csv"))         # Captions({"a/cat.jpg": ("a cat",)}, {"b.jpg": "no caption"})
     folder_captions(classes)                     # Captions({"red_fox/1.jpg": ("a photo of a red fox",)}, {})
 
-A table is read strictly: what would cut a caption or swallow rows is an error that names row and line. What one row
-lacks costs that row.
+A table is read strictly: a row whose caption would be cut, or would contain other rows, is an error that names row and
+line. A row without a file name or a caption is skipped and counted.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 
 from configs import UserError
 from data import caption_text
-from data.image_files import Files, composed, stem
-from data.picture_types import is_picture_name
+from data.image_files import FileList, stem, to_nfc
+from data.image_types import is_image_name
 from data.synthetic.grammar import with_article
 
 COLUMNS = {
@@ -28,74 +28,76 @@ COLUMNS = {
     "caption": ("caption", "text"),
 }  # second: Hugging Face image folders
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-LINES = (".jsonl", ".ndjson", ".json")
-TABLES = (*DELIMITERS, *LINES)
-_FORM = "a .csv needs the header line `file,caption`, a .jsonl one object a line with these keys"
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TABLE_SUFFIXES = (*DELIMITERS, *JSON_LINES_SUFFIXES)
+_TABLE_FORMAT = "a .csv needs the header line `file,caption`, a .jsonl one object a line with these keys"
 
 
 @dataclass(frozen=True)
 class Captions:
-    """By the image's relative path: its captions, one at least, or the reason why it has none.
+    """The captions of images by relative path, and the reasons for images without one.
 
-    What a table refuses without an image's name stands under its row.
+    A table row without a file name is in `refused` under its row number.
     """
 
     texts: Mapping[str, tuple[str, ...]]
     refused: Mapping[str, str]
 
-    def of(self, names: Iterable[str]) -> Captions:
-        """The same under the names of these files: a table may have another Unicode form, back slashes, or spaces."""
+    def matched_to(self, names: Iterable[str]) -> Captions:
+        """Rename keys to file names from which they differ only in Unicode form, backslashes or outer spaces."""
         by_form: dict[str, set[str]] = {}
         for name in names:
-            by_form.setdefault(composed(name), set()).add(name)
+            by_form.setdefault(to_nfc(name), set()).add(name)
         listed = self.texts.keys() | self.refused.keys()
 
-        def known_as(name: str) -> str:
+        def file_name(name: str) -> str:
             forms = (name, name.replace("\\", "/"), name.strip())
-            found = next((by_form[form] for form in map(composed, forms) if form in by_form), {name})
+            found = next((by_form[form] for form in map(to_nfc, forms) if form in by_form), {name})
             return name if name in found or len(found) > 1 or found <= listed else next(iter(found))
 
         return Captions(
-            {known_as(name): texts for name, texts in self.texts.items()},
-            {known_as(name): reason for name, reason in self.refused.items()},
+            {file_name(name): texts for name, texts in self.texts.items()},
+            {file_name(name): reason for name, reason in self.refused.items()},
         )
 
 
-def sidecar_captions(source: Path, files: Files) -> Captions:
-    """The caption of cat.jpg is the text of cat.txt beside it."""
+def sidecar_captions(source: Path, files: FileList) -> Captions:
+    """Read the captions of images from text files beside them: that of cat.jpg from cat.txt."""
     by_stem = {stem(name): name for name in files.names if name.lower().endswith(".txt")}
     texts: dict[str, tuple[str, ...]] = {}
     refused: dict[str, str] = {}
     for name in files.images:
         path = source / by_stem.get(stem(name), "")
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would block
             continue
         try:
             text = caption_text.decode(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
         except OSError as error:
             refused[name] = f"caption cannot be read: {error.strerror}"
-        except caption_text.NotText as error:
+        except caption_text.TextDecodeError as error:
             refused[name] = f"caption is not UTF-8: {error}"
         else:
-            _enter(name, text, texts, refused)
+            _add_caption(name, text, texts, refused)
     return Captions(texts, refused)
 
 
 def folder_captions(classes: Mapping[str, str]) -> Captions:
-    """'golden retriever' -> 'a photo of a golden retriever', for each image of the class."""
+    """Make captions of class names: 'golden retriever' -> 'a photo of a golden retriever'."""
     return Captions({name: (f"a photo of {with_article(c)}",) for name, c in classes.items()}, {})
 
 
 def table_captions(path: Path) -> Captions:
-    """The columns (.csv or .tsv with a header) or keys (.jsonl) `file` and `caption` of a table.
+    """Read captions from the columns (.csv or .tsv with a header) or keys (.jsonl) `file` and `caption` of a table.
 
     In a .jsonl an image may have a list of captions. Raises UserError, naming row and line.
     """
     suffix = path.suffix.lower()
-    if suffix not in TABLES:
-        raise UserError(f"--captions {path} is no table that is read: those are {' '.join(TABLES)}; {_FORM}")
+    if suffix not in TABLE_SUFFIXES:
+        raise UserError(
+            f"--captions {path} is not a supported table: supported are {' '.join(TABLE_SUFFIXES)}; {_TABLE_FORMAT}"
+        )
     text = _read(path)
-    rows = _json_rows(path, text) if suffix in LINES else _csv_rows(path, text, DELIMITERS[suffix])
+    rows = _json_rows(path, text) if suffix in JSON_LINES_SUFFIXES else _csv_rows(path, text, DELIMITERS[suffix])
     texts: dict[str, tuple[str, ...]] = {}
     refused: dict[str, str] = {}
     for where, name, caption in rows:
@@ -108,14 +110,14 @@ def table_captions(path: Path) -> Captions:
                 f"--captions {path}: {where} lists {name} again: an image has one row; keep one, or give a .jsonl with "
                 'a list of its captions, {"file": ..., "caption": [...]}'
             )
-        _enter(name, caption, texts, refused)
+        _add_caption(name, caption, texts, refused)
     if not texts:
-        raise UserError(f"--captions {path}: none of its {len(refused)} rows has a file and a caption; {_FORM}")
+        raise UserError(f"--captions {path}: none of its {len(refused)} rows has a file and a caption; {_TABLE_FORMAT}")
     return Captions(texts, refused)
 
 
-def _enter(name: str, caption: object, texts: dict[str, tuple[str, ...]], refused: dict[str, str]) -> None:
-    if found := caption_text.texts(caption):
+def _add_caption(name: str, caption: object, texts: dict[str, tuple[str, ...]], refused: dict[str, str]) -> None:
+    if found := caption_text.visible_captions(caption):
         texts[name] = found
     else:
         refused[name] = "no caption" if caption is None else "empty caption"
@@ -128,10 +130,10 @@ def _read(path: Path) -> str:
         raise UserError(f"--captions {path} cannot be read: {error.strerror}") from None
     try:
         return caption_text.decode(data)
-    except caption_text.NotText as error:
+    except caption_text.TextDecodeError as error:
         raise UserError(
-            f"--captions {path}: line {data[: error.at].count(10) + 1} is not UTF-8 ({error}): another encoding would "
-            "become other letters; save the table as UTF-8, or as UTF-16 with its byte order mark"
+            f"--captions {path}: line {data[: error.at].count(10) + 1} is not UTF-8 ({error}): a table is read as "
+            "UTF-8 unless it has a byte order mark; save it as UTF-8, or as UTF-16 with its byte order mark"
         ) from None
 
 
@@ -148,8 +150,8 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
             cells = next(reader, None)
         except csv.Error as error:
             raise UserError(
-                f"--captions {path}: {where} has a quote out of place ({error}): a caption that begins with a quote "
-                'ends with one, and quotes inside it are doubled, "a 5"" pipe"; mend the row'
+                f"--captions {path}: {where} has a misplaced quote ({error}): a caption that begins with a quote "
+                'must end with one, and quotes inside it are doubled, "a 5"" pipe"; correct the row'
             ) from None
         if cells is None:
             break
@@ -158,57 +160,62 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
         elif columns is None:
             columns, width = _columns(path, cells), len(cells)
         else:
-            _check_cells(path, where, cells, width, delimiter)
+            _check_csv_row(path, where, cells, width, delimiter)
             name, caption = (cells[i] if i < len(cells) else None for i in columns)
             yield where, name, caption
         number, line = number + any(cells), reader.line_num
     if columns is None:
-        raise UserError(f"--captions {path} is empty, no line of it is a header: {_FORM}")
+        raise UserError(f"--captions {path} is empty: a table needs a header line; {_TABLE_FORMAT}")
 
 
 def _columns(path: Path, header: Sequence[str]) -> tuple[int, int]:
-    """The places of file name and caption."""
+    """Return the column indices of file name and caption."""
     known = [cell.strip().lower() for cell in header]
     places = [next((known.index(name) for name in names if name in known), None) for names in COLUMNS.values()]
     if None in places:
         missing = " or ".join(list(COLUMNS.values())[places.index(None)])
         raise UserError(
-            f"--captions {path}: line 1 has no column {missing}, it has {', '.join(map(repr, header))[:200]}; {_FORM}"
+            f"--captions {path}: line 1 has no column {missing}, it has {', '.join(map(repr, header))[:200]}; "
+            f"{_TABLE_FORMAT}"
         )
     return places[0], places[1]  # type: ignore[return-value]
 
 
-def _check_cells(path: Path, where: str, cells: Sequence[str], width: int, delimiter: str) -> None:
-    """Raises UserError where a comma has cut a caption, or an unbalanced quote has swallowed rows."""
+def _check_csv_row(path: Path, where: str, cells: Sequence[str], width: int, delimiter: str) -> None:
+    """Raise UserError where a comma cuts a caption, or where an unbalanced quote joins rows."""
     if any(cell.strip() for cell in cells[width:]):
         kind = "comma" if delimiter == "," else "tab"
         raise UserError(
-            f"--captions {path}: {where} has {len(cells)} cells, the header {width}: a {kind} inside a caption would "
-            f'cut it; put the caption in quotes, "{" ".join(delimiter.join(cells[width - 1 :]).split())[:60]}"'
+            f"--captions {path}: {where} has {len(cells)} cells, the header {width}: an unquoted {kind} ends a "
+            f'caption; put the caption in quotes, "{" ".join(delimiter.join(cells[width - 1 :]).split())[:60]}"'
         )
     for line in (line for cell in cells for line in cell.splitlines()[1:]):
-        if is_picture_name(line.partition(delimiter)[0].strip().strip('"')) and delimiter in line:
+        if is_image_name(line.partition(delimiter)[0].strip().strip('"')) and delimiter in line:
             raise UserError(
-                f"--captions {path}: the caption of {where} goes on over the line {line[:60]!r}, which looks like a "
-                "row: a quote is not closed; mend it, or write that caption on one line"
+                f"--captions {path}: the caption of {where} continues over the line {line[:60]!r}, which looks like "
+                "another row: a quote is not closed; close it, or write that caption on one line"
             )
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
     keys_seen: dict[str, None] = {}
-    num_whole = 0
+    num_complete = 0
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"--captions {path}: line {number} is no JSON object ({error}): {_FORM}") from None
+            raise UserError(
+                f"--captions {path}: line {number} is not a JSON object ({error}): {_TABLE_FORMAT}"
+            ) from None
         row = row if isinstance(row, dict) else {}
         keys_seen |= dict.fromkeys(row)
-        num_whole += all(any(key in row for key in keys) for keys in COLUMNS.values())
+        num_complete += all(any(key in row for key in keys) for keys in COLUMNS.values())
         name, caption = (next((row[key] for key in keys if row.get(key)), None) for keys in COLUMNS.values())
         yield f"line {number}", name, caption
-    if not num_whole:
-        shown = ", ".join(map(repr, keys_seen))[:200] or "no keys"
-        raise UserError(f"--captions {path}: no line has a file and a caption, they have {shown}; {_FORM}")
+    if not num_complete:
+        shown = ", ".join(map(repr, keys_seen))[:200] or "none"
+        raise UserError(
+            f"--captions {path}: no line has a file and a caption, the keys found are {shown}; {_TABLE_FORMAT}"
+        )

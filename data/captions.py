@@ -142,10 +142,10 @@ class CaptionEncoder:
         return rows
 
 
-def pinned(data: Data) -> Data:
-    """The section with tokenizer_sha256 filled in: the digest of the tokenizer.json itself, also of a hub name.
+def with_tokenizer_digest(data: Data) -> Data:
+    """Return the section with tokenizer_sha256 filled in: the digest of the tokenizer.json file, also for a hub name.
 
-    Raises UserError where it cannot be had, or is not the one whose digest the section has.
+    Raises UserError where the file is missing, or does not have the digest that the section gives.
     """
     found = tokenizer_digest(data.tokenizer)
     require_digest("data.tokenizer", data.tokenizer, "data.tokenizer_sha256", data.tokenizer_sha256, found)
@@ -153,34 +153,34 @@ def pinned(data: Data) -> Data:
 
 
 def tokenizer_digest(source: str, key: str = "data.tokenizer") -> str:
-    """sha256 of the tokenizer.json that `source`, a path or a hub name, stands for. Raises UserError where it cannot be
-    had."""
+    """Return the sha256 of the tokenizer.json of `source`, a path or a hub name. Raises UserError without one."""
     try:
-        return hashlib.sha256(_file_of(source, f"{key}={source}").read_bytes()).hexdigest()
+        return hashlib.sha256(_tokenizer_file(source, f"{key}={source}").read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"{key}={source} cannot be read ({error.strerror}); check its permissions") from None
 
 
-def _file_of(source: str, said: str) -> Path:
+def _tokenizer_file(source: str, setting: str) -> Path:
     path = Path(source)
     if path.is_file():
         return path
     if path.exists() or path.suffix == ".json" or not HUB_NAME.fullmatch(source):
         raise UserError(
-            f"{said} is no file: give the path of a tokenizer.json, or a hub name such as openai/clip-vit-large-patch14"
+            f"{setting} is no file: give the path of a tokenizer.json, or a hub name such as "
+            "openai/clip-vit-large-patch14"
         )
-    return _download(source, said)
+    return _download(source, setting)
 
 
-def _load(source: str, said: str) -> Tokenizer:
-    path = _file_of(source, said)
+def _load(source: str, setting: str) -> Tokenizer:
+    path = _tokenizer_file(source, setting)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception for every malformed file
-        raise UserError(f"{said} is not a tokenizer.json that `tokenizers` can read: {error}") from None
+        raise UserError(f"{setting} is not a tokenizer.json that `tokenizers` can read: {error}") from None
 
 
-def _download(name: str, said: str) -> Path:
+def _download(name: str, setting: str) -> Path:
     """The tokenizer.json of a hub repository, from the local hub cache where it is there."""
     from huggingface_hub import hf_hub_download
 
@@ -190,6 +190,6 @@ def _download(name: str, said: str) -> Path:
     except Exception as error:  # the hub and its transport raise many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
-            f"{said} is no file and the hub did not deliver it ({reason}); check the name "
+            f"{setting} is no file and the hub did not deliver it ({reason}); check the name "
             "and the network, or download its tokenizer.json once and give its path"
         ) from None

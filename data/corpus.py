@@ -23,21 +23,21 @@ from pathlib import Path
 
 from configs import UserError
 from configs.command_line import CommandParser, seed
-from data.caption_sources import TABLES, folder_captions, sidecar_captions, table_captions
+from data.caption_sources import TABLE_SUFFIXES, folder_captions, sidecar_captions, table_captions
 from data.emoji.font import EmojiFont
 from data.emoji.plan import emoji_plan
 from data.folder import HELD_OUT_SHARE, ImageFolder, folder_plan
-from data.image_files import LEVELS, classes, list_files
+from data.image_files import CLASS_LEVELS, folder_classes, list_files
+from data.image_types import IMAGE_EXTS
 from data.manifest import is_published, staged, write_json, write_manifest
-from data.picture_types import IMAGE_EXTS
-from data.processes import CORES
+from data.processes import NUM_CORES
 from data.sample import Plan, Sample
 from data.synthetic.plan import synthetic_plan
 
 # torch is slow to import and the drawing processes import this module: webdataset and data.captions, which
 # need it, are imported where they are used.
 
-LINE_SECONDS = 60  # between two lines of progress where there is no terminal
+PROGRESS_SECONDS = 60  # between two lines of progress where there is no terminal
 FORMAT = 1  # raise when the same arguments would give another corpus: scenes, grammar or layout have changed
 
 Shards = dict[str, int]  # shard name -> number of samples
@@ -56,7 +56,7 @@ def build(out: Path, plan: Plan) -> Shards | None:
         shards: Shards = {}
         captions: dict[str, list[str]] = {split: [] for split in plan.splits}
         for split, samples in plan.splits.items():
-            noted = _note_captions(with_progress(samples, split, plan.counts[split]), captions[split])
+            noted = _note_captions(show_progress(samples, split, plan.counts[split]), captions[split])
             shards |= write_shards(noted, staging, split, plan.shard_size)
         if not captions["train"]:
             raise UserError(f"no train sample for --out {out}: every image was left out; see the reasons")
@@ -92,14 +92,14 @@ def write_shards(samples: Iterable[Sample], directory: Path, split: str, shard_s
 
 
 def _note_captions(samples: Iterable[Sample], captions: list[str]) -> Iterator[Sample]:
-    """Passes the samples on and keeps their captions, all of those that have several."""
+    """Yield the samples and append all their captions to the list."""
     for sample in samples:
         captions += sample.attributes.get("captions") or [sample.caption]
         yield sample
 
 
-def with_progress(samples: Iterable[Sample], split: str, count: int) -> Iterator[Sample]:
-    """Passes the samples on and shows how far it is: a bar on a terminal, elsewhere a line a minute."""
+def show_progress(samples: Iterable[Sample], split: str, count: int) -> Iterator[Sample]:
+    """Yield the samples and show progress: a bar on a terminal, elsewhere a line a minute."""
     if sys.stderr.isatty() and count:
         from rich.console import Console
         from rich.progress import track
@@ -109,7 +109,7 @@ def with_progress(samples: Iterable[Sample], split: str, count: int) -> Iterator
     started = shown = time.monotonic()
     for done, sample in enumerate(samples, start=1):
         now = time.monotonic()
-        if now - shown >= LINE_SECONDS:
+        if now - shown >= PROGRESS_SECONDS:
             shown = now
             left = (shown - started) / done * (count - done)
             print(f"{split}: {done} of {count}, about {left / 60:.0f} minutes left", file=sys.stderr, flush=True)
@@ -157,9 +157,9 @@ def _emoji(options: argparse.Namespace) -> Shards | None:
 def _folder(options: argparse.Namespace) -> Shards | None:
     o = options
     if o.class_folder and not o.caption_from_folder:
-        raise UserError("--class-folder is read with --caption-from-folder alone: add that, or leave it out")
+        raise UserError("--class-folder has an effect with --caption-from-folder alone: add that, or leave it out")
     files = list_files(o.source)
-    of_class = classes(files.images, o.class_folder) if o.caption_from_folder and files.images else {}
+    of_class = folder_classes(files.images, o.class_folder) if o.caption_from_folder and files.images else {}
     if o.captions is not None:
         captions = table_captions(o.captions)
     else:
@@ -213,8 +213,8 @@ def _add_drawn(command: argparse.ArgumentParser) -> None:
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
-    text = f"processes; changes the time only (default {CORES})"
-    command.add_argument("--workers", type=_at_least(1), default=CORES, help=text)
+    text = f"processes; changes the time only (default {NUM_CORES})"
+    command.add_argument("--workers", type=_at_least(1), default=NUM_CORES, help=text)
 
 
 def _add_folder(command: argparse.ArgumentParser) -> None:
@@ -224,11 +224,11 @@ def _add_folder(command: argparse.ArgumentParser) -> None:
     add("source", type=Path, metavar="SRC", help=f"directory of images ({kinds}); train and val folders are splits")
     add("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     captions = command.add_mutually_exclusive_group()
-    table = f"a table ({' '.join(TABLES)}) with columns file, caption (default: cat.txt beside cat.jpg)"
+    table = f"a table ({' '.join(TABLE_SUFFIXES)}) with columns file, caption (default: cat.txt beside cat.jpg)"
     captions.add_argument("--captions", type=Path, metavar="FILE", help=table)
     named = "red_fox/1.jpg becomes 'a photo of a red fox', and the folders become classes"
     captions.add_argument("--caption-from-folder", action="store_true", help=named)
-    add("--class-folder", choices=LEVELS, help="which of nested folders is the class, as in animals/fox/1.jpg")
+    add("--class-folder", choices=CLASS_LEVELS, help="which of nested folders is the class, as in animals/fox/1.jpg")
     share = f"held out of the images with captions (default {HELD_OUT_SHARE}; none where val or test folders are)"
     add("--held-out-share", type=_share, metavar="SHARE", help=share)
     add("--shard-size", type=_at_least(1), default=1000, help="images in a shard (default 1000)")

@@ -42,8 +42,8 @@ def read(path: Path, train: Sequence[str], caption: str | None) -> tuple[Found, 
         return None
 
 
-def names(path: Path, train: Sequence[str]) -> list[str] | None:
-    """The shards that a run wrote down for these patterns; None as of `read`."""
+def shard_names(path: Path, train: Sequence[str]) -> list[str] | None:
+    """Return the names of the shards that a run recorded for these patterns; None where it recorded none."""
     try:
         stored = json.loads(path.read_bytes())
         return list(stored["shards"]) if stored["of"]["train"] == list(train) else None

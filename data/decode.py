@@ -2,8 +2,8 @@
 
 DALI's dynamic mode runs eager operators with its own threads, on CPU or GPU: a picture it cannot decode is an
 ordinary exception and the next call works (a DALI pipeline object would be dead). What it does not read or would
-show wrongly (data.headers.is_for_pillow: transparency, GIF, AVIF, some TIFFs), and what it fails at by itself, Pillow
-decodes (data/pillow_pictures.py). Each picture is decoded
+show wrongly (data.headers.needs_pillow: transparency, GIF, AVIF, some TIFFs), and what it fails at by itself, Pillow
+decodes (data/pillow_decoder.py). Each picture is decoded
 once, upright as its EXIF says, and every view is cut from it by an antialiased bilinear resize of the window.
 On a GPU DALI renders the views too; on CPU data/render.py does, several times as fast as DALI's CPU operators.
 
@@ -31,8 +31,8 @@ from PIL import Image
 
 from configs import UserError
 from configs.data import WHITE, Colour
-from data.headers import has_deep_alpha, is_for_pillow
-from data.pillow_pictures import Undecodable, decoded, on_colour
+from data.headers import has_16_bit_alpha, needs_pillow
+from data.pillow_decoder import UndecodableImage, blend_on_colour, decode_with_pillow
 from data.render import LUMA, Renderer
 from data.views import ViewNumbers, whole_pixels
 
@@ -52,14 +52,14 @@ class Picture:
     pixels: Any  # a tensor of torch's on CPU, of DALI's on a GPU
     height: int
     width: int
-    alpha_HW1: torch.Tensor | None = None  # uint8, where each view has another background
+    alpha_HW1: torch.Tensor | None = None  # uint8; set where each view has its own background
 
 
 class Decoder:
     """Decodes and renders on one device with `threads` CPU threads. Calls of DALI from several threads take turns.
 
     device: "cpu", "gpu" (JPEG decoded by the GPU, other formats by the CPU, all else on the GPU) or "auto":
-    gpu when there is one. background: the colour behind transparent pictures, or "random": that of each view's numbers.
+    gpu when there is one. background: the colour behind transparent pictures, or "random": a colour for each view.
     Raises UserError for "gpu" without a CUDA device.
     """
 
@@ -88,17 +88,17 @@ class Decoder:
     def decode(self, encoded: Sequence[bytes]) -> list[Picture | str]:
         """A Picture for each item, or the reason it could not be decoded."""
         by_pillow = {
-            i: self._pool.submit(self._by_pillow, data) for i, data in enumerate(encoded) if is_for_pillow(data)
+            i: self._pool.submit(self._decode_with_pillow, data) for i, data in enumerate(encoded) if needs_pillow(data)
         }
-        found = self._by_dali(encoded, [i for i in range(len(encoded)) if i not in by_pillow])
+        found = self._decode_with_dali(encoded, [i for i in range(len(encoded)) if i not in by_pillow])
         failed = [i for i, item in found.items() if not isinstance(item, Picture)]
-        by_pillow |= {i: self._pool.submit(self._by_pillow, encoded[i], failed_dali=True) for i in failed}
+        by_pillow |= {i: self._pool.submit(self._decode_with_pillow, encoded[i], failed_dali=True) for i in failed}
         found |= {i: future.result() for i, future in by_pillow.items()}
-        found |= self._by_dali(encoded, [i for i, item in found.items() if item is None])
+        found |= self._decode_with_dali(encoded, [i for i, item in found.items() if item is None])
         return [found[i] or _UNDECODABLE for i in range(len(encoded))]
 
     def tensor(self, picture: Picture) -> torch.Tensor:
-        """(height, width, 3) uint8 on the decoder's device, of a picture on one background."""
+        """Return (height, width, 3) uint8 on the decoder's device, of a picture without alpha."""
         assert picture.alpha_HW1 is None
         with self._lock:
             return torch.from_dlpack(picture.pixels)
@@ -117,7 +117,7 @@ class Decoder:
         pixels = [p.pixels for p in shown]
         for row, picture in enumerate(shown):
             if picture.alpha_HW1 is not None:
-                pixels[row] = self._blended(picture, windows[row], numbers.background[row])
+                pixels[row] = self._blend_window(picture, windows[row], numbers.background[row])
                 windows[row] = [0, 0, *pixels[row].shape[:2]]
         if self._renderer is not None:
             return self._renderer.render(pixels, windows, numbers)
@@ -147,25 +147,25 @@ class Decoder:
         """(0, 3, size, size) uint8 on the device: the crops of an objective that is off."""
         return torch.empty((0, 3, size, size), dtype=torch.uint8, device=self._device)
 
-    def _by_dali(self, encoded: Sequence[bytes], idx: Sequence[int]) -> dict[int, Picture | str | None]:
-        """The items of these numbers."""
+    def _decode_with_dali(self, encoded: Sequence[bytes], idx: Sequence[int]) -> dict[int, Picture | str | None]:
+        """Decode the items of these indices."""
         with self._lock, self._context, dali.EvalMode.sync_cpu:
             return dict(zip(idx, self._decode([np.frombuffer(encoded[i], np.uint8) for i in idx]), strict=True))
 
-    def _by_pillow(self, data: bytes, failed_dali: bool = False) -> Picture | str | None:
-        """None for a picture that DALI decodes better: it has no transparent pixel, and 16 bits a channel."""
+    def _decode_with_pillow(self, data: bytes, failed_dali: bool = False) -> Picture | str | None:
+        """Decode with Pillow; None for a picture left to DALI: 16 bits a channel and no transparent pixel."""
         try:
-            image = decoded(data)
-        except Undecodable:
+            image = decode_with_pillow(data)
+        except UndecodableImage:
             return _UNDECODABLE
         if image.mode != "RGBA":
-            return None if not failed_dali and has_deep_alpha(data) else self._picture(image.convert("RGB"))
+            return None if not failed_dali and has_16_bit_alpha(data) else self._to_picture(image.convert("RGB"))
         if self._background != "random":
-            return self._picture(on_colour(image, self._background))
+            return self._to_picture(blend_on_colour(image, self._background))
         alpha_HW1 = torch.from_numpy(np.array(image.getchannel("A")))[:, :, None].to(self._device)
-        return replace(self._picture(image.convert("RGB")), alpha_HW1=alpha_HW1)
+        return replace(self._to_picture(image.convert("RGB")), alpha_HW1=alpha_HW1)
 
-    def _picture(self, image: Image.Image) -> Picture:
+    def _to_picture(self, image: Image.Image) -> Picture:
         pixels: Any = np.array(image)
         if self.device == "cpu":
             pixels = torch.from_numpy(pixels)
@@ -190,8 +190,8 @@ class Decoder:
             tensors = [torch.from_dlpack(tensor) for tensor in tensors]
         return [Picture(tensor, *tensor.shape[:2]) for tensor in tensors]
 
-    def _blended(self, picture: Picture, window: NDArray[np.int64], colour: NDArray[np.uint8]) -> Any:
-        """A window of a picture with a colour behind it, in the form of Picture.pixels."""
+    def _blend_window(self, picture: Picture, window: NDArray[np.int64], colour: NDArray[np.uint8]) -> Any:
+        """Cut a window of a picture with alpha and blend it over a colour; returns the form of Picture.pixels."""
         top, left, bottom, right = window.tolist()
         assert picture.alpha_HW1 is not None
         alpha_HW1, colour_3 = picture.alpha_HW1[top:bottom, left:right], torch.from_numpy(colour)
@@ -214,7 +214,7 @@ class Decoder:
 
 
 def blend(pixels_HW3: torch.Tensor, alpha_HW1: torch.Tensor, colour_3: torch.Tensor) -> torch.Tensor:
-    """Pixels over a colour, rounded to the nearest whole number: what data.pillow_pictures.on_colour gives."""
+    """Blend pixels over a colour, rounding to the nearest integer: bit-equal to data.pillow_decoder.blend_on_colour."""
     colour, alpha = colour_3.to(pixels_HW3.device).int(), alpha_HW1.int()
     return ((pixels_HW3.int() * alpha + colour * (255 - alpha) + 127) // 255).to(torch.uint8)
 

@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from configs import UserError
-from data.caption_sources import Captions
-from data.image_files import Files, splits, stem
-from data.picture_types import IMAGE_EXTS, refused_name
+from data.caption_sources import TABLE_SUFFIXES, Captions
+from data.image_files import FileList, folder_splits, stem
+from data.image_types import IMAGE_EXTS, unsupported_type
 from data.pictures import Picture, Unusable, load_picture
 from data.processes import map_in_order
 from data.sample import Plan, Sample
 from data.synthetic.grammar import with_article
 
-NOT_REPORTED = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".md")  # tables and notes beside the images
-WORTH_A_POOL = 16 << 20  # bytes of images; below it, starting processes takes longer than decoding
+NOT_REPORTED = (*TABLE_SUFFIXES, ".md")  # tables and notes beside the images
+MIN_POOL_BYTES = 16 << 20  # bytes of images; below it, starting processes takes longer than decoding
 HELD_OUT_SHARE = 0.02
 
 README = """\
@@ -46,7 +46,7 @@ classes, and `captions` where an image has several: data.caption=json:captions d
 
 
 def class_table(names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The classes of classes.json for images of these classes, in the order of their labels."""
+    """Return the entries of classes.json for the classes of these images, in the order of their labels."""
     found = sorted(set(names.values()))
     return [{"name": c, "prompts": [f"a photo of {with_article(c)}", with_article(c), c]} for c in found]
 
@@ -61,7 +61,7 @@ class ImageFolder:
     def __init__(
         self,
         source: Path,
-        files: Files,
+        files: FileList,
         captions: Captions,
         max_side: int | None = None,
         classes: Mapping[str, str] | None = None,
@@ -75,7 +75,7 @@ class ImageFolder:
                 + "; give the directory that holds the images"
             )
         self.names = sorted(files.images, key=_shuffled)
-        self.captions = captions.of(files.images)
+        self.captions = captions.matched_to(files.images)
         self.captioned = [name for name in self.names if name in self.captions.texts]
         self.class_of = classes or {}
         self.classes = class_table(self.class_of)
@@ -89,14 +89,14 @@ class ImageFolder:
             )
 
     def split(self, held_out_share: float | None) -> dict[str, list[str]]:
-        """The names of each split, of images that have captions.
+        """Return the names of the captioned images of each split.
 
-        A share above 0 holds out one image at least, and always leaves one. Where the folders are splits they decide.
+        Split folders decide where there are any. Else a share above 0 holds out at least one image and leaves one.
         """
-        if self.splits:
+        if self.split_of_folder:
             of_split: dict[str, list[str]] = {"train": [], "held_out": []}
             for name in self.captioned:
-                of_split[self.splits.get(name.partition("/")[0], "train")].append(name)
+                of_split[self.split_of_folder.get(name.partition("/")[0], "train")].append(name)
             return of_split
         share = HELD_OUT_SHARE if held_out_share is None else held_out_share
         count = max(1, round(len(self.captioned) * share)) if share else 0
@@ -104,9 +104,9 @@ class ImageFolder:
         return {"train": self.captioned[count:], "held_out": self.captioned[:count]}
 
     @cached_property
-    def splits(self) -> dict[str, str]:
-        """Top folder -> its split, where there are folders of both."""
-        found = splits(self.names)
+    def split_of_folder(self) -> dict[str, str]:
+        """Top folder -> train or held_out; empty unless there are folders of both."""
+        found = folder_splits(self.names)
         return found if len(set(found.values())) == 2 else {}
 
     def fingerprint(self) -> str:
@@ -123,7 +123,7 @@ class ImageFolder:
     def samples(self, names: list[str]) -> Iterator[Sample]:
         """The samples of these images in order; images that give none are added to `skipped`."""
         num_bytes = sum(path.stat().st_size for name in names if (path := self.source / name).is_file())
-        workers = self.workers if num_bytes >= WORTH_A_POOL else 1
+        workers = self.workers if num_bytes >= MIN_POOL_BYTES else 1
         load = partial(_load, self.source, self.max_side)
         for name, found in zip(names, map_in_order(load, names, workers), strict=True):
             if isinstance(found, Unusable):
@@ -153,16 +153,16 @@ class ImageFolder:
             (name, self.captions.refused.get(name, missing)) for name in self.names if name not in self.captions.texts
         ]
 
-    def _without_image(self, files: Files) -> list[tuple[str, str]]:
-        """Files that are neither image nor caption, folders not gone into, and captions of images that are missing."""
+    def _without_image(self, files: FileList) -> list[tuple[str, str]]:
+        """List files that are neither image nor caption, folders that were not read, and captions without an image."""
         known = set(self.names)
         skipped = [(name, "caption without image") for name in sorted(self.captions.texts.keys() - known)]
         skipped += [(name, reason) for name, reason in sorted(self.captions.refused.items()) if name not in known]
-        pictures = [name for name in files.names if name in known or refused_name(name)]
+        pictures = [name for name in files.names if name in known or unsupported_type(name)]
         stems = set(map(stem, pictures))
         for name in files.names:
             is_caption = name.lower().endswith(".txt") and stem(name) in stems
-            if reason := refused_name(name):
+            if reason := unsupported_type(name):
                 skipped.append((name, reason))
             elif name not in known and not is_caption and not name.lower().endswith(NOT_REPORTED):
                 skipped.append((name, "not an image format"))
@@ -170,15 +170,15 @@ class ImageFolder:
 
 
 def folder_plan(images: ImageFolder, held_out_share: float | None, shard_size: int, vocab: int | None) -> Plan:
-    """The corpus of an image folder. Raises UserError for a share where the folders are splits."""
-    if images.splits and held_out_share is not None:
+    """Return the plan of an image folder's corpus. Raises UserError for a share where the folders are splits."""
+    if images.split_of_folder and held_out_share is not None:
         raise UserError(
             f"--held-out-share {held_out_share}: the folders of {images.source} are splits ("
-            + ", ".join(f"{folder}: {split}" for folder, split in images.splits.items())
-            + "), which say what is held out; leave it out, or rename the folders"
+            + ", ".join(f"{folder}: {split}" for folder, split in images.split_of_folder.items())
+            + "), which decide what is held out; leave it out, or rename the folders"
         )
     names = images.split(held_out_share)
-    share = None if images.splits else HELD_OUT_SHARE if held_out_share is None else held_out_share
+    share = None if images.split_of_folder else HELD_OUT_SHARE if held_out_share is None else held_out_share
     options = {"held_out_share": share, "shard_size": shard_size, "vocab": vocab}
 
     def files() -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""A look at an encoded picture before it is decoded: is it one we can read, whole, and not too large? Which decoder?
+"""Check an encoded image before decoding: supported type, complete, not too large; and choose its decoder.
 
 Decoding is the dear part, and one undecodable picture fails a whole decoder batch. Most bad files show it in
 their first and last bytes, at about 0.1 ms each. A file of a few bytes can claim any number of pixels, and decoders
 take memory for what is claimed: the limit is held against the header, before anything is decoded.
 
     refusal(b"<!DOCTYPE html>...", max_pixels=50_000_000)     # "web page"
-    is_for_pillow(transparent_png)                            # True: DALI would drop its alpha
+    needs_pillow(transparent_png)                            # True: DALI would drop its alpha
 
-The loader, evaluation and the folder converter all ask `refusal`: what one of them refuses here, none of them reads.
+The loader, evaluation and the folder converter all call `refusal`, and so refuse the same images.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from PIL import (
 
 from data.claimed_sizes import (
     APP1,
-    BITS,
-    END,
+    BITS_PER_SAMPLE,
+    EOI,
     ORIENTATION,
     PHOTOMETRIC,
     SAMPLE_FORMAT,
-    SCAN,
+    SOS,
     TILE_WIDTH,
     claimed_pixels,
     jpeg_segments,
     png_chunks,
-    tiff_numbers,
+    tiff_tags,
     webp_chunks,
 )
-from data.picture_types import READ_TYPES, sniff
+from data.image_types import SUPPORTED_TYPES, sniff
 
 _MOST_SCANS = 64  # of a JPEG: honest ones have about ten, and every one goes through all of the picture
-_ALPHA_FLAG, _EXIF_FLAG, _MOVING_FLAG = 0x10, 0x08, 0x02  # of a WebP's VP8X chunk
-_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-_EXIF_START = b"Exif\0\0"
+_ALPHA_FLAG, _EXIF_FLAG, _ANIMATION_FLAG = 0x10, 0x08, 0x02  # of a WebP's VP8X chunk
+_PNG_IMAGE_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_EXIF_PREFIX = b"Exif\0\0"
 # Modes of Pillow that DALI decodes rightly from a TIFF; 16-bit grey only where 0 is black.
-_TIFF_OF_DALI = frozenset(["L", "RGB", "P", "CMYK", "YCbCr", "I;16", "I;16B"])
-_UNUSABLE_SAMPLES = {2: "signed pixels", 3: "floating-point pixels"}  # by TIFF's SampleFormat: no value is white
+_DALI_TIFF_MODES = frozenset(["L", "RGB", "P", "CMYK", "YCbCr", "I;16", "I;16B"])
+_UNUSABLE_SAMPLE_FORMATS = {2: "signed pixels", 3: "floating-point pixels"}  # by TIFF's SampleFormat: no value is white
 
 
 def refusal(data: bytes, max_pixels: int) -> str | None:
-    """Why the picture must not reach a decoder, in a few words; None when it may."""
+    """Return why an image must not be decoded, in a few words; None where it may be."""
     kind = sniff(data)
-    if kind not in READ_TYPES:
+    if kind not in SUPPORTED_TYPES:
         return kind
     if kind == "avif" and not AvifImagePlugin.SUPPORTED:
         return "avif image"  # a Pillow without libavif
@@ -67,7 +67,7 @@ def refusal(data: bytes, max_pixels: int) -> str | None:
     if kind == "png":
         return _png_fault(data)
     try:
-        image = opened(kind, without_metadata(kind, data))
+        image = open_header(kind, strip_metadata(kind, data))
         width, height = image.size
         fault = _tiff_fault(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
     except Exception as error:  # the plugins raise anything on hostile bytes, and all of it means this
@@ -77,58 +77,57 @@ def refusal(data: bytes, max_pixels: int) -> str | None:
     return fault or (None if _IS_WHOLE[kind](data) else "truncated image")
 
 
-def is_for_pillow(data: bytes) -> bool:
-    """Whether Pillow decodes this picture: DALI does not read its kind, drops its alpha, shows it wrongly or crashes.
+def needs_pillow(data: bytes) -> bool:
+    """Whether Pillow must decode an image that `refusal` accepts: DALI cannot, drops its alpha, is wrong or crashes.
 
-    Of a picture that `refusal` let pass. Where EXIF stands twice, in a moving PNG or in a TIFF of tiles, DALI sizes a
-    picture by one reader and turns it by another, beyond the ends of its memory.
+    With EXIF twice, in an animated PNG or in a tiled TIFF, DALI takes the size and the orientation from different
+    parsers, and writes beyond its memory.
     """
     kind = sniff(data)
     if kind == "jpeg":
-        return len(_exifs(kind, data)) > 1
+        return len(_exif_blocks(kind, data)) > 1
     if kind == "png":
-        return _has_png_alpha(data) or len(exifs := _exifs(kind, data)) > 1 or (bool(exifs) and is_moving(data))
+        return _has_png_alpha(data) or len(exifs := _exif_blocks(kind, data)) > 1 or (bool(exifs) and is_animated(data))
     if kind == "webp":
-        return _is_webp_for_pillow(data)
+        return _webp_needs_pillow(data)
     if kind in ("bmp", "tiff"):
         try:
-            return _is_wrong_in_dali(opened(kind, data))
-        except Exception:  # it was not asked for a refusal: DALI finds out
+            return _is_wrong_in_dali(open_header(kind, data))
+        except Exception:  # a malformed file: DALI refuses it
             return False
     return kind in ("avif", "gif")
 
 
-def has_deep_alpha(data: bytes) -> bool:
-    """Whether it is a PNG or TIFF with alpha and 16 bits a channel, of which Pillow cuts the lower eight off."""
+def has_16_bit_alpha(data: bytes) -> bool:
+    """Whether it is a PNG or TIFF with alpha and 16 bits a channel, which Pillow cuts to 8."""
     kind = sniff(data)
     if kind == "png":
         return data[24] == 16 and _has_png_alpha(data)
     if kind != "tiff":
         return False
-    image = opened(kind, data)
+    image = open_header(kind, data)
     assert isinstance(image, TiffImagePlugin.TiffImageFile)
-    return image.mode == "RGBA" and max(image.tag_v2.get(BITS, (8,))) == 16
+    return image.mode == "RGBA" and max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) == 16
 
 
-def opened(kind: str, data: bytes) -> Image.Image:
-    """Pillow's view of the header. Raises anything on hostile bytes.
+def open_header(kind: str, data: bytes) -> Image.Image:
+    """Open an image with Pillow, reading its header alone. Raises any exception on malformed bytes.
 
-    The plugins' own classes, not Image.open: that one tries every format and warns about large pictures, which are ours
-    to refuse.
+    By the plugins' own classes: Image.open tries every format and warns about large images, which `refusal` handles.
     """
     image: Image.Image = _PLUGINS[kind](io.BytesIO(data))
     return image
 
 
-def without_metadata(kind: str, data: bytes) -> bytes:
-    """A PNG or WebP of the picture alone; other kinds as they are.
+def strip_metadata(kind: str, data: bytes) -> bytes:
+    """Remove all but the pixels and what decodes them from a PNG or WebP; return other types unchanged.
 
-    Text of any length, profiles and chunks that a writer did not fill up make Pillow refuse a whole picture for them.
+    Pillow refuses a whole image for long texts, profiles and chunks without their padding.
     """
     if kind == "png":
-        kept = [data[at - 8 : at + length + 4] for kind, at, length in png_chunks(data) if kind in _PNG_PIXELS]
+        kept = [data[at - 8 : at + length + 4] for kind, at, length in png_chunks(data) if kind in _PNG_IMAGE_CHUNKS]
         return data[:8] + b"".join(kept)
-    if kind != "webp" or data[12:16] != b"VP8X" or data[20] & _MOVING_FLAG:
+    if kind != "webp" or data[12:16] != b"VP8X" or data[20] & _ANIMATION_FLAG:
         return data
     flags = bytes([data[20] & _ALPHA_FLAG])
     chunks = [b"VP8X\x0a\0\0\0" + flags + data[21:30]]
@@ -139,65 +138,65 @@ def without_metadata(kind: str, data: bytes) -> bytes:
     return b"RIFF" + len(body).to_bytes(4, "little") + body
 
 
-def is_moving(data: bytes) -> bool:
-    """Whether a PNG or WebP has several frames, of which the first is shown."""
+def is_animated(data: bytes) -> bool:
+    """Whether a PNG or WebP has several frames, of which the first is decoded."""
     if sniff(data) == "png":
         return any(kind == b"acTL" for kind, _, _ in png_chunks(data))
-    return sniff(data) == "webp" and data[12:16] == b"VP8X" and bool(data[20] & _MOVING_FLAG)
+    return sniff(data) == "webp" and data[12:16] == b"VP8X" and bool(data[20] & _ANIMATION_FLAG)
 
 
-def orientation(kind: str, data: bytes) -> int:
-    """How a JPEG, PNG or WebP is to be turned, by the numbers of EXIF; 1 for not at all.
+def exif_orientation(kind: str, data: bytes) -> int:
+    """Return the EXIF orientation of a JPEG, PNG or WebP; 1, upright, without one.
 
-    As DALI reads it, so that all decoders turn alike: the first EXIF counts, its number as 16 bits, and neither XMP nor
-    the text in which some PNGs hide EXIF.
+    As DALI reads it, so that all decoders agree: the first EXIF block counts, its value as 16 bits; XMP and EXIF in
+    text chunks of PNGs do not.
     """
-    found = next(iter(_exifs(kind, data)), b"")
-    return next((number for tag, number in tiff_numbers(found, "H") if tag == ORIENTATION), 1)
+    found = next(iter(_exif_blocks(kind, data)), b"")
+    return next((number for tag, number in tiff_tags(found, "H") if tag == ORIENTATION), 1)
 
 
-def _exifs(kind: str, data: bytes) -> list[bytes]:
-    """Every EXIF of a picture, in order."""
+def _exif_blocks(kind: str, data: bytes) -> list[bytes]:
+    """Return every EXIF block of an image, in order."""
     if kind == "jpeg":
         found = []
         for marker, start, length in jpeg_segments(data):
-            if marker == SCAN:
+            if marker == SOS:
                 break
-            if marker == APP1 and data.startswith(_EXIF_START, start):
-                found.append(data[start : start + length].removeprefix(_EXIF_START))
+            if marker == APP1 and data.startswith(_EXIF_PREFIX, start):
+                found.append(data[start : start + length].removeprefix(_EXIF_PREFIX))
         return found
     if kind == "png":
         return [data[start : start + length] for kind, start, length in png_chunks(data) if kind == b"eXIf"]
     if kind == "webp" and data[12:16] == b"VP8X" and data[20] & _EXIF_FLAG:
         chunks = [data[start : start + length] for kind, start, length in webp_chunks(data) if kind == b"EXIF"]
-        return [chunk.removeprefix(_EXIF_START) for chunk in chunks]  # which only a JPEG should have
+        return [chunk.removeprefix(_EXIF_PREFIX) for chunk in chunks]  # a prefix that is only right in a JPEG
     return []
 
 
-def has_damaged_chunk(data: bytes) -> bool:
-    """Whether a checksum of a PNG's pixels does not hold: Pillow does not look at it, and shows other pixels."""
+def has_bad_png_checksum(data: bytes) -> bool:
+    """Whether a checksum of a PNG's image chunks is wrong: Pillow ignores it and would decode wrong pixels."""
     return any(
         zlib.crc32(data[start - 4 : start + length]) != int.from_bytes(data[start + length : start + length + 4], "big")
         for kind, start, length in png_chunks(data)
-        if kind in _PNG_PIXELS[:-1]
+        if kind in _PNG_IMAGE_CHUNKS[:-1]
     )
 
 
 def _has_too_many_scans(data: bytes) -> bool:
-    """Of the picture itself: the bytes of a scan's marker occur by chance in films and profiles."""
+    """Whether a JPEG itself has too many scans: the bytes of the marker also occur by chance in films and profiles."""
     if data.count(b"\xff\xda") <= _MOST_SCANS:
         return False
     scans = 0
     for marker, _, _ in jpeg_segments(data):
-        scans += marker == SCAN
+        scans += marker == SOS
         if scans > _MOST_SCANS:
             return True
     return False
 
 
 def _is_whole_jpeg(data: bytes) -> bool:
-    """It ends with the marker of the end, or has one where its last scan ends; anything may follow that."""
-    return data.endswith(b"\xff\xd9") or any(marker == END for marker, _, _ in jpeg_segments(data))
+    """Whether a JPEG has an end marker, at the end of the file or after its last scan; anything may follow."""
+    return data.endswith(b"\xff\xd9") or any(marker == EOI for marker, _, _ in jpeg_segments(data))
 
 
 def _png_fault(data: bytes) -> str | None:
@@ -211,7 +210,7 @@ def _png_fault(data: bytes) -> str | None:
 
 
 def _is_whole_webp(data: bytes) -> bool:
-    """Its pixels are there; of what follows them a writer may have left out the last filling byte."""
+    """Whether a WebP's pixels are complete; some writers leave out the last padding byte after them."""
     end = int.from_bytes(data[4:8], "little") + 8
     pixels = [start + length for kind, start, length in webp_chunks(data) if kind in (b"VP8 ", b"VP8L", b"ANMF")]
     return len(data) >= end or (bool(pixels) and max(pixels) <= len(data))
@@ -223,8 +222,8 @@ def _is_whole_bmp(data: bytes) -> bool:
 
 def _tiff_fault(image: TiffImagePlugin.TiffImageFile) -> str | None:
     for sample_format in image.tag_v2.get(SAMPLE_FORMAT, ()):
-        if sample_format in _UNUSABLE_SAMPLES:
-            return _UNUSABLE_SAMPLES[sample_format]
+        if sample_format in _UNUSABLE_SAMPLE_FORMATS:
+            return _UNUSABLE_SAMPLE_FORMATS[sample_format]
     return "32-bit pixels" if image.mode == "I" else None
 
 
@@ -237,8 +236,8 @@ def _has_png_alpha(data: bytes) -> bool:
     return False
 
 
-def _is_webp_for_pillow(data: bytes) -> bool:
-    """It has alpha or EXIF: looking for the latter DALI does not skip the byte that fills up a chunk of odd length."""
+def _webp_needs_pillow(data: bytes) -> bool:
+    """Whether a WebP has alpha or EXIF, for which DALI does not skip the padding of chunks of odd length."""
     if data[12:16] == b"VP8L":
         return bool(int.from_bytes(data[21:25], "little") >> 28 & 1)
     return data[12:16] == b"VP8X" and bool(data[20] & (_ALPHA_FLAG | _EXIF_FLAG))
@@ -250,7 +249,7 @@ def _is_wrong_in_dali(image: Image.Image) -> bool:
     if TILE_WIDTH in image.tag_v2 and image.tag_v2.get(ORIENTATION, 1) != 1:
         return True
     is_white_zero = image.mode.startswith("I") and image.tag_v2.get(PHOTOMETRIC) == 0
-    return image.mode not in _TIFF_OF_DALI or is_white_zero or image.tag_v2.get(BITS) == (12,)
+    return image.mode not in _DALI_TIFF_MODES or is_white_zero or image.tag_v2.get(BITS_PER_SAMPLE) == (12,)
 
 
 _PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
@@ -266,7 +265,7 @@ _IS_WHOLE: dict[str, Callable[[bytes], bool]] = {
     "jpeg": _is_whole_jpeg,
     "webp": _is_whole_webp,
     "bmp": _is_whole_bmp,
-    # no end marker that can be relied on: the decoder finds out
+    # no reliable end marker: the decoder detects truncation
     "tiff": lambda data: True,
     "avif": lambda data: True,
     "gif": lambda data: True,

@@ -47,8 +47,8 @@ class Health:
     """The bad samples of one process. Thread-safe.
 
     `corpus_size` counts the samples the index kept and `left_out` those it did not. `log` (jsonl) gets each
-    bad sample once, over resumed runs and over ranks that share the file too; `lines` is that file. `hint` makes
-    the end of the error's text from the counts.
+    bad sample once, over resumed runs and over ranks that share the file too; `lines` is that file. `hint` gives
+    the end of the error message from the counts.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class Health:
         share_met = self._num_bad_positions / max(self._num_positions, 1)
         return share_left_out + (1 - share_left_out) * min(1.0, share_met + self._share_lost)
 
-    def check(self) -> None:
-        """Raises TooManyBadSamples where more are bad than the share allows: at the start of a run, by its index."""
+    def check_share(self) -> None:
+        """Raise TooManyBadSamples where the share of bad samples is too large, as by those the index left out."""
         if self.share > self.max_bad_share:
             raise self._stop()
 
     @property
     def num_logged(self) -> int:
-        """Bad samples that the log is known to have."""
+        """Number of bad samples that this process has logged."""
         return len(self._logged)
 
     def served(self, num_positions: int, num_bad: int) -> None:
@@ -104,7 +104,7 @@ class Health:
             raise self._stop()
 
     def check_lost(self) -> None:
-        """Raises TooManyBadSamples where what storage lost is above the limit by itself."""
+        """Raise TooManyBadSamples where the share of unreadable samples alone is above the limit."""
         if self._share_lost > self.max_bad_share:
             raise self._stop()
 

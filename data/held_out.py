@@ -5,8 +5,8 @@
         batch.images, batch.labels            # (128, 3, 256, 256) uint8, (128,) int64
 
 A label is the number in field `label` of a sample's .json member, or in its .cls member, as webdataset writes it; or
-the name of a class there, which a class table numbers (data/labels.py). Captions are not read. The picture is its
-centred square, cut and resized as the field's published figures have it (data/adm_crop.py).
+the name of a class there, which is looked up in a class table (data/labels.py). Captions are not read. The picture is
+its centred square, cut and resized as the field's published figures have it (data/adm_crop.py).
 
 Ranks share the work: rank r of W reads the samples r, r + W, ... of the same list, so `positions` says where a row
 belongs among all of them.
@@ -27,7 +27,7 @@ from configs.data import WHITE, Colour
 from configs.system import System
 from data.adm_crop import adm_crop
 from data.decode import Decoder, Picture
-from data.labels import ClassNumbers
+from data.labels import ClassIndex
 from data.patience import Unreadable
 from data.reading import read_sample
 from data.shards import BadMember, Sample, Shards
@@ -89,7 +89,7 @@ class HeldOut:
         cache_dir = system.loader.cache_dir
         self.shards = Shards(expand(patterns, cache_dir, key), None, cache_dir, tries=system.loader.tries)
         self.bad: Counter[str] = Counter()
-        self.classes = ClassNumbers(classes or Path(self.shards.names[0]).parent / "classes.json")
+        self.classes = ClassIndex(classes or Path(self.shards.names[0]).parent / "classes.json")
         self._decoder = Decoder(system.loader.device, system.loader.threads, background)
         self._starts = np.concatenate([[0], np.cumsum(self.shards.sizes)])
         total = int(self._starts[-1])

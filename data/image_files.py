@@ -1,9 +1,9 @@
-"""The files under a directory: which of them are images, and what their folders say of split and class.
+"""List the files under a directory: which are images, and which split and class their folders name.
 
 files = list_files(Path("photos"))
 files.images                                   # ("train/red_fox/1.jpg", "train/red_fox/2.jpg", "val/red_fox/3.jpg")
-splits(files.images)                           # {"train": "train", "val": "held_out"}
-classes(files.images, level=None)              # {"train/red_fox/1.jpg": "red fox", ...}
+folder_splits(files.images)                           # {"train": "train", "val": "held_out"}
+folder_classes(files.images, level=None)              # {"train/red_fox/1.jpg": "red fox", ...}
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from configs import UserError
-from data.picture_types import is_picture_name
+from data.image_types import is_image_name
 
-LEVELS = ("first", "last")  # which of nested folders names the class: torchvision's way, and Hugging Face's
+CLASS_LEVELS = ("first", "last")  # which of nested folders names the class: torchvision's way, and Hugging Face's
 _SPLIT = re.compile(  # train, Val, train2017, test_images
     r"(?:(?P<train>train|training)|(?P<held_out>val|valid|validation|test|testing|dev|eval|held[-_ ]?out))"
     r"(?:[-_ ]?(?:\d{4}|set|split|data|images))?",
@@ -28,20 +28,20 @@ _SPLIT = re.compile(  # train, Val, train2017, test_images
 
 
 @dataclass(frozen=True)
-class Files:
-    """Relative paths with slashes, sorted; `left_out` has (path, reason) of what was seen and not looked into."""
+class FileList:
+    """The files under a directory: sorted relative paths; `left_out` has (path, reason) of what was skipped."""
 
     names: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
 
     @cached_property
     def images(self) -> tuple[str, ...]:
-        """Those that their names call images."""
-        return tuple(filter(is_picture_name, self.names))
+        """The files whose extension is that of a supported image type."""
+        return tuple(filter(is_image_name, self.names))
 
 
-def list_files(source: Path) -> Files:
-    """Goes through all folders below, linked ones too, but hidden ones. Raises UserError where `source` is none."""
+def list_files(source: Path) -> FileList:
+    """List all files below a directory, also through links, except hidden ones. Raises UserError for no directory."""
     if not source.is_dir():
         raise UserError(f"{source} is not a directory: give the directory that holds the images")
     names: list[str] = []
@@ -62,12 +62,12 @@ def list_files(source: Path) -> Files:
                 folders.remove(name)
         folders.sort()
         names += [above + name for name in files if not name.startswith(".")]
-        left_out += [(above + name, "hidden file") for name in files if name.startswith(".") and is_picture_name(name)]
-    return Files(tuple(sorted(names)), tuple(sorted(left_out)))
+        left_out += [(above + name, "hidden file") for name in files if name.startswith(".") and is_image_name(name)]
+    return FileList(tuple(sorted(names)), tuple(sorted(left_out)))
 
 
 def _folder_fault(path: str, source: Path, linked: set[str]) -> str | None:
-    """Why a folder is not gone into: no picture is taken twice, and no walk goes in circles."""
+    """Return why a folder is not read: hidden, or a link to one already read, which would repeat images or loop."""
     if os.path.basename(path).startswith("."):
         return "hidden folder"
     if not os.path.islink(path):
@@ -81,37 +81,42 @@ def _folder_fault(path: str, source: Path, linked: set[str]) -> str | None:
 
 
 def stem(name: str) -> str:
-    """What an image and its caption's file have in common: the path without its last extension, in one form."""
-    return composed(PurePosixPath(name).with_suffix("").as_posix())
+    """Return the path without its last extension, in NFC: equal for an image and its caption file."""
+    return to_nfc(PurePosixPath(name).with_suffix("").as_posix())
 
 
-def composed(name: str) -> str:
-    """The same name in the Unicode form NFC: macOS and tables of other systems write one accent in two ways."""
+def to_nfc(name: str) -> str:
+    """Normalise a name to Unicode NFC: macOS stores accents decomposed, other systems do not."""
     return unicodedata.normalize("NFC", name)
 
 
-def splits(names: Sequence[str]) -> dict[str, str]:
-    """Top folder -> train or held_out, where the top folders are splits; empty where they are anything else.
+def words_of(name: str) -> str:
+    """Replace underscores and hyphens by spaces: 'golden_retriever' -> 'golden retriever'; "" for separators alone."""
+    return " ".join(to_nfc(name).replace("_", " ").replace("-", " ").split())
 
-    They are where all are named like splits, or some like train and some like val or test.
+
+def folder_splits(names: Sequence[str]) -> dict[str, str]:
+    """Map top folders that are splits to train or held_out; return {} where the top folders are not splits.
+
+    They are splits if all are named like one, or if some are named like train and some like val or test.
     """
     tops = {name.partition("/")[0] for name in names if "/" in name}
     found = {top: split for top in sorted(tops) if (split := _split_of(top))}
     return found if len(found) == len(tops) or len(set(found.values())) == 2 else {}
 
 
-def classes(names: Sequence[str], level: str | None) -> dict[str, str]:
-    """Image -> class, the folder that it lies in, as words; images outside any folder have none.
+def folder_classes(names: Sequence[str], level: str | None) -> dict[str, str]:
+    """Map each image to its class: the name of its folder as words. Images outside any folder have none.
 
-    `level` says which of nested folders it is, the first or the last one. Raises UserError where that is not said and
-    matters, and where no image lies in a folder but that of a split.
+    `level` chooses the first or the last of nested folders. Raises UserError where folders are nested and `level` is
+    None, and where no image lies in a class folder.
     """
-    tops = splits(names)
+    tops = folder_splits(names)
     folders = {name: _class_folders(name, tops) for name in names}
     if not any(folders.values()):
         shown = next(iter(folders), "")
         raise UserError(
-            f"--caption-from-folder: no image lies in the folder of a class ({shown!r}, and {len(folders) - 1} more): "
+            f"--caption-from-folder: no image lies in a class folder ({shown!r}, and {len(folders) - 1} more): "
             "captions are made of folder names, as in red_fox/1.jpg; make such folders, or give --captions FILE, or "
             "cat.txt beside cat.jpg"
         )
@@ -121,7 +126,9 @@ def classes(names: Sequence[str], level: str | None) -> dict[str, str]:
                 f"--caption-from-folder: {name} lies in {len(parts)} folders, so its class could be {parts[0]!r} or "
                 f"{parts[-1]!r}; say which with --class-folder first or last"
             )
-    return {name: _as_words(parts[-1 if level == "last" else 0]) for name, parts in folders.items() if parts}
+    class_idx = -1 if level == "last" else 0
+    class_folders = {name: parts[class_idx] for name, parts in folders.items() if parts}
+    return {name: words_of(folder) or folder for name, folder in class_folders.items()}
 
 
 def _split_of(folder: str) -> str | None:
@@ -130,17 +137,13 @@ def _split_of(folder: str) -> str | None:
 
 
 def _class_folders(name: str, tops: dict[str, str]) -> list[str]:
-    """The folders of an image that may name its class."""
+    """Return the folders of an image that may name its class: all but a split."""
     parts = name.split("/")[:-1]
     if not parts or not tops:
         return parts
     if parts[0] not in tops:
         raise UserError(
-            f"--caption-from-folder: {name} lies beside the splits {', '.join(tops)}, in {parts[0]!r}, which is none: "
-            "either all top folders are splits or none is; move it into one"
+            f"--caption-from-folder: {name} lies beside the splits {', '.join(tops)}, in {parts[0]!r}, which is no "
+            "split: either all top folders are splits or none is; move it into one"
         )
     return parts[1:]
-
-
-def _as_words(folder: str) -> str:
-    return " ".join(composed(folder).replace("_", " ").replace("-", " ").split()) or folder

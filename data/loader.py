@@ -76,7 +76,7 @@ class Loader:
         return self._ahead.wait_seconds
 
     def batch(self, step: int) -> Batch:
-        """This rank's rows of a step, in the iteration that runs."""
+        """Return this rank's rows of a step, with the offset of the current iteration."""
         reader, sizes, config = self.reader, self.config.batch, self.config.views
         rows = reader.rows(reader.positions(step, sizes.clip, self._offset))
         num_ssl = sizes.ssl // reader.world_size
@@ -96,7 +96,7 @@ class Loader:
     def iterate(self, start_step: int = 0, offset: int = 0) -> Iterator[Batch]:
         """The batches from `start_step` on, without end, made ahead; one iteration at a time.
 
-        Step s begins at position offset + s * batch.clip; other than 0 after a resume with another batch.
+        Step s begins at position offset + s * batch.clip; the offset is not 0 after a resume with another batch.
         """
         self._ahead.close()
         self._offset = offset

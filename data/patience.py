@@ -32,7 +32,7 @@ class Unreadable(Exception):
 
 
 class RetryLater(OSError):
-    """A server is busy now. It says after how many `seconds` to ask again; 0 where it says nothing."""
+    """A server is busy. `seconds` is the wait that it requests, 0 without one."""
 
     def __init__(self, message: str, seconds: float = 0.0) -> None:
         super().__init__(message)
@@ -54,8 +54,8 @@ class Patience:
                 return action()
             except OSError as error:  # noqa: PERF203 - trying again is what the loop is for
                 tried += 1
-                asked = error.seconds if isinstance(error, RetryLater) else 0.0
-                seconds = max(wait_seconds(tried), min(asked, _LONGEST_WAIT_SECONDS))
+                requested = error.seconds if isinstance(error, RetryLater) else 0.0
+                seconds = max(wait_seconds(tried), min(requested, _LONGEST_WAIT_SECONDS))
                 if isinstance(error, at_once) or tried == self.tries or self._is_over.wait(seconds):
                     raise
 

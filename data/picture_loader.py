@@ -65,7 +65,7 @@ class PictureLoader:
         return self._ahead.wait_seconds
 
     def batch(self, step: int) -> PictureBatch:
-        """This rank's pictures of a step, in the iteration that runs."""
+        """Return this rank's pictures of a step, with the offset of the current iteration."""
         rows = self.reader.rows(self.reader.positions(step, self._batch, self._offset))
         images = self.reader.render(rows, ["image"], self._views)
         return PictureBatch(images, step, tuple(row.sample.key for row in rows))

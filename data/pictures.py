@@ -1,8 +1,8 @@
 """An image file -> bytes a shard may hold, or the reason why not.
 
 Bytes are kept as they are where the format is jpg, png or webp, because encoding again only loses; other
-formats become PNG. Transparency is kept: the run that reads the shard chooses its background (data.background). Every
-image is checked as the loader checks it and decoded once, so that damage shows here and not in the middle of a
+formats become PNG. Transparency is kept: the run that reads the shard sets the background (data.background). Every
+image passes the check of the loader and is decoded once, so that damage is found here and not in the middle of a
 training run.
 
     load_picture(Path("scan.tif"), max_side=None)     # (b"\\x89PNG...", "png", (2480, 3508))
@@ -20,20 +20,20 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from configs.data import Pictures
-from data.headers import is_moving, refusal
-from data.picture_types import sniff
-from data.pillow_pictures import Undecodable, decoded
+from data.headers import is_animated, refusal
+from data.image_types import sniff
+from data.pillow_decoder import UndecodableImage, decode_with_pillow
 
 if TYPE_CHECKING:
     from data.decode import Decoder
 
-KEPT = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # type of data.picture_types -> member extension
+KEPT = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # type of data.image_types -> member extension
 ENCODERS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-_MOST_TO_SHRINK = 178_956_970  # pixels held at a time to make a picture smaller: 0.7 GB
-_MOST_TO_KEEP: int = Pictures.model_fields["max_pixels"].default
-_of_the_loader = threading.Lock()  # one decoder for all threads, made once
+_MOST_PIXELS_TO_SHRINK = 178_956_970  # pixels held at a time to make a picture smaller: 0.7 GB
+_MOST_PIXELS_TO_KEEP: int = Pictures.model_fields["max_pixels"].default
+_decoder_lock = threading.Lock()  # the fallback decoder is shared by all threads
 
-Picture = tuple[bytes, str, tuple[int, int]]  # file bytes, member extension, (width, height) as it is shown
+Picture = tuple[bytes, str, tuple[int, int]]  # file bytes, member extension, (width, height) of the upright image
 
 
 class Unusable(Exception):
@@ -45,14 +45,14 @@ def load_picture(path: Path, max_side: int | None) -> Picture:
     content = _read(path)
     if not content:
         raise Unusable("empty file")
-    most = _MOST_TO_KEEP if max_side is None else _MOST_TO_SHRINK
+    most = _MOST_PIXELS_TO_KEEP if max_side is None else _MOST_PIXELS_TO_SHRINK
     reason = refusal(content, most)
     if reason == "too many pixels":
         remedy = "; make it smaller with --max-side" if max_side is None else ""
         raise Unusable(f"{reason}: above the {most:,} that a run reads{remedy}")
     if reason is not None:
         raise Unusable(reason)
-    return _keep_or_encode(_decoded(content), content, max_side)
+    return _keep_or_encode(_decode(content), content, max_side)
 
 
 def _read(path: Path) -> bytes:
@@ -64,12 +64,12 @@ def _read(path: Path) -> bytes:
         raise Unusable(f"cannot be read: {error.strerror}") from None
 
 
-def _decoded(content: bytes) -> Image.Image:
-    """The first frame. What Pillow cannot decode the loader's decoder judges, so that both read the same pictures."""
+def _decode(content: bytes) -> Image.Image:
+    """Decode the first frame, with Pillow or else with the loader's decoder, so that both accept the same images."""
     try:
-        return decoded(content)
-    except Undecodable as error:
-        with _of_the_loader:
+        return decode_with_pillow(content)
+    except UndecodableImage as error:
+        with _decoder_lock:
             [found] = _loader_decoder().decode([content])
         if isinstance(found, str):
             raise Unusable(f"{found}: {error}") from None
@@ -78,16 +78,16 @@ def _decoded(content: bytes) -> Image.Image:
 
 @cache
 def _loader_decoder() -> Decoder:
-    from data.decode import Decoder  # torch and DALI take seconds to import, and few folders need them
+    from data.decode import Decoder  # importing torch and DALI takes seconds
 
     return Decoder("cpu", threads=1)
 
 
 def _keep_or_encode(image: Image.Image, content: bytes, max_side: int | None) -> Picture:
-    """`image` is the first frame of `content`, upright."""
+    """Keep the bytes where type, size and number of frames allow, else encode `image`, their upright first frame."""
     extension = KEPT.get(sniff(content))
     is_small = max_side is None or max(image.size) <= max_side
-    if extension is not None and is_small and not is_moving(content):
+    if extension is not None and is_small and not is_animated(content):
         return content, extension, image.size
     if max_side is not None:
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)

@@ -1,10 +1,10 @@
-"""A function over many items by several processes: results in order, and no more of them in memory than are worked on.
+"""Map a function over items in several processes: results in order, with a bounded number in memory.
 
     for picture in map_in_order(load, names, workers=8):     # the same as map(load, names)
         ...
 
-Processes are spawned: the caller may hold threads (torch, tokenizers), which a forked child must not inherit half
-alive. An interrupt is the caller's: the processes end when it lets go of the results.
+Processes are spawned, not forked: the caller may have threads (torch, tokenizers). They ignore interrupts, which the
+caller handles, and end when the caller closes the iterator.
 """
 
 from __future__ import annotations
@@ -23,50 +23,50 @@ from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-CORES = len(os.sched_getaffinity(0))  # that this process may use
+NUM_CORES = len(os.sched_getaffinity(0))  # that this process may use
 
 
 def map_in_order(function: Callable[[T], R], items: Sequence[T], workers: int, chunk: int = 8) -> Iterator[R]:
-    """function(item) of each item, in order, `chunk` items at a time. Raises OSError where a process dies."""
+    """Yield function(item) of each item, in order, `chunk` items a task. Raises OSError where a process dies."""
     if workers == 1:
         yield from map(function, items)
         return
     starts = iter(range(0, len(items), chunk))
     waiting: deque[Future[list[R]]] = deque()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _initialise_worker)
 
     def submit(most: int) -> None:
         while len(waiting) < most and (start := next(starts, None)) is not None:
-            waiting.append(pool.submit(_apply, function, items[start : start + chunk]))
+            waiting.append(pool.submit(_map_chunk, function, items[start : start + chunk]))
 
     try:
-        with _interrupts_left_to_this_process():
-            submit(workers)  # which starts them all
+        with _children_ignore_interrupts():
+            submit(workers)  # starts all processes
         while waiting:
             submit(2 * workers)
             yield from waiting.popleft().result()
     except BrokenProcessPool:
         raise OSError(
-            "a process died at its work: it was killed, ran out of memory, or crashed on a file; see the system's log, "
-            "and run again with fewer --workers"
+            "a worker process died: it was killed, ran out of memory, or crashed on a file; see the system log, and "
+            "run again with fewer processes"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _apply(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+def _map_chunk(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     return [function(item) for item in items]
 
 
-def _prepare() -> None:
-    """In a new process. Pillow warns of odd metadata on several lines each; what does not decode is an error anyway."""
+def _initialise_worker() -> None:
+    """Prepare a new process: ignore interrupts, and warnings, of which Pillow prints many about odd metadata."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
 
 
 @contextmanager
-def _interrupts_left_to_this_process() -> Iterator[None]:
-    """Processes started inside ignore interrupts from their first moment on: children inherit what is ignored.
+def _children_ignore_interrupts() -> Iterator[None]:
+    """Make processes that are started inside ignore interrupts from the start: children inherit ignored signals.
 
     For the milliseconds it takes this process ignores them too. (A blocked signal is not lost, but multiprocessing
     unblocks it.) Only a main thread can do that; called from another, workers are deaf once their imports are done.

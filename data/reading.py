@@ -37,7 +37,7 @@ from data.storage import expand
 
 _OVERHEAD_BYTES = 1 << 20  # of an encoded picture: metadata, colour profiles, a thumbnail
 _PIXEL_BYTES = 8  # the most a pixel takes: four channels of 16 bits, not compressed
-_MOST_NAMED = 10_000  # samples that the index left out, by each rank of a run that stops at its start for them
+_MOST_LOGGED = 10_000  # left-out samples that each rank logs where they stop the run at its start
 _MAX_ATTEMPTS = 1000  # fills tried for one position: beyond, its stream has next to no readable sample
 
 
@@ -87,17 +87,11 @@ class SampleReader:
             np.array(list(known.shards.values()), np.int64) if known else None, seed,
         )  # fmt: skip
         left_out = known.bad if known else self.shards.bad
-        num_samples = int(self.shards.sizes.sum())
-        self.health = Health(data.max_bad_share, num_samples, left_out, bad_log, self.shards.caption_hint)
+        self.health = Health(
+            data.max_bad_share, int(self.shards.sizes.sum()), left_out, bad_log, self.shards.caption_hint
+        )
         self._opened: set[int] = set()  # shards whose left-out samples are written down
-        if self.health.share > data.max_bad_share:
-            self._name_left_out()
-        self.health.check()
-        if not num_samples:
-            raise UserError(
-                f"data.train holds no sample ({self.shards.summary(left_out)}): a sample is a picture, with "
-                "its caption where captions are read, under one name; python -m data.corpus writes such shards"
-            )
+        self._check_corpus()
         if corpus_file and not known:
             sizes = dict(zip(self.shards.names, self.shards.sizes.tolist(), strict=True))
             _keep(Found(sizes, left_out), corpus_file, data, caption, rank, exchange)
@@ -110,9 +104,10 @@ class SampleReader:
         self.logs = [kept.lines for kept in (self.health, log) if kept is not None and kept.lines is not None]
 
     def positions(self, step: int, batch: int, offset: int = 0) -> np.ndarray:
-        """This rank's global positions in a step of `batch` samples over all ranks, the first offset + step * batch.
+        """Return this rank's global positions in a step of `batch` samples over all ranks.
 
-        That is a multiple of data.streams; `offset` is negative where the batch has grown during the run.
+        The step begins at offset + step * batch, a multiple of data.streams; `offset` is negative where the batch has
+        grown during the run.
         """
         return offset + step * batch + np.arange(batch // self.world_size) * self.world_size + self.rank
 
@@ -125,10 +120,11 @@ class SampleReader:
         rows: list[Row | None] = [None] * len(places)
         attempts = [0] * len(places)
         num_bad = sum((place.shard_idx, place.sample_idx) in self._bad for place in places)
-        num_bad += self._try_empty(rows, places, attempts, positions)
-        self.health.served(len(rows), num_bad)  # now: where all samples are bad, looking for others takes hours
+        num_bad += self._fill_rows(rows, places, attempts, positions)
+        # Checked before substitutes are read, which takes hours where all samples are bad.
+        self.health.served(len(rows), num_bad)
         while None in rows:
-            self._try_empty(rows, places, attempts, positions)
+            self._fill_rows(rows, places, attempts, positions)
         self.health.check_lost()
         return [row for row in rows if row is not None]
 
@@ -144,7 +140,7 @@ class SampleReader:
         return self._decoder.render(pictures, views.concatenate(drawn))
 
     def summary(self) -> str:
-        """The corpus for a person: shards, samples, and what its index left out, by reason."""
+        """Return a line about the corpus: shards, samples, and how many the index left out, by reason."""
         return f"corpus: {self.shards.summary(self.health.left_out)}"
 
     def give_up(self) -> None:
@@ -157,10 +153,21 @@ class SampleReader:
         self._threads.shutdown()
         self._decoder.close()
 
-    def _try_empty(
+    def _check_corpus(self) -> None:
+        """Raise TooManyBadSamples, after logging them, for too many left-out samples, and UserError for no sample."""
+        if self.health.share > self.health.max_bad_share:
+            self._log_left_out()
+        self.health.check_share()
+        if not self.health.corpus_size:
+            raise UserError(
+                f"data.train holds no sample ({self.shards.summary(self.health.left_out)}): a sample is a picture, "
+                "with its caption where captions are read, under one name; python -m data.corpus writes such shards"
+            )
+
+    def _fill_rows(
         self, rows: list[Row | None], places: list[Place], attempts: list[int], positions: np.ndarray
     ) -> int:
-        """Reads a sample for every row that has none yet; how many were bad at their first attempt."""
+        """Try to read a sample for every empty row; return how many were bad at their first attempt."""
         empty = [i for i, row in enumerate(rows) if row is None]
         for i in empty:
             places[i], attempts[i] = self._skip_known(int(positions[i]), places[i], attempts[i])
@@ -217,13 +224,13 @@ class SampleReader:
         self._bad.add((place.shard_idx, place.sample_idx))
         self.health.met(BadSample(self.shards.key(place.shard_idx, place.sample_idx), reason, position))
 
-    def _name_left_out(self) -> None:
-        """Writes down what this rank's part of the shards leaves out, for whoever has to mend the corpus."""
+    def _log_left_out(self) -> None:
+        """Log the samples that the index left out of this rank's share of the shards."""
         if self.health.lines is None:
             return
         for shard_idx in range(self.rank, len(self.shards.names), self.world_size):
             self._write_left_out({shard_idx})
-            if self.health.num_logged > _MOST_NAMED:
+            if self.health.num_logged > _MOST_LOGGED:
                 return
 
     def _write_left_out(self, shards: set[int]) -> None:

@@ -14,12 +14,11 @@ is not writable.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,26 +31,27 @@ from configs import UserError
 from configs.command_line import CommandParser
 from configs.data import check_caption
 from data import caption_text, storage
-from data.labels import ClassNumbers, parse
+from data.labels import ClassIndex, parse_label
 from data.patience import Patience, Unreadable
+from data.processes import map_in_order
 from data.recent import Recent
 from data.remote import NotAShard
 from data.tars.headers import BLOCK
 from data.tars.indexes import Indexes, ShardIndex
 from data.tars.listing import Member, image_of, is_header_of, key_of
-from data.tars.names import named_by
+from data.tars.names import find_ext
 
 Exchange = Callable[[Any], list[Any]]
 T = TypeVar("T")
 _OPEN_FILES = 128  # tar files kept open; the usual limit of a process is 1,024
 _INDEX_THREADS = 16  # opening many sidecars waits for the disk or the network
-_STAYS = (FileNotFoundError, PermissionError, NotAShard)  # trying again would give the same
+_PERMANENT_ERRORS = (FileNotFoundError, PermissionError, NotAShard)  # trying again would give the same
 _TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise: 31 s of waiting
 # A caption may be megabytes long. No row of tokens holds more than a part of this: the rest is not even read.
 _MOST_CAPTION_BYTES = 1 << 18
-_SHOWN = 3  # shards named in a summary
-_NO_PLACE = "no place beside the shards or in the cache can be written; system.loader.cache_dir names another"
-_MOST_FIELDS, _SHOWN_FIELDS = 64, 12  # of .json members without the caption's: remembered, and named in an error
+_MOST_SHOWN_SHARDS = 3  # shards named in a summary
+_NOT_WRITABLE = "no directory for them is writable; set system.loader.cache_dir to one that is"
+_MOST_FIELDS, _SHOWN_FIELDS = 64, 12  # of .json members without the caption's field: kept, and shown in an error
 _MOST_JSON_BYTES = 1 << 22  # half of a record cannot be parsed: it is whole, or it is refused
 
 
@@ -107,7 +107,7 @@ class Shards:
         self._caption_ext = caption and caption.partition(":")[0]
         self._indexes = Indexes(self.names, self._caption_ext, disk, cache_dir, open_indexes)
         self._files = Recent(lambda shard_idx: disk.open(self.names[shard_idx]), _OPEN_FILES)
-        self._fields_seen: Counter[str] = Counter()  # of .json members that lack the caption's field
+        self._fields_seen: Counter[str] = Counter()  # fields of .json members that lack the caption's
         self.bad: Counter[str] = Counter()
         if sizes is not None:
             self.sizes = sizes
@@ -124,18 +124,18 @@ class Shards:
         self.bad = sum((reasons for _, reasons in parts), Counter())
 
     def summary(self, left_out: Counter[str]) -> str:
-        """Shards, samples, and what was left out, by reason; and which shards hold no sample."""
+        """Return a line on shards, samples, those left out by reason, and shards without a sample."""
         empty = [name for name, size in zip(self.names, self.sizes.tolist(), strict=True) if not size]
-        shown = ", ".join(empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
+        shown = ", ".join(empty[:_MOST_SHOWN_SHARDS]) + (", ..." if len(empty) > _MOST_SHOWN_SHARDS else "")
         in_memory = self._indexes.num_in_memory
         return (
-            f"{_counted(len(self.names), 'shard')}, {_counted(int(self.sizes.sum()), 'sample')}{_reasons(left_out)}"
-            + (f"; no sample in {_counted(len(empty), 'shard')}: {shown}" if empty else "")
-            + (f"; {_counted(in_memory, 'index')} in memory alone: {_NO_PLACE}" if in_memory else "")
+            f"{_count_of(len(self.names), 'shard')}, {_count_of(int(self.sizes.sum()), 'sample')}{_reasons(left_out)}"
+            + (f"; no sample in {_count_of(len(empty), 'shard')}: {shown}" if empty else "")
+            + (f"; {_count_of(in_memory, 'index')} in memory only: {_NOT_WRITABLE}" if in_memory else "")
         )
 
     def index_folder(self, shard_idx: int) -> Path | None:
-        """The directory that the index of a shard lies in; None: in memory. Raises OSError."""
+        """Return the directory of a shard's index; None for one in memory. Raises OSError."""
         return self._indexes.folder(shard_idx)
 
     def index(self, shard_idx: int) -> ShardIndex:
@@ -143,15 +143,16 @@ class Shards:
         return self._indexes.of(shard_idx)
 
     def read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None = None, epoch: int = 0) -> Sample:
-        """The bytes of one sample, and its caption in that epoch.
+        """Read the bytes of one sample, and its caption in an epoch.
 
         Raises BadMember, and Unreadable where storage does not give them.
         """
         return self._patiently(shard_idx, lambda: self._read(shard_idx, sample_idx, most_image_bytes, epoch))
 
-    def label(self, shard_idx: int, sample_idx: int, classes: ClassNumbers | None = None) -> int:
-        """The class: the number in field `label` of the .json member or in the .cls member, else that of the class name
-        there, as `classes` has it; -1 where there is neither.
+    def label(self, shard_idx: int, sample_idx: int, classes: ClassIndex | None = None) -> int:
+        """Read the class number: from field `label` of the .json member or from the .cls member; -1 without either.
+
+        A class name there is looked up in `classes`.
 
         Raises BadMember for a .json member that is none, and Unreadable.
         """
@@ -169,17 +170,17 @@ class Shards:
             return f"{self._indexes.labels[shard_idx]}/#{sample_idx}"
 
     def caption_hint(self, bad: Counter[str]) -> str:
-        """The end of an error about `bad` samples: where most lack data.caption=`caption`, what they have instead."""
+        """Return what an error about `bad` samples adds where most lack a caption: the fields or members they have."""
         if bad["missing caption"] * 2 <= bad.total():
             return ""
         if self._fields_seen:
             return (
                 f"; data.caption={self.caption} names a field that .json members lack: they have "
-                f"{_first(self._fields_seen)}; set data.caption to json:FIELD"
+                f"{_most_frequent(self._fields_seen)}; set data.caption to json:FIELD"
             )
         try:
             exts = self._indexes.caption_exts(0) if self.names else []
-        except (OSError, UserError):  # the storage fails, which the error is about
+        except (OSError, UserError):  # storage fails, as the error says already
             return ""
         if self._caption_ext in (None, *exts):
             return ""
@@ -233,38 +234,38 @@ class Shards:
         return Sample(key, self._bytes(shard_idx, image), caption_text.draw(captions, self.seed, key, epoch))
 
     def _field(self, shard_idx: int, sample_idx: int, key: str) -> object:
-        member = _member(self._members(shard_idx, sample_idx), "json")
-        return _record(self._json(shard_idx, member)).get(key) if member else None
+        member = _find_member(self._members(shard_idx, sample_idx), "json")
+        return _parse_record(self._json(shard_idx, member)).get(key) if member else None
 
-    def _label(self, shard_idx: int, sample_idx: int, classes: ClassNumbers | None) -> int:
-        of_json = parse(self._field(shard_idx, sample_idx, "label"))
-        found = [of_json] if isinstance(of_json, int) else [of_json, parse(self._cls(shard_idx, sample_idx))]
+    def _label(self, shard_idx: int, sample_idx: int, classes: ClassIndex | None) -> int:
+        of_json = parse_label(self._field(shard_idx, sample_idx, "label"))
+        found = [of_json] if isinstance(of_json, int) else [of_json, parse_label(self._cls_text(shard_idx, sample_idx))]
         for label in found:
             if isinstance(label, int):
                 return label
         name = next((label for label in found if isinstance(label, str)), None)
-        return classes.of(name, self.key(shard_idx, sample_idx)) if classes and name else -1
+        return classes.lookup(name, self.key(shard_idx, sample_idx)) if classes and name else -1
 
-    def _cls(self, shard_idx: int, sample_idx: int) -> str | None:
-        member = _member(self._members(shard_idx, sample_idx), "cls")
+    def _cls_text(self, shard_idx: int, sample_idx: int) -> str | None:
+        member = _find_member(self._members(shard_idx, sample_idx), "cls")
         try:
             return caption_text.decode(self._bytes(shard_idx, member, _MOST_CAPTION_BYTES)) if member else None
-        except caption_text.NotText:
+        except caption_text.TextDecodeError:
             return None
 
     def _captions(self, shard_idx: int, members: Sequence[Member]) -> tuple[str, ...]:
-        """The sample's captions, one at least. Raises BadMember."""
+        """Return the sample's captions, at least one. Raises BadMember."""
         assert self.caption is not None
-        member = _member(members, self._caption_ext or "")
+        member = _find_member(members, self._caption_ext or "")
         assert member is not None, "the index has left out what has no caption"
         key = self.caption.partition(":")[2]
         found = self._caption_field(shard_idx, member, key) if key else self._text(shard_idx, member)
-        if captions := caption_text.texts(found):
+        if captions := caption_text.visible_captions(found):
             return captions
         raise BadMember("empty caption")
 
     def _caption_field(self, shard_idx: int, member: Member, key: str) -> object:
-        record = _record(self._json(shard_idx, member))
+        record = _parse_record(self._json(shard_idx, member))
         if record.get(key) is None:
             if key not in record and len(self._fields_seen) < _MOST_FIELDS:
                 self._fields_seen.update(map(str, record))
@@ -276,7 +277,7 @@ class Shards:
             return caption_text.decode(
                 self._bytes(shard_idx, member, _MOST_CAPTION_BYTES), is_cut_off=member.size > _MOST_CAPTION_BYTES
             )
-        except caption_text.NotText:
+        except caption_text.TextDecodeError:
             raise BadMember("not UTF-8") from None
 
     def _json(self, shard_idx: int, member: Member) -> bytes:
@@ -314,26 +315,26 @@ class Shards:
         """Whatever cannot be counted is an error: the order of all samples hangs on the sizes."""
         name = self.names[shard_idx]
         try:
-            return self.patience(lambda: self._indexes.count(shard_idx), at_once=_STAYS)
+            return self.patience(lambda: self._indexes.count(shard_idx), at_once=_PERMANENT_ERRORS)
         except FileNotFoundError:
             raise UserError(
                 f"{name} does not exist: every named shard must; correct the pattern or upload it"
             ) from None
         except OSError as error:
-            tried = "" if isinstance(error, _STAYS) else f", tried {self.patience.tries} times"
+            tried = "" if isinstance(error, _PERMANENT_ERRORS) else f", tried {self.patience.tries} times"
             raise UserError(
                 f"{name} cannot be read ({error}){tried}: every named shard must be read "
                 "once before a run; mend the storage, or leave the shard out"
             ) from None
 
 
-def _member(members: Sequence[Member], ext: str) -> Member | None:
-    place = named_by([m.ext for m in members], ext)
+def _find_member(members: Sequence[Member], ext: str) -> Member | None:
+    place = find_ext([m.ext for m in members], ext)
     return None if place is None else members[place]
 
 
-def _record(data: bytes) -> dict[str, Any]:
-    """A .json member; empty where it holds something else than an object. Raises BadMember."""
+def _parse_record(data: bytes) -> dict[str, Any]:
+    """Parse a .json member; {} where it is not an object. Raises BadMember."""
     try:
         record = json.loads(data)
     except UnicodeDecodeError:
@@ -343,15 +344,15 @@ def _record(data: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _first(names: Counter[str]) -> str:
-    """The most frequent ones, for an error."""
+def _most_frequent(names: Counter[str]) -> str:
+    """List the most frequent names, for an error message."""
     shown = [repr(name)[:40] for name, _ in names.most_common(_SHOWN_FIELDS)]
     return ", ".join(shown) + (", ..." if len(names) > _SHOWN_FIELDS else "")
 
 
 @dataclass(frozen=True)
-class _Indexed:
-    """What the index command tells of a shard."""
+class _IndexedShard:
+    """The result of indexing one shard."""
 
     size: int
     bad: Counter[str]
@@ -379,44 +380,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     processes = max(1, min(arguments.processes, len(names)))
-    print(f"indexing {_counted(len(names), 'shard')}, {processes} at once", flush=True)
-    look = partial(_index, caption=arguments.caption, cache_dir=arguments.cache_dir)
-    if processes == 1:
-        return _print_indexed(names, map(look, names))
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        return _print_indexed(names, pool.map(look, names))
+    print(f"indexing {_count_of(len(names), 'shard')}, {processes} at once", flush=True)
+    index_one = partial(_index, caption=arguments.caption, cache_dir=arguments.cache_dir)
+    return _print_indexed(names, map_in_order(index_one, names, processes, chunk=1))
 
 
-def _index(name: str, caption: str, cache_dir: str | None) -> _Indexed | UserError:
+def _index(name: str, caption: str, cache_dir: str | None) -> _IndexedShard | UserError:
     try:
         shards = Shards([name], caption, cache_dir)
     except UserError as error:
         return error
-    return _Indexed(int(shards.sizes[0]), shards.bad, shards.index_folder(0))
+    return _IndexedShard(int(shards.sizes[0]), shards.bad, shards.index_folder(0))
 
 
-def _print_indexed(names: Sequence[str], results: Iterable[_Indexed | UserError]) -> int:
-    """A line for each shard as it is done, and the sum; the exit code."""
-    done: list[_Indexed] = []
+def _print_indexed(names: Sequence[str], results: Iterable[_IndexedShard | UserError]) -> int:
+    """Print a line for each shard as it is done, then the totals; return the exit code."""
+    done: list[_IndexedShard] = []
     elsewhere: Counter[Path | None] = Counter()
     for name, result in zip(names, results, strict=True):
         if isinstance(result, UserError):
             print(f"error: {result}", file=sys.stderr, flush=True)
             continue
         done.append(result)
-        print(f"{name}: {_counted(result.size, 'sample')}{_reasons(result.bad)}", flush=True)
+        print(f"{name}: {_count_of(result.size, 'sample')}{_reasons(result.bad)}", flush=True)
         if result.folder != Path(name).parent:
             elsewhere[result.folder] += 1
     bad = sum((result.bad for result in done), Counter[str]())
     size = sum(result.size for result in done)
-    print(f"{_counted(len(done), 'shard')}, {_counted(size, 'sample')}{_reasons(bad)}")
+    print(f"{_count_of(len(done), 'shard')}, {_count_of(size, 'sample')}{_reasons(bad)}")
     for folder, count in elsewhere.items():
-        kept = f"in {folder}" if folder else "kept nowhere: no place can be written; --cache-dir names another"
-        print(f"{_counted(count, 'index')} {kept}")
+        kept = f"in {folder}" if folder else "not kept: no directory for them is writable; give one with --cache-dir"
+        print(f"{_count_of(count, 'index')} {kept}")
     return 0 if len(done) == len(names) else 2
 
 
-def _counted(number: int, noun: str) -> str:
+def _count_of(number: int, noun: str) -> str:
     plural = {"index": "indexes"}.get(noun, f"{noun}s")
     return f"{number:,} {noun if number == 1 else plural}"
 

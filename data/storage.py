@@ -1,16 +1,15 @@
 """Where shards lie: patterns from the config -> a sorted list of shard names, and an open file for each.
 
 A pattern is a file, a directory (all its .tar), a glob, a brace range as in bash, or a URL (https://, s3://, gs://,
-hf://: data/remote.py), or several of these with :: between them, as webdataset writes it. What exists under the very
-name that is given is meant literally. Remote shards are copied once into the cache directory, whole: training reads
+hf://: data/remote.py), or several of these separated by :: as in webdataset. A path that exists under the very name
+that is given is taken literally. Remote shards are copied once into the cache directory, whole: training reads
 them in random order.
 
     expand(["data/{00000..00009}.tar", "s3://bucket/extra/*.tar"], cache_dir="/scratch/shards")
     Disk("/scratch/shards").open("data/00003.tar").read(512, offset=1024)
 
-But for listings nothing here tries twice: what storage refuses is an OSError, and data/patience.py says what becomes
-of it. `Disk` is all that stands between the reader and the storage: a test that puts another in its place injects any
-trouble there is.
+Only listings are tried again here: a failure of storage is an OSError, which data/patience.py handles. `Disk` is the
+only way from the reader to the storage: a test that replaces it can inject any failure.
 """
 
 from __future__ import annotations
@@ -28,17 +27,18 @@ from data import remote
 from data.patience import Patience
 from data.remote import RemoteCopies, is_remote
 
-# No sign of an IPv6 address, nor behind the name of a protocol that fsspec chains: simplecache::s3://bucket/0.tar
-_BETWEEN = re.compile(r"(?<!^simplecache)(?<!^blockcache)(?<!^filecache)::(?![^\[\]]*\])")
+# "::" outside an IPv6 address, and not after a protocol that fsspec chains: simplecache::s3://bucket/0.tar
+_SEPARATOR = re.compile(r"(?<!^simplecache)(?<!^blockcache)(?<!^filecache)::(?![^\[\]]*\])")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?|([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?", re.ASCII)
-_LISTING_TRIES = 4  # of a folder on a server: 7 s of waiting
+_LISTING_TRIES = 4  # of a directory on a server: 7 s of waiting
 _SHOWN = 3  # missing files named in an error
-_MOST_NAMES = 1 << 22  # of one pattern: a slip of the keyboard names billions
+_MOST_NAMES = 1 << 22  # of one pattern: a typing error in a range gives billions
 
 
 def expand(patterns: Sequence[str], cache_dir: str | Path | None = None, key: str = "data.train") -> list[str]:
-    """The shards that the patterns of config key `key` name, sorted, each once, also where links or other spellings
-    lead to it under two names: then the first one is its name.
+    """Return the shards that the patterns of config key `key` name, sorted, each once.
+
+    A shard that links or other spellings name twice has the first of its names.
 
     Raises UserError for a pattern that finds nothing, a missing file, or a URL that cannot be read here.
     """
@@ -47,31 +47,31 @@ def expand(patterns: Sequence[str], cache_dir: str | Path | None = None, key: st
     by_file: dict[str, str] = {}
     folders: dict[str, str] = {}
     for pattern in patterns:
-        for part in _split(pattern):
-            for name in sorted(_shards_of(part, cache_dir, key)):
+        for part in _split_patterns(pattern):
+            for name in sorted(_expand_one(part, cache_dir, key)):
                 by_file.setdefault(_real_path(name, folders), name)
     return sorted(by_file.values())
 
 
-def require_one(names: Sequence[str], key: str = "data.train") -> None:
-    """Raises UserError where a run that goes on finds not one of its shards `names`.
+def require_any_shard(names: Sequence[str], key: str = "data.train") -> None:
+    """Raise UserError where a resumed run finds none of its shards `names`.
 
-    A few that have vanished are skipped and counted. When all have, each would be waited for in vain.
+    A few missing shards are skipped and counted. If all were missing, the run would wait for each of them.
     """
     if names and not any(is_remote(name) or os.path.exists(name) for name in names):
         raise UserError(
-            f"--resume: none of the run's {len(names)} shards in {key} is there (the first is {names[0]}, and this is "
-            f"{os.getcwd()}): a run goes on with the shards it began with; start it from the directory it was started "
-            "from, or put them back"
+            f"--resume: none of the run's {len(names)} shards in {key} exists (the first is {names[0]}, the working "
+            f"directory {os.getcwd()}): a run resumes with the shards it started with; start it from its original "
+            "directory, or restore them"
         )
 
 
 def braces(pattern: str) -> Iterator[str]:
-    """As bash: `a{08..11}b{x,y}` -> a08bx a08by a09bx ..., `{0..9..3}`, `{9..0}`, `{a..c}`, braces within braces.
+    """Expand braces as bash does: `a{08..11}b{x,y}` -> a08bx a08by a09bx ..., `{0..9..3}`, `{9..0}`, `{a..c}`.
 
-    Ranges keep their zero padding. Braces around one word stay.
+    Braces may be nested. Ranges keep their zero padding. Braces around one word stay.
     """
-    group = _first_group(pattern)
+    group = _first_braces(pattern)
     if group is None:
         yield pattern
         return
@@ -92,11 +92,11 @@ class Disk:
         return self._copies_of_remote.fetch(name) if is_remote(name) else Path(name)
 
     def is_copied(self, name: str) -> bool:
-        """Whether a remote file has a copy, of whatever version."""
+        """Whether a remote file has a copy, of any version."""
         return self._copies_of_remote.is_copied(name)
 
     def forget(self, name: str) -> None:
-        """Throws the copy of a remote file away: the next fetch makes another."""
+        """Delete the copy of a remote file: the next fetch downloads it again."""
         self._copies_of_remote.forget(name)
 
     def open(self, name: str) -> OpenFile:
@@ -128,36 +128,36 @@ class OpenFile:
             os.close(self._number)
 
 
-def _first_group(pattern: str) -> tuple[int, int] | None:
-    """Where the first braces open and close that are a range or a list; None without any."""
+def _first_braces(pattern: str) -> tuple[int, int] | None:
+    """Return the positions of the first braces that enclose a range or a list; None without any."""
     opened: list[int] = []
     found: list[tuple[int, int]] = []
-    for place, sign in enumerate(pattern):
-        if sign == "{":
+    for place, character in enumerate(pattern):
+        if character == "{":
             opened.append(place)
-        elif sign == "}" and opened:
+        elif character == "}" and opened:
             group = opened.pop(), place
-            if len(_items(pattern[group[0] + 1 : place])) > 1 or _RANGE.fullmatch(pattern, group[0] + 1, place):
+            if len(_split_commas(pattern[group[0] + 1 : place])) > 1 or _RANGE.fullmatch(pattern, group[0] + 1, place):
                 found.append(group)
     return min(found, default=None)
 
 
-def _items(inside: str) -> list[str]:
-    """What commas outside of further braces separate."""
+def _split_commas(inside: str) -> list[str]:
+    """Split at the commas outside of inner braces."""
     depth, items = 0, [""]
-    for sign in inside:
-        depth += (sign == "{") - (sign == "}")
-        if sign == "," and not depth:
+    for character in inside:
+        depth += (character == "{") - (character == "}")
+        if character == "," and not depth:
             items.append("")
         else:
-            items[-1] += sign
+            items[-1] += character
     return items
 
 
 def _choices(inside: str) -> Iterator[str]:
     match = _RANGE.fullmatch(inside)
     if match is None:
-        for item in _items(inside):
+        for item in _split_commas(inside):
             yield from braces(item)
         return
     first, last, step, *letters = match.groups()
@@ -170,9 +170,9 @@ def _choices(inside: str) -> Iterator[str]:
 
 
 def _real_path(name: str, folders: dict[str, str]) -> str:
-    """What is the same for all names of one file: its path without links; a URL is its own.
+    """Return the path of a file without links, the same for all its names; a URL unchanged.
 
-    `folders` keeps the paths of folders: on network storage every look is a round trip.
+    `folders` caches the real paths of directories: on network storage each costs a round trip.
     """
     if is_remote(name):
         return name
@@ -184,26 +184,28 @@ def _real_path(name: str, folders: dict[str, str]) -> str:
     return os.path.join(folders[folder], base)
 
 
-def _literal_length(pattern: str) -> int:
-    """How many signs of it, up to a / or the end, are a path that exists: they are meant literally."""
+def _existing_prefix_length(pattern: str) -> int:
+    """Return the length of the longest prefix, up to a / or the end, that is an existing path: it is literal."""
     ends = [len(pattern), *(place for place in range(len(pattern) - 1, 0, -1) if pattern[place] == os.sep)]
     return next((end for end in ends if os.path.lexists(os.path.expanduser(pattern[:end]))), 0)
 
 
-def _split(pattern: str) -> list[str]:
-    """What :: separates, but for the name of a folder that holds it."""
-    end = _literal_length(pattern)
-    first, *others = _BETWEEN.split(pattern[end:], maxsplit=1)
-    return [pattern[:end] + first, *(part for rest in others for part in _split(rest))]
+def _split_patterns(pattern: str) -> list[str]:
+    """Split a pattern at ::, except within an existing path that contains it."""
+    end = _existing_prefix_length(pattern)
+    first, *others = _SEPARATOR.split(pattern[end:], maxsplit=1)
+    return [pattern[:end] + first, *(part for rest in others for part in _split_patterns(rest))]
 
 
-def _shards_of(pattern: str, cache_dir: str | Path | None, key: str) -> set[str]:
-    """What one pattern without :: names."""
+def _expand_one(pattern: str, cache_dir: str | Path | None, key: str) -> set[str]:
+    """Return the shards that one pattern without :: names."""
     pattern = pattern.removeprefix("file://")
-    end = 0 if is_remote(pattern) else _literal_length(pattern)
+    end = 0 if is_remote(pattern) else _existing_prefix_length(pattern)
     names = [pattern[:end] + rest for rest in islice(braces(pattern[end:]), _MOST_NAMES + 1)]
     if len(names) > _MOST_NAMES:
-        raise UserError(f"{key}={pattern!r} names more than {_MOST_NAMES:,} shards: no corpus has; correct the range")
+        raise UserError(
+            f"{key}={pattern!r} names more than {_MOST_NAMES:,} shards, the most that a pattern may; correct the range"
+        )
     if is_remote(pattern):
         return _remote(pattern, names, cache_dir, key)
     return _local(pattern, [os.path.expanduser(name) for name in names], key)
@@ -214,7 +216,7 @@ def _local(pattern: str, names: list[str], key: str) -> set[str]:
     for name in names:
         if os.path.isdir(name):
             found |= set(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-        elif glob.has_magic(name) and glob.has_magic(name[_literal_length(name) :]):
+        elif glob.has_magic(name) and glob.has_magic(name[_existing_prefix_length(name) :]):
             found |= _globbed(name)
         else:
             found.add(name)
@@ -224,7 +226,7 @@ def _local(pattern: str, names: list[str], key: str) -> set[str]:
 
 def _globbed(name: str) -> set[str]:
     """Below ** a file is taken once, however many links lead to it: one to a folder above itself, forty times."""
-    end = _literal_length(name)
+    end = _existing_prefix_length(name)
     matches = glob.glob(glob.escape(name[:end]) + name[end:], recursive=True)
     matches.sort(key=lambda match: (match.count(os.sep), match))
     if "**" not in name:

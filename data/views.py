@@ -43,7 +43,7 @@ class ViewNumbers:
     grey: Flags  # (n,)
     blur_sigma: Floats  # (n,) pixels of the crop, 0 is no blur
     solarise: Flags  # (n,) values from 128 up are inverted
-    background: NDArray[np.uint8]  # (n, 3) RGB behind a transparent picture, where data.background is random
+    background: NDArray[np.uint8]  # (n, 3) RGB blended behind a transparent picture, with data.background=random
 
 
 def names(config: Views) -> list[str]:

@@ -37,7 +37,7 @@ class _Parser(CommandParser):
     """A CommandParser whose mistakes one rank tells for all of them."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(self.explained(message))
+        raise UserError(self.with_remedy(message))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -163,7 +163,7 @@ def _check_pretraining(config: Config, resume: bool) -> Config:
     from data import captions
     from engine.initial import pinned
 
-    config = config.model_copy(update={"data": captions.pinned(config.data)})
+    config = config.model_copy(update={"data": captions.with_tokenizer_digest(config.data)})
     return pinned(config, resume)
 
 
@@ -179,11 +179,11 @@ def _require_shards(config: Config | DecoderGan, resume: bool) -> None:
     """All are there where a run begins, one where it goes on: it skips and counts those that have vanished since."""
     from data import corpus_of_a_run, storage
 
-    known = corpus_of_a_run.names(run_directory(config) / "corpus.json", config.data.train) if resume else None
+    known = corpus_of_a_run.shard_names(run_directory(config) / "corpus.json", config.data.train) if resume else None
     if known is None:
         storage.expand(config.data.train, config.system.loader.cache_dir)
     else:
-        storage.require_one(known)
+        storage.require_any_shard(known)
 
 
 def _require_profiled_ranks(config: Run, world_size: int) -> None:

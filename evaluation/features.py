@@ -87,7 +87,7 @@ def labelled(pattern: str, size: int) -> tuple[Tensor, Tensor]:
         )
     batches = [(batch.images.cpu(), batch.labels) for batch in pictures.batches(256)]
     pictures.close()
-    pictures.classes.check()
+    pictures.classes.require_known()
     images, labels = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
     check_number_of_classes(labels)
     if not (labels >= 0).any():

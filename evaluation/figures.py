@@ -18,7 +18,7 @@ from torch import Tensor
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
 Points = Sequence[tuple[float, float]]
 _MOST_NAMES = 64  # on an axis, before they run into each other
-_MOST_SHARES = 12  # classes whose shares are written into their squares
+_MOST_SHARES = 12  # classes up to which shares are printed into the cells
 
 
 def lr_sweep(rows: Sequence[dict], chance: float, path: Path) -> None:
@@ -44,7 +44,7 @@ def confusion_matrix(counts_KK: Tensor, names: Sequence[str], path: Path) -> Non
     with matplotlib.rc_context(_STYLE):
         figure = _figure(side + 0.8, side)
         axes = figure.add_subplot()
-        # Shares are often small: the scale's lower half takes most of the colours.
+        # Most shares are small: the square root spreads them over the colours.
         drawn = axes.imshow(shares, norm=PowerNorm(0.5, vmin=0, vmax=1), cmap="Blues", interpolation="nearest")
         if len(names) <= _MOST_NAMES:
             axes.set_xticks(range(len(names)), names, rotation=90)

@@ -107,7 +107,7 @@ def _encode(source: Source, pictures: HeldOut, directory: Path, options: Options
     writer, device, dtype = LatentWriter(directory, world.rank()), world.device(), DTYPES[options.dtype]
     total = -(-len(pictures) // options.batch_size)
     for batch in with_progress(pictures.batches(options.batch_size), "encoding", total):
-        pictures.classes.check()
+        pictures.classes.require_known()
         if (batch.labels < 0).any():
             row = int((batch.labels < 0).nonzero()[0])
             raise UserError(

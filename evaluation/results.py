@@ -5,9 +5,9 @@
      "held_out": ["demo_data/held_out-*.tar"], "crop": 64, "bad_samples": {}}
 
 One object of plain figures for each task; `rows` holds what is longer than a figure, such as a whole sweep.
-`weights` is the sha256 of all tensors that were measured, `steps` how long they were trained (null where the file does
-not say), `latents` that of those the latents come from: a latent store
-and a generator on it name their tokenizer by the latter.
+`weights` is the sha256 of all tensors that were measured, `steps` the number of training steps (null where the
+file does not record it), `latents` the sha256 of those that the latents come from: a latent store and a generator on it
+name their tokenizer by the latter.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check_numbers(figures: Mapping[str, Any], where: str) -> None:
 
 
 def write(folder: Path, found: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
-    """Writes evaluation.json, of `found`, then pictures/*.png into `folder`. Raises UserError as `write_figures`."""
+    """Write evaluation.json, of `found`, then pictures/*.png into `folder`. Raises as `write_figures` does."""
     write_figures(folder / "evaluation.json", found)
     for outcome in outcomes.values():
         for name, draw in outcome.pictures.items():
@@ -61,18 +61,18 @@ def write(folder: Path, found: Mapping[str, Any], outcomes: Mapping[str, Outcome
 
 
 def write_figures(path: Path, found: Mapping[str, Any]) -> None:
-    """Writes `found` as JSON, whole or not at all. Raises UserError with the figures in it where it cannot."""
+    """Write `found` as JSON, whole or not at all. Raises UserError, with the figures in its message, on failure."""
     try:
         write_whole(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): make room, and look again; the figures are "
-            f"{json.dumps(found)}"
+            f"{path} cannot be written ({error.strerror or error}): free disk space and evaluate again; the figures "
+            f"are {json.dumps(found)}"
         ) from None
 
 
 def draw_picture(path: Path, draw: Callable[[Path], None]) -> None:
-    """Draws to `path`. The figures do without a picture: whatever is wrong with one is a line on stderr."""
+    """Draw a picture to `path`; a failure is a line on stderr, not an error, since the figures are written already."""
     try:
         path.parent.mkdir(exist_ok=True)
         draw(path)

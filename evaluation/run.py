@@ -29,7 +29,7 @@ from evaluation.tasks import TASKS, Options, Setup, check_tasks
 
 READERS = {  # options that some tasks alone read
     "train_data": ("linear_probe", "knn"),
-    "classes": ("zero_shot", "linear_probe", "knn"),  # the latter number class names by it
+    "classes": ("zero_shot", "linear_probe", "knn"),  # probes look up class names in it
     "tokenizer": ("zero_shot",),
     "fid": ("reconstruction",),
     "lpips": ("reconstruction",),

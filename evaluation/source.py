@@ -54,7 +54,7 @@ class Source:
                 "--tokenizer, a tokenizer.json or a hub name"
             )
         if isinstance(self.config, Config) and self.caption_tokenizer == self.config.data.tokenizer:
-            self._require_the_runs_captions(self.config.data)
+            self._check_caption_tokenizer(self.config.data)
         text = self.tokenizer.model.text
         encoder = CaptionEncoder(self.caption_tokenizer, text.context, key="--tokenizer")
         if encoder.vocab_size > text.vocab:
@@ -64,8 +64,8 @@ class Source:
             )
         return encoder
 
-    def _require_the_runs_captions(self, data: Data) -> None:
-        """The run names a path; another file lies there by now where a corpus was made anew."""
+    def _check_caption_tokenizer(self, data: Data) -> None:
+        """Raise UserError where the tokenizer file at the run's path has changed, as after making a corpus again."""
         if data.tokenizer_sha256 not in (None, tokenizer_digest(data.tokenizer)):
             raise UserError(
                 f"data.tokenizer={data.tokenizer} is not the file the text tower was trained with (sha256 "
@@ -77,7 +77,7 @@ class Source:
     ) -> HeldOut:
         """This rank's share of the labelled pictures of `patterns`, cropped as the tokenizer sees them.
 
-        `key` is what errors call the patterns, `classes` a table of class names other than the one beside the shards.
+        `key` is the name of the patterns in errors, `classes` a class table other than the one beside the shards.
         Raises UserError for missing shards or none.
         """
         system = self.config.system if self.config else System()
@@ -89,8 +89,8 @@ class Source:
 
     @property
     def background(self) -> Colour:
-        """What shows through transparent pictures: the run's colour; white where it was random, or where no run is."""
-        return self.config.data.still_background if self.config else WHITE
+        """Background of transparent pictures: the run's colour; white where it is random, or without a run."""
+        return self.config.data.fixed_background if self.config else WHITE
 
     def digest(self) -> str:
         """sha256 of every tensor of the tokenizer: the same of a run and of its weights file by itself."""

@@ -64,16 +64,16 @@ class Setup:
     @cached_property
     def held_out(self) -> HeldOut:
         """The pictures that tasks are asked about, opened once. UserError for missing shards or none."""
-        classes = self._classes if self.options.classes or self._classes.is_file() else None
+        classes = self._classes_file if self.options.classes or self._classes_file.is_file() else None
         return self._pictures(self.data, "--data" if self.options.data else "data.held_out", classes)
 
     @cached_property
     def table(self) -> ClassTable:
         """Of --classes, or of the classes.json beside the first shard."""
-        return ClassTable.read(self._classes)
+        return ClassTable.read(self._classes_file)
 
     @property
-    def _classes(self) -> Path:
+    def _classes_file(self) -> Path:
         shards = Path(self.data[0])
         return self.options.classes or (shards if shards.is_dir() else shards.parent) / "classes.json"
 
@@ -84,7 +84,8 @@ class Setup:
         if not train_data:
             raise UserError("a probe learns before it is asked: name labelled training shards with --train-data")
         key = "--train-data" if self.options.train_data else "data.train"
-        training = self._pictures(train_data, key, self.held_out.classes.path)  # one numbering of class names for both
+        # With the class table of the held-out pictures, so that class names get the same numbers in both.
+        training = self._pictures(train_data, key, self.held_out.classes.path)
         return Corpora(Bank(len(self.held_out), self.folder), lambda: self._filled(training), self.device)
 
     def batches(self, pictures: HeldOut, title: str) -> Iterator[Products]:
@@ -92,8 +93,8 @@ class Setup:
         batch_size = self.options.batch_size
         with closing(pictures):
             for batch in with_progress(pictures.batches(batch_size), title, -(-len(pictures) // batch_size)):
-                if LABELLED & set(self.options.tasks):
-                    pictures.classes.check()
+                if LABELLED_TASKS & set(self.options.tasks):
+                    pictures.classes.require_known()
                 images, labels = batch.images.to(self.device).float() / 255, batch.labels.to(self.device)
                 yield Products(self.source.tokenizer, images, labels, batch.positions)
 
@@ -140,8 +141,8 @@ def _perceptual(setup: Setup) -> PerceptualNetwork | None:
     if config.objectives.rec.lpips_sha256 not in (None, digest(Path(trained_with))):
         raise UserError(
             f"objectives.rec.lpips_weights={trained_with} is not the file the run was trained with (sha256 "
-            f"{config.objectives.rec.lpips_sha256}): distances of two networks are not comparable; give that one with "
-            "--lpips"
+            f"{config.objectives.rec.lpips_sha256}): distances of two networks are not comparable; give the "
+            "right file with --lpips"
         )
     return open_perceptual(trained_with, "objectives.rec.lpips_weights")
 
@@ -154,7 +155,7 @@ TASKS: dict[str, Callable[[Setup], Task]] = {
 }
 
 
-LABELLED = frozenset(["zero_shot", "linear_probe", "knn"])  # tasks that count by class
+LABELLED_TASKS = frozenset(["zero_shot", "linear_probe", "knn"])  # tasks that need labels
 
 
 def check_tasks(names: Sequence[str]) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 from configs import UserError
 from data.captions import CaptionEncoder, train_bpe
-from data.headers import is_for_pillow, refusal
+from data.headers import needs_pillow, refusal
 from data.patience import Unreadable
 from data.shards import BadMember, Shards
 from data.tars.indexes import ensure_sidecar
@@ -191,7 +191,7 @@ class Readers:
     def read_picture(self, data: bytes) -> str:
         if reason := refusal(data, MOST_PIXELS):
             return reason
-        return "read by Pillow" if is_for_pillow(data) else "read"
+        return "read by Pillow" if needs_pillow(data) else "read"
 
     def _read_all(self, tar: Path, caption: str) -> str:
         try:

@@ -73,8 +73,10 @@ class LatentLoader:
         self._permutation = lru_cache(2)(self._permute)  # a batch can reach into the next epoch
 
     def batch(self, step: int, offset: int = 0) -> LatentBatch:
-        """This rank's rows of a step, whose first position is offset + step * batch: a pure function of these, store,
-        seed, rank and world size."""
+        """Return this rank's rows of the step whose first position is offset + step * batch.
+
+        A pure function of (store, seed, step, offset, rank, world size).
+        """
         positions_B = (
             offset + step * self.samples + np.arange(self._rank, self.samples, self._world_size, dtype=np.int64)
         )

@@ -2,7 +2,7 @@
 
     headers = walk(Path("00000.tar"))
     headers.entries[0]          # Entry("000000000.jpg", is_file=True, is_folder=False, offset=512, size=12000)
-    headers.damage              # {}, or where headers were lost: {1048576: 4096}, offsets and numbers of bytes
+    headers.damage              # unreadable parts, offset -> number of bytes: {} or {1048576: 4096}
 
 Python's tarfile ends a listing at the first damaged header as if the archive ended there, follows chains of long names
 into recursion, and reads extended headers of any size, some in quadratic time. Here a walk only goes forward, holds a
@@ -28,15 +28,15 @@ _MOST_EXTENDED_BYTES = 1 << 16  # of a pax header: a path and some times; what i
 _SCAN_BYTES = 1 << 20  # read at a time when looking for the next header
 _NO_DATA = b"123456"  # links, devices, directories, pipes: their size says nothing
 _FILES = (b"0", b"\0", b"7")
-_LONGEST_END = 1 << 20  # bytes of zeros: two blocks, and what fills the longest record that anybody writes
+_MOST_END_BYTES = 1 << 20  # zeros that may end a tar: two blocks and the padding of the longest record
 
 
 @dataclass(frozen=True)
 class Entry:
     """One member: `size` bytes from `offset` on. `is_file`: a plain one; no link, device, directory or sparse file.
 
-    `link_target`: of a hard link, the name of the member that holds its bytes. `is_broken`: its extended header cannot
-    be read, so that its name and size may be others.
+    `link_target`: for a hard link, the name of the member that holds its bytes. `is_broken`: its extended header is
+    unreadable, so that its name and size may be wrong.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Entry:
 
 @dataclass
 class Headers:
-    """The members whose headers are whole, in order, and what lies between them that cannot be read."""
+    """The members with readable headers, in order, and the unreadable parts between them."""
 
     entries: list[Entry] = field(default_factory=list)
     damage: dict[int, int] = field(default_factory=dict)  # offset -> bytes up to the next header
     is_cut_off: bool = False  # the last entry's sample may have lost members
-    zero_bytes: int = 0  # behind the last member, where that is more than a tar's end: a copy that broke off
+    num_zero_bytes: int = 0  # after the last member, if more than end a tar: an interrupted copy
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def walk(tar: Path) -> Headers:
                     found.is_cut_off |= any(raw)
                 elif after is not None or any(raw):
                     found.damage[offset] = (tar_bytes if after is None else after) - offset
-                elif tar_bytes - offset > _LONGEST_END:
-                    found.is_cut_off, found.zero_bytes = True, tar_bytes - offset
+                elif tar_bytes - offset > _MOST_END_BYTES:
+                    found.is_cut_off, found.num_zero_bytes = True, tar_bytes - offset
                 told, offset = _Told(), tar_bytes if after is None else after
                 continue
             data = offset + BLOCK
@@ -158,7 +158,7 @@ def _text(raw: bytes) -> str:
 
 
 def _listen(told: _Told, block: _Block, data: bytes) -> None:
-    """Takes in a GNU long name or a pax header. Headers for all members change nothing here."""
+    """Take in a GNU long name or a pax header; headers for all members have no effect here."""
     if block.kind == b"L":
         told.name = _text(data[: LONGEST_NAME + 1])
     elif block.kind == b"K":

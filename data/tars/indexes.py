@@ -4,8 +4,8 @@
     indexes.count(0)                 # (1000, Counter({"missing caption": 3})), mostly without reading the index
     indexes.of(0).key(17)            # "00000/000000017"
 
-An index lies beside its shard; in the cache directory where that cannot be written; and in memory, packed, for as long
-as the process lives, where neither can: some 20 bytes a sample, the last 256 MiB.
+An index is written beside its shard, or into the cache directory where that is not writable. Where neither is, it is
+kept compressed in memory: some 20 bytes a sample, 256 MiB at most.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from data.tars import sidecar
 from data.tars.headers import BLOCK
 from data.tars.listing import Member, image_of, key_of, scan
 
-_MOST_PACKED_BYTES = 1 << 28  # of indexes in memory; beyond, those that were made first are made again when needed
+_MOST_PACKED_BYTES = 1 << 28  # of indexes in memory; beyond, the oldest are dropped and built again when needed
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,20 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class StoredIndex:
-    """A sidecar where it is kept: in the file `path`, or packed in memory. `trailer` is its last line."""
+    """A sidecar in the file `path`, or compressed in memory (`packed`). `trailer` is its last line."""
 
     trailer: dict[str, Any]
     path: Path | None
     packed: bytes = b""
 
     def content(self) -> bytes:
-        """The sidecar. Raises sidecar.Damaged where its file has gone."""
+        """Return the bytes of the sidecar. Raises sidecar.Damaged where its file is missing."""
         if self.path is None:
             return zlib.decompress(self.packed)
         try:
             return self.path.read_bytes()
         except FileNotFoundError:
-            raise sidecar.Damaged(f"{self.path} has gone") from None
+            raise sidecar.Damaged(f"{self.path} is missing") from None
 
 
 class Indexes:
@@ -88,19 +88,19 @@ class Indexes:
         self._names, self._caption_ext, self._disk, self._cache_dir = names, caption_ext, disk, cache_dir
         self.labels = _labels(names)
         self._kept = Recent(self._load, most)
-        self._own: dict[int, StoredIndex] = {}  # in memory, or made in the place of one that was wrong
-        # The shard's state when it was last indexed anew, and the error that came of it.
+        self._rebuilt: dict[int, StoredIndex] = {}  # built by this process: kept in memory, or replacing a wrong one
+        # State of each shard when it was last indexed again, and the error that this raised.
         self._renewed: dict[int, tuple[tuple[int, ...], UserError | None]] = {}
-        self._renewing, self._owning = threading.Lock(), threading.Lock()
+        self._renew_lock, self._rebuilt_lock = threading.Lock(), threading.Lock()
         self._packed_bytes = 0
 
     @property
     def num_in_memory(self) -> int:
-        """How many indexes no place could be found for."""
-        return sum(stored.path is None for stored in list(self._own.values()))
+        """Number of indexes kept in memory because no directory is writable."""
+        return sum(stored.path is None for stored in list(self._rebuilt.values()))
 
     def folder(self, shard_idx: int) -> Path | None:
-        """The directory that the index of a shard lies in; None: in memory."""
+        """Return the directory of a shard's index; None for one in memory."""
         path = self._sidecar(shard_idx).path
         return path and path.parent
 
@@ -109,15 +109,15 @@ class Indexes:
         return self._kept(shard_idx)
 
     def renew(self, shard_idx: int) -> None:
-        """Indexes a shard anew that is not what its index says, once for each state of the shard."""
+        """Index a shard again that does not match its index, once for each state of the file."""
         tar = self._disk.fetch(self._names[shard_idx])
-        with self._renewing:
-            state = _state(tar)
+        with self._renew_lock:
+            state = _file_state(tar)
             last_state, error = self._renewed.get(shard_idx, (None, None))
-            if last_state != state or (error is None and shard_idx not in self._own):
+            if last_state != state or (error is None and shard_idx not in self._rebuilt):
                 try:
                     error = None
-                    self._keep_own(shard_idx, _make(tar, self._cache_dir))
+                    self._keep_rebuilt(shard_idx, _build(tar, self._cache_dir))
                 except UserError as no_tar:
                     error = no_tar
                 self._renewed[shard_idx] = (state, error)
@@ -134,7 +134,7 @@ class Indexes:
         return counted[0], Counter(counted[1])
 
     def caption_exts(self, shard_idx: int) -> list[str]:
-        """The extensions that a caption could have in a shard, the most frequent first. Raises as `of` does."""
+        """Return the member extensions that may hold captions, the most frequent first. Raises as `of` does."""
         return [ext for ext in self._sidecar(shard_idx).trailer["usable"] if ext]
 
     def _load(self, shard_idx: int) -> ShardIndex:
@@ -142,7 +142,7 @@ class Indexes:
         try:
             usable = sidecar.read(stored.content(), self._caption_ext)
         except sidecar.Damaged:
-            stored = self._keep_own(shard_idx, _make(self._disk.fetch(self._names[shard_idx]), self._cache_dir))
+            stored = self._keep_rebuilt(shard_idx, _build(self._disk.fetch(self._names[shard_idx]), self._cache_dir))
             usable = sidecar.read(stored.content(), self._caption_ext)
         return ShardIndex(self.labels[shard_idx], usable.lines, usable.bad, stored.trailer["tar_bytes"])
 
@@ -151,40 +151,40 @@ class Indexes:
         if not remote.is_remote(name):
             return self._local_sidecar(shard_idx)
         was_copied = self._disk.is_copied(name)
-        is_wanted_there = not was_copied and shard_idx not in self._own
-        if is_wanted_there and (found := self._remote_sidecar(name)):
+        may_be_remote = not was_copied and shard_idx not in self._rebuilt
+        if may_be_remote and (found := self._remote_sidecar(name)):
             return StoredIndex(found[1], found[0])
         try:
             return self._local_sidecar(shard_idx)
         except UserError as error:
             if not was_copied:
                 raise UserError(f"{name}: {error}") from None
-        self._disk.forget(name)  # what some trouble once left in the cache is no tar
+        self._disk.forget(name)  # the cached copy is not a tar
         return self._sidecar(shard_idx)
 
     def _local_sidecar(self, shard_idx: int) -> StoredIndex:
-        """The index of a local shard, or of a remote one's copy."""
-        tar, own = self._disk.fetch(self._names[shard_idx]), self._own.get(shard_idx)
-        if own is not None and sidecar.is_of(own.trailer, tar.stat()):
-            return own
+        """Return the index of a local shard, or of the copy of a remote one."""
+        tar, rebuilt = self._disk.fetch(self._names[shard_idx]), self._rebuilt.get(shard_idx)
+        if rebuilt is not None and sidecar.matches_tar(rebuilt.trailer, tar.stat()):
+            return rebuilt
         stored = ensure_sidecar(tar, self._cache_dir)
         if stored.path is None:
-            self._keep_own(shard_idx, stored)
+            self._keep_rebuilt(shard_idx, stored)
         return stored
 
-    def _keep_own(self, shard_idx: int, stored: StoredIndex) -> StoredIndex:
-        with self._owning:
-            before = self._own.pop(shard_idx, None)
-            self._own[shard_idx] = stored
+    def _keep_rebuilt(self, shard_idx: int, stored: StoredIndex) -> StoredIndex:
+        with self._rebuilt_lock:
+            before = self._rebuilt.pop(shard_idx, None)
+            self._rebuilt[shard_idx] = stored
             self._packed_bytes += len(stored.packed) - (len(before.packed) if before else 0)
-            while self._packed_bytes > _MOST_PACKED_BYTES and len(self._own) > 1:
-                self._packed_bytes -= len(self._own.pop(next(iter(self._own))).packed)
+            while self._packed_bytes > _MOST_PACKED_BYTES and len(self._rebuilt) > 1:
+                self._packed_bytes -= len(self._rebuilt.pop(next(iter(self._rebuilt))).packed)
         return stored
 
     def _remote_sidecar(self, name: str) -> tuple[Path, dict] | None:
-        """The .idx lying beside a remote shard spares copying the shard before its first sample is wanted.
+        """Read the .idx beside a remote shard, which spares downloading the shard before its first sample is read.
 
-        Nobody need have put one there: a server that refuses it, or sends a page instead, has none.
+        None where there is none, the server refuses it, or sends a page instead.
         """
         if (index_name := remote.index_name(name)) is None:
             return None
@@ -199,18 +199,18 @@ class Indexes:
 
 
 def ensure_sidecar(tar: Path, cache_dir: str | Path | None = None) -> StoredIndex:
-    """The sidecar of a local tar, made first when missing, stale or foreign."""
-    for path in _places(tar, cache_dir):
+    """Return the sidecar of a local tar; build it where it is missing, stale or foreign."""
+    for path in _candidate_paths(tar, cache_dir):
         if trailer := sidecar.read_trailer(path, tar):
             return StoredIndex(trailer, path)
-    return _make(tar, cache_dir)
+    return _build(tar, cache_dir)
 
 
-def _make(tar: Path, cache_dir: str | Path | None) -> StoredIndex:
-    """Indexes a local tar and keeps that in the first place that can be written, or in memory."""
+def _build(tar: Path, cache_dir: str | Path | None) -> StoredIndex:
+    """Index a local tar; write the index to the first writable path, or keep it in memory."""
     status = tar.stat()
-    content, trailer = sidecar.compose(scan(tar), status)
-    for path in _places(tar, cache_dir):
+    content, trailer = sidecar.serialise(scan(tar), status)
+    for path in _candidate_paths(tar, cache_dir):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             sidecar.write(content, path)
@@ -220,22 +220,22 @@ def _make(tar: Path, cache_dir: str | Path | None) -> StoredIndex:
     return StoredIndex(trailer, None, zlib.compress(content, 1))
 
 
-def _places(tar: Path, cache_dir: str | Path | None) -> Iterator[Path]:
-    """Where the index of a tar may lie: beside it, or under a name of its own in the cache directory."""
+def _candidate_paths(tar: Path, cache_dir: str | Path | None) -> Iterator[Path]:
+    """Yield the paths for the index of a tar: beside it, then under a hash of its path in the cache directory."""
     yield tar.with_suffix(".idx")
-    home = os.path.expanduser("~")  # no path at all for a user who has none
+    home = os.path.expanduser("~")  # "~" or a relative path for a user without a home
     folder = Path(cache_dir) if cache_dir else Path(home) / ".cache" / "vtp-engine" / "index"
     if cache_dir or os.path.isabs(home):
         yield folder / f"{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}.idx"
 
 
-def _state(tar: Path) -> tuple[int, ...]:
+def _file_state(tar: Path) -> tuple[int, ...]:
     status = tar.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Short shard names for keys: the stem, or where stems repeat the path below the common folder, if there is one."""
+    """Return short shard names for keys: the stems, or where stems repeat the paths below the common directory."""
     paths = [remote.without_query(name) for name in names]
     stems = [os.path.basename(path).removesuffix(".tar") for path in paths]
     if len(set(stems)) == len(stems):
@@ -245,4 +245,4 @@ def _labels(names: Sequence[str]) -> list[str]:
         below = [os.path.relpath(path, common).removesuffix(".tar") for path in paths]
         if len(set(below)) == len(below):
             return below
-    return [name.removesuffix(".tar") for name in names]  # absolute and relative ones, or told apart by a query alone
+    return [name.removesuffix(".tar") for name in names]  # absolute and relative ones, or equal but for a query

@@ -7,10 +7,11 @@ sample of a 12 kB picture and a 30-byte caption:
     jpg 512 12000 000000000.jpg txt 13312 30 000000000.txt
     # {"crc32": [..., ...], "of": {"tar_bytes": 20480, ..., "set_aside": [["000000001", "empty image"]], "usable": ...}}
 
-DALI reads as many lines as the first one says; the last line is ours. It makes a stale index visible (tar_bytes,
-tar_mtime_ns, and rules: those by which members became samples) and gives the counts of a shard from the file's end, so
-that opening thousands of shards does not parse them. Its checksums, of the lines above and of itself, make a damaged
-index visible: it is written anew. Every member has an offset of its own: those of a sample need not be adjacent.
+DALI reads as many lines as the first one says; the last line is ours. It shows that an index is stale (tar_bytes,
+tar_mtime_ns, and the version of the rules by which members are grouped into samples) and gives the counts of a shard
+from the file's end, so that opening thousands of shards does not parse them. Its checksums, of the lines above and of
+itself, make a damaged index visible: it is built again. Every member has an offset of its own: those of a sample need
+not be adjacent.
 
 White space and % in names are written as %20 and so on, because DALI separates fields by spaces. After the name of a
 hard link follow %00 and the name of the member that holds its bytes.
@@ -31,14 +32,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from data.picture_types import IMAGE_EXTS
+from data.image_types import IMAGE_EXTS
 from data.tars.listing import Listing, Member, key_of
-from data.tars.names import named_by
+from data.tars.names import find_ext
 
 _VERSION = "v1.2"
-_RULES = f"2 {' '.join(IMAGE_EXTS)}"  # of listing.py and names.py: an index by others is written anew
+_RULES_VERSION = f"2 {' '.join(IMAGE_EXTS)}"  # of listing.py and names.py: an index of another version is built again
 _TAIL_BYTES = 1 << 14
-_MTIME_TOLERANCE_NS = 2 * 10**9  # what the coarsest file system, and hosts that share one, leave of a time
+_MTIME_TOLERANCE_NS = 2 * 10**9  # file systems round times, by up to 2 s
 
 
 class Damaged(ValueError):
@@ -65,13 +66,15 @@ def parse(line: str) -> tuple[Member, ...]:
         raise Damaged(f"not a line of an index: {line[:80]!r}") from None
 
 
-def compose(listing: Listing, tar: os.stat_result) -> tuple[bytes, dict[str, Any]]:
-    """The content of a sidecar, and its last line as `read_trailer` gives it; `tar` is the shard's status before the
-    scan: of one that grows meanwhile the index is stale at once."""
+def serialise(listing: Listing, tar: os.stat_result) -> tuple[bytes, dict[str, Any]]:
+    """Return the bytes of a sidecar, and its last line as `read_trailer` gives it.
+
+    `tar` is the shard's status before the scan, so that the index of one that grows meanwhile is stale at once.
+    """
     lines = [" ".join(f"{_quote(m.ext)} {m.offset} {m.size} {_quoted_name(m)}" for m in s) for s in listing.samples]
     counts = {ext: _usable(lines, listing.set_aside, ext or None) for ext in ["", *_caption_exts(listing)]}
     trailer = {
-        "rules": _RULES,
+        "rules": _RULES_VERSION,
         "tar_bytes": tar.st_size,
         "tar_mtime_ns": tar.st_mtime_ns,
         "set_aside": listing.set_aside,
@@ -83,7 +86,7 @@ def compose(listing: Listing, tar: os.stat_result) -> tuple[bytes, dict[str, Any
 
 
 def write(content: bytes, target: Path) -> None:
-    """Writes a sidecar under a temporary name and renames it: several ranks may index one shard at once."""
+    """Write a sidecar under a temporary name and rename it: several ranks may index one shard at once."""
     partial = target.with_name(f"{target.name}.{os.getpid()}.{time.monotonic_ns()}.part")
     try:
         with partial.open("xb") as file:
@@ -95,21 +98,23 @@ def write(content: bytes, target: Path) -> None:
 
 
 def read(content: bytes, caption_ext: str | None) -> Usable:
-    """What a sidecar holds whose last line is good; `caption_ext` None: no caption is needed. Raises Damaged."""
+    """Parse a sidecar whose last line is good; `caption_ext` None: no caption is needed. Raises Damaged."""
     text, mark, last = content.rpartition(b"\n# ")
     last_line = _last_line(last)
     if not mark or last_line is None or zlib.crc32(text + b"\n") != last_line["crc32"][0]:
-        raise Damaged("the index is not what was written")
+        raise Damaged("the index does not match its checksum")
     lines = text.decode(errors="surrogateescape").split("\n")[1:]
     try:
         return _usable(lines, last_line["of"]["set_aside"], caption_ext)
     except (ValueError, IndexError):
-        raise Damaged("the index holds lines that are none") from None
+        raise Damaged("the index has malformed lines") from None
 
 
 def read_trailer(sidecar: Path, tar: Path | None, tar_bytes: int | None = None) -> dict[str, Any] | None:
-    """Our last line of a sidecar; None when there is no such file, or it is foreign, damaged, or of another tar: one of
-    another size or time, or later than the sidecar."""
+    """Read our last line of a sidecar; None where it is missing, foreign, damaged, or does not match the tar.
+
+    It does not match a tar of another size or time, or one that is later than the sidecar.
+    """
     try:
         with sidecar.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -127,12 +132,12 @@ def read_trailer(sidecar: Path, tar: Path | None, tar_bytes: int | None = None) 
     trailer: dict[str, Any] = last_line["of"]
     if tar is not None:
         status = tar.stat()
-        return trailer if is_of(trailer, status) and status.st_mtime_ns <= sidecar.stat().st_mtime_ns else None
+        return trailer if matches_tar(trailer, status) and status.st_mtime_ns <= sidecar.stat().st_mtime_ns else None
     return trailer if tar_bytes in (None, trailer["tar_bytes"]) else None
 
 
-def is_of(trailer: dict[str, Any], tar: os.stat_result) -> bool:
-    """Whether an index was made of a tar of this size and time."""
+def matches_tar(trailer: dict[str, Any], tar: os.stat_result) -> bool:
+    """Whether an index was built from a tar of this size and time."""
     apart_ns = abs(tar.st_mtime_ns - trailer["tar_mtime_ns"])
     return bool(tar.st_size == trailer["tar_bytes"] and apart_ns <= _MTIME_TOLERANCE_NS)
 
@@ -156,7 +161,7 @@ def _is_trailer(trailer: Any) -> bool:
     """A checksum tells damage, not who wrote it: an index from elsewhere may say anything."""
     set_aside, usable = trailer["set_aside"], trailer["usable"]
     return (
-        trailer["rules"] == _RULES
+        trailer["rules"] == _RULES_VERSION
         and is_count(trailer["tar_bytes"])
         and type(trailer["tar_mtime_ns"]) is int
         and all(isinstance(text, str) for key, reason in set_aside for text in (key, reason))
@@ -180,7 +185,7 @@ def _usable(lines: Sequence[str], set_aside: Iterable[tuple[str, str]], caption_
         exts, sizes = fields[::4], fields[2::4]
         if len(fields) % 4:
             raise Damaged(f"not a line of an index: {line[:80]!r}")
-        place = named_by(exts, wanted)
+        place = find_ext(exts, wanted)
         if place is not None and sizes[place] != "0":
             kept.append(line)
         else:

@@ -61,7 +61,7 @@ def test_no_command_takes_abbreviations() -> None:
     assert taking == []
 
 
-def test_the_directory_of_a_file_is_there_before_the_work_begins(
+def test_the_directory_of_an_output_file_is_created_by_the_parser(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert parser().parse_args(["--json", f"{tmp_path}/a/b/plans.json"]).json.parent.is_dir()
@@ -88,7 +88,7 @@ def test_a_seed_is_a_word_of_64_bits() -> None:
         (["batch.clp=3"], "error: .*unknown key batch.clp"),
     ],
 )
-def test_the_planner_refuses_what_it_cannot_plan_with(
+def test_the_planner_refuses_invalid_options(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Overrides may stand between options, as for a run."""

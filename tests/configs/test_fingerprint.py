@@ -58,7 +58,7 @@ VARIANTS: dict[str, Config] = dict(variants(CONFIG))
 
 
 # Compared where both runs know it (test_a_file_is_compared_by_its_digest_where_both_runs_have_one).
-DIGESTS = set(Config.digests.values())
+DIGESTS = set(Config.digest_keys.values())
 
 
 def is_science(key: str) -> bool:

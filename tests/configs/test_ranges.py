@@ -310,7 +310,7 @@ def _generate(config: Generation) -> None:
         (("seed=" + "9" * 5000,), "is not a YAML value (Exceeds the limit (4300 digits)"),
     ],
 )
-def test_what_would_crash_later_or_learn_nothing_is_refused(overrides: tuple[str, ...], message: str) -> None:
+def test_settings_that_would_crash_later_or_learn_nothing_are_refused(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError) as caught:
         tiny_config(*overrides)
     assert message in str(caught.value)

@@ -128,17 +128,17 @@ NO_REC = ("batch.rec=0", "objectives.rec.weight=0")
         ),
         (
             ("data.caption=jpg",),
-            "data.caption: 'jpg': a .jpg member is no text, which a caption is; write the extension",
+            "data.caption: 'jpg': a .jpg member holds no text, and a caption is text; write the extension",
         ),
         (("data.caption=json",), "data.caption: 'json' names no field: a .json member holds a record; write json:KEY"),
         (("data.caption='json:'",), "data.caption: 'json:' names no field"),
         (
             ("data.caption=txt:en",),
-            "data.caption: 'txt:en': fields are read of .json members alone; write 'txt' or json:en",
+            "data.caption: 'txt:en': only .json members have fields; write 'txt' or json:en",
         ),
         (
             ("data.caption=.TXT",),
-            "data.caption: '.TXT' is no extension of a member: those are in lower case, without a dot",
+            "data.caption: '.TXT' is not a member extension: those are in lower case, without a dot",
         ),
         (
             ("system.clip.micro_batches=2", "objectives.clip.weight=0"),

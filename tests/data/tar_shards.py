@@ -70,7 +70,7 @@ def write_corpus(folder: Path, num_shards: int, per_shard: int, **size: int) -> 
 
 
 def index_of(tar: Path) -> Path:
-    """The file that holds the index of a shard, made first where it is missing."""
+    """Return the path of a shard's index file, building it where it is missing."""
     path = ensure_sidecar(tar).path
     assert path is not None
     return path

@@ -384,12 +384,12 @@ def test_a_table_of_captions_is_read(
     ("name", "text", "message"),
     [
         ("c.csv", "a,b\n1,2\n", "line 1 has no column file or file_name, it has 'a', 'b'"),
-        ("c.csv", "", "is empty, no line of it is a header"),
+        ("c.csv", "", "is empty: a table needs a header line"),
         ("c.csv", "file,caption\n", "none of its 0 rows has a file and a caption"),
-        ("c.jsonl", '{"file": "a.jpg"}\n', "no line has a file and a caption, they have 'file'"),
-        ("c.jsonl", "[1]\n", "no line has a file and a caption, they have no keys"),
-        ("c.jsonl", '{"file": "a.jpg", "caption": "x"}\n\n{oops\n', "line 3 is no JSON object"),
-        ("c.parquet", "PAR1", "is no table that is read: those are .csv .tsv .jsonl .ndjson .json"),
+        ("c.jsonl", '{"file": "a.jpg"}\n', "no line has a file and a caption, the keys found are 'file'"),
+        ("c.jsonl", "[1]\n", "no line has a file and a caption, the keys found are none"),
+        ("c.jsonl", '{"file": "a.jpg", "caption": "x"}\n\n{oops\n', "line 3 is not a JSON object"),
+        ("c.parquet", "PAR1", "is not a supported table: supported are .csv .tsv .jsonl .ndjson .json"),
         ("c.csv", "file,caption\na.jpg,x\n./a.jpg,y\n", "lists a.jpg again"),
         ("c.csv", None, "cannot be read: No such file"),
     ],
@@ -541,15 +541,13 @@ def test_odd_images_become_upright_eight_bit_first_frames(tmp_path: Path) -> Non
         pictures.load_picture(tmp_path / "float.tif", None)
 
 
-def test_an_image_of_too_many_pixels_is_left_out_with_the_way_to_keep_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_of_too_many_pixels_is_left_out_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (100, 100)).save(tmp_path / "large.png")
-    monkeypatch.setattr(pictures, "_MOST_TO_KEEP", 9999)
+    monkeypatch.setattr(pictures, "_MOST_PIXELS_TO_KEEP", 9999)
     reason = "too many pixels: above the 9,999 that a run reads; make it smaller with --max-side"
     with pytest.raises(pictures.Unusable, match=reason):
         pictures.load_picture(tmp_path / "large.png", None)
     assert pictures.load_picture(tmp_path / "large.png", 50)[2] == (50, 50)
-    monkeypatch.setattr(pictures, "_MOST_TO_SHRINK", 9999)
+    monkeypatch.setattr(pictures, "_MOST_PIXELS_TO_SHRINK", 9999)
     with pytest.raises(pictures.Unusable, match=r"too many pixels: above the 9,999 that a run reads$"):
         pictures.load_picture(tmp_path / "large.png", 50)

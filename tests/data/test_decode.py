@@ -18,8 +18,8 @@ from data import views
 from data.decode import Decoder, Picture
 from data.headers import refusal
 from data.pictures import Unusable, load_picture
-from data.pillow_pictures import decoded
-from tests.data.encoded_pictures import app_segment, exif, png, riff, vp8x, webp_chunk, with_png_chunk, with_tiff_number
+from data.pillow_decoder import decode_with_pillow
+from tests.data.encoded_images import app_segment, exif, png, riff, vp8x, webp_chunk, with_png_chunk, with_tiff_number
 from tests.data.plain_views import centred
 from tests.data.tar_shards import encoded, picture
 from tests.fuzz import damaged
@@ -132,16 +132,16 @@ def test_every_format_comes_out_as_the_rgb_bytes_pillow_gives(decoder: Decoder, 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_pillow_gives_what_dali_gives_to_a_level(decoder: Decoder, name: str) -> None:
+def test_pillow_and_dali_agree_to_one_level(decoder: Decoder, name: str) -> None:
     """What it decodes where DALI fails at a picture by itself, and what the folder converter sees."""
     data, _ = FORMATS[name]
     [found] = decoder.decode([data])
     # measured 0; 1 for palettes and colours of 16 bits, which are rounded otherwise
-    assert np.abs(pixels(found).astype(int) - np.asarray(decoded(data).convert("RGB"))).max() <= 1
+    assert np.abs(pixels(found).astype(int) - np.asarray(decode_with_pillow(data).convert("RGB"))).max() <= 1
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_the_converter_packs_is_shown_as_the_file_itself(decoder: Decoder, tmp_path: Path, name: str) -> None:
+def test_a_packed_image_decodes_like_its_file(decoder: Decoder, tmp_path: Path, name: str) -> None:
     (tmp_path / "picture").write_bytes(FORMATS[name][0])
     content, extension, size = load_picture(tmp_path / "picture", None)
     direct, packed = decoder.decode([FORMATS[name][0], content])
@@ -154,13 +154,13 @@ def test_what_the_converter_packs_is_shown_as_the_file_itself(decoder: Decoder, 
 
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_all_decoders_turn_a_picture_alike(decoder: Decoder, kind: str, orientation: int) -> None:
+def test_all_decoders_apply_exif_orientation_alike(decoder: Decoder, kind: str, orientation: int) -> None:
     of_exif = Image.Exif()
     of_exif[0x0112] = orientation
     data = encoded(0, kind, exif=of_exif, quality=95)
     turned = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     [found] = decoder.decode([data])
-    for shown in (pixels(found), np.asarray(decoded(data).convert("RGB"))):
+    for shown in (pixels(found), np.asarray(decode_with_pillow(data).convert("RGB"))):
         assert (shown == np.asarray(turned)).all()
     assert turned.size == ((24, 32) if 5 <= orientation <= 8 else (32, 24))
 
@@ -204,14 +204,12 @@ ODD_EXIF = {
 @pytest.mark.parametrize("name", ODD_EXIF)
 def test_all_decoders_read_odd_exif_alike(decoder: Decoder, name: str) -> None:
     [found] = decoder.decode([ODD_EXIF[name]])
-    shown = np.asarray(decoded(ODD_EXIF[name]).convert("RGB"))
+    shown = np.asarray(decode_with_pillow(ODD_EXIF[name]).convert("RGB"))
     assert shown.shape == ((24, 32, 3) if name.endswith("not") else (32, 24, 3))
     assert (pixels(found) == shown).all()
 
 
-def test_a_picture_that_dali_fails_at_by_itself_is_left_to_pillow(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pillow_decodes_single_images_that_dali_cannot(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = pixels(decoder.decode([encoded(1)])[0])
     monkeypatch.setattr(Decoder, "_decode", lambda _, some: ["undecodable image"] * len(some))
     found = decoder.decode([encoded(1), bytes(CORRUPT_PNG), png(np.zeros((4, 4, 3), int), 16, 2), b"<html>"])

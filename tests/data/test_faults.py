@@ -281,7 +281,7 @@ def test_a_loader_closes_while_it_waits_for_storage(corpus: Path, monkeypatch: p
         assert not closing.is_alive()
 
 
-def test_a_corpus_without_a_sample_is_refused_by_what_was_found(tmp_path: Path) -> None:
+def test_a_corpus_without_a_sample_is_refused_with_a_summary(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [(".DS_Store", b"x")])
     with pytest.raises(
         UserError, match=r"data\.train holds no sample \(1 shard, 0 samples; no sample in 1 shard: .*a\.tar"

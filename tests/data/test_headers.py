@@ -8,8 +8,8 @@ from PIL import AvifImagePlugin, Image
 
 from data.claimed_sizes import claimed_pixels
 from data.headers import refusal
-from data.picture_types import IMAGE_EXTS, READ_TYPES, REFUSED_TYPES, is_picture_name, refused_name
-from tests.data.encoded_pictures import app_segment, exif, png_chunk, riff, saved, vp8x, webp_chunk, with_png_chunk
+from data.image_types import IMAGE_EXTS, SUPPORTED_TYPES, UNSUPPORTED_TYPES, is_image_name, unsupported_type
+from tests.data.encoded_images import app_segment, exif, png_chunk, riff, saved, vp8x, webp_chunk, with_png_chunk
 from tests.data.tar_shards import encoded, huge_png
 
 pytestmark = pytest.mark.L0
@@ -164,22 +164,22 @@ def test_avif_is_refused_by_its_name_where_pillow_cannot_read_it(monkeypatch: py
     assert refusal(GOOD["avif"], 10**6) == "avif image"
 
 
-def test_a_picture_of_a_million_parts_is_given_up_on() -> None:
+def test_an_image_of_too_many_segments_or_chunks_is_refused() -> None:
     assert refusal(encoded(0)[:-2] + b"\xff\x01" * 20_000, 10**6) == "truncated image"
     assert refusal(encoded(0, "PNG")[:33] + png_chunk(b"tEXt", b"") * 140_000 + b"more", 10**6) == "truncated image"
 
 
-def test_one_table_tells_pictures_by_their_names() -> None:
-    assert [is_picture_name(name) for name in ("a/b.JPG", "b.jfif", "c.d.avif", "e.gif", "f.heic", "jpg", "g.txt")] == [
+def test_supported_and_unsupported_image_types_have_disjoint_extensions() -> None:
+    assert [is_image_name(name) for name in ("a/b.JPG", "b.jfif", "c.d.avif", "e.gif", "f.heic", "jpg", "g.txt")] == [
         True, True, True, True, False, False, False,
     ]  # fmt: skip
-    assert refused_name("a/IMG_2024.03.HEIC") == "heic image"
-    assert refused_name("a.jpg") is refused_name("a.txt") is None
-    refused = [ext for exts in REFUSED_TYPES.values() for ext in exts]
+    assert unsupported_type("a/IMG_2024.03.HEIC") == "heic image"
+    assert unsupported_type("a.jpg") is unsupported_type("a.txt") is None
+    refused = [ext for exts in UNSUPPORTED_TYPES.values() for ext in exts]
     assert not set(refused) & set(IMAGE_EXTS)
     assert IMAGE_EXTS[:7] == ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # the order in which one is preferred
     assert len({*refused, *IMAGE_EXTS}) == len(refused) + len(IMAGE_EXTS)
-    assert set(READ_TYPES) == {"jpeg", "png", "webp", "bmp", "tiff", "avif", "gif"}
+    assert set(SUPPORTED_TYPES) == {"jpeg", "png", "webp", "bmp", "tiff", "avif", "gif"}
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "tiff"])

@@ -67,15 +67,15 @@ def test_a_share_above_the_limit_stops_with_the_counts() -> None:
     assert "raise data.max_bad_share" in str(error.value)
 
 
-def test_what_the_index_left_out_is_judged_before_a_step_and_only_a_file_that_exists_is_named(tmp_path: Path) -> None:
+def test_too_many_left_out_samples_stop_a_run_before_its_first_step(tmp_path: Path) -> None:
     log = tmp_path / "bad.jsonl"
-    Health(0.05, 950, Counter({"missing image": 50}), log).check()
+    Health(0.05, 950, Counter({"missing image": 50}), log).check_share()
     health = Health(0.05, 949, Counter({"missing image": 51}), log)
     with pytest.raises(TooManyBadSamples, match=r"5\.1% of the samples are bad \(51 missing image\).* corpus or raise"):
-        health.check()
+        health.check_share()
     health.note_left_out([bad(1)])
     with pytest.raises(TooManyBadSamples, match=r"mend the corpus \(keys in .*bad\.jsonl\) or raise"):
-        health.check()
+        health.check_share()
 
 
 def test_the_share_joins_what_the_index_and_what_reading_showed() -> None:

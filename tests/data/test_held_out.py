@@ -72,7 +72,7 @@ def write_named(folder: Path) -> None:
     write_tar(folder / "0.tar", members)
 
 
-def test_labels_are_numbers_in_any_form_and_names_by_their_place_in_the_table(tmp_path: Path) -> None:
+def test_labels_are_numbers_in_any_form_or_class_names_of_the_table(tmp_path: Path) -> None:
     write_named(tmp_path)
     names = ["crane", "dog", "tabby cat", "crane"]
     (tmp_path / "classes.json").write_text(json.dumps({"classes": [{"name": name} for name in names]}))
@@ -82,10 +82,10 @@ def test_labels_are_numbers_in_any_form_and_names_by_their_place_in_the_table(tm
     with pytest.raises(
         UserError, match=r"0/g has label 'crane', a class name, and .*classes.json has no such class, or"
     ):
-        pictures.classes.check()
+        pictures.classes.require_known()
 
 
-def test_class_names_without_a_table_are_no_labels_and_named_to_whoever_counts_by_class(tmp_path: Path) -> None:
+def test_class_names_without_a_table_are_an_error_for_tasks_that_need_labels(tmp_path: Path) -> None:
     write_named(tmp_path)
     pictures = held_out(tmp_path)
     [batch] = pictures.batches(100)
@@ -94,12 +94,12 @@ def test_class_names_without_a_table_are_no_labels_and_named_to_whoever_counts_b
     with pytest.raises(
         UserError, match=r"0/e has label 'dog', a class name, and there is no .*classes.json: names are"
     ):
-        pictures.classes.check()
+        pictures.classes.require_known()
     (tmp_path / "other.json").write_text('{"classes": [{"name": "DOG"}, {"name": "tabby-cat"}, {"name": "crane"}]}')
     given = held_out(tmp_path, classes=tmp_path / "other.json")
     [batch] = given.batches(100)
     assert batch.labels.tolist() == [3, 3, 3, 3, 0, 1, 2, -1, -1, -1, -1, 4, 5]
-    given.classes.check()
+    given.classes.require_known()
 
 
 def test_labels_come_from_json_or_cls_and_anything_else_is_none(tmp_path: Path) -> None:

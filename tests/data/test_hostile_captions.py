@@ -70,14 +70,14 @@ def test_any_text_is_a_row_that_ends_where_it_should(tmp_path: Path, name: str, 
 
 
 @pytest.mark.parametrize("name", NO_TEXTS)
-def test_what_is_no_text_is_a_reason(tmp_path: Path, name: str) -> None:
+def test_bytes_that_are_not_text_are_a_bad_sample_with_a_reason(tmp_path: Path, name: str) -> None:
     content, reason = NO_TEXTS[name]
     with pytest.raises(BadMember, match=f"^{reason}$"):
         one(tmp_path, "txt", **{"0.txt": content}).read(0, 0)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
-def test_a_byte_order_mark_says_which_encoding_and_is_no_part_of_the_text(tmp_path: Path, encoding: str) -> None:
+def test_a_byte_order_mark_selects_the_encoding_and_is_removed(tmp_path: Path, encoding: str) -> None:
     text = "a caf\u00e9, \u8d64\u3044 \U0001f98a"
     content = text.encode(encoding) if encoding[-3:] != "-be" else ("\ufeff" + text).encode(encoding)
     assert one(tmp_path, "txt", **{"0.txt": content}).read(0, 0).caption == text
@@ -88,7 +88,7 @@ def test_text_that_is_cut_off_inside_a_character_loses_that_character_alone(tmp_
     assert shards.read(0, 0).caption == "a" + "\u00e9" * ((1 << 17) - 1)
 
 
-def test_nuls_around_and_joiners_inside_a_text_stay(tmp_path: Path) -> None:
+def test_nuls_around_a_text_and_joiners_in_it_are_kept(tmp_path: Path) -> None:
     for text in ("\0\0a red circle\0\0\0\0\0\0\0\0\0", "a family \U0001f468\u200d\U0001f469\u200d\U0001f466"):
         assert one(tmp_path, "txt", **{"0.txt": text.encode()}).read(0, 0).caption == text
 
@@ -167,7 +167,7 @@ def test_a_reader_serves_other_captions_of_a_list_in_the_next_epoch(tmp_path: Pa
     assert first != captions(1)
 
 
-def test_a_field_that_no_record_has_is_named_beside_those_there_are(tmp_path: Path) -> None:
+def test_an_error_about_a_missing_caption_field_lists_the_fields_found(tmp_path: Path) -> None:
     members: dict[str, bytes] = {}
     for i in range(40):
         members |= {f"{i:02d}.jpg": PICTURE, f"{i:02d}.json": b'{"alt": "a", "url": "b", "": 1}'}
@@ -189,7 +189,7 @@ def test_a_field_that_no_record_has_is_named_beside_those_there_are(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("member", "has"), [({"caption": b"x", "cls": b"3"}, "caption, cls"), ({}, "none")])
-def test_a_caption_member_that_no_sample_has_is_named_beside_those_there_are(
+def test_an_error_about_a_missing_caption_member_lists_the_members_found(
     tmp_path: Path, member: dict[str, bytes], has: str
 ) -> None:
     write_tar(tmp_path / "a.tar", {"0.jpg": PICTURE, **{f"0.{ext}": content for ext, content in member.items()}})
@@ -201,9 +201,11 @@ def test_a_caption_member_that_no_sample_has_is_named_beside_those_there_are(
 
 
 @pytest.mark.parametrize("extension", [*IMAGE_EXTS, "gif", "npy"])
-def test_no_picture_is_taken_for_a_caption(tmp_path: Path, extension: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_image_extensions_are_refused_as_caption_members(
+    tmp_path: Path, extension: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["index", str(tmp_path), "--caption", extension]) == 2
-    assert f"error: --caption '{extension}': a .{extension} member is no text" in capsys.readouterr().err
+    assert f"error: --caption '{extension}': a .{extension} member holds no text" in capsys.readouterr().err
 
 
 def test_a_lone_surrogate_in_json_reaches_the_encoder_as_a_space(tmp_path: Path, encoder: CaptionEncoder) -> None:

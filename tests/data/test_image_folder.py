@@ -10,8 +10,8 @@ import pytest
 from configs import UserError
 from data import corpus, folder, processes
 from data.caption_sources import table_captions
-from data.corpus import main, with_progress
-from data.image_files import classes, list_files, splits
+from data.corpus import main, show_progress
+from data.image_files import folder_classes, folder_splits, list_files
 from data.sample import Sample
 from tests.data.tar_shards import encoded
 from tests.data.test_corpus import digests, read_split
@@ -64,13 +64,16 @@ def refusal(source: Path, capsys: pytest.CaptureFixture[str], *options: object) 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ('0.png,"a cat\n1.png,a dog\n2.png,"b"\n', r"row 1 \(line 2\) has a quote out of place"),
+        ('0.png,"a cat\n1.png,a dog\n2.png,"b"\n', r"row 1 \(line 2\) has a misplaced quote"),
         (
             '0.png,x\n\n1.png,"a cat\n2.png,a dog\n',
-            r"row 2 \(line 4\) has a quote out of place \(unexpected end of data",
+            r"row 2 \(line 4\) has a misplaced quote \(unexpected end of data",
         ),
-        ('0.png,"a 5" pipe"\n', r"row 1 \(line 2\) has a quote out of place"),
-        ('0.png,"a cat\n1.png,a dog"\n2.png,b\n', r"row 1 \(line 2\) goes on over the line '1.png,a dog', which looks"),
+        ('0.png,"a 5" pipe"\n', r"row 1 \(line 2\) has a misplaced quote"),
+        (
+            '0.png,"a cat\n1.png,a dog"\n2.png,b\n',
+            r"row 1 \(line 2\) continues over the line '1.png,a dog', which looks",
+        ),
         (
             '0.png,"two\nlines"\n1.png,a cat, on a mat\n',
             r'row 2 \(line 4\) has 3 cells, the header 2: .* in quotes, "a cat, on a mat"',
@@ -78,9 +81,7 @@ def refusal(source: Path, capsys: pytest.CaptureFixture[str], *options: object) 
         ("0.png,a\n./0.png,b\n", r"row 2 \(line 3\) lists 0.png again: .* with a list of its captions"),
     ],
 )
-def test_what_would_cut_a_caption_or_swallow_rows_is_an_error_with_row_and_line(
-    tmp_path: Path, rows: str, message: str
-) -> None:
+def test_cut_captions_and_joined_rows_are_errors_with_row_and_line(tmp_path: Path, rows: str, message: str) -> None:
     (tmp_path / "c.csv").write_text("file,caption\n" + rows)
     with pytest.raises(UserError, match=message):
         table_captions(tmp_path / "c.csv")
@@ -102,7 +103,7 @@ def test_captions_with_commas_quotes_and_lines_are_read_whole(tmp_path: Path) ->
 
 def test_a_table_in_another_encoding_is_refused_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_bytes("file,caption\n0.png,a\n1.png,café\n".encode("cp1252"))
-    with pytest.raises(UserError, match=r"line 3 is not UTF-8 \(byte 0xe9 is not UTF-8\): .* save the table as UTF-8"):
+    with pytest.raises(UserError, match=r"line 3 is not UTF-8 \(byte 0xe9 is not UTF-8\): .* save it as UTF-8"):
         table_captions(tmp_path / "c.csv")
 
 
@@ -149,7 +150,7 @@ def test_names_match_whatever_their_unicode_form_or_slashes(tmp_path: Path) -> N
     assert skipped(source) == {"gone.png": "caption without image"}
 
 
-def test_a_file_of_the_very_name_goes_before_one_of_another_form(tmp_path: Path) -> None:
+def test_an_exact_file_name_wins_over_another_unicode_form(tmp_path: Path) -> None:
     composed, apart = "caf\u00e9.png", "cafe\u0301.png"
     source = write(tmp_path / "source", composed, apart)
     (tmp_path / "c.csv").write_text(f"file,caption\n{composed},one\n{apart},two\n")
@@ -175,7 +176,7 @@ def test_several_captions_of_a_picture_reach_the_shards(tmp_path: Path) -> None:
 # Files beside the pictures -------------------------------------------------------------------------------------
 
 
-def test_caption_files_are_read_by_their_mark_and_refused_by_name(tmp_path: Path) -> None:
+def test_caption_files_are_decoded_by_their_byte_order_mark_or_refused(tmp_path: Path) -> None:
     source = write(
         tmp_path / "source", *(f"{name}.png" for name in "abcde"),
         a="a caf\u00e9".encode("utf-16"), b="b caf\u00e9".encode("cp1252"), c=b"\0\0", d=b"one\r\ntwo\r\n",
@@ -193,7 +194,7 @@ def test_split_folders_name_no_class_and_decide_what_is_held_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write(tmp_path / "source", "train/cat/0.png", "train/red_fox/1.png", "Val/cat/2.png", "test/cat/3.png")
-    assert "which say what is held out" in refusal(source, capsys, "--caption-from-folder", "--held-out-share", 0.1)
+    assert "which decide what is held out" in refusal(source, capsys, "--caption-from-folder", "--held-out-share", 0.1)
     assert pack(source, "--caption-from-folder") == {
         "train/cat/0.png": ("train", "a photo of a cat"), "train/red_fox/1.png": ("train", "a photo of a red fox"),
         "Val/cat/2.png": ("held_out", "a photo of a cat"), "test/cat/3.png": ("held_out", "a photo of a cat"),
@@ -214,24 +215,26 @@ def test_split_folders_name_no_class_and_decide_what_is_held_out(
         (["0.png"], {}),
     ],
 )
-def test_top_folders_are_splits_where_all_are_or_there_are_two_kinds(names: list[str], found: dict[str, str]) -> None:
-    assert splits(names) == found
+def test_top_folders_are_splits_if_all_are_named_so_or_both_kinds_exist(
+    names: list[str], found: dict[str, str]
+) -> None:
+    assert folder_splits(names) == found
 
 
 def test_a_folder_called_train_among_others_is_a_class() -> None:
-    assert classes(["train/0.png", "car/1.png"], None) == {"train/0.png": "train", "car/1.png": "car"}
+    assert folder_classes(["train/0.png", "car/1.png"], None) == {"train/0.png": "train", "car/1.png": "car"}
 
 
-def test_nested_folders_name_the_class_that_is_asked_for_and_are_refused_by_name_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nested_folders_need_a_class_folder_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "source", "animals/cat/0.png", "animals/dog/1.png", "plants/2.png")
     error = refusal(source, capsys, "--caption-from-folder")
     assert "animals/cat/0.png lies in 2 folders, so its class could be 'animals' or 'cat'" in error
-    assert "--class-folder is read with --caption-from-folder" in refusal(source, capsys, "--class-folder", "last")
+    assert "--class-folder has an effect with --caption-from-folder" in refusal(
+        source, capsys, "--class-folder", "last"
+    )
     names = list_files(source).images
-    assert classes(names, "last") == dict(zip(names, ["cat", "dog", "plants"], strict=True))
-    assert classes(names, "first") == dict(zip(names, ["animals", "animals", "plants"], strict=True))
+    assert folder_classes(names, "last") == dict(zip(names, ["cat", "dog", "plants"], strict=True))
+    assert folder_classes(names, "first") == dict(zip(names, ["animals", "animals", "plants"], strict=True))
     assert {text for _, text in pack(source, "--caption-from-folder", "--class-folder", "last").values()} == {
         "a photo of a cat", "a photo of a dog", "a photo of a plants"
     }  # fmt: skip
@@ -240,17 +243,17 @@ def test_nested_folders_name_the_class_that_is_asked_for_and_are_refused_by_name
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["0.png", "1.png"], r"no image lies in the folder of a class \('0.png', and 1 more\)"),
-        (["train/0.png", "val/1.png"], r"no image lies in the folder of a class \('train/0.png', and 1 more\)"),
+        (["0.png", "1.png"], r"no image lies in a class folder \('0.png', and 1 more\)"),
+        (["train/0.png", "val/1.png"], r"no image lies in a class folder \('train/0.png', and 1 more\)"),
         (["train/a/0.png", "val/a/1.png", "more/a/2.png"], "more/a/2.png lies beside the splits train, val, in 'more'"),
     ],
 )
 def test_folders_that_name_no_class_are_refused(names: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        classes(names, None)
+        folder_classes(names, None)
 
 
-def test_every_kind_of_picture_is_found_and_named(tmp_path: Path) -> None:
+def test_every_image_type_is_packed_or_skipped_with_a_reason(tmp_path: Path) -> None:
     source = write(tmp_path / "source", "0.JFIF", "1.jpe", "2.gif", "3.avif", "4.HEIC", "5.jxl")
     for name, kind in (("0.JFIF", "JPEG"), ("1.jpe", "JPEG"), ("2.gif", "GIF"), ("3.avif", "AVIF")):
         (source / name).write_bytes(encoded(0, kind))
@@ -302,15 +305,15 @@ def test_the_corpus_is_the_same_bytes_for_any_number_of_processes(
         (source / f"more{i}.png").write_bytes(PICTURES[i % 6] if i % 9 else b"<html>")
     for path in list(source.iterdir()):
         path.with_suffix(".txt").write_text(path.stem)
-    monkeypatch.setattr(folder, "WORTH_A_POOL", 1)
+    monkeypatch.setattr(folder, "MIN_POOL_BYTES", 1)
     for workers in (1, 2):
         command = ["folder", source, "--out", tmp_path / str(workers), "--workers", workers, "--held-out-share", 0]
         assert main([str(argument) for argument in command]) == 0
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
 
 
-def test_a_process_that_dies_is_one_line_and_nobody_waits_for_it() -> None:
-    with pytest.raises(OSError, match=r"a process died at its work: .* fewer --workers"):
+def test_a_worker_process_that_dies_is_an_error_at_once() -> None:
+    with pytest.raises(OSError, match=r"a worker process died: .* fewer processes"):
         list(processes.map_in_order(os._exit, range(100), workers=2))
 
 
@@ -318,13 +321,13 @@ def test_progress_is_a_line_a_minute_where_there_is_no_terminal_and_a_bar_where_
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = [Sample(b"", "jpg", "", {})] * 4
-    assert list(with_progress(samples, "train", 4)) == samples
+    assert list(show_progress(samples, "train", 4)) == samples
     assert capsys.readouterr().err == ""
     clock = iter(range(0, 1000, 30))
     monkeypatch.setattr(corpus.time, "monotonic", lambda: next(clock))
-    list(with_progress(samples, "train", 8))
+    list(show_progress(samples, "train", 8))
     assert capsys.readouterr().err == "train: 2 of 8, about 3 minutes left\ntrain: 4 of 8, about 2 minutes left\n"
     monkeypatch.undo()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert list(with_progress(samples, "train", 4)) == samples
+    assert list(show_progress(samples, "train", 4)) == samples
     assert "train" in capsys.readouterr().err

@@ -147,7 +147,7 @@ def test_iterating_gives_the_batches_of_the_steps_from_the_start_step(corpus: Pa
 
 
 @pytest.mark.parametrize(("start_step", "batch", "world_size"), [(5, 24, 1), (5, 24, 3), (2, 6, 2)])
-def test_with_another_batch_from_some_step_on_no_sample_is_skipped_or_met_again(
+def test_after_a_change_of_batch_no_sample_is_skipped_or_repeated(
     corpus: Path, start_step: int, batch: int, world_size: int
 ) -> None:
     """Steps of 12 up to `start_step`; what comes then is as if a step were its positions alone."""
@@ -275,7 +275,7 @@ def test_above_the_configured_share_the_run_stops_with_the_counts(bad_corpus: Pa
     assert set(later.value.counts) == set(EXPECTED)
 
 
-def test_a_corpus_is_summed_up_with_what_is_left_out_and_shards_that_hold_nothing(bad_corpus: Path) -> None:
+def test_the_summary_of_a_corpus_counts_left_out_samples(bad_corpus: Path) -> None:
     with loading(config_for(bad_corpus, *CLIP_ONLY, "data.max_bad_share=0.25")) as loader:
         summary = loader.reader.summary()
     left_out = ", ".join(f"20 {reason}" for reason in sorted(SEEN_BY_INDEX))

@@ -16,13 +16,13 @@ import fsspec
 import pytest
 
 from configs import UserError
-from data import remote, web
+from data import http_files, remote
+from data.http_files import FileVersion, error_for_status
 from data.patience import Patience, RetryLater
 from data.shards import Shards
 from data.storage import Disk, expand
 from data.tars.indexes import Indexes, ensure_sidecar
-from data.web import Version, error_for_status
-from tests.data.loopback_web import Web, serving
+from tests.data.loopback_http import HttpServer, serving
 from tests.data.tar_shards import encoded, write_tar
 from tests.harness import free_port
 
@@ -53,7 +53,7 @@ TWO = tar_of("a cat", "a dog")
 
 
 @pytest.fixture
-def server() -> Iterator[Web]:
+def server() -> Iterator[HttpServer]:
     with serving({"/c/0.tar": TWO}) as here:
         yield here
 
@@ -72,19 +72,19 @@ def files_below(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405])
-def test_a_server_that_refuses_the_index_beside_a_shard_has_none(server: Web, tmp_path: Path, status: int) -> None:
+def test_an_index_that_the_server_refuses_counts_as_missing(server: HttpServer, tmp_path: Path, status: int) -> None:
     server.answers["/c/0.idx"] = [status]
     assert captions_of(f"{server.url}/c/0.tar", tmp_path) == ["a cat", "a dog"]
-    assert server.asked == ["GET /c/0.idx", "GET /c/0.tar"]
+    assert server.requests == ["GET /c/0.idx", "GET /c/0.tar"]
 
 
-def test_a_page_in_the_place_of_an_index_is_none(server: Web, tmp_path: Path) -> None:
+def test_a_page_in_place_of_an_index_counts_as_missing(server: HttpServer, tmp_path: Path) -> None:
     server.files["/c/0.idx"] = PAGE
     assert captions_of(f"{server.url}/c/0.tar", tmp_path) == ["a cat", "a dog"]
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-def test_a_server_that_stumbles_is_asked_again(server: Web, tmp_path: Path, status: int) -> None:
+def test_transient_http_errors_are_tried_again(server: HttpServer, tmp_path: Path, status: int) -> None:
     server.answers |= {"/c/0.tar": [status, status, 200], "/c/0.idx": [status, 404]}
     assert captions_of(f"{server.url}/c/0.tar", tmp_path) == ["a cat", "a dog"]
 
@@ -101,15 +101,15 @@ def test_a_server_that_stumbles_is_asked_again(server: Web, tmp_path: Path, stat
         (404, r"0\.tar does not exist"),
     ],
 )
-def test_what_a_server_answers_to_the_end_is_named(server: Web, tmp_path: Path, status: int, says: str) -> None:
+def test_the_last_http_error_is_named(server: HttpServer, tmp_path: Path, status: int, says: str) -> None:
     server.answers["/c/0.tar"] = [status]
     with pytest.raises(UserError, match=says):
         captions_of(f"{server.url}/c/0.tar", tmp_path, tries=3)
     is_passing = status in (429, 503)
-    assert server.asked.count("GET /c/0.tar") == (3 if is_passing else 1)
+    assert server.requests.count("GET /c/0.tar") == (3 if is_passing else 1)
 
 
-def test_statuses_are_the_errors_that_the_reader_tells_apart() -> None:
+def test_http_statuses_map_to_exceptions() -> None:
     kinds = {
         404: FileNotFoundError,
         410: FileNotFoundError,
@@ -124,7 +124,7 @@ def test_statuses_are_the_errors_that_the_reader_tells_apart() -> None:
     assert error_for_status("u", 503, "", "Wed, 21 Oct 2026 07:28:00 GMT").seconds == 0  # type: ignore[attr-defined]
 
 
-def test_a_server_that_says_when_to_ask_again_is_asked_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_sets_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     patience, waits = Patience(tries=3), list[float]()
     monkeypatch.setattr(patience._is_over, "wait", lambda seconds: waits.append(seconds))
     answers = iter([RetryLater("busy", 7.0), RetryLater("busy", 3600.0)])
@@ -156,7 +156,7 @@ class Wordless(Exception):
         (FileNotFoundError(), FileNotFoundError, "memory://q/0.tar: FileNotFoundError"),
     ],
 )
-def test_errors_of_other_libraries_are_never_without_words(
+def test_errors_of_client_libraries_always_have_a_message(
     error: Exception, kind: type[Exception], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -171,31 +171,31 @@ def test_errors_of_other_libraries_are_never_without_words(
 # --- time
 
 
-def test_a_slow_server_is_not_cut_off_and_a_silent_one_is_named(
-    server: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_slow_download_is_not_limited_and_a_pause_without_data_is(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six pieces 0.8 s apart take longer than the silence that is allowed; one that never comes does too."""
-    monkeypatch.setattr(web, "_SILENT_SECONDS", 4.0)
+    monkeypatch.setattr(http_files, "_TIMEOUT_SECONDS", 4.0)
     server.files["/c/0.tar"] = TWO + bytes(6 * 4096 - len(TWO))
     server.pause, server.pause_seconds = threading.Event(), 0.8
     assert len(captions_of(f"{server.url}/c/0.tar", tmp_path)) == 2
-    monkeypatch.setattr(web, "_SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(http_files, "_TIMEOUT_SECONDS", 0.1)
     server.pause_seconds = 60.0
-    with pytest.raises(OSError, match=r"c/0\.tar: not a word from the server for 0 s"):
+    with pytest.raises(OSError, match=r"c/0\.tar: the server sent nothing for 0 s"):
         Disk(tmp_path / "other").fetch(f"{server.url}/c/0.tar")
     assert files_below(tmp_path / "other") == []
 
 
 @pytest.mark.parametrize("size", [0, 700])
-def test_a_copy_that_ends_early_is_an_error_and_leaves_nothing(server: Web, tmp_path: Path, size: int) -> None:
+def test_a_copy_that_ends_early_is_an_error_and_leaves_nothing(server: HttpServer, tmp_path: Path, size: int) -> None:
     server.cut_after = size
     with pytest.raises(OSError, match=rf"gave {size} of {len(TWO)} bytes"):
         Disk(tmp_path).fetch(f"{server.url}/c/0.tar")
     assert files_below(tmp_path) == []
 
 
-def test_a_connection_that_ends_without_a_word_is_named_by_its_address(server: Web, tmp_path: Path) -> None:
-    server.is_deaf = True
+def test_a_closed_connection_is_an_error_with_its_url(server: HttpServer, tmp_path: Path) -> None:
+    server.closes_connections = True
     with pytest.raises(OSError, match=rf"^{server.url}/c/0\.tar: RemoteDisconnected: Remote end closed connection"):
         Disk(tmp_path).fetch(f"{server.url}/c/0.tar")
     nobody = f"http://127.0.0.1:{free_port()}/c/0.tar"
@@ -206,28 +206,32 @@ def test_a_connection_that_ends_without_a_word_is_named_by_its_address(server: W
 # --- one copy, of what the server has
 
 
-def test_an_address_with_a_query_is_fetched_once_under_its_own_name(server: Web, tmp_path: Path) -> None:
+def test_an_address_with_a_query_is_fetched_once_under_its_own_name(server: HttpServer, tmp_path: Path) -> None:
     for _ in range(2):
         shards = Shards(expand([f"{server.url}/c/{{0..0}}.tar?download=true"], tmp_path), "txt", tmp_path)
         assert [shards.read(0, i).key for i in range(2)] == ["0/0", "0/1"]
-    assert server.asked == ["GET /c/0.idx?download=true", "GET /c/0.tar?download=true", "HEAD /c/0.tar?download=true"]
+    assert server.requests == [
+        "GET /c/0.idx?download=true",
+        "GET /c/0.tar?download=true",
+        "HEAD /c/0.tar?download=true",
+    ]
 
 
 @pytest.mark.parametrize("num_processes", [1, 4])
-def test_all_that_want_one_shard_make_one_copy(
-    server: Web, tmp_path: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch
+def test_threads_and_processes_make_one_copy_of_a_shard(
+    server: HttpServer, tmp_path: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Disk stands for a process: file locks know open files, not processes."""
-    monkeypatch.setattr(remote, "_LOCK_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "_LOCK_POLL_SECONDS", 0.01)
     disks, url = [Disk(tmp_path) for _ in range(num_processes)], f"{server.url}/c/0.tar"
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(lambda i: disks[i % num_processes].fetch(url), range(8)))) == 1
-    assert server.asked.count("GET /c/0.tar") == 1
+    assert server.requests.count("GET /c/0.tar") == 1
     assert files_below(tmp_path) == [".0.tar.version", "0.tar"]
 
 
-def test_without_file_locks_a_copy_is_made_all_the_same(
-    server: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_copy_is_made_on_a_file_system_without_locks(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -236,7 +240,7 @@ def test_without_file_locks_a_copy_is_made_all_the_same(
     assert Disk(tmp_path).fetch(f"{server.url}/c/0.tar").read_bytes() == TWO
 
 
-def test_addresses_that_a_query_tells_apart_are_several_shards(tmp_path: Path) -> None:
+def test_urls_that_differ_in_their_query_are_different_shards(tmp_path: Path) -> None:
     names = ["http://h/get?file=1", "http://h/get?file=2"]
     assert Indexes(names, "txt", Disk(tmp_path), tmp_path, 4).labels == names
     assert remote.index_name(names[0]) is None
@@ -247,37 +251,37 @@ def test_addresses_that_a_query_tells_apart_are_several_shards(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("has_etags", [True, False])
-def test_another_file_of_the_same_size_is_fetched_and_the_same_one_is_not(
-    server: Web, tmp_path: Path, has_etags: bool
+def test_a_changed_file_of_the_same_size_is_downloaded_again(
+    server: HttpServer, tmp_path: Path, has_etags: bool
 ) -> None:
     url, server.has_etags, server.headers["Last-Modified"] = f"{server.url}/c/0.tar", has_etags, "Monday"
     for _ in range(2):
         assert captions_of(url, tmp_path) == ["a cat", "a dog"]
-    assert server.asked.count("GET /c/0.tar") == 1
+    assert server.requests.count("GET /c/0.tar") == 1
     server.files["/c/0.tar"], server.headers["Last-Modified"] = tar_of("a cow", "a hen"), "Tuesday"
     assert len(server.files["/c/0.tar"]) == len(TWO)
     for _ in range(2):
         assert captions_of(url, tmp_path) == ["a cow", "a hen"]
-    assert server.asked.count("GET /c/0.tar") == 2
+    assert server.requests.count("GET /c/0.tar") == 2
 
 
-def test_the_same_is_noticed_behind_fsspec(tmp_path: Path) -> None:
+def test_a_changed_file_behind_fsspec_is_downloaded_again(tmp_path: Path) -> None:
     storage = fsspec.filesystem("memory")
     for caption in ("a cat", "a cow"):
         storage.pipe("/replaced/0.tar", tar_of(caption))
         assert captions_of("memory://replaced/0.tar", tmp_path) == [caption]
 
 
-def test_versions_are_compared_by_what_both_know() -> None:
-    one = Version(10, "a", "Monday")
-    assert not one.differs_from(Version(10, "a", "Tuesday"))
-    assert not one.differs_from(Version())
-    assert not one.differs_from(Version(10, None, "Monday"))
-    for other in (Version(11, "a", "Monday"), Version(10, "b", "Monday"), Version(10, None, "Tuesday")):
+def test_versions_are_compared_by_size_then_etag_then_time() -> None:
+    one = FileVersion(10, "a", "Monday")
+    assert not one.differs_from(FileVersion(10, "a", "Tuesday"))
+    assert not one.differs_from(FileVersion())
+    assert not one.differs_from(FileVersion(10, None, "Monday"))
+    for other in (FileVersion(11, "a", "Monday"), FileVersion(10, "b", "Monday"), FileVersion(10, None, "Tuesday")):
         assert one.differs_from(other)
 
 
-def test_without_an_answer_a_copy_is_what_there_is(server: Web, tmp_path: Path) -> None:
+def test_the_copy_is_used_where_the_server_does_not_answer(server: HttpServer, tmp_path: Path) -> None:
     url = f"{server.url}/c/0.tar"
     captions_of(url, tmp_path)
     for status in (403, 404, 503):
@@ -285,7 +289,7 @@ def test_without_an_answer_a_copy_is_what_there_is(server: Web, tmp_path: Path) 
         assert captions_of(url, tmp_path) == ["a cat", "a dog"]
 
 
-def test_halves_that_killed_processes_left_are_removed_and_those_of_others_are_not(server: Web, tmp_path: Path) -> None:
+def test_partial_downloads_are_removed_after_a_day(server: HttpServer, tmp_path: Path) -> None:
     disk, url = Disk(tmp_path), f"{server.url}/c/0.tar"
     folder = disk.fetch(url).parent
     old, fresh = folder / "0.tar.1.2.part", folder / "0.tar.3.4.part"
@@ -298,31 +302,33 @@ def test_halves_that_killed_processes_left_are_removed_and_those_of_others_are_n
     assert fresh.exists()
 
 
-def test_a_page_in_a_shards_place_is_refused_at_once_and_not_kept(server: Web, tmp_path: Path) -> None:
+def test_a_page_in_place_of_a_shard_is_refused_at_once_and_not_cached(server: HttpServer, tmp_path: Path) -> None:
     server.files["/c/0.tar"] = PAGE
-    with pytest.raises(UserError, match=r"0\.tar: the server sends a page that begins '<!DOCTYPE html>.*/resolve/"):
+    with pytest.raises(UserError, match=r"0\.tar: the server sent a page that begins '<!DOCTYPE html>.*/resolve/"):
         captions_of(f"{server.url}/c/0.tar", tmp_path)
-    assert server.asked.count("GET /c/0.tar") == 1
+    assert server.requests.count("GET /c/0.tar") == 1
     assert files_below(tmp_path) == []
 
 
 @pytest.mark.parametrize("content", [PAGE, b"\x1f\x8b\x08\x00"])
-def test_what_is_no_shard_in_the_cache_is_fetched_again(server: Web, tmp_path: Path, content: bytes) -> None:
+def test_a_cached_copy_that_is_not_a_tar_is_downloaded_again(
+    server: HttpServer, tmp_path: Path, content: bytes
+) -> None:
     """Its size and its noted ETag are those of the server's file."""
     url = f"{server.url}/c/0.tar"
     Disk(tmp_path).fetch(url).write_bytes(content.ljust(len(TWO), content[-1:]))
     assert captions_of(url, tmp_path) == ["a cat", "a dog"]
-    assert server.asked.count("GET /c/0.tar") == 2
+    assert server.requests.count("GET /c/0.tar") == 2
 
 
-def test_no_tar_at_the_source_is_named_by_its_address(server: Web, tmp_path: Path) -> None:
+def test_a_remote_file_that_is_not_a_tar_is_named_by_its_url(server: HttpServer, tmp_path: Path) -> None:
     server.files["/c/0.tar"] = bytes([31, 139]) * 300
     with pytest.raises(UserError, match=rf"^{server.url}/c/0\.tar: .* is not an uncompressed tar file"):
         captions_of(f"{server.url}/c/0.tar", tmp_path)
-    assert server.asked.count("GET /c/0.tar") == 1
+    assert server.requests.count("GET /c/0.tar") == 1
 
 
-def test_an_index_that_is_older_than_its_shard_gives_way_to_one_of_the_copy(server: Web, tmp_path: Path) -> None:
+def test_an_outdated_remote_index_is_replaced_by_that_of_the_copy(server: HttpServer, tmp_path: Path) -> None:
     """The server's index is of a shard with as many bytes and other members."""
     old = write_tar(
         tmp_path / "0.tar", {"x.jpg": encoded(0), "x.txt": b"a cat", "y.jpg": encoded(0), "y.txt": b"a dog"}
@@ -336,8 +342,8 @@ def test_an_index_that_is_older_than_its_shard_gives_way_to_one_of_the_copy(serv
         assert [shards.read(0, i).key for i in range(2)] == ["0/0", "0/1"]
 
 
-def test_a_listing_page_is_globbed_and_redirects_keep_the_method_and_not_the_password(
-    server: Web, tmp_path: Path
+def test_directory_pages_are_globbed_and_redirects_keep_the_method_but_not_the_password(
+    server: HttpServer, tmp_path: Path
 ) -> None:
     server.files["/list/"] = (
         b'<a href="/">up</a><a href="1%20a.tar">1</a><a href="/list/0.tar">0</a><a href="2.txt">2</a>'
@@ -348,19 +354,19 @@ def test_a_listing_page_is_globbed_and_redirects_keep_the_method_and_not_the_pas
     server.answers["/list/"] = [403]
     with pytest.raises(UserError, match=r"cannot be listed \(.*/list/: the server answers 403 Forbidden\)"):
         expand([f"{server.url}/list/*.tar"], tmp_path)
-    with pytest.raises(UserError, match=r"behind the last / alone"):
+    with pytest.raises(UserError, match=r"wildcards may only follow the last /"):
         expand([f"{server.url}/*/0.tar"], tmp_path)
     with serving({"/elsewhere.tar": TWO}) as other:
         server.moved["/m.tar"] = f"{other.url}/elsewhere.tar"
         secret = f"{server.url}/m.tar".replace("//", "//ann:pass@")
         for _ in range(2):
             assert captions_of(secret, tmp_path) == ["a cat", "a dog"]
-        assert [line.split()[0] for line in other.asked] == ["GET", "HEAD"]
+        assert [line.split()[0] for line in other.requests] == ["GET", "HEAD"]
         assert set(other.authorizations) == {None}
     assert server.authorizations[-1] == "Basic YW5uOnBhc3M="
 
 
-def test_a_server_without_head_is_asked_for_one_byte(server: Web, tmp_path: Path) -> None:
+def test_a_server_without_head_is_asked_for_one_byte(server: HttpServer, tmp_path: Path) -> None:
     asked: list[str] = []
 
     def answer(url: str, method: str, headers: dict[str, str] | None = None) -> None:
@@ -368,10 +374,10 @@ def test_a_server_without_head_is_asked_for_one_byte(server: Web, tmp_path: Path
         raise error_for_status(url, 405, "Method Not Allowed")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(web, "_response", answer)
+        patch.setattr(http_files, "_response", answer)
         with pytest.raises(PermissionError):
-            web.stat(f"{server.url}/c/0.tar")
+            http_files.stat(f"{server.url}/c/0.tar")
     assert asked == ["HEAD None", "GET {'Range': 'bytes=0-0'}"]
     headers = HTTPMessage()
     headers["Content-Length"], headers["Content-Range"] = "1", "bytes 0-0/3000"
-    assert web._version(headers) == Version(3000)
+    assert http_files._version(headers) == FileVersion(3000)

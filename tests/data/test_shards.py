@@ -22,7 +22,7 @@ pytestmark = pytest.mark.L0
 
 
 def refuse_writing(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> list[Path]:
-    """Directories that are read-only, for root too; gives what was tried there."""
+    """Make directories read-only, for root too; return the list of writes tried there."""
     tried: list[Path] = []
     write = sidecar.write
 
@@ -172,9 +172,7 @@ def test_an_unwritable_shard_directory_puts_the_sidecar_into_the_cache(
     assert shards.read(0, 1).caption == "sample 1"
 
 
-def test_an_index_with_no_place_at_all_stays_in_memory_without_a_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_without_a_writable_directory_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, cache = tmp_path / "corpus", tmp_path / "cache"
     write_corpus(corpus, num_shards=3, per_shard=2)
     before = sorted(corpus.iterdir())
@@ -184,26 +182,24 @@ def test_an_index_with_no_place_at_all_stays_in_memory_without_a_wait(
         assert [shards.read(i, 1).caption for i in range(3)] == ["sample 1", "sample 3", "sample 5"]
     assert len(tried) == 6  # each shard once in either place
     assert shards.index_folder(0) is None
-    assert "3 shards, 6 samples; 3 indexes in memory alone" in shards.summary(shards.bad)
+    assert "3 shards, 6 samples; 3 indexes in memory only" in shards.summary(shards.bad)
     assert sorted(corpus.iterdir()) == before
     write_tar(corpus / "00001.tar", {"new.jpg": encoded(9), "new.txt": b"new"})
     shards._indexes._kept.drop(1)
     assert shards.read(1, 0).caption == "new"
 
 
-def test_indexes_in_memory_beyond_the_most_are_made_again_when_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_indexes_beyond_the_memory_limit_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_corpus(tmp_path, num_shards=3, per_shard=2)
     refuse_writing(monkeypatch, tmp_path, tmp_path / "cache")
     monkeypatch.setattr("data.tars.indexes._MOST_PACKED_BYTES", 0)
     shards = Shards(expand([str(tmp_path)]), "txt", tmp_path / "cache", open_indexes=1)
     assert [shards.read(i, 0).caption for i in (2, 0, 1, 2)] == ["sample 4", "sample 0", "sample 2", "sample 4"]
-    assert shards.summary(shards.bad).startswith("3 shards, 6 samples; 1 index in memory alone: ")
+    assert shards.summary(shards.bad).startswith("3 shards, 6 samples; 1 index in memory only: ")
 
 
 @pytest.mark.parametrize("home", ["/dev/null/home", "", "~"])
-def test_a_home_that_is_none_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+def test_a_missing_home_directory_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
     write_corpus(tmp_path, num_shards=1, per_shard=2)
     monkeypatch.setenv("HOME", home)
     monkeypatch.chdir(tmp_path)
@@ -212,9 +208,7 @@ def test_a_home_that_is_none_costs_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar"]
 
 
-def test_a_damaged_index_that_cannot_be_replaced_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_index_that_cannot_be_replaced_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_corpus(tmp_path, num_shards=1, per_shard=3)
     path = index_of(tmp_path / "00000.tar")
     whole = path.read_bytes()
@@ -238,7 +232,7 @@ def test_the_index_command_takes_a_cache_directory_and_names_where_indexes_lie(
     assert len(list(cache.glob("*.idx"))) == 2
     monkeypatch.setenv("HOME", "/dev/null")
     assert main(["index", str(corpus), "--processes", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("2 indexes kept nowhere: ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 indexes not kept: ")
 
 
 def test_names_with_spaces_signs_and_raw_bytes_survive_the_sidecar(tmp_path: Path) -> None:
@@ -308,7 +302,9 @@ def test_the_index_command_answers_a_wrong_directory_with_one_line(tmp_path: Pat
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_index_command_goes_on_past_what_is_no_tar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_index_command_continues_after_a_file_that_is_not_a_tar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_corpus(tmp_path, num_shards=2, per_shard=2)
     (tmp_path / "00000.tar").write_bytes(b"<html>" * 1000)
     assert main(["index", str(tmp_path), "--processes", "1"]) == 2

@@ -10,7 +10,7 @@ import pytest
 from configs import UserError
 from data import storage
 from data.shards import Shards
-from data.storage import Disk, braces, expand, require_one
+from data.storage import Disk, braces, expand, require_any_shard
 from tests.data.tar_shards import index_of, write_corpus
 
 pytestmark = pytest.mark.L0
@@ -39,11 +39,11 @@ def test_brace_ranges_keep_their_padding_and_multiply() -> None:
         ("{-1..1}", "-1 0 1"),
     ],
 )
-def test_braces_are_those_of_bash(pattern: str, names: str) -> None:
+def test_braces_expand_as_in_bash(pattern: str, names: str) -> None:
     assert " ".join(braces(pattern)) == names
 
 
-def test_lists_are_split_before_their_ranges_are_read(tmp_path: Path) -> None:
+def test_lists_are_split_before_their_ranges_are_expanded(tmp_path: Path) -> None:
     for folder in "ab":
         write_corpus(tmp_path / folder, num_shards=2, per_shard=1)
     there = [str(tmp_path / folder / f"0000{i}.tar") for folder in "ab" for i in range(2)]
@@ -52,13 +52,13 @@ def test_lists_are_split_before_their_ranges_are_read(tmp_path: Path) -> None:
         expand([f"{tmp_path}/a/*.tar::{tmp_path}/d/{{0000..1999}}.tar::{tmp_path}/e/{{0000..1999}}.tar"])
 
 
-def test_a_range_that_no_corpus_has_is_refused_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_range_of_too_many_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_MOST_NAMES", 1000)
     with pytest.raises(UserError, match=r"s/\{0\.\.9999999999\}\.tar' names more than 1,000 shards"):
         expand(["s/{0..9999999999}.tar"])
 
 
-def test_the_signs_of_lists_and_globs_in_an_address_are_its_own(tmp_path: Path) -> None:
+def test_colons_and_wildcards_within_a_url_belong_to_it(tmp_path: Path) -> None:
     assert expand(["http://[::1]:8000/{0..1}.tar?a=*::https://h/x.tar"], tmp_path) == [
         "http://[::1]:8000/0.tar?a=*", "http://[::1]:8000/1.tar?a=*", "https://h/x.tar",
     ]  # fmt: skip
@@ -68,7 +68,7 @@ def test_the_signs_of_lists_and_globs_in_an_address_are_its_own(tmp_path: Path) 
         assert name.endswith("/signs/a[0].tar")
 
 
-def test_what_exists_under_the_very_name_is_meant_literally(tmp_path: Path) -> None:
+def test_an_existing_path_is_taken_literally(tmp_path: Path) -> None:
     folder = tmp_path / "my {1..2} [data]::v#1"
     write_corpus(folder, num_shards=1, per_shard=1)
     shard = folder / "a[0]{x,y}.tar"
@@ -94,7 +94,7 @@ def test_a_shard_under_several_names_is_counted_once_under_the_first(
     assert expand(["a/00000.tar", *others]) == [f"{tmp_path}/a/00001.tar", "a/00000.tar"]
 
 
-def test_absolute_and_relative_paths_and_addresses_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absolute_and_relative_paths_and_urls_can_be_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in "abc":
         write_corpus(tmp_path / folder, num_shards=1, per_shard=1)
     monkeypatch.chdir(tmp_path)
@@ -107,14 +107,12 @@ def test_absolute_and_relative_paths_and_addresses_go_together(tmp_path: Path, m
     assert keys == [f"{tmp_path}/b/00000/000000", "a/00000/000000", "memory://mixed/00000/000000"]
 
 
-def test_a_run_goes_on_where_one_of_its_shards_is_there(tmp_path: Path) -> None:
+def test_a_resume_needs_one_existing_shard(tmp_path: Path) -> None:
     write_corpus(tmp_path, num_shards=1, per_shard=1)
-    require_one([f"{tmp_path}/gone.tar", f"{tmp_path}/00000.tar"])
-    require_one(["gone.tar", "s3://bucket/0.tar"])
-    with pytest.raises(
-        UserError, match=r"none of the run's 2 shards in data\.train is there \(the first is gone/0\.tar"
-    ):
-        require_one(["gone/0.tar", "gone/1.tar"])
+    require_any_shard([f"{tmp_path}/gone.tar", f"{tmp_path}/00000.tar"])
+    require_any_shard(["gone.tar", "s3://bucket/0.tar"])
+    with pytest.raises(UserError, match=r"none of the run's 2 shards in data\.train exists \(the first is gone/0\.tar"):
+        require_any_shard(["gone/0.tar", "gone/1.tar"])
 
 
 def test_globs_ranges_and_directories_name_the_same_shards_once(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from data.headers import refusal
 from data.held_out import HeldOut
 from data.picture_loader import PictureLoader
 from data.pictures import load_picture
-from data.pillow_pictures import on_colour
-from tests.data.encoded_pictures import png, saved, with_png_chunk, with_tiff_number
+from data.pillow_decoder import blend_on_colour
+from tests.data.encoded_images import png, saved, with_png_chunk, with_tiff_number
 from tests.data.tar_shards import picture, write_tar
 from tests.tiny import tiny_config
 
@@ -152,7 +152,7 @@ def test_line_art_on_a_transparent_ground_is_black_on_white(decoder: Decoder) ->
     assert shown.sum() == 3 * 255 * (64 * 64 - 4 * 44)
 
 
-def test_the_background_is_the_colour_asked_for(decoder: Decoder) -> None:
+def test_the_background_is_the_configured_colour(decoder: Decoder) -> None:
     green = Decoder("cpu", threads=1, background=(0, 200, 40))
     shown = np.asarray(decoded(green, TRANSPARENT["rgba png"][0]).pixels)
     assert np.abs(shown - blended(RGB, ALPHA, (0, 200, 40))).max() <= 0.5
@@ -164,7 +164,7 @@ def test_the_two_ways_of_blending_give_the_same_bits() -> None:
     image = Image.fromarray(np.concatenate([pixels, alpha], axis=2))
     for colour in (WHITE, (0, 1, 254), (127, 128, 129)):
         tensors = (torch.from_numpy(part.copy()) for part in (pixels, alpha, np.array(colour, np.uint8)))
-        assert (blend(*tensors).numpy() == np.asarray(on_colour(image, colour))).all()
+        assert (blend(*tensors).numpy() == np.asarray(blend_on_colour(image, colour))).all()
 
 
 # --- a random background
@@ -179,7 +179,7 @@ def crops(decoder: Decoder, names: list[str], keys: list[int], epochs: list[int]
     return decoder.render(pictures, views.concatenate(drawn))
 
 
-def test_a_random_background_is_drawn_for_each_sample_epoch_and_view_and_for_nothing_else() -> None:
+def test_a_random_background_depends_on_sample_epoch_and_view_alone() -> None:
     decoder = Decoder("cpu", threads=2, background="random")
     clear = saved(Image.new("RGBA", (40, 30), (9, 9, 9, 0)), "PNG")
     solid = saved(Image.new("RGB", (40, 30), (9, 9, 9)), "PNG")
@@ -199,7 +199,7 @@ def test_a_random_background_is_drawn_for_each_sample_epoch_and_view_and_for_not
     assert (many.min(), many.max()) == (0, 255)
 
 
-def test_a_random_background_lies_behind_the_window_that_a_view_shows() -> None:
+def test_a_random_background_is_blended_into_the_window_of_each_view() -> None:
     random, white = Decoder("cpu", threads=1, background="random"), Decoder("cpu", threads=1)
     data = TRANSPARENT["rgba png"][0]
     [picture] = [p for p in random.decode([data]) if isinstance(p, Picture)]
@@ -226,7 +226,7 @@ def test_the_gpu_shows_transparent_pictures_as_the_cpu_does() -> None:
 # --- loader, converter and evaluation
 
 
-def test_loader_converter_and_evaluation_show_the_same_picture(tmp_path: Path) -> None:
+def test_loader_converter_and_evaluation_decode_transparency_alike(tmp_path: Path) -> None:
     """As PNG, and as a TIFF, of which the converter makes a PNG."""
     members, converted = {}, {}
     for name, kind in (("a.png", "PNG"), ("b.tif", "TIFF"), ("c.webp", "WEBP")):
@@ -261,22 +261,22 @@ def test_a_smaller_copy_keeps_its_transparency(tmp_path: Path) -> None:
     full = Image.fromarray(np.rint(TRANSPARENT["palette png"][1]).astype(np.uint8))
     expected = np.asarray(full.resize((16, 12), Image.Resampling.LANCZOS)).astype(int)
     # measured 2: values are rounded once more; with the colours under the transparency 100 and more
-    assert np.abs(np.asarray(on_colour(image, WHITE)).astype(int) - expected).max() <= 4
+    assert np.abs(np.asarray(blend_on_colour(image, WHITE)).astype(int) - expected).max() <= 4
 
 
 # --- the setting
 
 
-def test_the_setting_takes_a_colour_or_random_and_names_what_it_takes(tmp_path: Path) -> None:
+def test_the_background_is_a_colour_or_random_and_else_an_error(tmp_path: Path) -> None:
     assert tiny_config().data.background == WHITE
     assert tiny_config("data.background=black").data.background == (0, 0, 0)
-    assert tiny_config("data.background=[1,2,3]").data.still_background == (1, 2, 3)
-    assert tiny_config("data.background=random").data.still_background == WHITE
+    assert tiny_config("data.background=[1,2,3]").data.fixed_background == (1, 2, 3)
+    assert tiny_config("data.background=random").data.fixed_background == WHITE
     for wrong in ("[1,2,256]", "[1,2]", "[1,2,3.5]", "mauve", "7"):
-        with pytest.raises(UserError, match=r"is no background: it is a colour as \[red, green, blue\]"):
+        with pytest.raises(UserError, match=r"is not a background: it must be \[red, green, blue\]"):
             tiny_config(f"data.background={wrong}")
 
 
-def test_the_background_is_science_and_white_is_what_runs_without_it_had() -> None:
+def test_the_background_is_science_and_white_keeps_earlier_fingerprints() -> None:
     assert fingerprint(tiny_config("data.background=white")) == fingerprint(tiny_config())
     assert fingerprint(tiny_config("data.background=random")) != fingerprint(tiny_config())

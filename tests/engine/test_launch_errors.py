@@ -113,7 +113,7 @@ CASES = {
     ),
     "no shard of a run that goes on": Case(  # as from another directory than the one it was started from
         (*GOOD, "name=moved", "--resume"),
-        ("none of the run's 2 shards in data.train is there (the first is gone/0.tar, and this is ",),
+        ("none of the run's 2 shards in data.train exists (the first is gone/0.tar, the working directory ",),
     ),
     "missing tokenizer": Case((*GOOD, "data.tokenizer=none.json"), ("data.tokenizer=none.json is no file",)),
     "large vocabulary": Case((*GOOD, "model.text.vocab=64"), ("tokenizer.json has 2", "model.text.vocab=64")),

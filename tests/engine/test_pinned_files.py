@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from configs import Config, DecoderGan, UserError, fingerprint, load_run, to_yaml
 from configs.load import science_changes
-from data.captions import pinned, train_bpe
+from data.captions import train_bpe, with_tokenizer_digest
 from engine.archive import State
 from engine.checkpoint.directory import SUMS, sum_of
 from engine.initial import pinned as with_digests
@@ -124,7 +124,7 @@ def test_stage_2_pins_its_perceptual_weights(here: Path) -> None:
 def test_evaluation_refuses_files_that_the_run_was_not_trained_with(here: Path) -> None:
     config = tiny_config(f"data.tokenizer={here}/one.json", "model.text.vocab=512", LPIPS,
                          f"objectives.rec.lpips_weights={here}/one.safetensors")  # fmt: skip
-    config = with_digests(config.model_copy(update={"data": pinned(config.data)}), resume=False)
+    config = with_digests(config.model_copy(update={"data": with_tokenizer_digest(config.data)}), resume=False)
     source = open_source(write_run(here / "run", config), torch.device("cpu"))
     assert source.encoder().vocab_size <= 512
     for name in ("one.json", "one.safetensors"):

@@ -74,10 +74,10 @@ def test_a_rank_knows_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("run_dir", "message"),
     [
-        ("x" * 300, "system.run_dir: a name of 300 bytes in it: file systems take 255"),
+        ("x" * 300, "system.run_dir: a name in it has 300 bytes: file systems take 255"),
         ("/".join(["x" * 200] * 20), f"would have up to .* bytes, and the system takes {LONGEST_PATH}"),
-        ('"a\\0b"', "is no path of a directory"),
-        ("''", "is no path of a directory"),
+        ('"a\\0b"', "is not a directory path"),
+        ("''", "is not a directory path"),
     ],
 )
 def test_a_run_directory_that_cannot_be_made_is_refused(here: Path, run_dir: str, message: str) -> None:

@@ -106,7 +106,7 @@ def trained(store: LatentStore, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return write_random_generator(tmp_path_factory.mktemp("generators") / "dit", store)
 
 
-def test_a_generators_run_that_has_gone_on_is_refused(store: LatentStore, tmp_path: Path) -> None:
+def test_outdated_weights_of_a_generators_run_are_refused(store: LatentStore, tmp_path: Path) -> None:
     folder = write_random_generator(tmp_path / "dit", store, steps=100)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "latest").write_text(name_of(100))

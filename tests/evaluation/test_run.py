@@ -83,7 +83,7 @@ def test_all_tasks_share_a_pass_and_leave_figures_and_pictures(
     assert again == found
 
 
-def test_figures_are_kept_whatever_happens_to_pictures_and_to_their_file(
+def test_figures_survive_failures_of_pictures_and_of_their_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_weights_file_alone_is_evaluated_with_what_is_given(trained: Path, cor
         assert (other["latents"] == whole["latents"]) is same_latents
 
 
-def test_weights_of_a_run_that_has_gone_on_are_refused_by_the_run_and_taken_by_the_file(
+def test_outdated_weights_are_refused_by_run_directory_and_accepted_by_file(
     trained: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = shutil.copytree(trained, tmp_path / "run")
@@ -145,7 +145,7 @@ def test_weights_of_a_run_that_has_gone_on_are_refused_by_the_run_and_taken_by_t
     evaluated(tmp_path / "out", copy, "--tasks", "reconstruction")
 
 
-def test_an_exported_directory_brings_what_zero_shot_needs(trained: Path, corpus: Path, tmp_path: Path) -> None:
+def test_an_exported_directory_has_all_that_zero_shot_needs(trained: Path, corpus: Path, tmp_path: Path) -> None:
     VisualTokenizer.from_run(trained).save_pretrained(tmp_path / "public")
     given = ("--tasks", "zero_shot", "--data", corpus / "held_out", "--crop", 32)
     found = evaluated(tmp_path / "of", tmp_path / "public", *given)

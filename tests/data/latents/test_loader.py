@@ -85,7 +85,7 @@ def test_a_resume_goes_on_where_the_other_stopped(store: LatentStore) -> None:
         assert resumed.labels_B.equal(batches[step].labels_B)
 
 
-def test_another_batch_from_some_step_on_goes_on_at_the_next_sample(store: LatentStore) -> None:
+def test_after_a_change_of_batch_the_next_sample_follows(store: LatentStore) -> None:
     """Three steps of 6, then steps of 4 on two ranks."""
     ranks = [LatentLoader(store, 0, 4, True, rank, 2) for rank in range(2)]
     served = np.stack([loader.batch(3, 3 * (6 - 4)).positions_B for loader in ranks], axis=1)

@@ -93,7 +93,7 @@ def test_a_damaged_first_header_costs_its_sample_and_not_the_shard(tmp_path: Pat
     assert aside == {"corrupt tar": "a@0", "missing image": "0"}
 
 
-def test_a_hole_counts_as_the_samples_that_fit_into_it(tmp_path: Path) -> None:
+def test_unreadable_bytes_count_as_the_samples_that_fit_into_them(tmp_path: Path) -> None:
     parts = [member(f"{i:02d}.{ext}", b"x" * 700) for i in range(20) for ext in ("jpg", "txt")]
     hole = bytes(sum(map(len, parts[10:20])))
     listing = scan(written(tmp_path / "a.tar", b"".join([*parts[:10], hole, *parts[20:]]) + END))
@@ -103,9 +103,7 @@ def test_a_hole_counts_as_the_samples_that_fit_into_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("megabytes", "num_lost"), [(1, 0), (3, 10)])
-def test_a_copy_that_broke_off_in_a_file_of_the_whole_size_is_truncated(
-    tmp_path: Path, megabytes: int, num_lost: int
-) -> None:
+def test_zeros_of_an_interrupted_copy_are_a_truncated_tar(tmp_path: Path, megabytes: int, num_lost: int) -> None:
     """Zeros to the end: a tar's own are fewer. How many samples they stand for is not known: as many as there are."""
     parts = [member(f"{i:02d}.{ext}", b"x" * 700) for i in range(10) for ext in ("jpg", "txt")]
     listing = scan(written(tmp_path / "a.tar", b"".join(parts) + bytes(megabytes << 20)))

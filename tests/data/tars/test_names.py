@@ -42,7 +42,7 @@ pytestmark = pytest.mark.L0
         ("0 a/1 .jpg", "0 a/1 .jpg"),
     ],
 )  # fmt: skip
-def test_a_key_ends_at_the_dot_before_a_known_field(names: str, keys: str) -> None:
+def test_a_key_is_the_name_of_its_picture_without_the_extension(names: str, keys: str) -> None:
     for order in (1, -1):
         ordered = names.split()[::order]
         split = split_names(ordered)
@@ -97,7 +97,7 @@ def test_captions_and_labels_named_after_the_whole_picture_are_found(tmp_path: P
 
 
 @pytest.mark.parametrize(("ext", "reason"), [("heic", "heic image"), ("xyz", "unsupported image type")])
-def test_every_lost_picture_is_a_bad_sample_that_the_share_sees(tmp_path: Path, ext: str, reason: str) -> None:
+def test_every_lost_picture_counts_as_a_bad_sample_in_the_share(tmp_path: Path, ext: str, reason: str) -> None:
     lost = [f"IMG_2024.03.{day:02d}.{kind}" for day in range(20) for kind in (ext, "txt")]
     good = [f"{i}.{kind}" for i in range(180) for kind in ("jpg", "txt")]
     tar = write_tar(tmp_path / "a.tar", [(name, b"x") for name in lost + good])
@@ -108,7 +108,7 @@ def test_every_lost_picture_is_a_bad_sample_that_the_share_sees(tmp_path: Path, 
         SampleReader(data, Loader(), 0, "txt")
 
 
-def test_members_that_stand_apart_are_joined_by_their_key(tmp_path: Path) -> None:
+def test_members_that_are_not_adjacent_are_joined_by_their_key(tmp_path: Path) -> None:
     """As `tar cf` of a directory has them: in any order."""
     names = [f"p/{i}.{ext}" for ext in ("txt", "jpg", "json") for i in (3, 1, 0, 4, 2)]
     labels = [(name, b'{"label": %s}' % name[2:3].encode()) for name in names[10:]]
@@ -121,7 +121,7 @@ def test_members_that_stand_apart_are_joined_by_their_key(tmp_path: Path) -> Non
     assert [shards.label(0, i) for i in range(5)] == [3, 1, 0, 4, 2]
 
 
-def test_dali_reads_an_index_of_members_that_stand_apart(tmp_path: Path) -> None:
+def test_dali_reads_an_index_of_members_that_are_not_adjacent(tmp_path: Path) -> None:
     from nvidia.dali.experimental import dynamic as dali
 
     names = [f"{day}.{i}.{ext}" for ext in ("jpg", "txt") for day in "ab" for i in range(3)]
@@ -131,7 +131,7 @@ def test_dali_reads_an_index_of_members_that_stand_apart(tmp_path: Path) -> None
     assert read == [[encoded(i), names[6 + i].encode()] for i in range(6)]
 
 
-def test_a_key_met_again_is_a_duplicate_wherever_it_stands(tmp_path: Path) -> None:
+def test_a_repeated_key_is_a_duplicate_anywhere_in_the_tar(tmp_path: Path) -> None:
     names = ["a.jpg", "b.jpg", "a.jpg", "a.txt", "b.txt", "a.txt", "a.txt"]
     shards = Shards([str(write_tar(tmp_path / "a.tar", members(names)))], "txt")
     assert shards.bad == {"duplicate key": 2}  # a second picture with its caption, and a third caption

@@ -1,17 +1,16 @@
-"""The types of picture files: which are read, under which extensions, and how the bytes tell them apart.
+"""Image file types: which are supported, their extensions, and detection by magic bytes.
 
-The one table: shards (member names), image folders (file names) and the check of every picture's bytes take it from
-here.
+The only table of types: shards (member names), image folders (file names) and the check of each image's bytes use it.
 
-    is_picture_name("a/CAT.JFIF")                # True
-    refused_name("a/cat.heic")                   # "heic image": a picture, of a type that no decoder here reads
-    sniff(b"\\xff\\xd8\\xff\\xe0...")               # "jpeg", whatever the file is called
+    is_image_name("a/CAT.JFIF")                # True
+    unsupported_type("a/cat.heic")             # "heic image": an image type that no decoder here reads
+    sniff(b"\\xff\\xd8\\xff\\xe0...")               # "jpeg", whatever the file name
 """
 
 from __future__ import annotations
 
 # Type -> extensions. Their order is the order of preference where a sample of a shard has several pictures.
-READ_TYPES: dict[str, tuple[str, ...]] = {
+SUPPORTED_TYPES: dict[str, tuple[str, ...]] = {
     "jpeg": ("jpg", "jpeg"),
     "png": ("png",),
     "webp": ("webp",),
@@ -20,13 +19,13 @@ READ_TYPES: dict[str, tuple[str, ...]] = {
     "avif": ("avif",),
     "gif": ("gif",),
 }
-_ALSO = {"jpeg": ("jfif", "jpe"), "bmp": ("dib",), "png": ("apng",)}  # rarer extensions, after all others
+_RARE_EXTS = {"jpeg": ("jfif", "jpe"), "bmp": ("dib",), "png": ("apng",)}  # rarer extensions, after all others
 IMAGE_EXTS = (
-    *(ext for exts in READ_TYPES.values() for ext in exts),
-    *(ext for exts in _ALSO.values() for ext in exts),
+    *(ext for exts in SUPPORTED_TYPES.values() for ext in exts),
+    *(ext for exts in _RARE_EXTS.values() for ext in exts),
 )
-# The reason under which a file is refused -> its extensions.
-REFUSED_TYPES: dict[str, tuple[str, ...]] = {
+# Reason to refuse a file -> the extensions it applies to.
+UNSUPPORTED_TYPES: dict[str, tuple[str, ...]] = {
     "heic image": ("heic", "heif", "hif"),
     "jpeg 2000 image": ("jp2", "j2k", "jpx", "jpf"),
     "jpeg xl image": ("jxl",),
@@ -38,9 +37,9 @@ REFUSED_TYPES: dict[str, tuple[str, ...]] = {
     "netpbm image": ("pbm", "pgm", "ppm", "pnm"),
     "targa image": ("tga",),
 }
-_REFUSED_NAMES = {ext: reason for reason, exts in REFUSED_TYPES.items() for ext in exts}
+_UNSUPPORTED_EXTS = {ext: reason for reason, exts in UNSUPPORTED_TYPES.items() for ext in exts}
 
-_STARTS = {
+_MAGIC_BYTES = {
     b"\xff\xd8\xff": "jpeg",
     b"\x89PNG\r\n\x1a\n": "png",
     b"BM": "bmp",
@@ -61,36 +60,36 @@ _STARTS = {
     b"\0\0\1\0": "icon",
     b"%PDF-": "pdf document",
 }
-_AVIF = frozenset([b"avif", b"avis"])
-_HEIC = frozenset([b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"])
+_AVIF_BRANDS = frozenset([b"avif", b"avis"])
+_HEIC_BRANDS = frozenset([b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"])
 _MOST_BRANDS = 64
 
 
-def is_picture_name(name: str) -> bool:
-    """Whether a file of this name may be a picture of a type that is read; what it really is, its bytes show."""
+def is_image_name(name: str) -> bool:
+    """Whether the extension is that of a supported image type; the bytes decide (`sniff`)."""
     return extension_of(name) in IMAGE_EXTS
 
 
-def refused_name(name: str) -> str | None:
-    """The reason to refuse a file whose name says a picture type that is not read; None for all other names."""
-    return _REFUSED_NAMES.get(extension_of(name))
+def unsupported_type(name: str) -> str | None:
+    """Return the reason to refuse a file by its extension, an image type that is not supported; else None."""
+    return _UNSUPPORTED_EXTS.get(extension_of(name))
 
 
 def extension_of(name: str) -> str:
-    """What follows the last dot, in small letters; empty without one. `a/CAT.tar.JPG` -> `jpg`"""
+    """Return the extension after the last dot in lower case; "" without one. `a/CAT.tar.JPG` -> `jpg`"""
     _, dot, extension = name[name.rfind("/") + 1 :].rpartition(".")
     return extension.lower() if dot else ""
 
 
 def sniff(data: bytes) -> str:
-    """The type by the first bytes: a key of READ_TYPES; else the reason to refuse it."""
-    for start, found in _STARTS.items():
+    """Detect the type by the first bytes: a key of SUPPORTED_TYPES, or the reason to refuse the file."""
+    for start, found in _MAGIC_BYTES.items():
         if data.startswith(start):
             return found
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "webp"
     if data[4:8] == b"ftyp":
-        return _by_brands(data)
+        return _type_of_brands(data)
     if not data:
         return "empty image"
     text = data[:512].removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -99,12 +98,12 @@ def sniff(data: bytes) -> str:
     return "svg image" if b"<svg" in data[:4096].lower() and b"<html" not in data[:4096].lower() else "web page"
 
 
-def _by_brands(data: bytes) -> str:
-    """Of a file in boxes, as ISO 14496-12 has them: what the brands of its first box say."""
+def _type_of_brands(data: bytes) -> str:
+    """Detect the type of an ISO base media file (ISO 14496-12) by the brands in its first box."""
     end = min(int.from_bytes(data[:4], "big"), len(data), 16 + 4 * _MOST_BRANDS)
     brands = {data[8:12], *(data[place : place + 4] for place in range(16, end - 3, 4))}
-    if brands & _AVIF:
+    if brands & _AVIF_BRANDS:
         return "avif"
-    if brands & _HEIC:
+    if brands & _HEIC_BRANDS:
         return "heic image"
     return "camera raw image" if b"crx " in brands else "video"

@@ -1,4 +1,4 @@
-"""Encoded pictures that no writer at hand writes, put together from parts.
+"""Build encoded images that Pillow does not write, from chunks and segments.
 
 with_png_chunk(saved(image, "PNG"), b"tRNS", b"\0\1")       # the value 1 is transparent
 riff(vp8x(0x08, 32, 24), pixels, webp_chunk(b"EXIF", exif(6)))
@@ -22,7 +22,7 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def exif(orientation: int, order: str = "<", form: int = 3, prefix: bytes = b"") -> bytes:
-    """EXIF of one tag."""
+    """An EXIF block with an orientation tag."""
     start = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8)
     value = struct.pack(order + {1: "B3x", 3: "H2x", 4: "I"}[form], orientation)
     return prefix + start + struct.pack(f"{order}HHHI", 1, 0x0112, form, 1) + value + bytes(4)
@@ -42,7 +42,7 @@ def with_png_chunk(data: bytes, kind: bytes, payload: bytes, before: bytes = b"I
 
 
 def png(samples: np.ndarray, bits: int, colour_type: int) -> bytes:
-    """(height, width, channels) of any depth, not filtered."""
+    """Encode (height, width, channels) samples of any bit depth as an unfiltered PNG."""
     height, width, _ = samples.shape
     rows = []
     for row in samples.reshape(height, -1):
@@ -69,7 +69,7 @@ def riff(*chunks: bytes) -> bytes:
 
 
 def with_tiff_number(data: bytes, tag: int, number: int) -> bytes:
-    """A little-endian TIFF with another number in a tag that has one."""
+    """Replace the value of a one-value tag in a little-endian TIFF."""
     [start] = struct.unpack("<I", data[4:8])
     [count] = struct.unpack("<H", data[start : start + 2])
     for place in range(start + 2, start + 2 + 12 * count, 12):

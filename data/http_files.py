@@ -1,11 +1,11 @@
-"""Files on web servers, http:// and https://, read with the standard library; all trouble is an OSError that names it.
+"""Read files over HTTP and HTTPS with the standard library; every failure is an OSError that names the URL.
 
-    version = copy("https://host/corpus/00000.tar", file)   # Version(size=10240, etag='"5f3c"', modified="Mon, ...")
+    version = copy("https://host/corpus/00000.tar", file)   # FileVersion(size=10240, etag='"5f3c"', modified="Mon...")
     stat("https://host/corpus/00000.tar").differs_from(version)
-    links("https://host/corpus/")                            # the files that its directory page names
+    page_links("https://host/corpus/")                      # the URLs that a directory page links to
 
-A server that says nothing for a minute has failed; one that is slow has not, however long a file takes. What a status
-means is said once, for the errors of other client libraries too: `error_for_status`.
+A request fails after a minute without a byte, and not for taking long in all. `error_for_status` maps HTTP statuses to
+exceptions, for the errors of other client libraries too.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from data.patience import RetryLater
 
-_SILENT_SECONDS = 60.0  # without a byte
+_TIMEOUT_SECONDS = 60.0  # without a byte
 _COPY_BYTES = 1 << 20
 _MOST_PAGE_BYTES = 1 << 26  # of a directory page
-# Answers that may be others a moment later; all other refusals stay.
-_PASSING = (408, 425, 429, 500, 502, 503, 504, 507, 508, 509, 520, 521, 522, 523, 524, 529)
-_GONE = (404, 410)
-_KEPT = "/%:@!$&'()*+,;=~"  # of a path or a query, beside letters, digits and -._
+# Statuses worth a retry; all other refusals are permanent.
+_TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, 507, 508, 509, 520, 521, 522, 523, 524, 529)
+_NOT_FOUND_STATUSES = (404, 410)
+_SAFE_CHARACTERS = "/%:@!$&'()*+,;=~"  # of a path or a query, beside letters, digits and -._
 
 
 @dataclass(frozen=True)
-class Version:
-    """What a server says of a file's content; None where it says nothing."""
+class FileVersion:
+    """Size, ETag and modification time that a server reports of a file; None for what it does not report."""
 
     size: int | None = None
     etag: str | None = None
     modified: str | None = None
 
-    def differs_from(self, other: Version) -> bool:
-        """Whether the content has changed, as far as both can tell: by size, then by ETag, without one by time."""
+    def differs_from(self, other: FileVersion) -> bool:
+        """Whether the content differs: by size, then by ETag, else by time. What one side lacks is not compared."""
         if None not in (self.size, other.size) and self.size != other.size:
             return True
         if self.etag and other.etag:
@@ -51,54 +51,55 @@ class Version:
         return bool(self.modified and other.modified) and self.modified != other.modified
 
 
-def is_web(name: str) -> bool:
-    """Whether it is a URL that this module reads."""
+def is_http(name: str) -> bool:
+    """Whether a name is an http:// or https:// URL."""
     return name.startswith(("http://", "https://"))
 
 
-def error_for_status(name: str, status: int | None, words: str, retry_after: str | None = None) -> OSError:
-    """FileNotFoundError (404), RetryLater (429, 5xx), PermissionError (other refusals), or OSError without a status."""
-    text = f"{name}: the server answers {status} {words}".rstrip() if status else f"{name}: {words}"
-    if status in _GONE:
+def error_for_status(name: str, status: int | None, reason: str, retry_after: str | None = None) -> OSError:
+    """Return FileNotFoundError (404), RetryLater (429, 5xx), PermissionError (others) or OSError (none)."""
+    text = f"{name}: the server answers {status} {reason}".rstrip() if status else f"{name}: {reason}"
+    if status in _NOT_FOUND_STATUSES:
         return FileNotFoundError(text)
-    if status in _PASSING:
+    if status in _TRANSIENT_STATUSES:
         return RetryLater(text, float(retry_after) if retry_after and retry_after.strip().isdigit() else 0.0)
     return PermissionError(text) if status and status >= 400 else OSError(text)
 
 
-def stat(url: str) -> Version:
-    """The version that the server has now, without the content. Raises OSError."""
+def stat(url: str) -> FileVersion:
+    """Request the version of a file, without its content. Raises OSError."""
     try:
         with _response(url, "HEAD") as response:
             found = _version(response.headers)
-            return found if found.size else Version(None, found.etag, found.modified)  # 0: said of what is made anew
-    except PermissionError:  # addresses that are signed are signed for one method
+            # A length of 0 is that of a generated page: unknown.
+            return found if found.size else FileVersion(None, found.etag, found.modified)
+    except PermissionError:  # signed URLs are signed for one method
         with _response(url, "GET", {"Range": "bytes=0-0"}) as response:
             return _version(response.headers)
 
 
-def copy(url: str, file: BinaryIO) -> Version:
-    """Writes the content into a file. Raises OSError, also where it ends early."""
+def copy(url: str, file: BinaryIO) -> FileVersion:
+    """Download the content into a file; return its version. Raises OSError, also where the content ends early."""
     with _response(url, "GET") as response:
         version, start = _version(response.headers), file.tell()
         shutil.copyfileobj(response, file, _COPY_BYTES)
         copied = file.tell() - start
     if version.size is not None and version.size != copied:
         raise OSError(f"{url} gave {copied} of {version.size} bytes")
-    return Version(copied, version.etag, version.modified)
+    return FileVersion(copied, version.etag, version.modified)
 
 
-def links(url: str) -> list[str]:
-    """The addresses that a directory's page leads to. Raises OSError."""
+def page_links(url: str) -> list[str]:
+    """Return the absolute URLs that a directory page links to. Raises OSError."""
     with _response(url, "GET") as response:
         page = response.read(_MOST_PAGE_BYTES)
-    parser = _Links()
+    parser = _LinkParser()
     parser.feed(page.decode(errors="replace"))
     return [urljoin(url, link) for link in parser.found]
 
 
-class _Links(HTMLParser):
-    """Collects where <a href> lead."""
+class _LinkParser(HTMLParser):
+    """Collect the targets of <a href>."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,8 +109,8 @@ class _Links(HTMLParser):
         self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]
 
 
-class _Redirects(HTTPRedirectHandler):
-    """Followed with the method that was asked with: a HEAD stays one."""
+class _RedirectHandler(HTTPRedirectHandler):
+    """Follow redirects with the original method: a HEAD stays a HEAD."""
 
     http_error_308 = HTTPRedirectHandler.http_error_302
 
@@ -122,36 +123,42 @@ class _Redirects(HTTPRedirectHandler):
 @contextmanager
 def _response(url: str, method: str, headers: Mapping[str, str] | None = None) -> Iterator[HTTPResponse]:
     try:
-        with build_opener(_Redirects).open(_request(url, method, headers or {}), timeout=_SILENT_SECONDS) as response:
+        with build_opener(_RedirectHandler).open(
+            _request(url, method, headers or {}), timeout=_TIMEOUT_SECONDS
+        ) as response:
             yield response
     except HTTPError as error:
         with error:
             raise error_for_status(url, error.code, error.reason, error.headers.get("Retry-After")) from None
     except TimeoutError:
-        raise _silence(url) from None
+        raise _timeout_error(url) from None
     except URLError as error:
         raise (
-            _silence(url) if isinstance(error.reason, TimeoutError) else error_for_status(url, None, str(error.reason))
+            _timeout_error(url)
+            if isinstance(error.reason, TimeoutError)
+            else error_for_status(url, None, str(error.reason))
         ) from None
     except (ConnectionError, SSLError, HTTPException, ValueError) as error:
         raise error_for_status(url, None, f"{type(error).__name__}: {error}") from None
 
 
-def _silence(url: str) -> OSError:
-    return OSError(f"{url}: not a word from the server for {_SILENT_SECONDS:.0f} s")
+def _timeout_error(url: str) -> OSError:
+    return OSError(f"{url}: the server sent nothing for {_TIMEOUT_SECONDS:.0f} s")
 
 
 def _request(url: str, method: str, headers: Mapping[str, str]) -> Request:
     parts = urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
-    target = urlunsplit((parts.scheme, host, quote(parts.path, _KEPT), quote(parts.query, _KEPT + "?"), ""))
+    target = urlunsplit(
+        (parts.scheme, host, quote(parts.path, _SAFE_CHARACTERS), quote(parts.query, _SAFE_CHARACTERS + "?"), "")
+    )
     request = Request(target, headers={"User-Agent": "vtp-engine", "Accept-Encoding": "identity", **headers})
     request.method = method
-    if user:  # not for the servers that it redirects to
+    if user:  # not sent to servers that it redirects to
         request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(unquote(user).encode()).decode()}")
     return request
 
 
-def _version(headers: HTTPMessage) -> Version:
+def _version(headers: HTTPMessage) -> FileVersion:
     whole = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
-    return Version(int(whole) if whole.isdigit() else None, headers.get("ETag"), headers.get("Last-Modified"))
+    return FileVersion(int(whole) if whole.isdigit() else None, headers.get("ETag"), headers.get("Last-Modified"))
