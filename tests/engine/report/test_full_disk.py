@@ -228,7 +228,7 @@ def test_weights_that_cannot_be_written_are_one_line_and_a_code_that_says_so(sha
     said = (run_dir / "log.txt").read_text().splitlines()[-1]
     assert said.startswith(f"stopped: could not write {out}: ")
     assert "File too large" in said
-    assert said.endswith("; the checkpoint is whole: mend this, and go on with --resume")
+    assert said.endswith("; the checkpoint is complete: remove the cause, then continue with --resume")
     failure = last(run_dir)
     assert failure is not None
     assert failure.kind == "weights"
