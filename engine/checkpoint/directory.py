@@ -104,7 +104,7 @@ def read_latest(root: Path) -> Path | None:
     if step < 0 or text != name_of(step) or not _is_present_or_interrupted(root / text):
         choices = ", ".join(path.name for path in complete(root)) or f"none is complete in {root}"
         raise UserError(
-            f"{pointer} says {text[:80]!r}, which is no checkpoint there: it must hold the name of the one to "
+            f"{pointer} names {text[:80]!r}, which is no checkpoint there: it must hold the name of the one to "
             f"resume from ({choices}); write one of these names into it, or remove {pointer} to resume from the newest"
         )
     return root / text

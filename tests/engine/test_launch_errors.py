@@ -109,7 +109,7 @@ CASES = {
         (*GOOD, "name=trained", "--resume", "optim.lr=2e-3", "batch.rec=12"),
         ("optim.lr: 0.001 -> 0.002; batch.rec: 6 -> 12", "--allow-change optim.lr,batch.rec"),
     ),
-    "no shard of a run that goes on": Case(  # as from another directory than the one it was started from
+    "no shard at a resume": Case(  # as from another directory than the one it was started from
         (*GOOD, "name=moved", "--resume"),
         ("none of the run's 2 shards in data.train is there (the first is gone/0.tar, and this is ",),
     ),

@@ -11,6 +11,7 @@ from data.captions import train_bpe
 from engine import archive
 from engine.exits import MISTAKE
 from engine.launch import MAX_PATH_BYTES, parse, preflight
+from engine.launcher import SINGLE_RANK
 from model.weights import read_weights
 from tests.data.tar_shards import write_corpus
 from tests.engine.small_runs import write_checkpoint
@@ -48,6 +49,8 @@ def write_small_checkpoint(here: Path, step: int) -> Path:
 def test_wrong_launcher_variables_are_one_line(
     here: Path, given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in SINGLE_RANK:
+        monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
@@ -87,12 +90,12 @@ def test_an_archive_is_written_from_a_run_directory_and_names_what_is_missing(
 ) -> None:
     written = write_small_checkpoint(here, step=3)
     assert archive._checkpoints_of(here / "run") == archive._checkpoints_of(written.parent) == written.parent
-    for given, says in (
+    for directory, error in (
         (here / "nowhere", f"error: {here}/nowhere is not a directory: give a run directory, runs/NAME"),
         (here, f"error: {here} has no complete checkpoint (a directory with SHA256SUMS)\n"),
     ):
-        assert archive.main([str(given), "--out", str(here / "w.safetensors")]) == MISTAKE
-        assert capsys.readouterr().err.startswith(says)
+        assert archive.main([str(directory), "--out", str(here / "w.safetensors")]) == MISTAKE
+        assert capsys.readouterr().err.startswith(error)
 
 
 def test_the_error_for_missing_weights_names_the_command_that_writes_them(here: Path) -> None:
