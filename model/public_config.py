@@ -220,9 +220,8 @@ def _model(described: dict[str, Any], feature: Literal["cls", "patch_mean"]) -> 
         for part in ("vision", "decoder")
     }
     for vit in vits.values():
-        vit["layer_scale"] = (
-            vit["layer_scale"] or None
-        )  # the official class has no layer scale where the initial value is 0
+        # the official class has no layer scale where the initial value is 0
+        vit["layer_scale"] = vit["layer_scale"] or None
     text = Text(**{ours: read_key(described, f"text_{key}") for key, ours in _TEXT_KEYS.items()})
     return Model(
         patch_size=read_key(described, "vision_patch_size"),

@@ -21,7 +21,7 @@ CROPS = {"clip": (8, 256), "ssl_local": (16, 96)}  # name: crops, side in pixels
 
 
 def run(rounds: int) -> list[Measurement]:
-    """A ViT-S trunk over a packed share of a step, forward and backward."""
+    """Time a ViT-S trunk over packed crops of a step, forward and backward, eager and compiled."""
     eager, compiled = _trunk(), _trunk()
     crops = {name: torch.randn(count, 3, size, size, device=device()) for name, (count, size) in CROPS.items()}
     compile_blocks(compiled)
