@@ -38,7 +38,7 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def trouble_of_first(work: Callable[[], object]) -> str:
-    """Run `work` on rank 0; every rank gets its OSError or UserError in words, "" where all went well. A collective."""
+    """Run `work` on rank 0; return its OSError or UserError as text on every rank, "" on success. A collective."""
     trouble = ""
     if world.is_first():
         try:

@@ -19,7 +19,7 @@ from configs.command_line import CommandParser, output_file
 from configs.generation import Generation
 from configs.load import science_changes
 from data.whole_file import sync
-from engine.checkpoint.directory import SUMS, candidates, traces
+from engine.checkpoint.directory import SUMS, candidates, step_directories
 from engine.checkpoint.pieces import AVERAGE, MASTER, WHOLE, Pieces
 from engine.exits import DONE, FAILED, MISTAKE
 from engine.places import checkpoints, run_directory
@@ -29,17 +29,17 @@ from model.generator.weights import write_generator
 from model.origin import Origin
 from model.weights import write_weights
 
-# Settings that decide which weights there are and what each of them means: no checkpoint goes on under other values.
-FIXED = (
+# Settings that decide names, shapes or meaning of the weights: a resume cannot change them.
+WEIGHT_KEYS = (
     "kind", "model.", "generator.", "discriminator.width", "discriminator.layers", "tokenizer.", "latents.tokenizer",
     "objectives.rec.align.kind", "objectives.rec.align.encoder.",
 )  # fmt: skip
-CHANGEABLE = (  # of those sections
+CHANGEABLE_KEYS = (  # settings of those sections that a resume can change
     "model.trunk.drop_path", "model.rope_base", "model.rope_dtype", "model.image_feature", "generator.direction",
     "generator.class_dropout", "generator.times.", "generator.mask_ratio.", "generator.head.repeats",
 )  # fmt: skip
-# Settings that add weights, which no checkpoint has, when they go from this value to another.
-OFF = {
+# Values under which part of the model has no weights: a resume cannot change them to another value.
+VALUES_WITHOUT_WEIGHTS = {
     "objectives.clip.weight": "0.0", "objectives.ssl.weight": "0.0", "objectives.rec.weight": "0.0",
     "objectives.clip.kind": "softmax", "objectives.rec.mask": "None", "ema": "None",
 }  # fmt: skip
@@ -57,7 +57,7 @@ class State:
     skipped_steps: int = 0  # whose data roll-backs left out (engine/health/rollback.py)
     samples_digest: str = ""  # of all samples that made these weights, step by step (data/sequence.py)
     corpus: dict[str, str] = field(default_factory=dict)  # facts about it, to be compared at a resume
-    # The data cursor: samples taken or left out. None before it was written down, when no run had changed its batch.
+    # The data cursor: samples taken or skipped. None in checkpoints of earlier versions, with one batch size.
     position: int | None = None
 
 
@@ -79,42 +79,44 @@ def find(root: Path) -> Path:
 def check_start(config: Run, resume: bool, allowed_changes: tuple[str, ...]) -> None:
     """Refuses to write over a run, or to resume another one, before anything heavy is loaded."""
     if resume:
-        check_science(_to_go_on_from(config), config, allowed_changes)
-    elif there := traces(checkpoints(config)):
+        check_science(_checkpoint_to_resume(config), config, allowed_changes)
+    elif there := step_directories(checkpoints(config)):
         raise UserError(
             f"{run_directory(config)} already holds a run ({there[-1].name}): go on "
             "with --resume, choose another name=..., or remove the directory"
         )
 
 
-def _to_go_on_from(config: Run) -> Path:
-    """The checkpoint to be resumed. Raises UserError where there is none, or it is past optim.steps."""
+def _checkpoint_to_resume(config: Run) -> Path:
+    """Return the checkpoint to resume from. Raises UserError where there is none, or it is past optim.steps."""
     try:
         path = find(checkpoints(config))
     except UserError as error:
-        there = candidates(checkpoints(config))
-        raise UserError(f"--resume: {error}" + ("" if there else "; start without --resume")) from None
+        has_candidates = bool(candidates(checkpoints(config)))
+        raise UserError(f"--resume: {error}" + ("" if has_candidates else "; start without --resume")) from None
     done = read_state(path).step
     if done > config.optim.steps:
         raise UserError(
             f"--resume: {path} has {done} steps done, but optim.steps={config.optim.steps}: there is nothing left to "
-            "train; raise optim.steps, or take the weights that are there: "
+            "train; raise optim.steps, or write the weights of this checkpoint: "
             f"python -m engine.archive {run_directory(config)} --out weights.safetensors"
         )
     return path
 
 
 def check_science(path: Path, config: Run, allowed: tuple[str, ...] = ()) -> None:
-    """Refuses a resume whose science differs from the checkpoint's, unless every changed key is in `allowed` and is not
-    one that cannot change."""
+    """Refuse a resume whose science differs from the checkpoint's, unless every changed key is in `allowed`.
+
+    A change of a key that decides names, shapes or meaning of the weights is refused in any case.
+    """
     if read_state(path).fingerprint == fingerprint(config):
         return
     changes = science_changes(load_run(path / "config.yaml"), config)
-    if fixed := [change for change in changes if _is_fixed(change)]:
+    if refused := [change for change in changes if _changes_weights(change)]:
         raise UserError(
-            f"--resume: {path} was trained with other settings ({'; '.join(fixed)}): its weights are those of another "
-            "model, and --allow-change does not make them fit; restore the values, or start a new run under another "
-            "name"
+            f"--resume: {path} was trained with other settings ({'; '.join(refused)}): its weights are those of "
+            "another model, and --allow-change cannot make them fit; restore the values, or start a new run under "
+            "another name"
         )
     refused = [change for change in changes if change.partition(":")[0] not in allowed]
     if refused:
@@ -125,12 +127,12 @@ def check_science(path: Path, config: Run, allowed: tuple[str, ...] = ()) -> Non
         )
 
 
-def _is_fixed(change: str) -> bool:
-    """Whether `key: old -> changed` of a checkpoint's science asks for weights that it does not have."""
+def _changes_weights(change: str) -> bool:
+    """Whether a change `key: old -> new` needs other weights than the checkpoint's."""
     key, _, values = change.partition(": ")
-    if OFF.get(key) == values.partition(" -> ")[0]:
+    if VALUES_WITHOUT_WEIGHTS.get(key) == values.partition(" -> ")[0]:
         return True
-    return key.startswith(FIXED) and not key.startswith(CHANGEABLE)
+    return key.startswith(WEIGHT_KEYS) and not key.startswith(CHANGEABLE_KEYS)
 
 
 def read_state(path: Path) -> State:
@@ -155,8 +157,8 @@ def consolidate(path: Path, out: Path, run: Run | None = None) -> None:
     (model/weights.py), of stage 2 the tokenizer with the averaged decoder, of a generator its average
     (model/generator/weights.py).
 
-    The file is there whole or not at all. With `run`, a config of the same science, files are looked for where it says.
-    Raises OSError where it cannot be written, UserError where stage 2's tokenizer is not to be had.
+    The file is written whole or not at all. With `run`, a config of the same science, input files are read from its
+    paths. Raises OSError where it cannot be written, UserError where stage 2's tokenizer file is missing or another.
     """
     draft = out.with_name(f".{out.name}.tmp")
     try:
@@ -198,8 +200,8 @@ def _write_generator(path: Path, out: Path, config: Generation) -> None:
     )
 
 
-def _checkpoints_in(directory: Path) -> Path:
-    """`directory` itself, or where it is a run's the one with its checkpoints."""
+def _checkpoints_of(directory: Path) -> Path:
+    """Return the checkpoints directory of a run directory; a checkpoints directory itself is returned as it is."""
     if not directory.is_dir():
         raise UserError(
             f"{directory} is not a directory: give a run directory, runs/NAME, or its checkpoints directory"
@@ -215,7 +217,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=output_file, required=True, help="the safetensors file to write")
     parsed = parser.parse_args(arguments)
     try:
-        consolidate(find(_checkpoints_in(parsed.run)), parsed.out)
+        consolidate(find(_checkpoints_of(parsed.run)), parsed.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE

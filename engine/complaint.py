@@ -1,7 +1,6 @@
-"""Output that ends nothing: a full disk, a reader that is gone (`| head`, a killed tee) or a locale without a letter
-costs a line, never a run.
+"""Printing that ignores write errors: a full disk, a closed pipe (`| head`, a killed tee), a locale without a letter.
 
-keep_output_open()                                   # once, at the start of a command
+ignore_output_errors()                               # once, at the start of a command
 complain("error: rank 0 ends, a rank is lost")       # on stderr
 """
 
@@ -10,64 +9,69 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-_GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)  # of a pipe's reader, a terminal, a socket: none of them comes back
+# The reader of a pipe, the terminal or the socket has gone for good.
+_READER_GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 
 
 def complain(words: str) -> None:
-    """Prints them at once, if that can be. What comes next matters more: an exit code, a restart."""
+    """Print to stderr, flushed, ignoring write errors: what follows (an exit code, a restart) matters more."""
     with suppress(OSError, ValueError):  # ValueError: a closed stream, or letters that it cannot encode
         print(words, file=sys.stderr, flush=True)
 
 
-def keep_output_open() -> None:
-    """From now on nothing that is printed by this process raises. Streams that were replaced, as tests do, stay."""
+def ignore_output_errors() -> None:
+    """Make stdout and stderr of this process ignore write errors. Streams that are already replaced (tests) stay."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # started with the stream closed (`>&-`)
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process is)
         elif stream is getattr(sys, f"__{name}__"):
             stream.reconfigure(errors="backslashreplace")
-            setattr(sys, name, LossyStream(stream))
+            setattr(sys, name, ErrorIgnoringStream(stream))
 
 
-class LossyStream:
-    """A text stream whose write errors are lost text. Once its reader is gone, all goes to /dev/null: what libraries
-    write past Python does too, and the flush at the end of the process, which would change its exit code."""
+class ErrorIgnoringStream:
+    """Text stream that drops what cannot be written.
+
+    Once the reader has gone, the file descriptor is redirected to /dev/null. So writes of C libraries, and the flush at
+    the end of the process, which would change its exit code, do not fail either.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Gives the length of the text, whatever became of it."""
-        self._try(lambda: self._stream.write(text))
+        """Write `text` if possible; return its length in any case."""
+        self._ignoring_errors(lambda: self._stream.write(text))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """As `write`, line by line."""
+        """Write each line if possible."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Writes what is buffered, if that can be."""
-        self._try(self._stream.flush)
+        """Write what is buffered if possible."""
+        self._ignoring_errors(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _try(self, work: Any) -> None:
+    def _ignoring_errors(self, write: Callable[[], object]) -> None:
         try:
-            work()
+            write()
         except OSError as error:
-            if error.errno in _GONE:
+            if error.errno in _READER_GONE:
                 with suppress(OSError, ValueError):
-                    self._discard()
+                    self._redirect_to_null()
         except ValueError:  # closed
             pass
 
-    def _discard(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+    def _redirect_to_null(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)

@@ -6,7 +6,7 @@
 | 2 | a mistake in what was asked; one line says which | no |
 | 70 | the training cannot go on: losses are no numbers, ranks differ, a last checkpoint cannot be written | no |
 | 75 | a rank was lost: dead, silent, stuck, or it failed by itself | yes |
-| 143 | stopped on request (engine/health/guard.py has the signals), after a checkpoint | yes, when there is room |
+| 143 | stopped by a signal (engine/health/guard.py) or RUN/stop, after a checkpoint | yes, when there is room |
 | others | an error of a library or of ours, or a signal | yes |
 
 What ends one rank alone with 2 or 70 ends the others with it too (engine/watch/). 70 and 75 are EX_SOFTWARE and

@@ -50,7 +50,7 @@ class Initial:
 
 
 def pinned(config: Config, resume: bool) -> Config:
-    """The config with init.sha256, objectives.rec.align.sha256 and objectives.rec.lpips_sha256 filled in.
+    """Return the config with init.sha256, objectives.rec.align.sha256 and objectives.rec.lpips_sha256 filled in.
 
     Raises UserError where a file is missing or damaged, or is not the one whose digest the config has.
     """
@@ -65,9 +65,9 @@ def pinned(config: Config, resume: bool) -> Config:
 
 
 def perceptual_digest(path: str | None, given: str | None) -> str:
-    """The digest of objectives.rec.lpips_weights=`path`.
+    """Return the digest of objectives.rec.lpips_weights=`path`.
 
-    Raises UserError where the file is missing or damaged, or `given` is a digest and not the file's.
+    Raises UserError where the file is missing or damaged, or its digest is not `given`.
     """
     if path is None or not Path(path).is_file():
         raise UserError(

@@ -24,17 +24,16 @@ from configs.command_line import CommandParser  # noqa: E402
 from configs.ds import load_ds_config  # noqa: E402
 from configs.generation import Generation  # noqa: E402
 from engine.checkpoint.directory import candidates  # noqa: E402
-from engine.complaint import complain, keep_output_open  # noqa: E402
-from engine.launcher_numbers import launcher_numbers  # noqa: E402
-from engine.orphans import end_with_launcher  # noqa: E402
+from engine.complaint import complain, ignore_output_errors  # noqa: E402
+from engine.launcher import end_with_launcher, rank_environment  # noqa: E402
 from engine.places import checkpoints, run_directory  # noqa: E402
 
-LONGEST_PATH, LONGEST_BELOW = 4095, 200  # bytes: of a path on Linux; of what a run writes below its directory
+MAX_PATH_BYTES, MAX_SUBPATH_BYTES = 4095, 200  # of a path on Linux; of a path inside a run directory
 FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
 
 
 class _Parser(CommandParser):
-    """A CommandParser whose mistakes one rank tells for all of them."""
+    """A CommandParser that raises UserError: one rank prints the mistake for all of them."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(self.with_remedy(message))
@@ -90,7 +89,7 @@ def _explicit(arguments: list[str]) -> list[str]:
 def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, tuple[str, ...]]:
     """The resolved config, DeepSpeed dictionary, whether the run goes on, and what may differ then; all checked that
     needs no model."""
-    world_size = launcher_numbers()["WORLD_SIZE"]
+    world_size = rank_environment()["WORLD_SIZE"]
     config = load_run(options.config, options.overrides)
     resume = options.resume == "latest" or (options.resume == "auto" and bool(candidates(checkpoints(config))))
     ds_config = load_ds_config(options.ds_config, config, world_size)
@@ -113,7 +112,7 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, t
 
 def main(arguments: list[str]) -> int:
     """Runs one rank; the exit code."""
-    keep_output_open()
+    ignore_output_errors()
     end_with_launcher()
     try:
         options = parse(arguments)
@@ -150,7 +149,7 @@ def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes
         if world.is_first():  # every rank has come to it
             complain(f"error: {error}")
         return FAILED
-    except StorageFails as error:  # perhaps of this rank alone: the others hear of it over the watch
+    except StorageFails as error:  # perhaps on this rank alone: engine/watch ends the others
         complain(f"error: {error}")
         return LOST_RANK
     finally:
@@ -158,7 +157,7 @@ def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes
 
 
 def _check_pretraining(config: Config, resume: bool) -> Config:
-    """The config with its files' digests filled in; they are there."""
+    """Check that the input files exist; return the config with their digests filled in."""
     _require_shards(config, resume)
     from data import captions
     from engine.initial import pinned
@@ -168,7 +167,7 @@ def _check_pretraining(config: Config, resume: bool) -> Config:
 
 
 def _check_decoder_gan(config: DecoderGan, resume: bool) -> DecoderGan:
-    """The config with its files' digests filled in; they are there."""
+    """Check that the input files exist; return the config with their digests filled in."""
     _require_shards(config, resume)
     from engine.trainings.frozen_tokenizer import pinned
 
@@ -176,14 +175,14 @@ def _check_decoder_gan(config: DecoderGan, resume: bool) -> DecoderGan:
 
 
 def _require_shards(config: Config | DecoderGan, resume: bool) -> None:
-    """All are there where a run begins, one where it goes on: it skips and counts those that have vanished since."""
+    """Check that all shards exist at a new run, and at least one at a resume, which skips and counts missing ones."""
     from data import corpus_of_a_run, storage
 
-    known = corpus_of_a_run.shard_names(run_directory(config) / "corpus.json", config.data.train) if resume else None
-    if known is None:
+    recorded = corpus_of_a_run.shard_names(run_directory(config) / "corpus.json", config.data.train) if resume else None
+    if recorded is None:
         storage.expand(config.data.train, config.system.loader.cache_dir)
     else:
-        storage.require_any_shard(known)
+        storage.require_any_shard(recorded)
 
 
 def _require_profiled_ranks(config: Run, world_size: int) -> None:
@@ -196,11 +195,11 @@ def _require_profiled_ranks(config: Run, world_size: int) -> None:
 
 
 def _require_writable(run_dir: Path) -> None:
-    longest = len(os.fsencode(run_dir.absolute())) + LONGEST_BELOW
-    if longest > LONGEST_PATH:
+    longest = len(os.fsencode(run_dir.absolute())) + MAX_SUBPATH_BYTES
+    if longest > MAX_PATH_BYTES:
         raise UserError(
-            f"system.run_dir={run_dir}: paths of files in it would have up to {longest} bytes, and the system takes "
-            f"{LONGEST_PATH}; choose a shorter one"
+            f"system.run_dir={run_dir}: paths of files in it would have up to {longest} bytes, and the system allows "
+            f"{MAX_PATH_BYTES}; choose a shorter one"
         )
     there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -223,6 +222,6 @@ def _refuse(error: UserError) -> int:
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until there is something to save: no traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the run can save: end without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
     runs/NAME/  config.yaml  ds_config.json  choices.json  machine.json  log.txt  log.jsonl  tensorboard/  checkpoints/
                 pictures/  bad_samples.jsonl  corpus.json  lost_shards.jsonl  weights.safetensors
-                lock (held while a run is in it)
+                lock (flock of the first rank while the run is on)
                 profile/ (with profile.steps)
                 out_of_memory/ (when it did)
 
@@ -35,8 +35,8 @@ from engine.health import replicas
 from engine.health.alarms import Alarms, rules
 from engine.health.failure import TrainingFailed
 from engine.health.guard import GoBack, Guard
-from engine.health.rollback import Cursor, Rollbacks, batch_change, check_corpus, restored
-from engine.lock import held, holder
+from engine.health.rollback import Cursor, Rollbacks, batch_change_message, check_corpus, restored
+from engine.lock import file_lock, lock_holder
 from engine.out_of_memory import Memory
 from engine.places import checkpoints, run_directory
 from engine.report.instruments import Instruments, watching
@@ -51,8 +51,8 @@ from engine.watch.watch import watched
 from model.objectives.comm import Comm
 from profiling.memory import process_peak_bytes
 
-LOCK = "lock"  # a file in the run's directory
-LEASE_SECONDS = 90.0  # for which an NFS server keeps the lock of a host that is gone
+LOCK_FILE = "lock"  # in the run's directory
+NFS_LEASE_SECONDS = 90.0  # how long an NFS server keeps the lock of a host that is gone
 
 
 def train(
@@ -61,8 +61,8 @@ def train(
     """Trains to optim.steps, or to a stop signal; gives the exit code. `allowed_changes` are science keys that may
     differ from the checkpoint's, or sections of them. A collective."""
     run_dir = run_directory(config)
-    # A restart may come before the last rank of the run before it, on another host, has noticed that it is cut off.
-    with alone_in(run_dir, config.system.watch.silent_seconds), watched(config, run_dir) as place:
+    # At a restart a rank of the previous run, on another host, may not yet have noticed that it is cut off.
+    with exclusive_run_directory(run_dir, config.system.watch.silent_seconds), watched(config, run_dir) as place:
         if world.is_first():
             stop_file.forget(run_dir)
         place.at("assembling")
@@ -158,11 +158,12 @@ class Loop:
         self.place.at("consolidating" if world.is_first() else "barrier")  # where the others wait for it
         root, out = checkpoints(self.training.config), self.directory / "weights.safetensors"
         if trouble := trouble_of_first(lambda: archive.consolidate(archive.find(root), out, self.training.config)):
-            raise TrainingFailed("weights", f"{trouble}; the checkpoint is whole: mend this, and go on with --resume")
+            raise TrainingFailed(
+                "weights", f"{trouble}; the checkpoint is complete: remove the cause, then continue with --resume"
+            )
 
     def _report(self, done: int, cursor: Cursor, meter: Meter) -> bool:
-        """The host looks at the device; a checkpoint, then pictures when they are due. Whether to stop before the
-        end."""
+        """Read the device's counters; save a checkpoint, then draw pictures when due; return whether to stop early."""
         training, config = self.training, self.training.config
         system = config.system
         beside = self.instruments.read(meter.num_steps)
@@ -195,40 +196,44 @@ class Loop:
         return dict(news[-1].scalars) if news else {}
 
     def _show(self, done: int) -> None:
-        """What the first rank's last step looks like, as files and in TensorBoard. No collective."""
+        """Write the pictures of the first rank's last step as files and to TensorBoard. No collective."""
         for name, picture in self.training.pictures().items():
             self.reporter.picture(done, name, picture)
             self.reporter.keep(self.directory / "pictures" / f"{name}-{done:08d}.png", png(picture))
 
 
 @contextmanager
-def alone_in(run_dir: Path, wait: float) -> Iterator[None]:
-    """Inside, no other run writes to `run_dir`: the first rank holds its lock. A collective.
+def exclusive_run_directory(run_dir: Path, wait: float) -> Iterator[None]:
+    """Keep other runs out of `run_dir`: the first rank holds a file lock in it. A collective.
 
-    Raises UserError, on every rank, where another run is still in it after `wait` seconds. A file system without locks
-    is said, and ends nothing.
+    Raises UserError, on every rank, where another run still holds it after `wait` seconds. On a file system without
+    locks it prints a warning and goes on.
     """
     with ExitStack() as stack:
-        on_first(lambda: _take(stack, run_dir, wait))
+        on_first(lambda: _lock_run_directory(stack, run_dir, wait))
         yield
 
 
-def _take(stack: ExitStack, run_dir: Path, wait: float) -> None:
-    path = run_dir / LOCK
+def _lock_run_directory(stack: ExitStack, run_dir: Path, wait: float) -> None:
+    """Lock `run_dir` until `stack` closes. Raises UserError where another run still holds it after `wait` seconds."""
+    path = run_dir / LOCK_FILE
     try:
-        if stack.enter_context(held(path)) is not None:
+        if stack.enter_context(file_lock(path)) is not None:
             return
-        wait += 0.0 if f"host {socket.gethostname()} " in holder(path) else LEASE_SECONDS
-        complain(f"{run_dir} is in use by {holder(path)}: waiting {wait:g} s for it to end")
-        if stack.enter_context(held(path, wait)) is not None:
+        wait += 0.0 if f"host {socket.gethostname()} " in lock_holder(path) else NFS_LEASE_SECONDS
+        complain(f"{run_dir} is in use by {lock_holder(path)}: waiting {wait:g} s for it to end")
+        if stack.enter_context(file_lock(path, wait)) is not None:
             return
     except OSError as error:
-        complain(f"{path}: {error.strerror or error}: nothing keeps a second run out of this directory")
+        complain(
+            f"warning: {path} cannot be locked ({error.strerror or error}): a second run in this directory would not "
+            "be noticed; start none"
+        )
         return
     raise UserError(
-        f"{run_dir} is in use by {holder(path)}: two runs would write over each other's checkpoints; let that one end "
-        f"(`touch {run_dir}/stop` makes it save and stop), choose another name=..., or remove {path} where its host is "
-        "gone for good"
+        f"{run_dir} is in use by {lock_holder(path)}: two runs would write over each other's checkpoints; let that one "
+        f"end (`touch {run_dir}/stop` makes it save and stop), choose another name=..., or remove {path} if its host "
+        "is gone for good"
     )
 
 
@@ -238,13 +243,13 @@ def is_due(done: int, every: int, report_every: int) -> bool:
 
 
 def _resumed(training: Training, allowed_changes: tuple[str, ...]) -> tuple[Cursor, list[str]]:
-    """Where the run goes on, and what is to be said of it: checkpoints that were passed over, another batch."""
-    passed_over: list[str] = []
-    path = newest_good(checkpoints(training.config), passed_over.append)
+    """Restore the newest good checkpoint; return the cursor and log lines on skipped checkpoints and batch size."""
+    messages: list[str] = []
+    path = newest_good(checkpoints(training.config), messages.append)
     check_corpus(training, path, allowed_changes)
-    if change := batch_change(path, training.config):
-        passed_over.append(change)
-    return restored(training, path), passed_over
+    if message := batch_change_message(path, training.config):
+        messages.append(message)
+    return restored(training, path), messages
 
 
 def _describe(

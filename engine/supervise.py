@@ -83,8 +83,8 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit code of the whole."""
-        ends = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup stays nohup
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *ends):
+        hang_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # ignored under nohup
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *hang_up):
             signal.signal(number, self._ask)
         stop_file.forget(self._run_dir)
         try:
@@ -115,7 +115,7 @@ class Supervisor:
         self._clear_away(process.pid)
         try:
             there = candidates(self._run_dir / "checkpoints")
-        except UserError:  # the ranks have said what is wrong with `latest`
+        except UserError:  # the ranks have printed what is wrong with `latest`
             there = []
         failure = failures.last(self._run_dir)
         words = "" if failure is None or failure == before else f"{failure.step} {failure.kind} {failure.message}"

@@ -138,9 +138,11 @@ class Training(Protocol):
         ...
 
     def batches(self, first_step: int, skipped_steps: int = 0, offset: int = 0) -> Iterator[Any]:
-        """This rank's batches from `first_step` on, without end: a batch's `step` is the step that takes it, its
-        samples are those from position offset + (step + skipped_steps) * samples_per_step on. What was asked before
-        ends."""
+        """Iterate over this rank's batches from `first_step` on, without end; an iteration before this one ends.
+
+        A batch's `step` is the step that takes it; its samples start at position
+        offset + (step + skipped_steps) * samples_per_step of the data.
+        """
         ...
 
     def samples(self, batch: Any) -> int:
@@ -148,7 +150,7 @@ class Training(Protocol):
         ...
 
     def corpus(self, position: int) -> dict[str, str]:
-        """What the samples are drawn from, and which come from that position in the data on: facts by name."""
+        """Return facts, by name, that identify the corpus and the samples from that position in the data on."""
         ...
 
     @property

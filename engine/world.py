@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs import UserError
-from engine.launcher_numbers import launcher_numbers
+from engine.launcher import rank_environment
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -120,7 +120,7 @@ def start(timeout_minutes: float, rendezvous: str = "env://") -> Ranks:
     where ranks meet: the launcher's MASTER_ADDR and MASTER_PORT, or `file:///path` on one machine. UserError
     for half-set variables, a taken port or too few GPUs; RankError where not all ranks arrive.
     """
-    numbers = launcher_numbers()
+    environment = rank_environment()
     needed = [name for name in LAUNCHER_VARIABLES if rendezvous == "env://" or not name.startswith("MASTER")]
     unset = [name for name in needed if name not in os.environ]
     half_set = [f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ]
@@ -135,8 +135,8 @@ def start(timeout_minutes: float, rendezvous: str = "env://") -> Ranks:
         _take_device(0)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return Ranks()
-    own, size = numbers["RANK"], numbers["WORLD_SIZE"]
-    _take_device(numbers["LOCAL_RANK"])
+    own, size = environment["RANK"], environment["WORLD_SIZE"]
+    _take_device(environment["LOCAL_RANK"])
     try:
         dist.init_process_group(backend, init_method=rendezvous, rank=own, world_size=size, timeout=timeout)
     except RuntimeError as error:  # a timeout of the store is one too

@@ -19,15 +19,15 @@ from rich.progress import track
 
 from configs import UserError
 from engine import world
-from engine.complaint import keep_output_open
-from engine.orphans import end_with_launcher
+from engine.complaint import ignore_output_errors
+from engine.launcher import end_with_launcher
 
 TIMEOUT_MINUTES = 240  # while the first rank learns, the others wait
 
 
 def run_command(work: Callable[[], None]) -> int:
     """`work` among the ranks that a launcher started, or alone; the exit code. The first rank says what is wrong."""
-    keep_output_open()
+    ignore_output_errors()
     end_with_launcher()
     is_launched = "RANK" in os.environ
     try:

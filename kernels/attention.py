@@ -42,7 +42,9 @@ class Need:
 NEEDS = {
     "flash3": Need("flash_attn_interface", (9, 0), "build the folder hopper/ of the flash-attention sources"),
     "varlen": Need("torch.nn.attention.varlen", (8, 0), "install torch 2.13 or newer"),
-    "flash2": Need("flash_attn", (8, 0), "pip install --no-build-isolation flash-attn (compiles for long)"),
+    "flash2": Need(
+        "flash_attn", (8, 0), "pip install --no-build-isolation flash-attn (compiles for about half an hour)"
+    ),
     "xformers": Need("xformers", (8, 0), "pip install -e '.[gpu]' -c constraints.txt"),
 }
 PREFERENCE = ("flash3", "varlen", "flash2", "xformers")  # what "auto" tries, best first

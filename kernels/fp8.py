@@ -33,9 +33,9 @@ BareProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # like F.linear
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2  # values and weights; gradients
 MULTIPLE, MXFP8_MULTIPLE = 16, 32  # of every side of an FP8 product on NVIDIA hardware; MXFP8 scales blocks of 32
 SMALL = "too small to pay"
-INSTALL = {
+INSTALL_COMMANDS = {  # of each FP8 kind
     "fp8_torchao": "pip install -e '.[gpu]' -c constraints.txt",
-    # compiles against the torch that is installed, so not in an environment of the build's own
+    # compiles against the installed torch, so without pip's isolated build environment
     "fp8_te": "pip install --no-build-isolation -e '.[transformer-engine]' -c constraints.txt",
 }
 
@@ -246,14 +246,14 @@ def _torchao() -> ModuleType:
         with _without_start_up_talk():
             return importlib.import_module("torchao.float8")
     except ImportError as error:
-        raise ImportError(f"fp8_torchao needs torchao ({error}): {INSTALL['fp8_torchao']}") from None
+        raise ImportError(f"fp8_torchao needs torchao ({error}): {INSTALL_COMMANDS['fp8_torchao']}") from None
 
 
 def _transformer_engine() -> ModuleType:
     try:
         return importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError) as error:  # OSError: the package is there, CUDA's libraries are not
-        raise ImportError(f"fp8_te needs transformer-engine ({error}): {INSTALL['fp8_te']}") from None
+        raise ImportError(f"fp8_te needs transformer-engine ({error}): {INSTALL_COMMANDS['fp8_te']}") from None
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The tokenizer with the face of diffusers' AutoencoderKL, for pipelines that know that one. Needs no diffusers.
 
-    vae = Autoencoder.from_pretrained("DIR", stats="latents/NAME/latents_stats.pt")    # evaluation.latents wrote it
+    vae = Autoencoder.from_pretrained("DIR", stats="latents/NAME/latents_stats.pt")    # from evaluation.latents
     z = vae.encode(images).latent_dist.sample()                          # images in [-1, 1]
     z = (z - vae.config.shift_factor) * vae.config.scaling_factor        # about zero mean, unit deviation
     images = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
@@ -173,7 +173,7 @@ def _read_stats(path: Path) -> tuple[Tensor, Tensor]:
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): stats names a file of latent statistics, the "
-            "latents_stats.pt that `python -m evaluation.latents` writes into its --out"
+            "latents_stats.pt that `python -m evaluation.latents` writes into --out"
         ) from None
     except Exception:  # torch.load raises whatever the unpickler met, with advice to unpickle what it should not
         raise UserError(f"{path} holds no latent statistics, is cut off, or holds more than tensors: {form}") from None

@@ -5,7 +5,7 @@
     tokenizer.push_to_hub("OWNER/NAME", private=True)       # the same files
 
     DIR/config.json, model.safetensors      the public VTP layout
-    DIR/tokenizer.json                      the captions' vocabulary, where the text tower is there and it can be had
+    DIR/tokenizer.json                      the captions' vocabulary, where there is a text tower and it is available
     DIR/README.md                           the model card
 
 Where to look, tokens, caches and commits are the mixin's affair; what the files are is model/public_directory.py's.
@@ -36,9 +36,13 @@ from model.public_weights import INDEX, WEIGHTS, read_index
 
 T = TypeVar("T", bound="OnHub")
 CARD = "README.md"
-_LINKS = ("repo_url", "paper_url", "docs_url")  # of the mixin's template: they have no place in the metadata
-_FIELDS = frozenset(inspect.signature(ModelCardData.__init__).parameters) - {"self", "ignore_metadata_errors", "kwargs"}
-_NOT_DELIVERED = (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError)
+_LINK_FIELDS = ("repo_url", "paper_url", "docs_url")  # fields of the mixin's template that are not metadata
+_METADATA_FIELDS = frozenset(inspect.signature(ModelCardData.__init__).parameters) - {
+    "self",
+    "ignore_metadata_errors",
+    "kwargs",
+}
+_DOWNLOAD_ERRORS = (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError)
 
 
 class OnHub(
@@ -47,11 +51,11 @@ class OnHub(
     tags=["visual-tokenizer", "vtp"],
     pipeline_tag="image-feature-extraction",
 ):
-    """What VisualTokenizer gets from the hub. It brings `model`, `origin`, `vocabulary`, `state_dict`, `from_state`."""
+    """Hub mixin of VisualTokenizer, which provides `model`, `origin`, `vocabulary`, `state_dict`, `from_state`."""
 
     model: Model
     origin: Origin | None
-    vocabulary: str | None  # of the captions: a tokenizer.json, or the hub name of one
+    vocabulary: str | None  # the captions' tokenizer.json: its path, or the hub name of a repository with one
 
     @classmethod
     @abstractmethod
@@ -86,25 +90,26 @@ class OnHub(
     def save_pretrained(
         self, save_directory: str | Path, *, model_card_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> str | None:
-        """Writes config.json, model.safetensors, the captions' tokenizer.json and, where there is none, README.md.
+        """Write config.json, model.safetensors, the captions' tokenizer.json and, unless it exists, README.md.
 
         `model_card_kwargs` are fields of the card's metadata, such as license, datasets, base_model; tags are added to
         ours; repo_url, paper_url and docs_url go into its table. Other options are the mixin's. Raises UserError,
-        before anything is written, for a model that the public layout cannot describe, or a card that would stay.
+        before anything is written, for a model that the public layout cannot describe, for unknown fields, and for
+        fields where README.md exists already.
         """
         check_exportable(self.state_dict(), self.model)
         card = Path(save_directory) / CARD
         if model_card_kwargs and card.exists():
             raise UserError(
-                f"{card} exists and is not written over: model_card_kwargs would have no effect; edit that file, or "
+                f"{card} exists and is not overwritten: model_card_kwargs would have no effect; edit that file, or "
                 "remove it"
             )
-        self.generate_model_card(**(model_card_kwargs or {}))  # says what is wrong with them, if anything is
+        self.generate_model_card(**(model_card_kwargs or {}))  # raises where they are wrong, before anything is written
         return super().save_pretrained(save_directory, model_card_kwargs=model_card_kwargs, **options)
 
     def generate_model_card(self, *_: Any, **given: Any) -> ModelCard:
-        """README.md: what the weights are, as far as known, and how to use them; `given` are model_card_kwargs."""
-        data, links = card_data(self._hub_mixin_info.model_card_data, given)
+        """Make README.md: recorded facts about the weights, and how to use them; `given` are model_card_kwargs."""
+        data, links = card_metadata(self._hub_mixin_info.model_card_data, given)
         text = card_text(
             self.model,
             self._known_origin(),
@@ -116,8 +121,10 @@ class OnHub(
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
     def vocabulary_file(self) -> Path | None:
-        """The captions' tokenizer.json, fetched where `vocabulary` is a hub name; None where there is none to be had,
-        or no text tower to use it."""
+        """Return the path of the captions' tokenizer.json, downloaded where `vocabulary` is a hub name.
+
+        None where it is not available, or the weights hold no text tower.
+        """
         if self.vocabulary is None or "text" not in self._parts():
             return None
         path = Path(self.vocabulary)
@@ -126,7 +133,7 @@ class OnHub(
         repository, _, revision = self.vocabulary.partition("@")
         try:
             return Path(hf_hub_download(repository, VOCABULARY, revision=revision or None))
-        except _NOT_DELIVERED:
+        except _DOWNLOAD_ERRORS:
             return None
 
     def _parts(self) -> set[str]:
@@ -134,16 +141,16 @@ class OnHub(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_public(save_directory, self.state_dict(), self.model, self._known_origin())
-        found = self.vocabulary_file()
-        if found is not None and found.resolve() != (save_directory / VOCABULARY).resolve():
-            shutil.copyfile(found, save_directory / VOCABULARY)
+        source, target = self.vocabulary_file(), save_directory / VOCABULARY
+        if source is not None and source.resolve() != target.resolve():
+            shutil.copyfile(source, target)
 
     @classmethod
     def _from_pretrained(cls: type[T], *, model_id: str, attention: str = "sdpa", **hub: Any) -> T:
         directory = Path(model_id)
         if not directory.is_dir():
             directory = Path(hf_hub_download(model_id, CONFIG, **hub)).parent
-            hub |= {"revision": directory.name}  # the commit of the first
+            hub |= {"revision": directory.name}  # the commit that config.json came from
             _fetch_weights(model_id, directory, hub)
             _fetch_vocabulary(model_id, directory, hub)
         state, model, origin = read_public(directory)
@@ -161,21 +168,21 @@ class OnHub(
         return self.origin
 
 
-def card_data(ours: ModelCardData, given: Mapping[str, Any]) -> tuple[ModelCardData, dict[str, str]]:
-    """The card's metadata, and its links, from `ours` and a user's model_card_kwargs, which go before; tags are added.
+def card_metadata(ours: ModelCardData, given: Mapping[str, Any]) -> tuple[ModelCardData, dict[str, str]]:
+    """Merge a user's model_card_kwargs over our metadata; return the card's metadata and its links.
 
-    Without a licence it is `unknown`: whose weights they are, nobody recorded. Raises UserError for a name that is
-    neither metadata nor a link.
+    Tags of both are kept. The licence is `unknown` unless one is given: it is not recorded with the weights. Raises
+    UserError for a name that is neither a metadata field nor a link.
     """
-    unknown = sorted(given.keys() - _FIELDS - set(_LINKS))
+    unknown = sorted(given.keys() - _METADATA_FIELDS - set(_LINK_FIELDS))
     if unknown:
         raise UserError(
-            f"model_card_kwargs has {unknown[0]}={given[unknown[0]]!r}, which is no field of a model card: those are "
-            f"{', '.join(sorted(_FIELDS))} and {', '.join(_LINKS)}"
+            f"model_card_kwargs has {unknown[0]}={given[unknown[0]]!r}, which is no field of a model card; the "
+            f"fields are {', '.join(sorted(_METADATA_FIELDS))} and {', '.join(_LINK_FIELDS)}"
         )
-    metadata = {"license": "unknown", **ours.to_dict()} | {key: given[key] for key in given if key not in _LINKS}
+    metadata = {"license": "unknown", **ours.to_dict()} | {key: given[key] for key in given if key not in _LINK_FIELDS}
     metadata["tags"] = sorted({*(ours.tags or ()), *(given.get("tags") or ())})
-    return ModelCardData(**metadata), {key: str(given[key]) for key in _LINKS if given.get(key)}
+    return ModelCardData(**metadata), {key: str(given[key]) for key in _LINK_FIELDS if given.get(key)}
 
 
 def _fetch_weights(name: str, directory: Path, hub: dict[str, Any]) -> None:
@@ -192,7 +199,7 @@ def _fetch_weights(name: str, directory: Path, hub: dict[str, Any]) -> None:
 
 
 def _fetch_vocabulary(name: str, directory: Path, hub: dict[str, Any]) -> None:
-    """Into the cache's `directory`, where there are captions and the hub has it: the layout does not ask for it."""
+    """Download tokenizer.json into the cache's `directory`, where there is a text tower and the hub has the file."""
     if read_key(read_config(directory), "train_clip"):
         with suppress(EntryNotFoundError):
             hf_hub_download(name, VOCABULARY, **hub)

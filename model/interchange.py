@@ -15,21 +15,21 @@ from pathlib import Path
 from configs import UserError
 from configs.command_line import CommandParser
 from model.programs import write_onnx, write_programs
-from model.public_config import unread_by_official
+from model.public_config import official_class_note
 from model.public_directory import CONFIG, VOCABULARY, read_public
 from model.tokenizer import VisualTokenizer
 from model.weights import write_weights
 
 
 def export(tokenizer: VisualTokenizer, out: Path, licence: str | None) -> None:
-    """The public layout into `out`; prints what of it others cannot read, and what it lacks."""
+    """Write the public layout into `out`; print notes on what is missing or unreadable for the official class."""
     tokenizer.save_pretrained(out, model_card_kwargs={"license": licence} if licence else None)
     parts = {name.split(".")[0] for name in tokenizer.state_dict()}
-    notes = [unread_by_official(tokenizer.model, parts)]
+    notes = [official_class_note(tokenizer.model, parts)]
     if "text" in parts and not (out / VOCABULARY).is_file():
         notes.append(
-            f"{out} has no {VOCABULARY}, the captions' vocabulary: {tokenizer.vocabulary or 'its source'} is not to be "
-            "had here; copy it there, or zero_shot asks for --tokenizer"
+            f"{out} has no {VOCABULARY}, the captions' vocabulary: {tokenizer.vocabulary or 'its source'} is not "
+            "available here; copy it there, or give --tokenizer to zero_shot"
         )
     for note in filter(None, notes):
         print(f"note: {note}", file=sys.stderr)
@@ -88,10 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, required=True, metavar=out)
         if name == "export":
             command.add_argument(
-                "--license", metavar="ID", help="of the weights, for the model card: mit, apache-2.0 ..."
+                "--license", metavar="ID", help="licence of the weights for the model card: mit, apache-2.0 ..."
             )
         if name == "programs":
-            command.add_argument("--onnx", action="store_true", help="encode.onnx and decode.onnx, for onnxruntime")
+            command.add_argument(
+                "--onnx", action="store_true", help="write encode.onnx and decode.onnx for onnxruntime"
+            )
     return parser
 
 

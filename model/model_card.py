@@ -2,7 +2,7 @@
 
     print(card_text(config.model, Origin(image_size=256, name="vtp_b", steps=100_000), {"trunk", "bottleneck"}))
 
-The metadata above the text, by which the hub sorts and filters, are model/hub.py's.
+model/hub.py adds the metadata above the text, by which the hub sorts and filters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Set
 
 from configs.architecture import Model
 from model.origin import Origin
-from model.public_config import unread_by_official
+from model.public_config import official_class_note
 
 _METHODS = {"decoder": "decode", "text": "embed_captions", "clip": "embed_images"}
 _CARD = """# {title}
@@ -23,7 +23,7 @@ image into latents with {channels} channels at 1/{patch} of the resolution.
 |---|---|
 {rows}
 
-`config.json` and `model.safetensors` are in the public VTP layout.{unread} With vtp-engine:
+`config.json` and `model.safetensors` are in the public VTP layout.{note} With vtp-engine:
 
     from model.tokenizer import VisualTokenizer
     tokenizer = VisualTokenizer.from_pretrained("PATH OR NAME")
@@ -42,8 +42,10 @@ def card_text(
     has_vocabulary: bool = False,
     links: Mapping[str, str] | None = None,
 ) -> str:
-    """Markdown without front matter; `parts` are those of model.parts.PARTS that the weights hold, `has_vocabulary`
-    whether tokenizer.json lies beside them."""
+    """Write the card as Markdown without front matter.
+
+    `parts` are those of model.parts.PARTS that the weights hold; `has_vocabulary`: tokenizer.json is saved with them.
+    """
     rows = {
         "configuration": origin.name or "unknown",
         "training steps": "unknown" if origin.steps is None else f"{origin.steps:,}",
@@ -58,14 +60,14 @@ def card_text(
     if "text" in parts:
         rows["captions' vocabulary"] = "`tokenizer.json`" if has_vocabulary else "not in this directory"
     rows |= {key.removesuffix("_url"): url for key, url in (links or {}).items()}
-    unread = unread_by_official(model, parts)
+    note = official_class_note(model, parts)
     return _CARD.format(
         title=origin.name or "Visual tokenizer",
         channels=model.latent_channels,
         patch=model.patch_size,
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         decode=_DECODE if "decoder" in parts else "",
-        unread=f" But {unread}." if unread else "",
+        note=f" But {note}." if note else "",
     )
 
 

@@ -1,20 +1,20 @@
-"""`torch.export` programs: encode and decode as files that torch alone runs, without any of this code; ONNX ones too.
+"""Export encode and decode as `torch.export` programs, which torch alone runs without this code, and as ONNX.
 
     write_programs(tokenizer, Path("DIR"))
-    write_onnx(tokenizer, Path("DIR"))      # encode.onnx, decode.onnx, for onnxruntime and its like: float32 throughout
+    write_onnx(tokenizer, Path("DIR"))      # encode.onnx, decode.onnx for onnxruntime and others; float32
 
     DIR/encode.pt2          images (B, 3, H, W) float32 in [0, 1] -> latent (B, L, H/p, W/p)
     DIR/decode.pt2          latent (B, L, h, w) -> pixels (B, 3, h*p, w*p) float32 in [0, 1]
-    DIR/conventions.json    what goes in and comes out; also inside each .pt2, as its extra file of that name
-    DIR/*.onnx              the same by another format: inputs `images` and `latent`, outputs `latent` and `pixels`
+    DIR/conventions.json    shapes and value ranges of inputs and outputs; also an extra file inside each .pt2
+    DIR/*.onnx              the same functions; inputs `images` and `latent`, outputs `latent` and `pixels`
 
     program = torch.export.load("DIR/encode.pt2").module()
     latent = program(images)
 
 Batch, height and width are free. Only sides of a single patch are not: torch.export takes a size of one for a constant.
 
-Inputs are contiguous, outputs are. It matters to programs that AOTInductor compiled further, which read their inputs as
-if they were and do not look; with AOTI_RUNTIME_CHECK_INPUTS=1 in the environment they do.
+Outputs are contiguous, and inputs must be. Programs compiled further by AOTInductor read inputs as contiguous without a
+check, unless AOTI_RUNTIME_CHECK_INPUTS=1 is in the environment.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from model.tokenizer import VisualTokenizer, pixels_of
 from model.towers import Decoder
 
 CONVENTIONS = "conventions.json"
-NEEDED_FOR_ONNX = ("onnx", "onnxscript")
-# Operators that move bf16 numbers and make none: nothing to round behind them.
-MOVES = frozenset(
+ONNX_PACKAGES = ("onnx", "onnxscript")
+# Operators that only copy bf16 values: their results need no rounding.
+COPY_OPERATORS = frozenset(
     ("cat", "chunk", "expand", "flatten", "getitem", "ones", "repeat", "select", "stack", "unbind", "unflatten",
      "unsqueeze", "zeros", "zeros_like")
 )  # fmt: skip
@@ -66,58 +66,58 @@ class _Decode(nn.Module):
         return pixels_of(self.decoder, latent)
 
 
-class _RoundedFloat32(fx.Interpreter):
-    """Runs a program with float32 operators alone: what is bf16 in it is computed in float32 and rounded to bf16.
+class _Bf16Emulation(fx.Interpreter):
+    """Runs a program with float32 operators only: bf16 results are computed in float32 and rounded to bf16.
 
-    The same numbers, because that is how bf16 operators compute; runtimes of ONNX have few of those (no Sin, no Cos),
-    but the conversions.
+    The values are the same, because bf16 operators compute so too. ONNX runtimes lack many bf16 operators (Sin, Cos),
+    but have the conversions.
     """
 
     def run_node(self, node: fx.Node) -> Any:
-        """As the base class's, for one node."""
+        """Run one node; round its result where the program has it in bf16."""
         if node.op != "call_function" or node.target is torch.ops.aten._assert_tensor_metadata.default:
             return None if node.op == "call_function" else super().run_node(node)
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        result = self.call_function(node.target, _without_bf16(args), _without_bf16(kwargs))
+        result = self.call_function(node.target, _bf16_to_float32(args), _bf16_to_float32(kwargs))
         value = node.meta.get("val")
-        makes_bf16 = isinstance(value, Tensor) and value.dtype == torch.bfloat16 and _name(node) not in MOVES
-        return result.to(torch.bfloat16).to(torch.float32) if makes_bf16 else result
+        is_rounded = (
+            isinstance(value, Tensor) and value.dtype == torch.bfloat16 and _operator_name(node) not in COPY_OPERATORS
+        )
+        return result.to(torch.bfloat16).to(torch.float32) if is_rounded else result
 
 
-class _InFloat32(nn.Module):
-    """A program of one argument as a module to export again."""
+class _EmulatedProgram(nn.Module):
+    """A program of one argument with emulated bf16, as a module that can be exported again."""
 
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()
         self.program = program.module()
 
     def forward(self, x: Tensor) -> Any:
-        return _RoundedFloat32(self.program).run(x)
+        return _Bf16Emulation(self.program).run(x)
 
 
 def write_onnx(tokenizer: VisualTokenizer, directory: Path) -> None:
-    """encode.onnx, decode.onnx and conventions.json into `directory`; without a decoder there is no decode.onnx.
+    """Write encode.onnx, decode.onnx and conventions.json into `directory`; no decode.onnx without a decoder.
 
     Raises UserError where the weights hold no bottleneck or are not float32, or a package is missing.
     """
-    if missing := [name for name in NEEDED_FOR_ONNX if find_spec(name) is None]:
+    if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
         raise UserError(
-            f"{' and '.join(missing)} not installed: torch writes ONNX with them; pip install onnx onnxscript"
+            f"{' and '.join(missing)} not installed: torch needs them to write ONNX; pip install onnx onnxscript"
         )
     if tokenizer.dtype != torch.float32:
-        raise UserError(
-            f"the weights are {tokenizer.dtype}, ONNX programs are written of float32: call tokenizer.float() first"
-        )
+        raise UserError(f"the weights are {tokenizer.dtype}, ONNX programs need float32: call tokenizer.float() first")
     patch = tokenizer.model.patch_size
-    steps = {"encode": (patch, "images", "latent"), "decode": (1, "latent", "pixels")}
+    signatures = {"encode": (patch, "images", "latent"), "decode": (1, "latent", "pixels")}
     for name, program in _programs(tokenizer).items():
-        step, given, returned = steps[name]
+        step, input_name, output_name = signatures[name]
         [example] = program.example_inputs[0]
-        again = _export(_InFloat32(program), example, step)
+        emulated = _export(_EmulatedProgram(program), example, step)
         onnx = torch.onnx.export(
-            again, (example,), dynamo=True, verbose=False, input_names=[given], output_names=[returned]
+            emulated, (example,), dynamo=True, verbose=False, input_names=[input_name], output_names=[output_name]
         )
-        assert onnx is not None, "with dynamo=True it returns the program"
+        assert onnx is not None, "dynamo=True returns the program"
         directory.mkdir(parents=True, exist_ok=True)
         onnx.save(directory / f"{name}.onnx")
     _write_conventions(tokenizer, directory)
@@ -129,9 +129,9 @@ def write_programs(tokenizer: VisualTokenizer, directory: Path) -> None:
     Raises UserError where the weights hold no bottleneck.
     """
     programs = _programs(tokenizer)
-    said = _write_conventions(tokenizer, directory)
+    text = _write_conventions(tokenizer, directory)
     for name, program in programs.items():
-        torch.export.save(program, directory / f"{name}.pt2", extra_files={CONVENTIONS: said})
+        torch.export.save(program, directory / f"{name}.pt2", extra_files={CONVENTIONS: text})
 
 
 def encode_program(tokenizer: VisualTokenizer) -> ExportedProgram:
@@ -158,7 +158,7 @@ def conventions(tokenizer: VisualTokenizer) -> dict[str, Any]:
     return {
         "encode": {"images": image, "returns": latent},
         "decode": None if tokenizer.decoder is None else {"latent": latent, "returns": image},
-        "strides": "contiguous, of what goes in and what comes out",
+        "strides": "contiguous, of inputs and outputs",
         "sides": f"multiples of {model.patch_size}, from {LEAST_SIDE * model.patch_size} pixels on",
         "origin": None if origin is None else asdict(origin),
         "torch": torch.__version__,
@@ -166,6 +166,7 @@ def conventions(tokenizer: VisualTokenizer) -> dict[str, Any]:
 
 
 def _programs(tokenizer: VisualTokenizer) -> dict[str, ExportedProgram]:
+    """Export encode and, where there is a decoder, decode."""
     programs = {"encode": encode_program(tokenizer)}
     if tokenizer.decoder is not None:
         programs["decode"] = decode_program(tokenizer.decoder)
@@ -173,23 +174,24 @@ def _programs(tokenizer: VisualTokenizer) -> dict[str, ExportedProgram]:
 
 
 def _write_conventions(tokenizer: VisualTokenizer, directory: Path) -> str:
-    said = json.dumps(conventions(tokenizer), indent=2) + "\n"
+    """Write conventions.json into `directory`; return its text."""
+    text = json.dumps(conventions(tokenizer), indent=2) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONVENTIONS).write_text(said)
-    return said
+    (directory / CONVENTIONS).write_text(text)
+    return text
 
 
-def _without_bf16(arguments: Any) -> Any:
-    """The same arguments of an operator, float32 where they name bf16."""
+def _bf16_to_float32(arguments: Any) -> Any:
+    """Replace the dtype bf16 in the arguments of an operator by float32."""
     if isinstance(arguments, Mapping):
-        return {key: _without_bf16(value) for key, value in arguments.items()}
+        return {key: _bf16_to_float32(value) for key, value in arguments.items()}
     if isinstance(arguments, tuple):
-        return tuple(_without_bf16(value) for value in arguments)
+        return tuple(_bf16_to_float32(value) for value in arguments)
     return torch.float32 if arguments is torch.bfloat16 else arguments
 
 
-def _name(node: fx.Node) -> str:
-    """aten.cat.default -> cat."""
+def _operator_name(node: fx.Node) -> str:
+    """Return the name of a node's operator: aten.cat.default -> "cat"."""
     packet = getattr(node.target, "overloadpacket", node.target)
     return str(getattr(packet, "__name__", packet))
 

@@ -1,6 +1,6 @@
 """A directory in the public VTP layout: config.json and model.safetensors (or the parts of one).
 
-`tokenizer.json`, the captions' vocabulary, may lie beside them: the layout does not ask for it, zero-shot does.
+`tokenizer.json`, the captions' vocabulary, may be saved with them: the layout does not need it, zero-shot does.
 
 write_public(directory, state, config.model, Origin(image_size=256))
 state, model, origin = read_public(directory)       # ours, or one that public code wrote

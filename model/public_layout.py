@@ -5,14 +5,14 @@
 
 Both ways are exact: names and a few shapes change, numbers do not. The teacher and the prototypes stay
 behind, the layout has no place for them. The periods of RoPE, which the layout stores and we compute, are
-written and compared. What the official class would refuse, or compute otherwise, is not written; a decoder that it
-cannot build is, and config.json does not announce it (public_config.unread_by_official).
+written and compared. A model that the official class would refuse, or compute otherwise, is not exported; a decoder
+that it cannot build is, with train_reconstruction=false in config.json (public_config.official_class_note).
 
     ours                              public
     trunk.patch_embed.weight          trunk.patch_embed.proj.weight
     bottleneck.weight                 trunk.feature_bottleneck.weight
     decoder.proj_in.weight (D, L)     pixel_decoder.proj_in.weight (D, L, 1, 1)
-    clip.logit_scale (1,)             logit_scale ()           or (1,); both hold the logarithm
+    clip.logit_scale (1,)             logit_scale ()           or (1,); both are logarithms
     trunk.blocks.0.mlp.w12 (2F, D)    trunk.blocks.0.mlp.w1 (F, D), .w2 (F, D)
     text.resblocks.0. ...             text_transformer.resblocks.0. ...
     text.ln_final.weight              ln_final.weight
@@ -29,11 +29,18 @@ from configs import UserError
 from configs.architecture import Model
 from model.block import swiglu_hidden
 from model.parts import Parts, outlives_training
-from model.public_config import has_bias, is_scale_scalar, model_of, official_hidden, parts_of, public_config
+from model.public_config import (
+    has_logit_bias,
+    has_scalar_logit_scale,
+    model_of,
+    official_hidden_width,
+    parts_of,
+    public_config,
+)
 from model.rope import rope_of
 
-_OWN_FILES = (
-    "`weights.safetensors` itself opens here; `python -m model.interchange programs` writes what torch alone runs"
+_ALTERNATIVES = (
+    "vtp-engine reads `weights.safetensors` itself; `python -m model.interchange programs` writes programs for torch"
 )
 _PREFIXES = (
     ("trunk.patch_embed.", "trunk.patch_embed.proj."),
@@ -67,8 +74,8 @@ def from_public(public: dict[str, Tensor], described: dict[str, Any]) -> tuple[d
     """
     model = model_of(described)
     with torch.device("meta"):
-        wanted = Parts(model, parts_of(described, public.keys()), has_bias(described)).state_dict()
-    is_scalar = is_scale_scalar(described)
+        wanted = Parts(model, parts_of(described, public.keys()), has_logit_bias(described)).state_dict()
+    is_scalar = has_scalar_logit_scale(described)
     left = dict(public)
     for part, vit in (("trunk", model.trunk), ("pixel_decoder", model.decoder)):
         _check_periods(left.pop(f"{part}.rope_embed.periods", None), rope_of(model, vit).periods(), part)
@@ -79,7 +86,7 @@ def from_public(public: dict[str, Tensor], described: dict[str, Any]) -> tuple[d
     if left:
         raise UserError(
             f"{len(left)} tensors are not of the VTP layout as config.json describes it, the first is {min(left)}; "
-            "nothing was imported: fetch both files from one place"
+            "nothing was imported: get both files from one source"
         )
     return state, model
 
@@ -96,7 +103,7 @@ def check_exportable(state: dict[str, Tensor], model: Model) -> None:
     if model.latent != "deterministic":
         raise UserError(
             f"model.latent={model.latent} has no place in the public layout, which holds no variance; not exported. "
-            f"{_OWN_FILES}, and gives the mode"
+            f"{_ALTERNATIVES}, whose encode gives the mode"
         )
     rules: list[tuple[str, Any, Any, str]] = [
         ("model.clip_width", model.clip_width, model.text.width, "the text width serves for both"),
@@ -107,18 +114,20 @@ def check_exportable(state: dict[str, Tensor], model: Model) -> None:
     ]
     for key, vit in (("model.trunk", model.trunk), ("model.decoder", model.decoder)):
         scale = (str(vit.layer_scale), str(vit.layer_scale or None))
-        rules.append((f"{key}.layer_scale", *scale, "an initial 0 leaves it out"))
-        ours, theirs = swiglu_hidden(vit.width, vit.mlp_ratio), official_hidden(vit)
-        rules.append((f"{key}.mlp_ratio, hidden channels", ours, theirs, "the width is rounded down twice"))
+        rules.append((f"{key}.layer_scale", *scale, "the official class has none where the initial value is 0"))
+        ours, theirs = swiglu_hidden(vit.width, vit.mlp_ratio), official_hidden_width(vit)
+        rules.append(
+            (f"{key}.mlp_ratio, hidden channels", ours, theirs, "the official class rounds the width down twice")
+        )
     for key, found, rule, reason in rules:
         if found != rule:
             raise UserError(
-                f"{key}={found} has no place in the public layout, only {rule}: {reason}; not exported. {_OWN_FILES}"
+                f"{key}={found} has no place in the public layout, only {rule}: {reason}; not exported. {_ALTERNATIVES}"
             )
     if model.latent_channels == model.trunk.width:
         raise UserError(
             f"model.latent_channels={model.latent_channels} is the trunk's width: the official class has no bottleneck "
-            f"then, and would leave these weights' out; not exported. {_OWN_FILES}"
+            f"then, and would not load this one; not exported. {_ALTERNATIVES}"
         )
 
 
@@ -130,8 +139,10 @@ def _public_name(name: str) -> str:
 
 
 def _public_parts(name: str, tensor: Tensor, is_scalar: bool = True) -> dict[str, Tensor]:
-    """What a tensor of ours is there: itself, or the two halves of a fused one; `is_scalar` is of clip's scale and
-    bias."""
+    """Map a tensor of ours to public names: itself, or the two halves of a fused one.
+
+    `is_scalar`: the public logit_scale and logit_bias have the shape ().
+    """
     if ".w12." in name:
         return dict(
             zip((_public_name(name.replace("w12", part)) for part in ("w1", "w2")), tensor.chunk(2), strict=True)
@@ -152,7 +163,7 @@ def _take(left: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
         found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
         raise UserError(
             f"{key}: found {found}, config.json asks for {shape}; the weights and the config do not belong together: "
-            "fetch both from one place"
+            "get both from one source"
         )
     return tensor
 
@@ -161,7 +172,7 @@ def _check_periods(found: Tensor | None, ours: Tensor, part: str) -> None:
     if found is not None and not (found.shape == ours.shape and torch.equal(found.to(ours.dtype), ours)):
         raise UserError(
             f"{part}.rope_embed.periods are {found.tolist()} and config.json's number of heads gives {ours.tolist()}: "
-            "another RoPE, with which these weights would give other latents. Correct the number of heads if it is "
-            "wrong; what an earlier vtp-engine exported, with heads of a width that is no power of two, export again "
-            "from its run"
+            "another RoPE, which would change the latents of these weights. Correct the number of heads if it is "
+            "wrong; export again, from the run, what an earlier vtp-engine exported with a head width that is no power "
+            "of two"
         )

@@ -36,7 +36,7 @@ class Rope:
     def periods(self, device: torch.device | str = "cpu") -> Tensor:
         """(E/4,) periods, in units of the normalised coordinate.
 
-        Exponents are rounded to `dtype` too, as those of the released weights [C]: it shows where E is no power of two.
+        Exponents are rounded to `dtype` too, as in the released weights [C]; it matters where E is no power of two.
         """
         exponents = torch.arange(self.head_width // 4, device=device, dtype=self.dtype) / (self.head_width // 4)
         periods: Tensor = self.base**exponents

@@ -8,7 +8,7 @@
 Any height and width that are multiples of the patch size work. The latent is deterministic: no sampling, no
 noise [P]. Of weights with model.latent=gaussian `encode` gives the mode, `moments` the distribution.
 
-Every tensor that is returned is contiguous: safetensors, `.view` and compiled programs take it as it is.
+Returned tensors are contiguous, as safetensors, `.view` and compiled programs need them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class VisualTokenizer(Parts, OnHub):
     ) -> None:
         super().__init__(model, parts, has_bias, attention)
         self.origin = origin
-        self.vocabulary: str | None = None  # of the captions: a tokenizer.json, or the hub name of one
+        self.vocabulary: str | None = None  # the captions' tokenizer.json: path, or hub name of a repository
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,8 +75,10 @@ class VisualTokenizer(Parts, OnHub):
 
     @classmethod
     def from_run(cls, run: str | Path, attention: str = "sdpa") -> VisualTokenizer:
-        """From the run directory's weights.safetensors. Raises UserError where there is none, or the run has gone on
-        since it was written."""
+        """Load the run directory's weights.safetensors.
+
+        Raises UserError where there is none, or it is of another step than the run's latest checkpoint.
+        """
         tokenizer = cls.from_file(weights_of_run(Path(run)), attention)
         tokenizer.vocabulary = _vocabulary_of(Path(run) / "config.yaml")
         return tokenizer
@@ -147,12 +149,10 @@ def pixels_of(decoder: Decoder, latent: Tensor) -> Tensor:
 
 
 def _vocabulary_of(path: Path) -> str | None:
-    """data.tokenizer of a pre-training run's config.yaml; None of another kind of run, or where it cannot be read."""
+    """Return data.tokenizer of a pre-training run's config.yaml; None for another kind of run or an unreadable file."""
     try:
         config = load_run(path) if path.is_file() else None
-    except (
-        UserError
-    ):  # the weights describe their model themselves: a config of another version does not keep them shut
+    except UserError:  # a config of another version; the weights describe their model themselves
         return None
     return config.data.tokenizer if isinstance(config, Config) else None
 

@@ -26,7 +26,7 @@ from configs.architecture import Model
 from configs.permissions import follow_umask
 from model.origin import METADATA, Origin
 
-WEIGHTS = "weights.safetensors"  # in a run's directory
+RUN_WEIGHTS = "weights.safetensors"  # in a run's directory
 
 
 def write_weights(path: str | Path, state: dict[str, Tensor], model: Model, origin: Origin | None = None) -> None:
@@ -61,9 +61,12 @@ def read_origin(path: str | Path) -> Origin | None:
 
 
 def weights_of_run(run: Path) -> Path:
-    """The weights file of a run directory. Raises UserError where the run's latest checkpoint is of another step: a run
-    that went on has no newer weights file before it ends."""
-    path, latest = run / WEIGHTS, run / "checkpoints" / "latest"
+    """Return the weights file of a run directory.
+
+    Raises UserError where it is of another step than the run's latest checkpoint: a resumed run writes its weights file
+    only at its end.
+    """
+    path, latest = run / RUN_WEIGHTS, run / "checkpoints" / "latest"
     if not latest.is_file() or not path.is_file():
         return path
     with opened(path) as stored:
@@ -73,9 +76,9 @@ def weights_of_run(run: Path) -> Path:
     named = latest.read_text(errors="replace").strip()
     if steps is not None and named != f"step-{steps:08d}":
         raise UserError(
-            f"{path} holds the weights of step {steps}, but the run's latest checkpoint is {named[:80]}: the run went "
-            f"on, or back, since they were written; write those of the checkpoint with `python -m engine.archive "
-            f"{run}/checkpoints --out {path}`, or name the file itself, where one is taken, to use it as it is"
+            f"{path} holds the weights of step {steps}, but the run's latest checkpoint is {named[:80]}: the run was "
+            f"resumed after they were written; write those of the checkpoint with `python -m engine.archive {run} "
+            f"--out {path}`, or give the path of the file itself to use it as it is"
         )
     return path
 
@@ -102,7 +105,7 @@ def opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         run = path.parent
         remedy = (
-            f"this one has checkpoints: `python -m engine.archive {run} --out {path}` writes the weights of the last"
+            f"this one has checkpoints: `python -m engine.archive {run} --out {path}` writes the weights of the latest"
             if any((run / "checkpoints").glob("step-*"))
             else "check the path"
         )

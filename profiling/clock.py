@@ -51,22 +51,22 @@ def alternate(
     variants: Mapping[str, Callable[[], object]],
     rounds: int,
     warmups: int = 2,
-    on_time: Callable[[str, int, float], None] = lambda name, number, seconds: None,
+    on_timing: Callable[[str, int, float], None] = lambda name, number, seconds: None,
 ) -> Comparison:
     """Runs every variant once a round, in an order that rotates; waits for the GPU where there is one.
 
-    `warmups` calls of each come first and do not count: they compile, allocate and fill caches. `on_time` gets
-    variant, round and seconds of every call; round 0 stands for all warm-up calls of a variant.
+    `warmups` calls of each come first and do not count: they compile, allocate and fill caches. `on_timing` is
+    called with variant, round and seconds after every call; round 0 is all warm-up calls of a variant together.
     """
     for name, call in variants.items():
-        on_time(name, 0, sum(_time(call) for _ in range(warmups)))
+        on_timing(name, 0, sum(_time(call) for _ in range(warmups)))
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             seconds[name].append(_time(variants[name]))
-            on_time(name, number + 1, seconds[name][-1])
+            on_timing(name, number + 1, seconds[name][-1])
     return Comparison({name: Times(tuple(seconds[name])) for name in names})
 
 

@@ -20,7 +20,7 @@ from configs import UserError
 from profiling.clock import alternate
 
 T = TypeVar("T")
-NO_BF16 = "this machine has no products in bf16"
+NO_BF16 = "this machine has no fast bf16 matrix products"
 TRIAD_MIB = 32  # of each of three arrays: together beyond a rank's share of any cache but the very largest
 
 
@@ -31,8 +31,10 @@ def device() -> torch.device:
 
 @cache
 def training_dtype() -> torch.dtype:
-    """bf16, as runs have it; float32 where products in bf16 are emulated, which takes some thirty times as long: on a
-    processor with AVX2 alone."""
+    """Return the dtype that benches train in: bf16, as runs do, or float32 where the machine only emulates bf16.
+
+    Emulated products, as on a processor with no more than AVX2, take about thirty times as long.
+    """
     if device().type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -40,25 +42,25 @@ def training_dtype() -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def precision() -> str:
-    """The name of `training_dtype` for a table, with the reason where it is not what runs have."""
+def precision_label() -> str:
+    """Return the name of `training_dtype` for a table, with the reason where it is float32."""
     return "bf16" if training_dtype() == torch.bfloat16 else f"float32 ({NO_BF16})"
 
 
 def precision_overrides() -> tuple[str, ...]:
-    """What makes a preset train in `training_dtype`."""
+    """Return the config overrides that make a preset train in `training_dtype`."""
     return () if training_dtype() == torch.bfloat16 else ("optim.precision=fp32",)
 
 
-def dtypes() -> tuple[torch.dtype, ...]:
-    """Those that a bench compares: float32, and bf16 where this machine has products in it."""
+def compared_dtypes() -> tuple[torch.dtype, ...]:
+    """Return the dtypes that a bench compares: float32, and bf16 unless the machine only emulates it."""
     return tuple(dict.fromkeys((torch.float32, training_dtype())))
 
 
 def require_bf16() -> None:
-    """Raises UserError on a machine without products in bf16."""
+    """Raise UserError on a machine that only emulates bf16 products."""
     if training_dtype() != torch.bfloat16:
-        raise UserError(f"{NO_BF16}, and FP8 is compared with it: run this bench on another")
+        raise UserError(f"{NO_BF16}, and this bench compares FP8 with bf16: run it on another machine")
 
 
 def sized(*, cpu: T, cuda: T) -> T:

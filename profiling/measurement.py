@@ -17,11 +17,11 @@ from profiling.clock import Comparison, alternate
 from profiling.machine import describe
 from profiling.memory import peak_bytes
 
-SLOW_SECONDS = 2.0  # a call that takes longer is printed in every round
+SLOW_SECONDS = 2.0  # calls that take longer are printed in every round, others in the first
 
 
-def say(line: str) -> None:
-    """Print a line at once: a bench may take minutes, also into a pipe."""
+def print_now(line: str) -> None:
+    """Print a line, flushed: a bench may take minutes, and may print into a pipe."""
     print(line, flush=True)
 
 
@@ -82,18 +82,18 @@ def measure(
     warmups: int = 2,
     notes: tuple[str, ...] = (),
 ) -> Measurement:
-    """Times the variants in turns and measures each one's peak memory; prints each as it is measured.
+    """Time the variants in turns and measure the peak memory of each; print each time as it is measured.
 
     `flops` is what the workload needs, the same for all variants, and `peak` the machine's FLOP/s; both or neither.
     """
 
-    def on_time(variant: str, number: int, seconds: float) -> None:
+    def on_timing(variant: str, number: int, seconds: float) -> None:
         if number == 0:
-            say(f"{name}: {variant}: {seconds:.1f} s to warm up")
+            print_now(f"{name}: {variant}: {seconds:.1f} s to warm up")
         elif number == 1 or seconds > SLOW_SECONDS:
-            say(f"{name}: {variant}: {1000 * seconds:,.1f} ms, round {number} of {rounds}")
+            print_now(f"{name}: {variant}: {1000 * seconds:,.1f} ms, round {number} of {rounds}")
 
-    times = alternate(variants, rounds, warmups, on_time)
+    times = alternate(variants, rounds, warmups, on_timing)
     memory = {variant: peak_bytes(call) / 2**20 if with_memory else None for variant, call in variants.items()}
     rows = tuple(_row(variant, times, reference, memory[variant], flops, peak) for variant in variants)
     return Measurement(name, workload, reference, rows, notes)

@@ -99,11 +99,11 @@ class Window:
             self._write(record, name)
         except OSError as error:
             self._say(f"could not write {self._run_dir}/profile/{name}: {error.strerror or error}")
-        except Exception as error:  # of the profiler's own: a window is no reason to end a run
+        except Exception as error:  # an error of the profiler must not end a run
             self._say(f"could not write {self._run_dir}/profile/{name}: {type(error).__name__}: {error}")
 
     def _write(self, record: profile, name: str) -> None:
-        """Leaves all of the files, or none where it raises."""
+        """Write all files of a window; leave none of them where it raises."""
         folder, board = self._run_dir / "profile", self._run_dir / "tensorboard" / "profile"
         trace, table = folder / f"{name}.json.gz", folder / f"{name}.txt"
         copy = board / f"{name}.pt.trace.json.gz"

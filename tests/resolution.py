@@ -4,7 +4,7 @@
     python -m tests.resolution --update   # rewrite constraints.txt: consistent pins are kept, others replaced
 
 The resolver is uv, which reads package metadata only: no wheel is downloaded and nothing is installed. pip's and uv's
-configuration on this machine (mirrors, local wheels, caps) is not read: a stranger does not have it.
+configuration on this machine (mirrors, local wheels, upper bounds) is not read: others do not have it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NO_NETWORK = re.compile(
 
 @dataclass(frozen=True)
 class Resolution:
-    """What uv answered for one Python and one extra: the pins as `name==version`, or the reason there are none."""
+    """Result of uv for one Python and one extra: the pins as `name==version`, or the error."""
 
     python: str
     extra: str
@@ -53,12 +53,13 @@ class Resolution:
 
 
 def uv_environment() -> dict[str, str]:
-    """The environment without what configures uv or pip on this machine; one retry, for a machine without a network."""
+    """Return the environment without the variables that configure uv or pip; one retry only, in case of no network."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("UV_", "PIP_"))}
     return {**kept, "UV_NO_CONFIG": "1", "UV_HTTP_RETRIES": "1"}
 
 
 def find_uv() -> str:
+    """Return the path of uv, that of this Python's environment first."""
     return shutil.which("uv", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}") or "uv"
 
 
@@ -82,9 +83,9 @@ def unpinned(resolution: Resolution, constraints: str) -> list[str]:
 
 
 def check() -> int:
-    """Resolve every Python with every extra; print each answer; return the exit code."""
+    """Resolve every Python with every extra; print each conflict; return the exit code."""
     cases = [(python, extra) for python in PYTHONS for extra in EXTRAS]
-    first = resolve(*cases[0])  # alone: it tells whether there is a network, and fills uv's cache for the others
+    first = resolve(*cases[0])  # alone: shows whether there is a network, and fills uv's cache for the others
     if first.is_unreachable:
         print("pins not checked: PyPI cannot be reached from here (checked wherever there is a network)")
         return 0
@@ -97,7 +98,7 @@ def check() -> int:
             failures += 1
             print(f"{resolution}: {resolution.error or f'not pinned in constraints.txt: {loose}'}", file=sys.stderr)
     if failures:
-        print(f"{failures} of {len(cases)} sets cannot be installed as pinned; mend setup.py, or rewrite the pins: "
+        print(f"{failures} of {len(cases)} sets cannot be installed as pinned; correct setup.py, or rewrite the pins: "
               "python -m tests.resolution --update", file=sys.stderr)  # fmt: skip
         return 1
     print(f"pins resolve on PyPI alone: Python {PYTHONS[0]} to {PYTHONS[-1]}, extras {', '.join(filter(None, EXTRAS))}")
@@ -111,16 +112,16 @@ def update() -> int:
         "--no-header", "--no-annotate", "--python-version", PYTHONS[0], "--output-file", str(CONSTRAINTS),
     ]  # fmt: skip
     environment = uv_environment()
-    del environment["UV_NO_CONFIG"]  # pyproject.toml says which platforms and Pythons the universal resolution covers
+    del environment["UV_NO_CONFIG"]  # pyproject.toml lists which platforms and Pythons the universal resolution covers
     if subprocess.run(command, cwd=ROOT, env=environment).returncode:
         return 1
-    CONSTRAINTS.write_text(HEADER + "".join(f"{shorter(line)}\n" for line in CONSTRAINTS.read_text().splitlines()))
+    CONSTRAINTS.write_text(HEADER + "".join(f"{shorten(line)}\n" for line in CONSTRAINTS.read_text().splitlines()))
     print(f"wrote {CONSTRAINTS}")
     return 0
 
 
-def shorter(pin: str) -> str:
-    """Keep of a pin's marker what it says of Python's version: a pin binds only where its package is asked for."""
+def shorten(pin: str) -> str:
+    """Reduce a pin's marker to its Python version: a pin applies only where its package is required."""
     name, _, marker = pin.partition(" ; ")
     clauses = [c for c in re.findall(r"python_full_version [<>=]+ '[^']*'", marker) if "3.15" not in c]
     return f"{name} ; {' and '.join(clauses)}" if clauses else name

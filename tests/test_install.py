@@ -1,4 +1,4 @@
-"""Installing: which build of torch `make setup` takes, and what the check of the pins says of a resolver's answers."""
+"""Installing: which build of torch `make setup` chooses, and how the check of the pins reports conflicts."""
 
 import os
 import subprocess
@@ -14,12 +14,12 @@ pytestmark = pytest.mark.L0
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = """#!/bin/sh
 echo "{name} $*" >> "$CALLS"
-case "{name} $*" in {refused}) echo "ERROR: not to be had" >&2; exit 1;; esac
+case "{name} $*" in {refused}) echo "ERROR: not available" >&2; exit 1;; esac
 """
 
 
 def set_up(directory: Path, has_gpu: bool = False, refused: str = "nothing") -> tuple[str, list[str]]:
-    """Run `make setup` with a pip and a uv that only note their calls, and refuse what matches a shell pattern."""
+    """Run `make setup` with a pip and a uv that only record their calls, and fail for calls that match `refused`."""
     calls, python = directory / "calls", directory / "python3"
     tools = {name: TOOL.format(name=name, refused=refused) for name in ("pip", "uv")}
     written = "".join(f"cat > $3/bin/{name} <<'END'\n{text}END\n" for name, text in tools.items())
@@ -33,10 +33,10 @@ def set_up(directory: Path, has_gpu: bool = False, refused: str = "nothing") -> 
     return done.stdout, [line for line in calls.read_text().splitlines() if "torch" in line or ".[dev]" in line]
 
 
-def test_without_a_gpu_the_cpu_build_of_pips_index_is_taken(tmp_path: Path) -> None:
-    said, calls = set_up(tmp_path)
+def test_without_a_gpu_the_cpu_build_of_pips_index_is_installed(tmp_path: Path) -> None:
+    output, calls = set_up(tmp_path)
     assert [call.split()[-1] for call in calls] == [f"{pin('torch')}+cpu", ".[dev]"]
-    assert "the CPU build, from pip's index" in said
+    assert "the CPU build, from pip's index" in output
 
 
 def test_where_pips_index_has_none_uv_chooses_the_build(tmp_path: Path) -> None:
@@ -45,15 +45,15 @@ def test_where_pips_index_has_none_uv_chooses_the_build(tmp_path: Path) -> None:
     assert [call.split()[-1] for call in calls] == [f"{pin('torch')}+cpu", pin("torch"), ".[dev]"]
 
 
-def test_with_a_gpu_the_cpu_build_is_not_asked_for(tmp_path: Path) -> None:
+def test_with_a_gpu_the_cpu_build_is_not_requested(tmp_path: Path) -> None:
     _, calls = set_up(tmp_path, has_gpu=True)
     assert [call.split()[-1] for call in calls] == [pin("torch"), ".[dev]"]
 
 
-def test_where_no_special_build_can_be_had_the_set_up_goes_on_with_pypis(tmp_path: Path) -> None:
-    said, calls = set_up(tmp_path, refused="pip*+cpu | uv*")
+def test_where_no_special_build_is_available_the_set_up_installs_pypis(tmp_path: Path) -> None:
+    output, calls = set_up(tmp_path, refused="pip*+cpu | uv*")
     assert calls[-1].endswith(".[dev]")
-    assert "PyPI's serves every machine" in said
+    assert "PyPI's serves every machine" in output
 
 
 def pin(package: str) -> str:
@@ -61,10 +61,10 @@ def pin(package: str) -> str:
     return line
 
 
-def check_with(monkeypatch: pytest.MonkeyPatch, answers: dict[tuple[str, str], Resolution]) -> int:
-    """The check's exit code where uv answers so; elsewhere it finds a pinned package."""
+def check_with(monkeypatch: pytest.MonkeyPatch, results: dict[tuple[str, str], Resolution]) -> int:
+    """Return the check's exit code for these results of uv; other cases resolve to a pinned package."""
     fine = (pin("torch"),)
-    monkeypatch.setattr(resolution, "resolve", lambda p, e: answers.get((p, e), Resolution(p, e, pins=fine)))
+    monkeypatch.setattr(resolution, "resolve", lambda p, e: results.get((p, e), Resolution(p, e, pins=fine)))
     return resolution.check()
 
 

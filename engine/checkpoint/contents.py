@@ -65,9 +65,9 @@ def state_of(step: int, kept: Kept, config: Run, consumed: Consumed = NOTHING) -
 
 
 def load(path: Path, kept: Kept) -> tuple[State, dict[str, Tensor]]:
-    """Restores this rank's share of engines and followers; gives the state and what Kept.whole was.
+    """Restore this rank's shards of engines and followers; return the state and the tensors of Kept.whole.
 
-    Raises UserError, on every rank, before anything is restored where the weights are another model's.
+    Raises UserError, on every rank and before anything is restored, where the weights are another model's.
     """
     state, found = read_state(path), Pieces(path)
     check_shapes(path, state, kept, found)
@@ -79,11 +79,10 @@ def load(path: Path, kept: Kept) -> tuple[State, dict[str, Tensor]]:
 
 
 def check_shapes(path: Path, state: State, kept: Kept, found: Pieces) -> None:
-    """Compares the shape of every trained parameter with the checkpoint's: a range of one that is larger would be read
-    into a smaller one without a word.
+    """Compare the shape of every trained parameter with the checkpoint's; raise UserError at the first difference.
 
-    The checkpoint may have more only where the run has nothing of that part of the model: an objective was left out.
-    Raises UserError that names the first difference.
+    Without this check a range of a larger tensor would be read into a smaller one without an error. The checkpoint may
+    hold more parameters only of a part that this run's model lacks, because an objective was switched off.
     """
     numels = {name: found.numel(MASTER, name) for name in found.names(MASTER)}
     own: dict[str, tuple[int, ...]] = {}
@@ -92,13 +91,13 @@ def check_shapes(path: Path, state: State, kept: Kept, found: Pieces) -> None:
         own |= {label(engine_name, name): tuple(zero.full_shape(parameter)) for name, parameter in trained}
     parts = {part(name) for name in own}
     for name in dict.fromkeys((*own, *state.shapes)):
-        shape, held = own.get(name), tuple(state.shapes[name]) if name in state.shapes else None
+        shape, saved = own.get(name), tuple(state.shapes[name]) if name in state.shapes else None
         if shape is None and part(name) not in parts:
             continue
-        if held == shape or (held is None and numels.get(name) == math.prod(shape or ())):  # another engine's
+        if saved == shape or (saved is None and numels.get(name) == math.prod(shape or ())):  # another engine's
             continue
         raise UserError(
-            f"--resume: {name} is {held or numels.get(name, 'not')} in {path} and {shape or 'not there'} in this run: "
+            f"--resume: {name} is {saved or numels.get(name, 'not')} in {path} and {shape or 'not there'} in this run: "
             "these are another model's weights; restore the settings in its config.yaml, or start a new run under "
             "another name"
         )

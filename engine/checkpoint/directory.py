@@ -76,9 +76,8 @@ def complete(root: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def traces(root: Path) -> list[Path]:
-    """Whatever looks like a checkpoint by its name, complete or not, by name: what a run that starts anew would write
-    over."""
+def step_directories(root: Path) -> list[Path]:
+    """List the directories named step-*, complete or not, sorted by name: a new run would overwrite them."""
     return sorted(path for path in root.glob("step-*") if path.is_dir())
 
 
@@ -86,28 +85,27 @@ def candidates(root: Path) -> list[Path]:
     """Where a run may go on, the best first: what `latest` names, then what came before it, newest first.
 
     Without a `latest` (a kill before the first was written) the newest counts as named. Raises UserError where `latest`
-    names no checkpoint of this directory: somebody has written or removed something by hand, and meant another one.
+    names no checkpoint of this directory: it was edited, or a checkpoint removed, by hand.
     """
-    there, named = complete(root), named_by_latest(root)
-    if named is None:
-        return there[::-1]
-    return [path for path in (named,) if path in there] + [
-        path for path in there[::-1] if step_of(path) < step_of(named)
-    ]
+    finished, latest = complete(root), read_latest(root)
+    if latest is None:
+        return finished[::-1]
+    before = [path for path in finished[::-1] if step_of(path) < step_of(latest)]
+    return [latest, *before] if latest in finished else before
 
 
-def named_by_latest(root: Path) -> Path | None:
-    """The checkpoint that `latest` names, whole or not; None without a `latest`. Raises as `candidates`."""
+def read_latest(root: Path) -> Path | None:
+    """Return the checkpoint that `latest` names, complete or not; None without a `latest`. Raises as `candidates`."""
     pointer = root / LATEST
     if not pointer.is_file():
         return None
     text = pointer.read_text(errors="replace").strip()
-    last = int(text.removeprefix("step-")) if _NAME.fullmatch(text) else -1
-    if last < 0 or text != name_of(last) or not _is_or_was(root / text):
+    step = int(text.removeprefix("step-")) if _NAME.fullmatch(text) else -1
+    if step < 0 or text != name_of(step) or not _is_present_or_interrupted(root / text):
         choices = ", ".join(path.name for path in complete(root)) or f"none is complete in {root}"
         raise UserError(
-            f"{pointer} says {text[:80]!r}, which is no checkpoint there: it holds the name of the one to go on from "
-            f"({choices}); write one of these names into it, or remove {pointer} to go on from the newest"
+            f"{pointer} names {text[:80]!r}, which is no checkpoint there: it must hold the name of the one to "
+            f"resume from ({choices}); write one of these names into it, or remove {pointer} to resume from the newest"
         )
     return root / text
 
@@ -165,17 +163,18 @@ def sums_of(path: Path) -> dict[str, str]:
     return sums
 
 
-def _is_or_was(path: Path) -> bool:
-    """Whether that checkpoint is there, be it damaged, or a kill came while the same step was saved again."""
-    return path.is_dir() or draft_of(path.parent, step_of(path)).is_dir() or _aside(path).is_dir()
+def _is_present_or_interrupted(path: Path) -> bool:
+    """Whether the checkpoint exists, damaged or not, or a kill interrupted saving the same step again."""
+    return path.is_dir() or draft_of(path.parent, step_of(path)).is_dir() or _replaced_path(path).is_dir()
 
 
-def _aside(path: Path) -> Path:
+def _replaced_path(path: Path) -> Path:
+    """Return where a checkpoint is moved while its step is saved again."""
     return path.with_name(f".{path.name}.old.tmp")
 
 
 def _put_aside(path: Path) -> Path:
     """No checkpoint any more from one moment to the next; `clear_drafts` finds what a kill leaves of it."""
-    aside = _aside(path)
+    aside = _replaced_path(path)
     path.rename(aside)
     return aside

@@ -21,11 +21,13 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Path:
 
     A collective. Raises UserError where none is good.
     """
-    there, named = on_first(lambda: (directory.candidates(root), directory.named_by_latest(root)))
-    troubles = [] if named is None or named in there else [f"{named} is not complete (it has no {directory.SUMS})"]
+    candidates, latest = on_first(lambda: (directory.candidates(root), directory.read_latest(root)))
+    troubles = (
+        [] if latest is None or latest in candidates else [f"{latest} is not complete (it has no {directory.SUMS})"]
+    )
     for trouble in troubles:
         say(f"passed over: {trouble}")
-    for path in there:
+    for path in candidates:
         if not (trouble := _trouble_with(path)):
             return path
         troubles.append(trouble)

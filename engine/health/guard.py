@@ -32,8 +32,8 @@ from engine.health.judge import Judge
 from model.objectives.comm import Comm
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)  # Ctrl-C, and the end of a connection; nohup and `&` ignore them
-AGAIN_SECONDS = 1.0  # two SIGINT within it are one: a terminal and a launcher may both send it
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)  # Ctrl-C, closed terminal; ignored under nohup and `&`
+SIGINT_REPEAT_SECONDS = 1.0  # SIGINTs within it count as one: a terminal and a launcher may both send it
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ class Guard:
     def __init__(self, comm: Comm, device: torch.device, health: Health, judges: Sequence[Judge]) -> None:
         self._comm, self._health, self._judges = comm, health, judges
         self._non_finite = torch.zeros((), device=device)
-        self._was_asked, self._interrupted = False, math.inf  # when the first SIGINT came
+        self._was_asked, self._first_sigint = False, math.inf  # time.monotonic() of the first SIGINT
         self._run_dir: Path | None = None
 
     def listen(self, run_dir: Path) -> None:
-        """From now on SIGTERM, SIGUSR1, Ctrl-C, a terminal that closes and a file in the run's directory ask the run to
-        save and leave; a second Ctrl-C ends it at once."""
+        """Install signal handlers: SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) make the run save
+        and stop, as the file `stop` in its directory does; a second Ctrl-C ends it at once."""
         self._run_dir = run_dir
-        heeded = [number for number in TERMINAL_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        for number in (*STOP_SIGNALS, *heeded):
+        unignored = [number for number in TERMINAL_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        for number in (*STOP_SIGNALS, *unignored):
             signal.signal(number, self._ask)
 
     def watch(self, loss: Tensor) -> None:
@@ -126,13 +126,13 @@ class Guard:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             now = time.monotonic()
-            if now - self._interrupted > AGAIN_SECONDS:
+            if now - self._first_sigint > SIGINT_REPEAT_SECONDS:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            self._interrupted = min(self._interrupted, now)
+            self._first_sigint = min(self._first_sigint, now)
         if not self._was_asked and world.is_first():
-            words = f"{signal.Signals(number).name}: the run saves at its next report and ends"
-            words += "; once more ends it at once, unsaved" if number == signal.SIGINT else ""
-            with suppress(OSError):  # past sys.stderr, in which this may have come
-                os.write(2, f"{words}\n".encode())
+            message = f"{signal.Signals(number).name}: the run saves at its next report and ends"
+            message += "; a second Ctrl-C ends it at once, unsaved" if number == signal.SIGINT else ""
+            with suppress(OSError):  # not through sys.stderr: the signal may have interrupted a write to it
+                os.write(2, f"{message}\n".encode())
         self._was_asked = True

@@ -7,8 +7,8 @@ The batch of step s is that of place s + skipped_steps in the data, so all that 
 the bad batches, and those that led there. Schedules follow the step. Where the run stops before its next checkpoint, a
 resume meets the same trouble and takes the same way back.
 
-What is kept of the data is a number of samples, not of steps: a run that is resumed with another batch goes on at the
-next sample that no step has taken.
+Checkpoints hold the position in the data in samples, not in steps: a run that is resumed with another batch size starts
+at the next sample that no step has taken.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engine.health.guard import GoBack
 from engine.places import checkpoints
 from engine.training import Training
 
-DATA_KEYS = ("data", "latents", "seed")  # with --allow-change of one of them other samples are meant
+DATA_KEYS = ("data", "latents", "seed")  # --allow-change of one of them permits other samples
 
 
 @dataclass(frozen=True)
@@ -38,52 +38,51 @@ class Cursor:
     step: int = 0  # finished
     skipped_steps: int = 0  # whose data was left out
     samples_digest: str = ""  # of what made the weights (data/sequence.py)
-    offset: int = 0  # position of step 0 with none skipped; other than 0 after a resume with another batch
+    offset: int = 0  # position of step 0 with none skipped; not 0 after a resume with another batch size
 
     def position(self, done: int, config: Run) -> int:
-        """Where in the data the first sample of the step after `done` stands."""
+        """Return the position in the data, in samples, of the first sample of the step after `done`."""
         return self.offset + (done + self.skipped_steps) * config.samples_per_step
 
 
-def cursor_of(path: Path, config: Run) -> Cursor:
-    """Where a run goes on from a checkpoint: at the next sample, whatever the batch was.
+def resume_cursor(path: Path, config: Run) -> Cursor:
+    """Return the cursor of a resume: it starts at the first sample not yet taken, also with another batch size.
 
-    With another data.streams, at the next position that is a multiple of it.
+    With another data.streams it starts at the next position that is a multiple of it.
     """
     state = archive.read_state(path)
-    position = -(-_position(path, config) // config.streams) * config.streams
-    places = state.step + state.skipped_steps
-    offset = position - places * config.samples_per_step
+    position = -(-_next_position(path, config) // config.streams) * config.streams
+    offset = position - (state.step + state.skipped_steps) * config.samples_per_step
     return Cursor(state.step, state.skipped_steps, state.samples_digest, offset)
 
 
-def batch_change(path: Path, config: Run) -> str:
-    """A line for the log where a run goes on from a checkpoint with another batch; nothing where it is the same."""
+def batch_change_message(path: Path, config: Run) -> str:
+    """Return a log line for a resume with another batch size or data.streams; "" where the position is unaffected."""
     if archive.read_state(path).fingerprint == fingerprint(config):
         return ""
     before, now = load_run(path / "config.yaml").samples_per_step, config.samples_per_step
-    cursor = cursor_of(path, config)
-    taken, start = _position(path, config), cursor.position(cursor.step, config)
-    if before == now and start == taken:
+    cursor = resume_cursor(path, config)
+    expected, start = _next_position(path, config), cursor.position(cursor.step, config)
+    if before == now and start == expected:
         return ""
-    left_out = f"{start - taken} before it are left out (a step begins at a multiple of data.streams={config.streams})"
+    skipped = f"{start - expected} before it are skipped (a step starts at a multiple of data.streams={config.streams})"
     return (
-        f"the batch was of {before} samples and is of {now}: the run goes on at sample {start:,} of the data, "
-        f"{left_out if start > taken else 'none is skipped or met again'}"
+        f"batch size {before} in the checkpoint, {now} in this run: the run resumes at sample {start:,} of the data, "
+        f"{skipped if start > expected else 'none is skipped or repeated'}"
     )
 
 
 def restored(training: Training, path: Path) -> Cursor:
-    """The training as the checkpoint has it. A collective."""
+    """Load a checkpoint into the training; return the cursor to resume at. A collective."""
     _, whole = load(path, training.kept())
     training.restored(whole)
-    return cursor_of(path, training.config)
+    return resume_cursor(path, training.config)
 
 
 def check_corpus(training: Training, path: Path, allowed: tuple[str, ...]) -> None:
     """Raises UserError where the resumed run would go on with other samples than the checkpoint's would have."""
     state = archive.read_state(path)
-    now = training.corpus(_position(path, training.config))
+    now = training.corpus(_next_position(path, training.config))
     changes = [f"{name}: {was} -> {now.get(name)}" for name, was in state.corpus.items() if now.get(name) != was]
     if changes and not any(key in DATA_KEYS or key.split(".")[0] in DATA_KEYS for key in allowed):
         raise UserError(
@@ -92,13 +91,13 @@ def check_corpus(training: Training, path: Path, allowed: tuple[str, ...]) -> No
         )
 
 
-def _position(path: Path, config: Run) -> int:
-    """Samples that a checkpoint's steps have taken or left out."""
+def _next_position(path: Path, config: Run) -> int:
+    """Return the number of samples that the steps before a checkpoint have taken or skipped."""
     state = archive.read_state(path)
     if state.position is not None:
         return state.position
-    taken_by = config if state.fingerprint == fingerprint(config) else load_run(path / "config.yaml")
-    return (state.step + state.skipped_steps) * taken_by.samples_per_step
+    saved_config = config if state.fingerprint == fingerprint(config) else load_run(path / "config.yaml")
+    return (state.step + state.skipped_steps) * saved_config.samples_per_step
 
 
 class Rollbacks:

@@ -26,7 +26,7 @@ def reconstructions(target: Tensor, *recons: Tensor, columns: int = 8) -> Tensor
 def latent_colours(latent: Tensor, scale: int, columns: int = 8) -> Tensor:
     """The first three principal components of the latents of all shown images, as RGB, each stretched to [0, 1].
 
-    latent: (R, L, h, w). One component is shown in grey, two as red and green, what is not finite in black.
+    latent: (R, L, h, w). One channel is shown in grey, two in red and green, non-finite latents in black.
     Gives (3, h * scale, columns * w * scale).
     """
     shown = latent[:columns].float()
@@ -40,7 +40,7 @@ def latent_colours(latent: Tensor, scale: int, columns: int = 8) -> Tensor:
 
 
 def _principal_colours(points: Tensor) -> Tensor:
-    """(n, L) finite -> (n, 3) in [0, 1]: their first principal components, as many as there are up to three."""
+    """Map (n, L) finite points to (n, 3) in [0, 1]: their first three principal components, fewer where L < 3."""
     points = points - points.mean(0)
     _, _, components = torch.linalg.svd(points, full_matrices=False)
     colours = points @ components[:3].T

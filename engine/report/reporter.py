@@ -6,8 +6,8 @@ named with slashes as TensorBoard groups them ("loss/clip", "speed/samples_per_s
     with open_reporter(Path("runs/demo"), total_steps=300, first_step=0, is_main=True) as reporter:
         reporter.scalars(10, {"loss/total": 7.1, "speed/samples_per_second": 55.0})
 
-No report ends a run: an error of a sink, or of what `attempt` runs, is one line. A file that a full disk fails is named
-once, with the reason, and once more when it is written again; what it did not take comes first then.
+No report ends a run: an error of a sink, or in `attempt`, is one log line. A file that cannot be written (a full disk)
+is named once, with the reason, and once more when it is written again, waiting lines first.
 """
 
 from __future__ import annotations
@@ -37,20 +37,22 @@ class Reporter:
         """One report; `step` counts finished steps."""
         for log in self._logs:
             log.flush()
-        self._to_sinks(lambda sink: sink.scalars(step, values))
+        self._for_each_sink(lambda sink: sink.scalars(step, values))
         self._tell_of_files()
 
     def picture(self, step: int, name: str, picture: Tensor) -> None:
         """A (3, H, W) picture in [0, 1]."""
-        self._to_sinks(lambda sink: sink.picture(step, name, picture))
+        self._for_each_sink(lambda sink: sink.picture(step, name, picture))
 
     def say(self, text: str) -> None:
         """A sentence for the log and the terminal."""
-        self._to_sinks(lambda sink: sink.say(text))
+        self._for_each_sink(lambda sink: sink.say(text))
 
     def attempt(self, what: str, work: Callable[[], object]) -> None:
-        """Runs `work`, which the run can do without; an error is one line: "could not `what`: ...". No collective may
-        be in it: the other ranks would wait for it."""
+        """Run `work`, which the run can do without; log an error as one line, "could not `what`: ...".
+
+        `work` must not contain a collective: after an error the other ranks would wait in it.
+        """
         try:
             work()
         except Exception as error:
@@ -65,28 +67,29 @@ class Reporter:
             write_whole(path, content, is_synced=False)
         except OSError as error:
             self.say(f"could not write {path}: {error.strerror or error}")
-        except ValueError as error:  # a text that is no Unicode
+        except ValueError as error:  # text that UTF-8 cannot encode
             self.say(f"could not write {path}: {one_line(error)}")
 
     def close(self) -> None:
         """Tries once more to write what waits, and says what is lost."""
         for log in self._logs:
             log.flush()
-        self._to_sinks(lambda sink: sink.close())
+        self._for_each_sink(lambda sink: sink.close())
         for file in self._files:
             if file.trouble:
                 self.say(f"cannot write {file.trouble}; what waited in memory is lost")
             elif file.path in self._failing:
                 self.say(_well(file))
 
-    def _to_sinks(self, hand: Callable[[Sink], None]) -> None:
-        """Each sink's own error costs that sink this report; it is named once on stderr, which is no sink."""
+    def _for_each_sink(self, send: Callable[[Sink], None]) -> None:
+        """Call `send` with every sink; an error of one does not keep the report from the others."""
         for sink in self._sinks:
-            self._to_sink(sink, hand)
+            self._try_sink(sink, send)
 
-    def _to_sink(self, sink: Sink, hand: Callable[[Sink], None]) -> None:
+    def _try_sink(self, sink: Sink, send: Callable[[Sink], None]) -> None:
+        """Call `send`; print each kind of error of a sink once, on stderr, which is no sink."""
         try:
-            hand(sink)
+            send(sink)
         except Exception as error:
             kind = (type(sink), type(error))
             if kind not in self._raised:

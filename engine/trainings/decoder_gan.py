@@ -71,7 +71,7 @@ class DecoderTraining(ShardFed[PictureBatch]):
         return name
 
     def describe(self) -> str:
-        """The corpus, and the table of model/describe.py."""
+        """Describe the corpus, and the model as the table of model/describe.py."""
         return f"{self.describe_corpus()}\n{describe_decoder_gan(self.config, self.model)}"
 
     @property

@@ -30,7 +30,7 @@ NEEDED = ("trunk", "bottleneck", "decoder")
 
 
 def pinned(config: DecoderGan) -> DecoderGan:
-    """The config with tokenizer.sha256 and objectives.rec.lpips_sha256 filled in.
+    """Return the config with tokenizer.sha256 and objectives.rec.lpips_sha256 filled in.
 
     Raises UserError where a file is missing or damaged, is not the one whose digest the config has, lacks a part, or
     does not fit the model it describes or the pictures of this run.
@@ -66,9 +66,9 @@ def write_with_decoder(config: DecoderGan, decoder: Mapping[str, Tensor], steps:
     is another by now."""
     path = Path(config.tokenizer.weights)
     if not path.is_file() or digest(path) != config.tokenizer.sha256:
-        found = "is not the file this run began with" if path.is_file() else "is gone"
+        problem = "is not the file this run began with" if path.is_file() else "is gone"
         raise UserError(
-            f"tokenizer.weights={path} {found} (sha256 {config.tokenizer.sha256}): put it back, or give its new place "
+            f"tokenizer.weights={path} {problem} (sha256 {config.tokenizer.sha256}): put it back, or give its new path "
             "with --resume tokenizer.weights=FILE"
         )
     state, model = read_weights(path)

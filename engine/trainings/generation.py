@@ -94,7 +94,7 @@ class GeneratorTraining:
         )
 
     def batches(self, first_step: int, skipped_steps: int = 0, offset: int = 0) -> Iterator[Step]:
-        """Made ahead."""
+        """Iterate over batches that a thread makes ahead."""
         self._steps.close()
         self._offset = offset
         return renumbered(self._steps.iterate(first_step + skipped_steps), skipped_steps)
@@ -104,7 +104,7 @@ class GeneratorTraining:
         return sum_of_words(hash_words(batch.batch.positions_B))
 
     def corpus(self, position: int) -> dict[str, str]:
-        """By the order of the store."""
+        """Return the facts of the latent store's order from `position` on."""
         return self._loader.facts(position)
 
     @property

@@ -53,7 +53,7 @@ class Pretraining(ShardFed[Batch]):
         return name
 
     def describe(self) -> str:
-        """The corpus, and the table of model/describe.py."""
+        """Describe the corpus, and the model as the table of model/describe.py."""
         return f"{self.describe_corpus()}\n{describe(self.config, self.rows)}"
 
     @property

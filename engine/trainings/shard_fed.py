@@ -49,9 +49,9 @@ class ShardLoader(Protocol[Made]):
         ...
 
     def iterate(self, start_step: int, offset: int) -> Iterator[Made]:
-        """The batches of that step of the data and all later ones, without end; the iteration before this one ends.
+        """Iterate over batches from `start_step` of the data on, without end; an iteration before this one ends.
 
-        Step s begins at position offset + s * (samples per step).
+        Step s starts at position offset + s * (samples per step).
         """
         ...
 
@@ -67,7 +67,7 @@ class ShardFed(Generic[B]):
         self.loader = loader
 
     def batches(self, first_step: int, skipped_steps: int = 0, offset: int = 0) -> Iterator[B]:
-        """From the corpus, made ahead."""
+        """Iterate over batches from the corpus that a thread makes ahead."""
         return renumbered(self.loader.iterate(first_step + skipped_steps, offset), skipped_steps)
 
     def samples(self, batch: B) -> int:
@@ -75,11 +75,11 @@ class ShardFed(Generic[B]):
         return sum_of_keys(batch.keys)
 
     def corpus(self, position: int) -> dict[str, str]:
-        """By the order of the corpus."""
+        """Return the facts of the corpus's order from `position` on."""
         return self._facts.at(position)
 
     def describe_corpus(self) -> str:
-        """Shards, samples, and what is left out, by reason."""
+        """Describe the corpus: shards, samples, and samples left out by reason."""
         return self.loader.reader.summary()
 
     @property

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from configs import UserError
 from data.whole_file import write_whole
-from engine.lock import held, holder
+from engine.lock import file_lock, lock_holder
 from evaluation.study.carry_out import Session, carry_out, is_done
 from evaluation.study.preset import Cell
 from evaluation.study.stages import Layout, Stage
@@ -60,9 +60,9 @@ def work(
         if session.is_over:
             tally.stopped.append(cell.name)
             continue
-        with held(layout.lock(cell.name)) as lock:
+        with file_lock(layout.lock(cell.name)) as lock:
             if lock is None:
-                say(f"{cell.name}: {holder(layout.lock(cell.name))} is at it")
+                say(f"{cell.name}: {lock_holder(layout.lock(cell.name))} is at it")
                 tally.busy.append(cell.name)
                 continue
             getattr(tally, _cell(layout, cell, lock, session, began, say)).append(cell.name)
@@ -79,7 +79,7 @@ def failure(folder: Path) -> dict[str, object] | None:
 def _share(layout: Layout, session: Session, say: Callable[[str], None], after_corpus: Callable[[], object]) -> bool:
     """Whether corpus and features are there, now."""
     stages = layout.shared()
-    with held(layout.lock("shared"), wait=math.inf) as lock:
+    with file_lock(layout.lock("shared"), wait=math.inf) as lock:
         assert lock is not None
         for stage in stages:
             if not is_done(layout.out, stage):

@@ -59,8 +59,10 @@ def write_generator(
     tokenizer: str | None,
     steps: int | None = None,
 ) -> None:
-    """`state`, the state_dict of what `build` makes of the rest, to `path`; (L,) mean and deviation of the latents;
-    `steps` is how many the run had taken, as far as it is known."""
+    """Write `state`, the state_dict of the generator that `build` makes of the other arguments, to `path`.
+
+    `mean_L` and `std_L` (L,) are those of the latents; `steps` is the number of training steps, None where unknown.
+    """
     assert mean_L.shape == std_L.shape == (shape.channels,), (mean_L.shape, std_L.shape, shape)
     described = {
         "section": section.model_dump(mode="json"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.attention import NEEDS, activate, attend, missing
 from kernels.dense_attention import DENSE, reference
-from profiling.machine import device, dtypes, sized
+from profiling.machine import compared_dtypes, device, sized
 from profiling.measurement import Measurement, measure
 
 SEGMENTS = sized(cpu=((12, 257), (16, 37)), cuda=((192, 257), (256, 37)))
@@ -20,7 +20,7 @@ HEADS, HEAD_WIDTH = sized(cpu=6, cuda=16), 64
 
 def run(rounds: int) -> list[Measurement]:
     """One measurement a dtype."""
-    return [_measure(dtype, rounds) for dtype in dtypes()]
+    return [_measure(dtype, rounds) for dtype in compared_dtypes()]
 
 
 def _measure(dtype: torch.dtype, rounds: int) -> Measurement:

@@ -13,7 +13,7 @@ from engine.assemble import compile_blocks
 from kernels.attention import resolve
 from model.initialise import initialise
 from model.trunk import Trunk
-from profiling.machine import device, precision, training_dtype
+from profiling.machine import device, precision_label, training_dtype
 from profiling.measurement import Measurement, measure
 from profiling.workload import small_step
 
@@ -21,7 +21,7 @@ CROPS = {"clip": (8, 256), "ssl_local": (16, 96)}  # name: crops, side in pixels
 
 
 def run(rounds: int) -> list[Measurement]:
-    """A ViT-S trunk over a packed share of a step, forward and backward."""
+    """Time a ViT-S trunk over packed crops of a step, forward and backward, eager and compiled."""
     eager, compiled = _trunk(), _trunk()
     crops = {name: torch.randn(count, 3, size, size, device=device()) for name, (count, size) in CROPS.items()}
     compile_blocks(compiled)
@@ -35,7 +35,7 @@ def run(rounds: int) -> list[Measurement]:
     return [
         measure(
             "compile",
-            f"ViT-S trunk, {tokens} tokens, {precision()}, forward and backward",
+            f"ViT-S trunk, {tokens} tokens, {precision_label()}, forward and backward",
             {"eager": step_of(eager, crops), "compiled": step_of(compiled, crops)},
             "eager",
             rounds,

@@ -18,7 +18,7 @@ from model.block import Block
 from model.drop_path import subset
 from model.pack import Group, Layout
 from model.rope import Rope
-from profiling.machine import device, dtypes
+from profiling.machine import compared_dtypes, device
 from profiling.measurement import Measurement, measure
 
 GROUPS = (Group("clip", 10, 257, (16, 16)), Group("ssl_local", 20, 37, (6, 6)))
@@ -28,7 +28,7 @@ RATE = 0.3
 
 def run(rounds: int) -> list[Measurement]:
     """One measurement a dtype."""
-    return [_measure(dtype, rounds) for dtype in dtypes()]
+    return [_measure(dtype, rounds) for dtype in compared_dtypes()]
 
 
 def _measure(dtype: torch.dtype, rounds: int) -> Measurement:

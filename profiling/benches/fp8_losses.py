@@ -21,7 +21,7 @@ from engine.step import train_step
 from model.objectives.comm import Comm
 from profiling.benches.one_rank import configured, layout_of, one_rank
 from profiling.machine import describe, require_bf16, sized
-from profiling.measurement import say
+from profiling.measurement import print_now
 from profiling.workload import random_batch
 
 PRESET, CLIP, STEPS = sized(cuda=("vtp_l", 32, 200), cpu=("study_mini", 8, 6))
@@ -71,7 +71,9 @@ def _curves(comm: Comm) -> Curves:
         config = configured(PRESET, CLIP, *SHORT, f"system.linear={kind}", f"system.compile={compiles}")
         try:
             losses[kind] = _losses(config, comm)
-            say(f"fp8_losses: {kind}: {losses[kind][0]:.4f} at the first step, {losses[kind][-1]:.4f} at the last")
+            print_now(
+                f"fp8_losses: {kind}: {losses[kind][0]:.4f} at the first step, {losses[kind][-1]:.4f} at the last"
+            )
         except UserError as reason:
             notes.append(f"without {kind}: {reason}")
         gc.collect()

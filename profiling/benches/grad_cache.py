@@ -13,7 +13,7 @@ from dataclasses import replace
 from engine.assemble import assemble
 from model.objectives.comm import Comm
 from profiling.benches.one_rank import configured, layout_of, one_rank, stepper
-from profiling.machine import precision, sized
+from profiling.machine import precision_label, sized
 from profiling.measurement import Measurement, measure
 
 PRESET, PAIRS, PART = sized(cuda=("vtp_s", 131_072, 512), cpu=("study_mini", 512, 64))
@@ -40,5 +40,5 @@ def _measure(comm: Comm, pairs: int, rounds: int) -> Measurement:
     # ssl and rec as large as they are with one part, whatever the number of pairs.
     config = configured(PRESET, PART, *SMALLER, f"batch.clip={pairs}", f"system.clip.micro_batches={pairs // PART}")
     step = stepper(assemble(config, layout_of(config), comm), config)
-    workload = f"{PRESET}, {pairs} pairs in {pairs // PART} parts, {precision()}, a whole step"
+    workload = f"{PRESET}, {pairs} pairs in {pairs // PART} parts, {precision_label()}, a whole step"
     return measure("grad_cache", workload, {"engine": step}, "engine", rounds, warmups=1)

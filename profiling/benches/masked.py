@@ -17,7 +17,7 @@ from configs.autoregressive import Autoregressive
 from kernels.attention import resolve
 from model.generator.masked_backbone import MaskedBackbone
 from model.generator.token_order import mean_mask_ratio, most_visible
-from profiling.machine import device, dtypes
+from profiling.machine import compared_dtypes, device
 from profiling.measurement import Measurement, measure
 
 SECTION = Autoregressive(width=384, depth=4, heads=6)
@@ -26,7 +26,7 @@ TOKENS, CHANNELS, SAMPLES = 256, 16, 8
 
 def run(rounds: int) -> list[Measurement]:
     """One measurement a dtype."""
-    return [_measure(dtype, rounds) for dtype in dtypes()]
+    return [_measure(dtype, rounds) for dtype in compared_dtypes()]
 
 
 def _measure(dtype: torch.dtype, rounds: int) -> Measurement:

@@ -16,7 +16,7 @@ from model.initialise import initialise
 from model.trunk import Trunk
 from profiling.benches.compile import step_of, value_of
 from profiling.benches.one_rank import configured
-from profiling.machine import device, precision, sized, training_dtype
+from profiling.machine import device, precision_label, sized, training_dtype
 from profiling.measurement import Measurement, measure
 from profiling.step.three_pass import SeparateTrunk
 
@@ -40,7 +40,7 @@ def run(rounds: int) -> list[Measurement]:
     assert max(values.values()) - min(values.values()) < 0.02 * abs(values["packed, eager"]), values  # bf16
     layout = towers["packed, eager"].layout(crops)
     words = " + ".join(f"{group.segments} x {group.length}" for group in layout.groups)
-    workload = f"trunk of {PRESET}, {words} tokens, {precision()}, attention {backend}, forward and backward"
+    workload = f"trunk of {PRESET}, {words} tokens, {precision_label()}, attention {backend}, forward and backward"
     variants = {name: step_of(tower, crops) for name, tower in towers.items()}
     found = measure("packed", workload, variants, "a pass each, eager", rounds)
     times = {row.variant: row.median_ms for row in found.rows}

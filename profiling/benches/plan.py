@@ -27,7 +27,7 @@ from model.rows import Rows
 from profiling.benches.step import Step, shared_loss
 from profiling.clock import Times, alternate
 from profiling.machine import device
-from profiling.measurement import Measurement, Row, say
+from profiling.measurement import Measurement, Row, print_now
 from profiling.plan.calibration import measured_rates
 from profiling.plan.page import cluster_of
 from profiling.plan.search import Plan, search
@@ -98,7 +98,7 @@ def run(rounds: int) -> list[Measurement]:
         row, note = compare(case, rounds)
         rows.append(row)
         notes.append(note)
-        say(f"plan: {note}")
+        print_now(f"plan: {note}")
     workload = "a step of one process; its prediction from rates measured in the same round"
     return [Measurement("plan", workload, rows[0].variant, tuple(rows), (*notes, *published()))]
 

@@ -15,7 +15,7 @@ from model.objectives import dense
 from model.objectives.comm import Solo
 from model.objectives.masked_patch import masked_patch_loss
 from model.objectives.targets import Targets, sinkhorn
-from profiling.machine import device, dtypes, sized
+from profiling.machine import compared_dtypes, device, sized
 from profiling.measurement import Measurement, measure
 
 ROWS, PROTOTYPES, WIDTH = sized(cpu=4096, cuda=8192), sized(cpu=8192, cuda=65_536), 256
@@ -25,7 +25,7 @@ BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a gradient, relative t
 
 def run(rounds: int) -> list[Measurement]:
     """One measurement a dtype of the features."""
-    return [_measure(dtype, rounds) for dtype in dtypes()]
+    return [_measure(dtype, rounds) for dtype in compared_dtypes()]
 
 
 def _measure(dtype: torch.dtype, rounds: int) -> Measurement:

@@ -29,8 +29,8 @@ from model.objectives.total import compute
 from model.outputs import Outputs
 from model.pretrainer import Pretrainer, teacher_pairs
 from model.rows import Rows
-from profiling.machine import device, matmul_peak, precision, training_dtype
-from profiling.measurement import Measurement, measure, say
+from profiling.machine import device, matmul_peak, precision_label, training_dtype
+from profiling.measurement import Measurement, measure, print_now
 from profiling.step.three_pass import ThreePass, padded_inputs, written_out_loss
 from profiling.workload import random_batch, small_step
 
@@ -57,17 +57,17 @@ def run(rounds: int) -> list[Measurement]:
             (f"three passes, {mode}", apart, padded_inputs, written_out_loss),
             (f"shared, {mode}", shared, model_inputs, shared_loss),
         ):
-            say(f"step: {name}: building it, and its loss in {precision()}")
+            print_now(f"step: {name}: building the model and computing its loss in {precision_label()}")
             steps[name] = Step(model(), config, batch, inputs, total, is_compiled=mode == "compiled")
             losses[name] = steps[name].loss().item()
-            say(f"step: {name}: loss {losses[name]:.3f}")
+            print_now(f"step: {name}: loss {losses[name]:.3f}")
     assert max(losses.values()) - min(losses.values()) < 0.01 * losses["shared, eager"], losses  # bf16
     with FlopCounterMode(display=False) as counter:
         steps["shared, eager"].loss().backward()
     return [
         measure(
             "step",
-            f"{config.batch.clip} pairs, {config.batch.ssl} ssl, {config.batch.rec} rec, {precision()}, "
+            f"{config.batch.clip} pairs, {config.batch.ssl} ssl, {config.batch.rec} rec, {precision_label()}, "
             f"attention {attention}",
             steps,
             "three passes, eager",

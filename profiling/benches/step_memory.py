@@ -28,7 +28,7 @@ from configs import Config
 from configs.ds import load_ds_config
 from data.batch import Batch
 from profiling.machine import describe
-from profiling.measurement import say
+from profiling.measurement import print_now
 from profiling.memory import peak_bytes, process_peak_bytes, resident_bytes, tensor_bytes
 from profiling.workload import random_batch, small_step
 
@@ -121,7 +121,7 @@ def run(rounds: int, cases: tuple[Case, ...] = CASES) -> list[Peaks]:
     rows = []
     for case in cases:
         rows.append(_measured(case, rounds))
-        say(f"step_memory: {case}: predicted over measured {rows[-1].ratio:.3f}")
+        print_now(f"step_memory: {case}: predicted over measured {rows[-1].ratio:.3f}")
     return [Peaks(tuple(rows))]
 
 

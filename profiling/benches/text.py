@@ -10,7 +10,7 @@ from kernels.attention import resolve
 from model.captions import PackedCaptions, one_a_row, pack_captions
 from model.initialise import initialise
 from model.text import TextTower
-from profiling.machine import device, precision, training_dtype
+from profiling.machine import device, precision_label, training_dtype
 from profiling.measurement import Measurement, measure
 from profiling.workload import random_captions, small_step
 
@@ -33,7 +33,7 @@ def run(rounds: int) -> list[Measurement]:
     return [
         measure(
             "text",
-            workload + f"{text.depth} blocks of {text.width}, {precision()}, forward and backward",
+            workload + f"{text.depth} blocks of {text.width}, {precision_label()}, forward and backward",
             {
                 "padded, eager": lambda: _step(eager, padded),
                 "packed, eager": lambda: _step(eager, packed),

@@ -20,7 +20,7 @@ from model.objectives.comm import Comm
 from model.rows import Rows
 from profiling.benches.one_rank import configured, layout_of, one_rank, stepper
 from profiling.kernel_time import kernel_time
-from profiling.machine import device, precision, sized, training_dtype
+from profiling.machine import device, precision_label, sized, training_dtype
 from profiling.measurement import Measurement, measure
 from profiling.peaks import Bandwidth, Peak, bandwidth, measured_bandwidth, measured_peak, peak
 from profiling.step.flops import step_flops
@@ -75,7 +75,7 @@ def _timed(config: Config, comm: Comm, rounds: int, halved: str) -> Measurement:
     flops = step_flops(config, rows, slots, backend=backend, device=device().type).model_flops
     best, memory = _peaks()
     sizes = f"{rows.clip} clip, {rows.ssl} ssl, {rows.rec} rec images"
-    workload = f"{config.name}: {sizes}, {precision()}, ZeRO-1, attention {backend}"
+    workload = f"{config.name}: {sizes}, {precision_label()}, ZeRO-1, attention {backend}"
     found = measure(
         "train", workload, {"engine": step}, "engine", rounds, flops, best.flops_per_second, warmups=WARM_UP
     )

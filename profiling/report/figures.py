@@ -50,21 +50,20 @@ def plots(runs: list[Run], keys: list[str], is_from_zero: bool) -> list[Block]:
 
 
 def remarks(runs: list[Run], keys: list[str]) -> list[Block]:
-    """Sentences on figures that not every report has, on values that are not finite, on what is not plotted, and on
-    points left out."""
-    said = [_seldom(run, name, keys) for run, name in _named(runs)]
-    said += [_not_finite(run, name, key) for key in keys for run, name in _named(runs)]
+    """Write sentences on partly reported figures, non-finite values, figures not plotted, and thinned points."""
+    sentences = [_partly_reported(run, name, keys) for run, name in _named(runs)]
+    sentences += [_not_finite(run, name, key) for key in keys for run, name in _named(runs)]
     if flat := [key for key in keys if not _varies(runs, key)]:
-        said.append(f"Not plotted, for want of two different values: {', '.join(flat)}.")
+        sentences.append(f"Not plotted, for want of two different values: {', '.join(flat)}.")
     if (most := max(len(run.steps) for run in runs)) > MOST_POINTS:
-        said.append(f"Of {most:,} reports the plots show at most {MOST_POINTS}, evenly taken, and the last.")
-    return [Sentence(text) for text in said if text]
+        sentences.append(f"Of {most:,} reports the plots show at most {MOST_POINTS}, evenly taken, and the last.")
+    return [Sentence(text) for text in sentences if text]
 
 
 def _line(run: Run, label: str, key: str) -> Line:
-    """Of the reports that have the figure: one that is taken every hundred steps is a line like any other."""
-    there = [(step, value) for step, value in zip(run.steps, run.series(key), strict=True) if value is not None]
-    return Line(label, [step for step, _ in there], [value for _, value in there])
+    """Make a figure's line from the reports that have it: it may be measured in every tenth report only."""
+    points = [(step, value) for step, value in zip(run.steps, run.series(key), strict=True) if value is not None]
+    return Line(label, [step for step, _ in points], [value for _, value in points])
 
 
 def _named(runs: list[Run]) -> list[tuple[Run, str]]:
@@ -82,19 +81,19 @@ def thinned(line: Line) -> Line:
     return Line(line.label, line.steps[kept], line.values[kept])
 
 
-def _seldom(run: Run, label: str, keys: list[str]) -> str:
-    """Which figures are not in every report; nothing where all are."""
+def _partly_reported(run: Run, label: str, keys: list[str]) -> str:
+    """Write a sentence on the figures that are in some reports only; "" where there are none."""
     counts = {key: sum(value is not None for value in run.series(key)) for key in keys}
     names: dict[int, list[str]] = {}
     for key, count in counts.items():
         if 0 < count < len(run.steps):
             names.setdefault(count, []).append(key)
-    parts = [f"{', '.join(those)} in {count:,}" for count, those in sorted(names.items())]
-    return f"Not taken at each of the {len(run.steps):,} reports of {label}: {'; '.join(parts)}." if parts else ""
+    parts = [f"{', '.join(keys_of_count)} in {count:,}" for count, keys_of_count in sorted(names.items())]
+    return f"Not in every one of the {len(run.steps):,} reports of {label}: {'; '.join(parts)}." if parts else ""
 
 
 def _not_finite(run: Run, label: str, key: str) -> str:
-    """What to say of values that are NaN or infinite; nothing where there are none."""
+    """Write a sentence on values that are NaN or infinite; "" where there are none."""
     values = run.series(key)
     bad = [
         step for step, value in zip(run.steps, values, strict=True) if value is not None and not math.isfinite(value)

@@ -76,7 +76,7 @@ def inlined(picture: Path) -> str | None:
 
 
 def breakable(name: str) -> Markup:
-    """A figure's name, which may be broken behind / and _ where a phone has no room for it; GFLOP/s may not."""
+    """Allow line breaks after / and _ in a figure's name, for narrow screens; not in units such as GFLOP/s."""
     return Markup(re.sub(r"(?<=\w{3})([/_])(?=\w{3})", r"\1<wbr>", str(escape(name))))
 
 

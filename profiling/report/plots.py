@@ -36,7 +36,7 @@ _SUPERFLUOUS = tuple(
     )
 )
 _MARKERS = {"●": "o", "■": "s", "▲": "^", "◆": "D", "▼": "v", "✚": "P", "★": "*", "✖": "X"}  # legend -> plot
-_FEW = 12  # points that get a dot each; of more only those without neighbours
+_FEW = 12  # up to so many points get a dot each; beyond, only isolated ones
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -63,7 +63,7 @@ def line_plot(plot: Plot) -> str:
         figure, axes = _canvas(height=2.4)
         for line, colour, dashes in zip(plot.lines, COLOURS, ("-", (0, (4, 1.5))), strict=False):
             drawn = _drawable(line.values)
-            dots = list(range(len(drawn))) if len(drawn) <= _FEW else _alone(drawn)
+            dots = list(range(len(drawn))) if len(drawn) <= _FEW else _isolated(drawn)
             axes.plot(
                 line.steps,
                 drawn,
@@ -139,8 +139,8 @@ def _drawable(values: list[float | None]) -> list[float]:
     return [math.nan if value is None or not abs(value) < MOST_DRAWN else value for value in values]
 
 
-def _alone(values: list[float]) -> list[int]:
-    """Where a value stands between two gaps: no line leads to it, so it needs a dot."""
+def _isolated(values: list[float]) -> list[int]:
+    """Return the indices of values between two gaps: no line leads to them, so they need a dot."""
     around = [math.nan, *values, math.nan]
     return [
         idx

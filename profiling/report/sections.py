@@ -23,20 +23,20 @@ from profiling.report.roofline_section import rooflines
 from profiling.report.summary import summary
 
 FIRST_BAD_SAMPLES = 20
-# What the pictures of a kind show, by how they are called in a run's directory (engine/trainings/).
-SHOWN = {
+# Title and explanation of pictures, by the name of their files in a run's directory (engine/trainings/).
+PICTURE_KINDS = {
     "latents": (
         "Latents",
-        "Each square is the latent of the picture in the same column of the reconstructions, coloured by the first "
-        "three principal components of all latents that are shown: equal colours are similar latents",
+        "Each square is the latent of the image in the same column of the reconstructions, coloured by the first "
+        "three principal components of all latents shown: similar colours are similar latents",
     ),
     "reconstructions": (
         "Reconstructions",
-        "Each column is one picture of the step's batch: in the first row as the model saw it, below as it was "
-        "reconstructed",
+        "Each column is one image of the step's batch: the first row is the input, the rows below are its "
+        "reconstructions",
     ),
 }
-STAGE_2_ROWS = " by the decoder of stage 1, and then by the one in training"
+STAGE_2_ROWS = ": by the decoder of stage 1, then by the decoder in training"
 MOST_LINES = 300  # of log.txt
 _AN_ESTIMATE = "speed/seconds_left"  # of use while the run goes on, and told to the person who watches it
 
@@ -164,17 +164,17 @@ def _pictures(runs: list[Run]) -> list[Block]:
             blocks.append(Sentence(f"{label} has no pictures."))
         for kind, paths in run.pictures.items():
             shown = [paths[idx] for idx in sorted({0, len(paths) // 2, len(paths) - 1})]
-            title, text = SHOWN.get(kind, (kind, ""))
+            title, text = PICTURE_KINDS.get(kind, (kind, ""))
             if kind == "reconstructions" and run.config is not None and run.config.kind == "decoder_gan":
                 text += STAGE_2_ROWS
-            captions = [f"{title}{_after(path)}" for path in shown]
+            captions = [f"{title}{_step_suffix(path)}" for path in shown]
             blocks += [Sentence(f"{title} of {label}. {text}.")] * bool(text)
             blocks.append(Pictures(f"{title} of {label}", captions, shown))
     return blocks
 
 
-def _after(path: Path) -> str:
-    """When it was taken: reconstructions-00000300.png -> " after 300 steps"."""
+def _step_suffix(path: Path) -> str:
+    """Return the step in a picture's file name in words: reconstructions-00000300.png -> " after 300 steps"."""
     number = path.stem.rpartition("-")[2]
     return f" after {int(number):,} step{'s' * (int(number) != 1)}" if number.isdecimal() else ""
 

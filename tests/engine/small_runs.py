@@ -1,7 +1,8 @@
-"""A corpus and a command line for runs that a launcher starts and something disturbs.
+"""A corpus and a command line for small runs that a launcher starts, and checkpoints without weights.
 
 shards = write_shards(folder / "shards")
 [sys.executable, LAUNCH, *arguments(shards, run_dir), "optim.steps=60"]
+write_checkpoint(run_dir / "checkpoints", config, step=3)
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from configs import Run, fingerprint, to_yaml
 from data import corpus
 from engine import launch
+from engine.archive import State
+from engine.checkpoint.directory import LATEST, SUMS, name_of, sum_of
 from model.weights import read_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +43,18 @@ def arguments(shards: Path, run_dir: Path) -> list[str]:
         f"data.held_out=[{shards}/held_out-*.tar]", f"data.tokenizer={shards}/tokenizer.json",
         "model.text.vocab=2048", "model.text.context=32", f"system.run_dir={run_dir}", "system.report_every=2",
     ]  # fmt: skip
+
+
+def write_checkpoint(root: Path, config: Run, step: int = 3, **state: Any) -> Path:
+    """Write a checkpoint as far as a start reads it before its weights; `state` are further fields of State."""
+    path = root / name_of(step)
+    path.mkdir(parents=True)
+    (root / LATEST).write_text(path.name)
+    (path / "config.yaml").write_text(to_yaml(config))
+    fields = {"optimizer_steps": {"model": step}, "world_size": 1, "shapes": {}} | state
+    (path / "state.json").write_text(json.dumps(asdict(State(step=step, fingerprint=fingerprint(config), **fields))))
+    (path / SUMS).write_text("".join(sum_of(path / name) for name in ("config.yaml", "state.json")))
+    return path
 
 
 def launch_here(arguments: list[str]) -> int:

@@ -1,40 +1,26 @@
-"""What a start may do with the checkpoints that are there: go on, be refused, and what may change then."""
+"""Start of a run whose directory has checkpoints: refused, resumed, and which settings a resume can change."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from configs import Config, UserError, fingerprint, to_yaml
+from configs import UserError
 from configs.generation import Generation
 from configs.load import validate
 from engine import archive
-from engine.archive import State, check_start
+from engine.archive import check_start
 from engine.checkpoint.contents import load
-from engine.checkpoint.directory import SUMS, name_of, sum_of
+from engine.checkpoint.directory import SUMS
 from engine.checkpoint.saver import save
 from model.objectives.comm import Comm
 from tests.engine import ranks
+from tests.engine.small_runs import write_checkpoint
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
 
-
-def write_checkpoint(root: Path, config: Config | Generation, step: int = 3) -> Path:
-    """What a start looks at before it reads weights."""
-    path = root / name_of(step)
-    path.mkdir(parents=True)
-    (root / "latest").write_text(path.name)
-    (path / "config.yaml").write_text(to_yaml(config))
-    state = State(step=step, optimizer_steps={"model": step}, world_size=1, fingerprint=fingerprint(config), shapes={})
-    (path / "state.json").write_text(json.dumps(asdict(state)))
-    (path / SUMS).write_text("".join(sum_of(path / name) for name in ("config.yaml", "state.json")))
-    return path
-
-
-FIXED = {
+REFUSED_CHANGES = {
     "model.trunk.width=16": "model.trunk.width: 32 -> 16",
     "model.trunk.depth=1": "model.trunk.depth: 2 -> 1",
     "model.trunk.heads=4": "model.trunk.heads: 2 -> 4",
@@ -46,15 +32,17 @@ FIXED = {
 
 
 @pytest.mark.L0
-@pytest.mark.parametrize("override", FIXED)
-def test_a_setting_that_weights_depend_on_cannot_change_and_is_not_offered(tmp_path: Path, override: str) -> None:
+@pytest.mark.parametrize("override", REFUSED_CHANGES)
+def test_a_setting_that_weights_depend_on_cannot_change_and_allow_change_is_not_suggested(
+    tmp_path: Path, override: str
+) -> None:
     here = f"system.run_dir={tmp_path}"
     write_checkpoint(tmp_path / "checkpoints", tiny_config(here))
     changed = tiny_config(here, override, "optim.lr=2e-3")
     for allowed in ((), (override.partition("=")[0], "optim.lr")):
         with pytest.raises(UserError, match="are those of another model") as caught:
             check_start(changed, True, allowed)
-        assert f"({FIXED[override]})" in str(caught.value)
+        assert f"({REFUSED_CHANGES[override]})" in str(caught.value)
         assert "say --allow-change" not in str(caught.value)
 
 
@@ -74,7 +62,9 @@ def test_a_plain_start_over_checkpoints_is_refused_whatever_is_wrong_with_them(t
 
 @pytest.mark.L0
 @pytest.mark.parametrize("override", ["model.trunk.drop_path=0.4", "model.rope_base=50", "objectives.ssl.weight=0.5"])
-def test_a_setting_that_every_weight_outlives_is_offered_and_can_change(tmp_path: Path, override: str) -> None:
+def test_a_setting_that_no_weight_depends_on_can_change_and_allow_change_is_suggested(
+    tmp_path: Path, override: str
+) -> None:
     here = f"system.run_dir={tmp_path}"
     write_checkpoint(tmp_path / "checkpoints", tiny_config(here))
     changed, key = tiny_config(here, override), override.partition("=")[0]
@@ -98,8 +88,8 @@ def test_a_generators_times_may_change_and_its_width_may_not(tmp_path: Path) -> 
 
 
 def save_and_load_others(comm: Comm, root: Path, variants: dict[str, tuple[str, ...]]) -> dict[str, str]:
-    """What each other config is told of a checkpoint of the tiny one; "" where it goes on."""
-    config, told = tiny_config("optim.steps=6"), {}
+    """Load a checkpoint of the tiny config under other configs; return each error text, "" where it loads."""
+    config, errors = tiny_config("optim.steps=6"), {}
     parts = ranks.build(config, comm, "zero3")
     ranks.run_steps(parts, config, comm, 0, 1)
     save(root, 1, parts.kept(None), config)
@@ -107,10 +97,10 @@ def save_and_load_others(comm: Comm, root: Path, variants: dict[str, tuple[str, 
         other = ranks.build(tiny_config("optim.steps=6", *overrides), comm, "zero2")
         try:
             load(archive.find(root), other.kept(None))
-            told[name] = ""
+            errors[name] = ""
         except UserError as error:
-            told[name] = str(error)
-    return told
+            errors[name] = str(error)
+    return errors
 
 
 @pytest.mark.L1
@@ -121,10 +111,10 @@ def test_weights_of_another_shape_are_refused_by_name_and_an_objective_may_be_le
         "more": ("objectives.clip.kind=sigmoid",),
         "without ssl": ("objectives.ssl.weight=0", "batch.ssl=0"),
     }
-    [told] = run_ranks(save_and_load_others, 1, tmp_path, variants)
+    [errors] = run_ranks(save_and_load_others, 1, tmp_path, variants)
     path = tmp_path / "step-00000001"
-    assert f"trunk.cls_token is (1, 1, 32) in {path} and (1, 1, 16) in this run" in told["narrower"]
-    assert f"is (32,) in {path} and not there in this run" in told["shallower"]
-    assert "trunk.blocks.1." in told["shallower"]
-    assert f"clip.logit_bias is not in {path} and (1,) in this run" in told["more"]
-    assert told["without ssl"] == ""
+    assert f"trunk.cls_token is (1, 1, 32) in {path} and (1, 1, 16) in this run" in errors["narrower"]
+    assert f"is (32,) in {path} and not there in this run" in errors["shallower"]
+    assert "trunk.blocks.1." in errors["shallower"]
+    assert f"clip.logit_bias is not in {path} and (1,) in this run" in errors["more"]
+    assert errors["without ssl"] == ""

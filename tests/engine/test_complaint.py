@@ -1,4 +1,4 @@
-"""Output that cannot be written: the reader has left, the locale has no such letter, the stream is closed."""
+"""Output that cannot be written: the reader has gone, the locale lacks a letter, the stream is closed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.L0
 REPORTS = """
 import sys
 from pathlib import Path
-from engine.complaint import complain, keep_output_open
+from engine.complaint import complain, ignore_output_errors
 from engine.report.reporter import open_reporter
 
-keep_output_open()
+ignore_output_errors()
 with open_reporter(Path(sys.argv[1]), total_steps=30, first_step=0, is_main=True) as reporter:
     reporter.say(f"saved {sys.argv[1]}")
-    sys.stdin.readline()                    # meanwhile the reader leaves
+    sys.stdin.readline()                    # meanwhile the reader closes the pipe
     for step in (10, 20, 30):
         reporter.say(f"saved {sys.argv[1]}")
         reporter.scalars(step, {"loss/total": 1.0})
@@ -32,7 +32,7 @@ with open_reporter(Path(sys.argv[1]), total_steps=30, first_step=0, is_main=True
 """
 
 
-def test_a_run_goes_on_without_its_reader_and_without_the_letters_of_its_directory(tmp_path: Path) -> None:
+def test_a_run_continues_after_its_reader_has_gone_and_escapes_letters_that_the_locale_lacks(tmp_path: Path) -> None:
     run_dir = tmp_path / "größe-Жук"
     process = subprocess.Popen(
         [sys.executable, "-c", REPORTS, str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -50,7 +50,7 @@ def test_a_run_goes_on_without_its_reader_and_without_the_letters_of_its_directo
     assert (run_dir / "log.txt").read_text(encoding="utf-8").count(f"saved {run_dir}") == 4
 
 
-CLOSED = "from engine.complaint import *; keep_output_open(); print('lost', flush=True); complain('lost too')"
+CLOSED = "from engine.complaint import *; ignore_output_errors(); print('lost', flush=True); complain('lost too')"
 
 
 @pytest.mark.parametrize("closed", [">&- 2>&-", ">/dev/full 2>/dev/full"])

@@ -12,18 +12,16 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from configs import fingerprint, to_yaml
 from data import corpus_of_a_run
 from data.captions import train_bpe
 from data.corpus_of_a_run import Found
-from engine.archive import State
-from engine.checkpoint.directory import SUMS, sum_of
 from tests.data.tar_shards import write_corpus
+from tests.engine.small_runs import write_checkpoint
 from tests.harness import free_port
 from tests.tiny import TINY, tiny_config
 
@@ -111,7 +109,7 @@ CASES = {
         (*GOOD, "name=trained", "--resume", "optim.lr=2e-3", "batch.rec=12"),
         ("optim.lr: 0.001 -> 0.002; batch.rec: 6 -> 12", "--allow-change optim.lr,batch.rec"),
     ),
-    "no shard of a run that goes on": Case(  # as from another directory than the one it was started from
+    "no shard at a resume": Case(  # as from another directory than the one it was started from
         (*GOOD, "name=moved", "--resume"),
         ("none of the run's 2 shards in data.train exists (the first is gone/0.tar, the working directory ",),
     ),
@@ -153,24 +151,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     zero = {"stage": 3}
     (here / "conflict.json").write_text(json.dumps({"zero_optimization": zero, "train_batch_size": 64}))
     (here / "typo.json").write_text(json.dumps({"zero_optimization": zero | {"overlapcomm": True}}))
-    write_checkpoint(here / "runs" / "trained")
+    write_checkpoint(here / "runs" / "trained" / "checkpoints", tiny_config(*GOOD, "name=trained"))
     shutil.copytree(here / "runs" / "trained", here / "runs" / "half")
     (here / "runs" / "half" / "checkpoints" / "step-00000003" / "state.json").unlink()
     shutil.copytree(here / "runs" / "trained", here / "runs" / "moved")
     found = Found({"gone/0.tar": 6, "gone/1.tar": 6}, Counter())
     corpus_of_a_run.write(here / "runs" / "moved" / "corpus.json", ("shards",), "txt", found)
     return here
-
-
-def write_checkpoint(run_dir: Path) -> None:
-    """What a start looks at before it reads weights."""
-    config, step = tiny_config(*GOOD, "name=trained"), run_dir / "checkpoints" / "step-00000003"
-    step.mkdir(parents=True)
-    (run_dir / "checkpoints" / "latest").write_text(step.name)
-    (step / "config.yaml").write_text(to_yaml(config))
-    state = State(step=3, optimizer_steps={"model": 3}, world_size=1, fingerprint=fingerprint(config), shapes={})
-    (step / "state.json").write_text(json.dumps(asdict(state)))
-    (step / SUMS).write_text("".join(sum_of(step / name) for name in ("config.yaml", "state.json")))
 
 
 def launch(case: Case, here: Path) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The loop's report: what must be kept is saved before anything is drawn, and no drawing ends a run."""
+"""The loop's report saves the checkpoint before it draws pictures; a second run in a directory is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from configs import UserError
 from engine import run
 from engine.health.guard import Found
 from engine.health.rollback import Cursor
-from engine.lock import held
+from engine.lock import file_lock
 from engine.report.reporter import open_reporter
 from tests.tiny import tiny_config
 
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.L0
 
 
 def report(folder: Path, done: int, draw: Any) -> list[str]:
-    """What `Loop._report` does after `done` of 4 steps, in order; `draw` is the training's `pictures`."""
+    """Return the calls of `Loop._report` after `done` of 4 steps, in order; `draw` is the training's `pictures`."""
     order: list[str] = []
 
-    def noted(name: str, result: Any = None) -> Any:
+    def recorded(name: str, result: Any = None) -> Any:
         return lambda *_: order.append(name) or result
 
     found = Found(step=done, losses=0, gradients=0, spikes=0, skipped=0)
@@ -35,13 +35,13 @@ def report(folder: Path, done: int, draw: Any) -> list[str]:
         config=config,
         wait_seconds=float,
         health=dict,
-        kept=noted("kept"),
+        kept=recorded("kept"),
         corpus=lambda _: {},
         pictures=draw,
         comm=None,
     )
-    guard: Any = SimpleNamespace(read=lambda _: found, act=noted("act"), should_stop=lambda: False)
-    saver: Any = SimpleNamespace(news=list, save=noted("save"), finish=noted("finish", []))
+    guard: Any = SimpleNamespace(read=lambda _: found, act=recorded("act"), should_stop=lambda: False)
+    saver: Any = SimpleNamespace(news=list, save=recorded("save"), finish=recorded("finish", []))
     meter: Any = SimpleNamespace(num_steps=2, read=lambda *_: {"loss/total": 1.0})
     instruments: Any = SimpleNamespace(read=lambda _: {})
     alarms: Any = SimpleNamespace(read=lambda *_: {})
@@ -57,8 +57,8 @@ def test_a_picture_that_fails_costs_a_line_after_the_checkpoint(tmp_path: Path, 
         raise RuntimeError("linalg.svd:\nfailed to converge")
 
     assert report(tmp_path, done, fail) == order
-    said = (tmp_path / "log.txt").read_text().splitlines()
-    assert said[-1] == f"could not draw the pictures of step {done}: RuntimeError: linalg.svd: failed to converge"
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[-1] == f"could not draw the pictures of step {done}: RuntimeError: linalg.svd: failed to converge"
 
 
 def test_pictures_come_after_the_checkpoint_is_on_disk(tmp_path: Path) -> None:
@@ -72,20 +72,20 @@ def test_pictures_come_after_the_checkpoint_is_on_disk(tmp_path: Path) -> None:
 def test_a_second_run_in_a_directory_is_refused_until_the_first_has_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with held(tmp_path / "lock") as lock:
+    with file_lock(tmp_path / "lock") as lock:
         assert lock is not None
         with pytest.raises(UserError, match=rf"is in use by process {os.getpid()} of host .*`touch {tmp_path}/stop`"):
-            run._take(ExitStack(), tmp_path, wait=0.01)
+            run._lock_run_directory(ExitStack(), tmp_path, wait=0.01)
         assert "waiting 0.01 s for it to end" in capsys.readouterr().err
-    with run.alone_in(tmp_path, wait=0.0), held(tmp_path / "lock") as other:
+    with run.exclusive_run_directory(tmp_path, wait=0.0), file_lock(tmp_path / "lock") as other:
         assert other is None
-    with run.alone_in(tmp_path, wait=0.0):
+    with run.exclusive_run_directory(tmp_path, wait=0.0):
         assert capsys.readouterr().err == ""
 
 
-def test_a_place_that_knows_no_locks_is_said_and_ends_nothing(
+def test_a_directory_that_cannot_be_locked_is_a_warning_and_ends_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    with run.alone_in(tmp_path / "file" / "run", wait=0.0):
-        assert "nothing keeps a second run out of this directory" in capsys.readouterr().err
+    with run.exclusive_run_directory(tmp_path / "file" / "run", wait=0.0):
+        assert "a second run in this directory would not be noticed; start none" in capsys.readouterr().err

@@ -1,25 +1,22 @@
-"""A run is pinned to the content of the files it learns from, wherever they lie: captions' tokenizer, LPIPS weights."""
+"""Digests pin a run to the content of its input files at any path: captions' tokenizer, LPIPS weights."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from configs import Config, DecoderGan, UserError, fingerprint, load_run, to_yaml
+from configs import Config, DecoderGan, UserError, fingerprint, load_run
 from configs.load import science_changes
 from data.captions import train_bpe, with_tokenizer_digest
-from engine.archive import State
-from engine.checkpoint.directory import SUMS, sum_of
 from engine.initial import pinned as with_digests
 from engine.launch import parse, preflight
 from evaluation.source import open_source
 from evaluation.tasks import Options, Setup, _perceptual
 from tests.data.tar_shards import write_corpus
+from tests.engine.small_runs import write_checkpoint
 from tests.engine.trainings.decoder_gan_runs import stage_config
 from tests.model.tiny_weights import write_run
 from tests.tiny import TINY, tiny_config
@@ -44,29 +41,20 @@ def arguments(here: Path, tokenizer: str, lpips: str, *more: str) -> list[str]:
     return ["--config", str(TINY), *run, *files, "model.text.vocab=512", *more]
 
 
-def write_checkpoint(here: Path, config: Config) -> None:
-    step = here / "run" / "checkpoints" / "step-00000003"
-    step.mkdir(parents=True)
-    (step / "config.yaml").write_text(to_yaml(config))
-    state = State(step=3, optimizer_steps={"model": 3}, world_size=1, fingerprint=fingerprint(config), shapes={})
-    (step / "state.json").write_text(json.dumps(asdict(state)))
-    (step / SUMS).write_text("".join(sum_of(step / name) for name in ("config.yaml", "state.json")))
-
-
-def started(here: Path) -> Config:
+def preflight_config(here: Path) -> Config:
     config = preflight(parse(arguments(here, "one", "one")))[0]
     assert isinstance(config, Config)
     return config
 
 
 def test_the_unchanged_files_at_another_path_go_on(here: Path) -> None:
-    write_checkpoint(here, started(here))
+    write_checkpoint(here / "run" / "checkpoints", preflight_config(here))
     config, _, resume, _ = preflight(parse(arguments(here, "copy", "copy", "--resume")))
     assert resume
-    assert fingerprint(config) == fingerprint(started_from_yaml(here))
+    assert fingerprint(config) == fingerprint(saved_config(here))
 
 
-def started_from_yaml(here: Path) -> Config:
+def saved_config(here: Path) -> Config:
     config = load_run(here / "run" / "checkpoints" / "step-00000003" / "config.yaml")
     assert isinstance(config, Config)
     return config
@@ -77,7 +65,7 @@ def started_from_yaml(here: Path) -> Config:
     [("one.json", "data.tokenizer"), ("one.safetensors", "objectives.rec.lpips_weights")],
 )
 def test_another_file_at_the_same_path_is_refused(here: Path, file: str, key: str) -> None:
-    write_checkpoint(here, started(here))
+    write_checkpoint(here / "run" / "checkpoints", preflight_config(here))
     (here / "other").with_suffix(Path(file).suffix).replace(here / file)
     with pytest.raises(UserError, match=r"was trained with other settings \(.*_sha256: .* -> ") as error:
         preflight(parse(arguments(here, "one", "one", "--resume")))
@@ -88,7 +76,7 @@ def test_a_checkpoint_without_digests_goes_on_with_the_path_it_names(here: Path)
     """One of an earlier version: until it is saved again, its paths are all that is known of the files."""
     earlier = load_run(TINY, arguments(here, "one", "one")[2:])
     assert isinstance(earlier, Config)
-    write_checkpoint(here, earlier)
+    write_checkpoint(here / "run" / "checkpoints", earlier)
     assert preflight(parse(arguments(here, "one", "one", "--resume")))[0].seed == earlier.seed
     with pytest.raises(UserError, match=r"other settings \(data.tokenizer: .*one.json -> .*other.json\)"):
         preflight(parse(arguments(here, "other", "one", "--resume")))

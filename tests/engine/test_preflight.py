@@ -1,23 +1,20 @@
-"""What a start refuses before anything heavy: surroundings that cannot be, and a resume that has nothing to do."""
+"""What preflight refuses: a wrong environment, an impossible run directory, a resume with nothing left to train."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from configs import UserError, fingerprint, to_yaml
+from configs import UserError
 from data.captions import train_bpe
 from engine import archive
-from engine.archive import State
-from engine.checkpoint.directory import SUMS, sum_of
 from engine.exits import MISTAKE
-from engine.launch import LONGEST_PATH, parse, preflight
-from engine.launcher_numbers import launcher_numbers
+from engine.launch import MAX_PATH_BYTES, parse, preflight
+from engine.launcher import SINGLE_RANK
 from model.weights import read_weights
 from tests.data.tar_shards import write_corpus
+from tests.engine.small_runs import write_checkpoint
 from tests.tiny import TINY
 
 pytestmark = pytest.mark.L0
@@ -35,15 +32,8 @@ def arguments(here: Path, *more: str) -> list[str]:
     return ["--config", str(TINY), *data, f"system.run_dir={here}/run", "model.text.vocab=512", *more]
 
 
-def write_checkpoint(here: Path, step: int) -> Path:
-    config = preflight(parse(arguments(here)))[0]
-    path = here / "run" / "checkpoints" / f"step-{step:08d}"
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text(to_yaml(config))
-    state = State(step, optimizer_steps={"model": step}, world_size=1, fingerprint=fingerprint(config), shapes={})
-    (path / "state.json").write_text(json.dumps(asdict(state)))
-    (path / SUMS).write_text("".join(sum_of(path / name) for name in ("config.yaml", "state.json")))
-    return path
+def write_small_checkpoint(here: Path, step: int) -> Path:
+    return write_checkpoint(here / "run" / "checkpoints", preflight(parse(arguments(here)))[0], step)
 
 
 @pytest.mark.parametrize(
@@ -56,26 +46,22 @@ def write_checkpoint(here: Path, step: int) -> Path:
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 in the environment: ranks are counted from 0"),
     ],
 )
-def test_half_an_environment_of_a_launcher_is_one_line(
+def test_wrong_launcher_variables_are_one_line(
     here: Path, given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in SINGLE_RANK:
+        monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         preflight(parse(arguments(here)))
 
 
-def test_a_rank_knows_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
-    assert launcher_numbers() == {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4}
-
-
 @pytest.mark.parametrize(
     ("run_dir", "message"),
     [
-        ("x" * 300, "system.run_dir: a name in it has 300 bytes: file systems take 255"),
-        ("/".join(["x" * 200] * 20), f"would have up to .* bytes, and the system takes {LONGEST_PATH}"),
+        ("x" * 300, "system.run_dir: a name of 300 bytes in it: file systems take 255"),
+        ("/".join(["x" * 200] * 20), f"would have up to .* bytes, and the system allows {MAX_PATH_BYTES}"),
         ('"a\\0b"', "is not a directory path"),
         ("''", "is not a directory path"),
     ],
@@ -85,35 +71,35 @@ def test_a_run_directory_that_cannot_be_made_is_refused(here: Path, run_dir: str
         preflight(parse(arguments(here, f"system.run_dir={run_dir}")))
 
 
-def test_fewer_steps_than_are_done_is_said(here: Path) -> None:
-    write_checkpoint(here, step=6)
+def test_a_resume_past_optim_steps_is_refused(here: Path) -> None:
+    write_small_checkpoint(here, step=6)
     assert preflight(parse(arguments(here, "--resume")))[2], "as many: its weights are written again"
     with pytest.raises(UserError, match=r"step-00000006 has 6 steps done, but optim.steps=5: .* raise optim.steps, or"):
         preflight(parse(arguments(here, "--resume", "--allow-change", "optim.steps", "optim.steps=5")))
 
 
 def test_allowed_changes_may_be_written_with_spaces(here: Path) -> None:
-    write_checkpoint(here, step=3)
+    write_small_checkpoint(here, step=3)
     changes = ("optim.lr=2e-3", "seed=5")
     allowed = preflight(parse(arguments(here, "--resume", "--allow-change", " optim.lr, seed ", *changes)))[3]
     assert allowed == ("optim.lr", "seed")
 
 
-def test_an_archive_is_written_from_a_run_directory_and_says_what_it_misses(
+def test_an_archive_is_written_from_a_run_directory_and_names_what_is_missing(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written = write_checkpoint(here, step=3)
-    assert archive._checkpoints_in(here / "run") == archive._checkpoints_in(written.parent) == written.parent
-    for given, says in (
+    written = write_small_checkpoint(here, step=3)
+    assert archive._checkpoints_of(here / "run") == archive._checkpoints_of(written.parent) == written.parent
+    for directory, error in (
         (here / "nowhere", f"error: {here}/nowhere is not a directory: give a run directory, runs/NAME"),
         (here, f"error: {here} has no complete checkpoint (a directory with SHA256SUMS)\n"),
     ):
-        assert archive.main([str(given), "--out", str(here / "w.safetensors")]) == MISTAKE
-        assert capsys.readouterr().err.startswith(says)
+        assert archive.main([str(directory), "--out", str(here / "w.safetensors")]) == MISTAKE
+        assert capsys.readouterr().err.startswith(error)
 
 
-def test_a_run_that_is_not_over_is_told_how_to_get_its_weights(here: Path) -> None:
-    write_checkpoint(here, step=3)
+def test_the_error_for_missing_weights_names_the_command_that_writes_them(here: Path) -> None:
+    write_small_checkpoint(here, step=3)
     weights = here / "run" / "weights.safetensors"
     with pytest.raises(UserError, match=f"`python -m engine.archive {here}/run --out {weights}` writes the weights of"):
         read_weights(weights)

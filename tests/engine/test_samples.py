@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from configs import Config, UserError, fingerprint, to_yaml
+from configs import UserError
 from data.order import Order
 from data.sequence import CorpusFacts
 from engine import archive
 from engine.health import rollback
 from engine.health.guard import GoBack
-from engine.health.rollback import Cursor, Rollbacks, batch_change, check_corpus, cursor_of
+from engine.health.rollback import Cursor, Rollbacks, batch_change_message, check_corpus, resume_cursor
 from tests.engine.health import runs
 from tests.engine.health.runs import Spoilt
+from tests.engine.small_runs import write_checkpoint
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
 
@@ -40,64 +39,55 @@ def facts(samples: int, position: int) -> dict[str, str]:
     return CorpusFacts(["a.tar"], Order([samples], 1, 1, 0)).at(position)
 
 
-def write_state(path: Path, config: Config, **known: Any) -> Path:
-    """What of a checkpoint is read before its weights."""
-    path.mkdir(parents=True, exist_ok=True)
-    state = archive.State(3, {}, 1, fingerprint(config), {}, **known)
-    (path / "state.json").write_text(json.dumps(asdict(state)))
-    (path / "config.yaml").write_text(to_yaml(config))
-    return path
-
-
 @pytest.mark.L0
 def test_a_resume_on_another_corpus_is_refused_by_what_has_changed(tmp_path: Path) -> None:
     config = tiny_config()
-    write_state(tmp_path, config, skipped_steps=2, corpus=facts(64, 5 * 12))
+    path = write_checkpoint(tmp_path, config, skipped_steps=2, corpus=facts(64, 5 * 12))
     same: Any = SimpleNamespace(config=config, corpus=lambda position: facts(64, position))
     other: Any = SimpleNamespace(config=config, corpus=lambda position: facts(65, position))
-    check_corpus(same, tmp_path, ())
-    check_corpus(other, tmp_path, ("data",))
+    check_corpus(same, path, ())
+    check_corpus(other, path, ("data",))
     for allowed in (("optim.lr",), ("batch.clip",)):
         with pytest.raises(UserError, match="samples: 64 -> 65; names and sizes of the shards"):
-            check_corpus(other, tmp_path, allowed)
+            check_corpus(other, path, allowed)
 
 
 @pytest.mark.L0
-def test_another_batch_goes_on_at_the_next_sample_and_says_so(tmp_path: Path) -> None:
+def test_a_resume_with_another_batch_size_starts_at_the_next_sample_and_logs_it(tmp_path: Path) -> None:
     before, larger = tiny_config(), tiny_config("batch.clip=24")
-    path = write_state(tmp_path, before, skipped_steps=2, corpus=facts(64, 5 * 12))
-    assert cursor_of(path, before) == Cursor(3, 2)
-    assert batch_change(path, before) == ""
-    cursor = cursor_of(path, larger)
+    path = write_checkpoint(tmp_path, before, skipped_steps=2, corpus=facts(64, 5 * 12))
+    assert resume_cursor(path, before) == Cursor(3, 2)
+    assert batch_change_message(path, before) == ""
+    cursor = resume_cursor(path, larger)
     assert [cursor.position(done, larger) for done in (3, 4, 5)] == [60, 84, 108]
-    assert batch_change(path, larger) == (
-        "the batch was of 12 samples and is of 24: the run goes on at sample 60 of the data, none is skipped or met "
-        "again"
+    assert batch_change_message(path, larger) == (
+        "batch size 12 in the checkpoint, 24 in this run: the run resumes at sample 60 of the data, none is skipped or "
+        "repeated"
     )
     training: Any = SimpleNamespace(config=larger, corpus=lambda position: facts(64, position))
     check_corpus(training, path, ("batch.clip",))
 
 
 @pytest.mark.L0
-def test_after_a_change_of_the_batch_the_position_is_what_was_saved(tmp_path: Path) -> None:
+def test_after_a_change_of_the_batch_size_the_position_is_the_saved_one(tmp_path: Path) -> None:
     larger, smaller = tiny_config("batch.clip=24"), tiny_config("batch.clip=6", "batch.ssl=6", "batch.rec=6")
-    path = write_state(tmp_path, larger, position=84)  # two steps of 30 and one of 24, say
+    path = write_checkpoint(tmp_path, larger, position=84)  # two steps of 30 and one of 24, say
     for config in (larger, smaller):
-        cursor = cursor_of(path, config)
+        cursor = resume_cursor(path, config)
         assert [cursor.position(done, config) for done in (3, 4)] == [84, 84 + config.batch.clip]
 
 
 @pytest.mark.L0
-def test_with_other_streams_the_run_goes_on_at_a_multiple_of_them_and_says_what_is_left_out(tmp_path: Path) -> None:
-    path = write_state(tmp_path, tiny_config(), position=84)
+def test_with_other_streams_the_run_resumes_at_a_multiple_of_them_and_logs_what_is_skipped(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, tiny_config(), position=84)
     config = tiny_config("data.streams=5", "batch.clip=20", "batch.ssl=5", "batch.rec=5")
-    cursor = cursor_of(path, config)
+    cursor = resume_cursor(path, config)
     assert cursor.position(3, config) == 85
-    assert "at sample 85 of the data, 1 before it are left out" in batch_change(path, config)
+    assert "at sample 85 of the data, 1 before it are skipped" in batch_change_message(path, config)
 
 
 @pytest.mark.L0
-def test_a_roll_back_behind_a_change_of_the_batch_meets_no_sample_again(
+def test_a_roll_back_to_before_a_change_of_the_batch_size_repeats_no_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run was resumed at step 3, position 36, with 24 a step; at step 5 it goes back to step 2, of 12 a step."""

@@ -133,12 +133,12 @@ def test_outdated_weights_are_refused_by_run_directory_and_accepted_by_file(
     write_weights(copy / "weights.safetensors", state, model, Origin(32, "run", steps=100))
     latest = copy / "checkpoints" / "latest"
     latest.parent.mkdir()
-    for step in (150, 50):  # it went on, or back
+    for step in (150, 50):  # resumed, and resumed from an earlier one
         latest.write_text(name_of(step))
         assert run.main([str(copy), "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err
         assert f"holds the weights of step 100, but the run's latest checkpoint is step-{step:08d}" in said
-        assert f"engine.archive {copy}/checkpoints --out {copy}/weights.safetensors`" in said
+        assert f"engine.archive {copy} --out {copy}/weights.safetensors`" in said
     given = ("--tasks", "reconstruction", "--data", corpus / "held_out", "--crop", 32)
     evaluated(tmp_path / "file", copy / "weights.safetensors", *given)
     latest.write_text(f"{name_of(100)}\n")

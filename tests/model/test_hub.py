@@ -78,36 +78,43 @@ def test_the_card_says_what_is_known_and_names_what_the_weights_can_do() -> None
         assert said in card.text
 
 
-def test_what_a_user_says_of_the_weights_stands_in_the_card(saved: Path, tmp_path: Path) -> None:
+def test_model_card_kwargs_are_in_the_card(saved: Path, tmp_path: Path) -> None:
     tokenizer = VisualTokenizer.from_pretrained(saved)
-    said = {"license": "mit", "datasets": ["someone/pictures"], "tags": ["mine"], "repo_url": "https://example.com/it"}
-    tokenizer.save_pretrained(tmp_path / "said", model_card_kwargs=said)
-    card = huggingface_hub.ModelCard.load(tmp_path / "said" / "README.md")
+    fields = {
+        "license": "mit",
+        "datasets": ["someone/pictures"],
+        "tags": ["mine"],
+        "repo_url": "https://example.com/it",
+    }
+    tokenizer.save_pretrained(tmp_path / "with_fields", model_card_kwargs=fields)
+    card = huggingface_hub.ModelCard.load(tmp_path / "with_fields" / "README.md")
     assert (card.data.license, card.data.datasets) == ("mit", ["someone/pictures"])
     assert {"mine", "vtp", "visual-tokenizer"} <= set(card.data.tags)
     assert "| licence | mit |" in card.text
     assert "| repo | https://example.com/it |" in card.text
-    assert tokenizer.generate_model_card().data.license == "unknown", "one card's words are not the next one's"
-    with pytest.raises(UserError, match=r"licence='mit', which is no field of a model card: those are base_model, "):
+    assert tokenizer.generate_model_card().data.license == "unknown", "fields of one card do not leak into the next"
+    with pytest.raises(
+        UserError, match=r"licence='mit', which is no field of a model card; the fields are base_model, "
+    ):
         tokenizer.save_pretrained(tmp_path / "wrong", model_card_kwargs={"licence": "mit"})
     assert not (tmp_path / "wrong").exists()
-    with pytest.raises(UserError, match=r"README.md exists and is not written over: model_card_kwargs would have no"):
-        tokenizer.save_pretrained(tmp_path / "said", model_card_kwargs={"license": "apache-2.0"})
+    with pytest.raises(UserError, match=r"README.md exists and is not overwritten: model_card_kwargs would have no"):
+        tokenizer.save_pretrained(tmp_path / "with_fields", model_card_kwargs={"license": "apache-2.0"})
 
 
-def test_a_card_names_licence_and_task_without_being_told(saved: Path) -> None:
+def test_a_card_has_licence_and_task_by_default(saved: Path) -> None:
     card = huggingface_hub.ModelCard.load(saved / "README.md")
     assert card.data.license == "unknown"
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert "| captions' vocabulary | not in this directory |" in card.text
 
 
-def test_the_licence_can_be_said_on_the_command_line(saved: Path, tmp_path: Path) -> None:
+def test_the_licence_can_be_given_on_the_command_line(saved: Path, tmp_path: Path) -> None:
     assert main(["export", str(saved), "--out", str(tmp_path / "out"), "--license", "apache-2.0"]) == 0
     assert huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md").data.license == "apache-2.0"
 
 
-def test_the_captions_vocabulary_travels_with_a_text_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_captions_vocabulary_is_saved_with_a_text_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vocabulary = tmp_path / "captions.json"
     vocabulary.write_text("{}")
     run = write_run(tmp_path / "run", tiny_config(f"data.tokenizer={vocabulary}"))
@@ -121,7 +128,7 @@ def test_the_captions_vocabulary_travels_with_a_text_tower(tmp_path: Path, capsy
     assert "| captions' vocabulary | `tokenizer.json` |" in (tmp_path / "again" / "README.md").read_text()
     vocabulary.unlink()
     assert main(["export", str(run), "--out", str(tmp_path / "without")]) == 0
-    assert f"has no tokenizer.json, the captions' vocabulary: {vocabulary} is not to be had" in capsys.readouterr().err
+    assert f"has no tokenizer.json, the captions' vocabulary: {vocabulary} is not available" in capsys.readouterr().err
 
 
 def test_weights_without_a_text_tower_need_no_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

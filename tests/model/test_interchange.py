@@ -73,13 +73,25 @@ def test_what_the_public_layout_cannot_hold_is_refused(
             '"vision_patch_size": 4',
             "trunk.patch_embed.proj.weight: found shape (32, 3, 8, 8)",
         ),
-        ('"vision_num_heads": 2', '"vision_num_heads": 4', "another RoPE, with which these weights would give other"),
+        (
+            '"vision_num_heads": 2',
+            '"vision_num_heads": 4',
+            "another RoPE, which would change the latents of these weights",
+        ),
         ('"text_depth": 1,', "", "no text_depth: every key of the public layout must be there"),
         ('"text_quick_gelu": false', '"text_quick_gelu": true', "such a model run in the public VTP code, not here"),
         ('"vision_ffn_layer": "swiglu"', '"vision_ffn_layer": "mlp"', "vision_ffn_layer='mlp': only 'swiglu' can be"),
-        ('"vision_ffn_layer": "swiglu"', '"vision_ffn_layer": "swiglu64"', "'swiglu64' of 128 channels, of which ours"),
+        (
+            '"vision_ffn_layer": "swiglu"',
+            '"vision_ffn_layer": "swiglu64"',
+            "'swiglu64' with 128 hidden channels, ours has",
+        ),
         ('"vision_norm_layer": "rmsnorm"', '"vision_norm_layer": "layernormbf16"', "norm 'layernormbf16'"),
-        ('"nonscalar_logit_scale": false', '"nonscalar_logit_scale": "no"', "nonscalar_logit_scale='no': it is true"),
+        (
+            '"nonscalar_logit_scale": false',
+            '"nonscalar_logit_scale": "no"',
+            "nonscalar_logit_scale='no': it must be true",
+        ),
         ('"nonscalar_logit_scale": false', '"nonscalar_logit_scale": true', "logit_scale: found shape ()"),
         ('"init_logit_bias": null', '"init_logit_bias": -10.0', "logit_bias: found nothing"),
         ('"model_type": "vtp"', '"model_type": "llama"', "model_type='llama': it describes no VTP tokenizer"),
@@ -105,7 +117,7 @@ def test_a_public_directory_that_does_not_fit_is_refused(
     assert not (tmp_path / "back.safetensors").exists()
 
 
-# Every argument of the official VTPConfig, all of which its saves name, in the values of its default.
+# Every argument of the official VTPConfig with its default; saves of the class write all of them.
 OFFICIAL = {
     "image_size": 256, "train_clip": True, "train_reconstruction": True, "vision_patch_size": 16,
     "vision_embed_dim": 768, "vision_depth": 12, "vision_num_heads": 12, "vision_mlp_ratio": 4.0,
@@ -121,7 +133,7 @@ OFFICIAL = {
 }  # fmt: skip
 
 
-def test_a_config_that_the_official_class_saved_is_understood_key_by_key() -> None:
+def test_a_config_that_the_official_class_saved_is_read_key_by_key() -> None:
     model = model_of(OFFICIAL)
     parts = frozenset(("trunk", "bottleneck", "decoder", "text", "clip"))
     assert public_config(model, parts, has_bias=False, image_size=256) == {"model_type": "vtp", **OFFICIAL}
@@ -137,7 +149,7 @@ def test_a_config_that_the_official_class_saved_is_understood_key_by_key() -> No
         {"init_logit_scale": 2.6593, "text_pad_id": 5},
     ],
 )
-def test_what_hugging_face_adds_to_a_config_and_what_has_no_effect_does_no_harm(
+def test_keys_that_hugging_face_adds_and_keys_without_effect_are_accepted(
     tmp_path: Path, added: dict[str, object]
 ) -> None:
     main(["export", str(write_run(tmp_path / "run", tiny_config())), "--out", str(tmp_path / "public")])
@@ -146,15 +158,15 @@ def test_what_hugging_face_adds_to_a_config_and_what_has_no_effect_does_no_harm(
     assert main(["import", str(tmp_path / "public"), "--out", str(tmp_path / "back.safetensors")]) == 0
 
 
-def test_a_logit_scale_of_one_number_in_a_row_is_read_as_one_without(tmp_path: Path) -> None:
+def test_a_logit_scale_of_shape_1_is_read_as_one_of_shape_0(tmp_path: Path) -> None:
     """nonscalar_logit_scale: the official class keeps scale and bias in the shape (1,) then."""
     config = tiny_config("objectives.clip.kind=sigmoid")
     state = build(config).state_dict()
     public, described = to_public(state, config.model, image_size=32)
     assert public["logit_scale"].shape == public["logit_bias"].shape == ()
     one = {name: public[name].reshape(1) for name in ("logit_scale", "logit_bias")}
-    for tensors, said in ((public, {}), (public | one, {"nonscalar_logit_scale": True})):
-        back, _ = from_public(tensors, described | said)
+    for tensors, keys in ((public, {}), (public | one, {"nonscalar_logit_scale": True})):
+        back, _ = from_public(tensors, described | keys)
         for name in ("clip.logit_scale", "clip.logit_bias"):
             assert torch.equal(back[name], state[name])
 
@@ -168,14 +180,16 @@ def test_an_older_export_without_the_key_is_read_as_the_official_class_reads_it(
 
 
 @pytest.mark.parametrize(("patch", "announced"), [(8, False), (16, True)])
-def test_a_decoder_that_the_official_class_cannot_build_is_kept_for_us_and_not_announced_to_it(
+def test_a_decoder_that_the_official_class_cannot_build_is_exported_with_train_reconstruction_false(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], patch: int, announced: bool
 ) -> None:
-    """It builds decoders for patches of 16 pixels whatever config.json says, and loads what it does not build as
-    unused; announced, the directory would not load at all."""
+    """It builds decoders for patches of 16 pixels whatever config.json says. With train_reconstruction=true the
+    directory would not load there at all; with false the decoder's tensors are unused."""
     run = write_run(tmp_path / "run", tiny_config(f"model.patch_size={patch}"))
     assert main(["export", str(run), "--out", str(tmp_path / "public")]) == 0
-    assert ("note: the official VTP class builds decoders for patches of 16" in capsys.readouterr().err) != announced
+    assert (
+        "note: the official VTP class builds decoders only for patches of 16" in capsys.readouterr().err
+    ) != announced
     described = json.loads((tmp_path / "public" / "config.json").read_text())
     assert described["train_reconstruction"] == announced
     assert ("train_reconstruction=false" in (tmp_path / "public" / "README.md").read_text()) != announced
@@ -185,16 +199,16 @@ def test_a_decoder_that_the_official_class_cannot_build_is_kept_for_us_and_not_a
 
 
 @pytest.mark.parametrize("size", ["large", 0, True, [256, 256]])
-def test_an_image_size_that_is_none_is_one_clear_error(
+def test_an_image_size_that_is_not_a_positive_integer_is_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], size: object
 ) -> None:
-    """Of a directory that public code wrote: ours says it in the weights' metadata too."""
+    """For directories that public code wrote; ours have it in the metadata of the weights too."""
     config = tiny_config()
     public, described = to_public(build(config).state_dict(), config.model, image_size=32)
     save_file({name: tensor.contiguous() for name, tensor in public.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(described | {"image_size": size}))
     assert main(["import", str(tmp_path), "--out", str(tmp_path / "back.safetensors")]) == 2
-    assert f"config.json has image_size={size!r}: it is the side" in capsys.readouterr().err
+    assert f"config.json has image_size={size!r}: it must be the side" in capsys.readouterr().err
 
 
 def test_what_is_known_of_the_weights_travels_along(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_the_conventions_lie_beside_the_programs_and_inside_them(programs: Path)
         "shape": ["batch", 3, "height", "width"], "dtype": "float32", "range": [0, 1], "colour": "RGB"
     }  # fmt: skip
     assert said["decode"]["latent"]["shape"] == ["batch", 8, "height / 8", "width / 8"]
-    assert said["strides"] == "contiguous, of what goes in and what comes out"
+    assert said["strides"] == "contiguous, of inputs and outputs"
     assert said["origin"]["name"] == "tiny"
 
 
@@ -105,14 +105,15 @@ def test_weights_without_a_bottleneck_have_no_programs(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.L2
-@pytest.mark.L1  # half a minute of one core: two C++ compilations, of what users of AOTInductor deploy
+@pytest.mark.L2  # two C++ compilations, as users of AOTInductor run them
 @pytest.mark.filterwarnings(  # torch's own, of its own code
     "ignore:.isinstance.treespec, LeafSpec.*:FutureWarning", "ignore:.torch.jit.*is deprecated:DeprecationWarning"
 )
-def test_compiled_ahead_of_time_decode_takes_what_encode_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AOTInductor reads its inputs in the strides of the example without a look at theirs: a latent that is not
-    contiguous would be decoded as another, without an error."""
+def test_compiled_ahead_of_time_decode_reads_the_latent_of_encode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AOTInductor reads inputs in the strides of its example without a check: a latent that is not contiguous would be
+    decoded as another one, without an error."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     tokenizer = tokenizer_of(tiny_config("model.trunk.depth=1", "model.decoder.depth=1"))
     assert tokenizer.decoder is not None
@@ -166,14 +167,14 @@ def test_onnxruntime_gives_the_tokenizers_latents_and_pixels_at_every_size(tmp_p
 
 
 @pytest.mark.L0
-def test_what_onnx_programs_cannot_be_written_of_or_with_is_one_clear_error(
+def test_missing_packages_and_other_dtypes_are_one_clear_error_of_the_onnx_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer, run = tokenizer_of(tiny_config()), write_run(tmp_path / "run", tiny_config())
-    monkeypatch.setattr("model.programs.NEEDED_FOR_ONNX", ("torch", "no_such_package"))
+    monkeypatch.setattr("model.programs.ONNX_PACKAGES", ("torch", "no_such_package"))
     assert main(["programs", str(run), "--out", str(tmp_path / "out"), "--onnx"]) == 2
-    assert "no_such_package not installed: torch writes ONNX with them; pip install onnx" in capsys.readouterr().err
-    monkeypatch.setattr("model.programs.NEEDED_FOR_ONNX", ())
-    with pytest.raises(UserError, match=r"torch.bfloat16, ONNX programs are written of float32: call tokenizer.float"):
+    assert "no_such_package not installed: torch needs them to write ONNX; pip install onnx" in capsys.readouterr().err
+    monkeypatch.setattr("model.programs.ONNX_PACKAGES", ())
+    with pytest.raises(UserError, match=r"torch.bfloat16, ONNX programs need float32: call tokenizer.float"):
         write_onnx(tokenizer.to(torch.bfloat16), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ def test_periods_run_geometrically_from_one_towards_the_base() -> None:
 
 @pytest.mark.parametrize("head_width", [24, 40, 48, 72, 80, 96, 64])
 def test_bf16_rounds_exponents_too_as_the_released_weights_do(head_width: int) -> None:
-    """It shows where the quotients i / (E/4) are no short binary fractions: in every width here but 64."""
+    """Rounding matters where the quotients i / (E/4) are no short binary fractions: every width here but 64."""
     count = head_width // 4
     quotients = torch.tensor([i / count for i in range(count)], dtype=torch.float64)
     rounded, exact = 100.0 ** quotients.bfloat16().double(), 100.0**quotients

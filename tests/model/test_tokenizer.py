@@ -60,18 +60,18 @@ def test_any_multiple_of_the_patch_size_works_and_others_say_so() -> None:
 
 @pytest.mark.parametrize("convolutions", [(), CONV])
 @pytest.mark.parametrize("latent", ["deterministic", "gaussian"])
-def test_whatever_is_returned_is_contiguous_however_the_input_lies(
+def test_returned_tensors_are_contiguous_whatever_the_strides_of_the_input(
     tmp_path: Path, convolutions: tuple[str, ...], latent: str
 ) -> None:
     config = tiny_config(f"model.latent={latent}", *convolutions)
     tokenizer = tokenizer_of(config)
     vae = Autoencoder(tokenizer)
     for images in (torch.rand(2, 3, 32, 48), torch.rand(1, 32, 48, 3).permute(0, 3, 1, 2)):
-        found = tokenizer.encode(images)
+        encoded = tokenizer.encode(images)
         distribution = vae.encode(images * 2 - 1).latent_dist
-        channels_last = found.contiguous(memory_format=torch.channels_last)
+        channels_last = encoded.contiguous(memory_format=torch.channels_last)
         returned = {
-            "encode": found,
+            "encode": encoded,
             "decode": tokenizer.decode(channels_last),
             "features": tokenizer.features(images)[0],
             "mode": distribution.mode(),
@@ -85,7 +85,7 @@ def test_whatever_is_returned_is_contiguous_however_the_input_lies(
             returned["embed_images"] = tokenizer.embed_images(images)
             returned["embed_captions"] = tokenizer.embed_captions(random_batch(config, step=0).captions)
         assert [name for name, tensor in returned.items() if not tensor.is_contiguous()] == []
-        save_file({"latent": found}, tmp_path / "latent.safetensors")  # refuses what is not
+        save_file({"latent": encoded}, tmp_path / "latent.safetensors")  # refuses what is not
 
 
 def test_a_part_that_was_not_trained_is_named() -> None:

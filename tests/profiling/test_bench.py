@@ -43,21 +43,21 @@ def test_the_attention_bench_tells_every_backend(
     assert "median ms" in capsys.readouterr().out
 
 
-def test_without_products_in_bf16_benches_take_float32_and_say_so(
+def test_where_bf16_is_emulated_benches_use_float32_and_name_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a processor with AVX2 alone, where an emulated product takes some thirty times as long."""
+    """As on a processor with no more than AVX2, where an emulated product takes about thirty times as long."""
     monkeypatch.setattr(machine, "training_dtype", lambda: torch.float32)
     monkeypatch.setattr(attention, "SEGMENTS", ((2, 17), (3, 5)))
     out = tmp_path / "attention.json"
     assert bench.main(["attention", "--rounds", "1", "--json", str(out)]) == 0
     [measurement] = json.loads(out.read_text())
     assert "torch.float32" in measurement["workload"]
-    assert machine.precision() == "float32 (this machine has no products in bf16)"
+    assert machine.precision_label() == "float32 (this machine has no fast bf16 matrix products)"
     assert small_step().optim.precision == configured("study_mini", 8).optim.precision == "fp32"
     capsys.readouterr()
     assert bench.main(["fp8", "--rounds", "1"]) == 2
-    assert capsys.readouterr().err.startswith("error: this machine has no products in bf16, and FP8 is compared with")
+    assert capsys.readouterr().err.startswith("error: this machine has no fast bf16 matrix products, and this bench")
 
 
 def test_every_variant_is_printed_as_it_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_every_variant_is_printed_as_it_is_measured(capsys: pytest.CaptureFixtur
         "sums: b: N, round 1 of 1",
     ]
     assert seen[-1][0] == "b"
-    assert "sums: a: " in seen[-1][1], "a's time was there before b ran"
+    assert "sums: a: " in seen[-1][1], "the time of a is printed before b runs"
 
 
 def run_small() -> dict[str, Measurement]:

@@ -236,7 +236,7 @@ def test_of_each_kind_of_picture_the_first_the_middle_and_the_last_are_inlined(r
     page, facts = read(write_report(run))
     kinds = {block["title"]: block["captions"] for block in blocks(facts, "pictures")}
     assert kinds["Latents of demo"] == ["Latents after 1 step", "Latents after 3 steps", "Latents after 5 steps"]
-    assert "Each square is the latent of the picture in the same column" in sentences(facts, "pictures")
+    assert "Each square is the latent of the image in the same column" in sentences(facts, "pictures")
     assert kinds["held_out of demo"] == ["held_out"]
     assert page.tags.count("img") == 4
     assert "torn.png is no PNG file that can be read" in page.text["pictures"]
@@ -314,15 +314,17 @@ def test_values_that_are_no_numbers_are_named_and_left_as_gaps(tmp_path: Path) -
     assert "-Infinity" in [cell for table in page.tables for row in table for cell in row]
 
 
-def test_a_figure_that_is_taken_now_and_then_is_a_line_and_no_alarm(tmp_path: Path) -> None:
+def test_a_figure_of_every_tenth_report_is_plotted_as_a_line(tmp_path: Path) -> None:
     reports = [(step, figures(step)) for step in range(1, 41)]
     for step, values in reports[9::10]:
         values |= {"health/grad_share/clip": step / 50, "health/grad_share/ssl": 1 - step / 50}
     _, facts = read(write_report(make_run(tmp_path / "demo", reports)))
     [plot] = [plot for plot in plots(facts) if plot["title"] == "health/grad_share/clip"]
     assert plot["lines"] == [{"label": "demo", "steps": [10, 20, 30, 40], "values": [0.2, 0.4, 0.6, 0.8]}]
-    said = sentences(facts, "health")
-    assert said == "Not taken at each of the 40 reports of demo: health/grad_share/clip, health/grad_share/ssl in 4."
+    assert (
+        sentences(facts, "health")
+        == "Not in every one of the 40 reports of demo: health/grad_share/clip, health/grad_share/ssl in 4."
+    )
 
 
 def test_a_value_between_two_gaps_gets_a_dot() -> None:

@@ -65,14 +65,16 @@ def test_the_window_is_written_with_its_steps_and_phases(
     assert not phases.is_traced
 
 
-def test_a_window_that_the_profiler_cannot_write_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_the_profiler_cannot_write_is_one_log_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no trace")
 
     monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fail)
-    phases, said = Phases(None), list[str]()
-    steps(Window(tiny_config("profile.steps=2:3"), phases, tmp_path, rank=0, say=said.append), phases, 0, 4)
-    assert said == [f"could not write {tmp_path}/profile/rank0-steps2-3: RuntimeError: no trace"]
+    phases, lines = Phases(None), list[str]()
+    steps(Window(tiny_config("profile.steps=2:3"), phases, tmp_path, rank=0, say=lines.append), phases, 0, 4)
+    assert lines == [f"could not write {tmp_path}/profile/rank0-steps2-3: RuntimeError: no trace"]
     assert list((tmp_path / "profile").iterdir()) == []
 
 

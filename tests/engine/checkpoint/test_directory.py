@@ -58,11 +58,11 @@ def test_a_latest_that_names_no_checkpoint_is_one_error_with_the_choices(tmp_pat
     (tmp_path / "latest").write_text(f"{text}\n")
     with pytest.raises(UserError) as caught:
         directory.candidates(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path}/latest says {text!r}, which is no checkpoint there")
+    assert str(caught.value).startswith(f"{tmp_path}/latest names {text!r}, which is no checkpoint there")
     assert "(step-00000004, step-00000200)" in str(caught.value)
 
 
-def test_a_kill_while_a_step_is_saved_again_is_no_mistake_in_latest(tmp_path: Path) -> None:
+def test_after_a_kill_while_a_step_is_saved_again_latest_is_not_an_error(tmp_path: Path) -> None:
     for step in (100, 200):
         put(tmp_path, step)
     (tmp_path / "step-00000200").rename(tmp_path / ".step-00000200.old.tmp")

@@ -1,4 +1,4 @@
-"""A training that failed by itself, or whose storage did, ends with a code of its own, and one line."""
+"""A failed training, or failed storage, ends the run with an exit code of its own and one line."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def test_it_ends_with_its_code_and_one_line(
     def fails(*_: Any) -> NoReturn:
         raise error
 
+    monkeypatch.setenv("LOCAL_RANK", "0")  # which _train sets, and would leave behind
     monkeypatch.setattr(run, "train", fails)
     monkeypatch.setattr(world, "start", lambda minutes: Solo())
     monkeypatch.setattr(world, "stop", lambda: None)

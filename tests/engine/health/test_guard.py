@@ -59,7 +59,7 @@ def test_a_file_in_the_runs_directory_asks_it_to_stop(tmp_path: Path, monkeypatc
     assert not watch.should_stop()
 
 
-LISTENS = """
+GUARD_PROCESS = """
 import signal, sys, torch
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,9 +78,9 @@ while True:
 """
 
 
-def test_the_first_ctrl_c_asks_to_save_and_the_second_ends_at_once_without_a_traceback(tmp_path: Path) -> None:
+def test_the_first_ctrl_c_makes_the_run_save_and_the_second_ends_it_at_once_without_a_traceback(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", LISTENS, str(tmp_path)],
+        [sys.executable, "-c", GUARD_PROCESS, str(tmp_path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -93,26 +93,26 @@ def test_the_first_ctrl_c_asks_to_save_and_the_second_ends_at_once_without_a_tra
             process.stdin.flush()
             answers.append(process.stdout.readline())
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
     assert answers == ["False\n", "True\n", "True\n"]
     assert process.returncode == -signal.SIGINT
-    assert said == "SIGINT: the run saves at its next report and ends; once more ends it at once, unsaved\n"
+    assert stderr == "SIGINT: the run saves at its next report and ends; a second Ctrl-C ends it at once, unsaved\n"
 
 
 @pytest.mark.parametrize("is_ignored", [True, False])
-def test_a_terminal_that_closes_asks_to_save_unless_nohup_says_otherwise(
+def test_sighup_of_a_closed_terminal_makes_the_run_save_unless_nohup_ignores_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_ignored: bool
 ) -> None:
-    taken: list[int] = []
-    monkeypatch.setattr(signal, "signal", lambda number, _: taken.append(number))
+    handled: list[int] = []
+    monkeypatch.setattr(signal, "signal", lambda number, _: handled.append(number))
     monkeypatch.setattr(
         signal, "getsignal", lambda number: signal.SIG_IGN if is_ignored and number == signal.SIGHUP else signal.SIG_DFL
     )
     guard(Solo())[0].listen(tmp_path)
-    assert taken == [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP][: 3 if is_ignored else 4]
+    assert handled == [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP][: 3 if is_ignored else 4]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_unless_told_otherwise() -> None:

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine import archive, run
 from engine.complaint import complain
-from engine.exits import FAILED
+from engine.exits import FAILED, MISTAKE
 from engine.failures import Failure, last, record
 from engine.report.event_file import EventFile
 from engine.report.pictures import png
@@ -228,11 +228,13 @@ def test_weights_that_cannot_be_written_are_one_line_and_a_code_that_says_so(sha
     said = (run_dir / "log.txt").read_text().splitlines()[-1]
     assert said.startswith(f"stopped: could not write {out}: ")
     assert "File too large" in said
-    assert said.endswith("; the checkpoint is whole: mend this, and go on with --resume")
+    assert said.endswith("; the checkpoint is complete: remove the cause, then continue with --resume")
     failure = last(run_dir)
     assert failure is not None
     assert failure.kind == "weights"
     root = str(run_dir / "checkpoints")
-    assert archive.main([root, "--out", str(run_dir / "log.txt" / "weights.safetensors")]) == FAILED
+    with pytest.raises(SystemExit) as refused:  # by the command line: no directory can be made there
+        archive.main([root, "--out", str(run_dir / "log.txt" / "weights.safetensors")])
+    assert refused.value.code == MISTAKE
     assert archive.main([root, "--out", str(out)]) == 0
     assert read_weights(out)[0]

@@ -41,11 +41,11 @@ def test_one_latent_channel_is_grey_and_two_are_red_and_green(channels: int, num
     assert blue is None or (picture[2] == blue).all()
 
 
-def test_a_latent_of_one_place_has_a_picture() -> None:
+def test_a_latent_of_one_position_has_a_picture() -> None:
     assert torch.equal(latent_colours(torch.ones(1, 16, 1, 1), scale=2), torch.zeros(3, 2, 2))
 
 
-def test_numbers_that_are_not_finite_are_black_and_leave_the_others_their_colours(tmp_path: Path) -> None:
+def test_non_finite_values_are_black_and_do_not_change_other_colours(tmp_path: Path) -> None:
     latent = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     latent[1, 2, 0, 1] = torch.nan
     picture = latent_colours(latent, scale=1)

@@ -162,7 +162,7 @@ def test_the_file_the_run_began_with_must_still_be_there_at_the_end(
     path, aside = archive.find(root / str(runs.STEPS)), tmp_path / "aside.safetensors"
     weights.rename(aside)
     try:
-        with pytest.raises(UserError, match=r"is gone .*: put it back, or give its new place with --resume tokenizer"):
+        with pytest.raises(UserError, match=r"is gone .*: put it back, or give its new path with --resume tokenizer"):
             archive.consolidate(path, tmp_path / "weights.safetensors")
         moved = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"weights": str(aside)})})
         archive.consolidate(path, tmp_path / "weights.safetensors", moved)

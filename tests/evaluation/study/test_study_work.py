@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs import UserError
-from engine.lock import held, holder
+from engine.lock import file_lock, lock_holder
 from evaluation.study import carry_out, results
 from evaluation.study.carry_out import Session, is_done, read_record
 from evaluation.study.work import failure, last_words, work
@@ -124,7 +124,7 @@ def test_a_session_that_is_over_starts_nothing(tmp_path: Path) -> None:
 
 def test_a_cell_in_other_hands_is_passed_over(tmp_path: Path) -> None:
     layout = made_up(tmp_path)
-    with held(layout.lock("rec-1")) as lock:
+    with file_lock(layout.lock("rec-1")) as lock:
         assert lock is not None
         tally, said = finish(layout)
     assert tally == {"done": ["rec-0", "clip_rec-0", "clip_rec-1"], "busy": ["rec-1"]}
@@ -135,8 +135,8 @@ def test_a_cell_in_other_hands_is_passed_over(tmp_path: Path) -> None:
 HOLDS = """
     import subprocess, sys, time
     from pathlib import Path
-    from engine.lock import held
-    with held(Path(sys.argv[1])) as lock:
+    from engine.lock import file_lock
+    with file_lock(Path(sys.argv[1])) as lock:
         if sys.argv[2] == "child":
             child = subprocess.Popen(["/bin/sleep", "30"], pass_fds=[lock])
             print(child.pid, flush=True)
@@ -153,20 +153,20 @@ def test_the_lock_of_a_dead_process_is_free_but_not_while_its_command_lives(tmp_
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
             assert process.stdout is not None
             child = int(process.stdout.readline())
-            with held(lock) as mine:
+            with file_lock(lock) as mine:
                 assert mine is None
-            assert f"process {process.pid} of host" in holder(lock)
+            assert f"process {process.pid} of host" in lock_holder(lock)
             process.kill()
         if kind == "child":
-            with held(lock) as mine:
+            with file_lock(lock) as mine:
                 assert mine is None, "what it started is still at work"
             os.kill(child, signal.SIGKILL)
             for _ in range(200):
-                with held(lock) as mine:
+                with file_lock(lock) as mine:
                     if mine is not None:
                         break
                 time.sleep(0.01)
-        with held(lock) as mine:
+        with file_lock(lock) as mine:
             assert mine is not None
 
 
@@ -175,7 +175,7 @@ def test_what_a_stopped_command_started_ends_with_it(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     script = f"(trap 'sleep 0.3; exit' TERM; sleep 60 & wait) & echo $! > {pid_file}; wait"
     hanging = type(stage)("evaluation", ("/bin/sh", "-c", script), stage.result, stage.folder, "f")
-    with held(tmp_path / "lock") as lock:
+    with file_lock(tmp_path / "lock") as lock:
         assert lock is not None
         assert carry_out.carry_out(hanging, tmp_path, lock, Session(time.monotonic() + 0.3)) == "stopped"
     stat = Path(f"/proc/{int(pid_file.read_text())}/stat")
@@ -185,7 +185,7 @@ def test_what_a_stopped_command_started_ends_with_it(tmp_path: Path) -> None:
 def test_a_command_that_ends_well_without_its_result_has_failed(tmp_path: Path) -> None:
     stage = made_up(tmp_path).stages(CELLS[0])[1]
     empty = type(stage)("evaluation", ("/bin/sh", "-c", "true"), stage.result, stage.folder, "f")
-    with held(tmp_path / "lock") as lock:
+    with file_lock(tmp_path / "lock") as lock:
         assert lock is not None
         assert carry_out.carry_out(empty, tmp_path, lock, Session()) == "failed"
 

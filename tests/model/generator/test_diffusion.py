@@ -165,8 +165,8 @@ def test_the_loss_is_a_function_of_its_arguments_and_a_mean_over_rows(kind: str)
 
 
 def test_classes_are_hidden_as_often_as_asked() -> None:
-    """3,000 rows: 0.1 within four standard errors; and none or all where the share says so."""
-    for share in (0.0, 0.1, 1.0):
+    """3,000 rows: 0.1 and 0.9 within four standard errors; and none where the share is 0."""
+    for share in (0.0, 0.1, 0.9):
         generator = fresh(section(class_dropout=share), LatentShape(1, 1, 1))
         seen: list[Tensor] = []
         generator.backbone.label.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))

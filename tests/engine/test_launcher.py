@@ -1,4 +1,4 @@
-"""Ranks end when their launcher does, or the one that started it; those of a shell do not."""
+"""The variables a launcher sets; ranks end when it, or the process above it, ends, those of a shell do not."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from engine import orphans
+from engine import launcher
 from tests.engine.small_runs import wait_until
 
 pytestmark = pytest.mark.L0
-ROOT = Path(orphans.__file__).parents[1]
+ROOT = Path(launcher.__file__).parents[1]
+
+
+def test_a_rank_reads_its_numbers_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.rank_environment() == {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4}
+
 
 # "NAME runner" starts "NAME launch", which starts "NAME rank": as deepspeed, its launch.py and a rank.
 CHAIN = """
@@ -27,13 +34,13 @@ with open(f"{here}/{kind}", "w") as file:
 if kind != "rank":
     following = {"runner": "launch", "launch": "rank"}[kind]
     sys.exit(subprocess.call([sys.executable, sys.argv[0], following, here]))
-from engine import orphans
+from engine import launcher
 def end(*_):
-    open(f"{here}/asked", "w").close()
+    open(f"{here}/terminated", "w").close()
     sys.exit(143)
 signal.signal(signal.SIGTERM, end)
-orphans.LOOK_EVERY = 0.05
-orphans.end_with_launcher()
+launcher.POLL_SECONDS = 0.05
+launcher.end_with_launcher()
 open(f"{here}/ready", "w").close()
 while not os.path.exists(f"{here}/end"):
     time.sleep(0.02)
@@ -61,17 +68,17 @@ def pid_of(here: Path, kind: str) -> int:
 
 
 @pytest.mark.parametrize("killed", ["runner", "launch"])
-def test_a_rank_is_asked_to_end_when_a_launcher_above_it_is_killed(tmp_path: Path, killed: str) -> None:
+def test_a_rank_gets_sigterm_when_a_launcher_above_it_is_killed(tmp_path: Path, killed: str) -> None:
     with chain(tmp_path, "deepspeed"):
-        assert not (tmp_path / "asked").exists()
+        assert not (tmp_path / "terminated").exists()
         os.kill(pid_of(tmp_path, killed), signal.SIGKILL)
-        wait_until((tmp_path / "asked").exists, "SIGTERM", str)
+        wait_until((tmp_path / "terminated").exists, "SIGTERM", str)
 
 
-def test_only_launchers_are_looked_at(tmp_path: Path) -> None:
+def test_only_launchers_are_watched(tmp_path: Path) -> None:
     with chain(tmp_path, "train.sh"):
-        assert orphans.launchers(pid_of(tmp_path, "rank")) == []
-    assert orphans.launchers(0) == []
+        assert launcher.launcher_pids(pid_of(tmp_path, "rank")) == []
+    assert launcher.launcher_pids(0) == []
 
 
 @pytest.mark.parametrize(
@@ -87,4 +94,4 @@ def test_a_launcher_is_known_by_its_command_line(
     words: list[str], is_one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "read_bytes", lambda _: "\0".join(words).encode() + b"\0")
-    assert orphans._is_launcher(1) is is_one
+    assert launcher._is_launcher(1) is is_one
