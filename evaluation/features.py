@@ -73,8 +73,8 @@ def _check_out(out: Path) -> None:
         raise UserError(
             f"--out {out}: --fid tells these networks by their ending; name it {out.with_suffix('.safetensors')}"
         )
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out {out}: it is a directory, or there is none to write it into; name a file in one")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a directory: name a file in it")
 
 
 def labelled(pattern: str, size: int) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ def test_a_step_of_a_run_is_explained(tmp_path: Path) -> None:
     instruments = SimpleNamespace(use=None, window=window, phases=lambda name: nullcontext())
     nobody: Any = SimpleNamespace()
     phases = Phases(clock=None)
-    batches = lambda first, skipped: iter([None])  # noqa: E731
+    batches = lambda first, skipped, offset: iter([None])  # noqa: E731
     training: Any = SimpleNamespace(config=CONFIG, comm=Solo(), step=no_memory, batches=batches, phases=phases)
     parts: Any = (training, nobody, nobody, instruments, memory(tmp_path), nobody, Place(), Rollbacks(1), nobody)
     looped = run.Loop(*parts, tmp_path)

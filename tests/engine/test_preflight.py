@@ -60,7 +60,7 @@ def test_wrong_launcher_variables_are_one_line(
 @pytest.mark.parametrize(
     ("run_dir", "message"),
     [
-        ("x" * 300, "system.run_dir: a name of 300 bytes in it: file systems take 255"),
+        ("x" * 300, "system.run_dir: a name in it has 300 bytes: file systems take 255"),
         ("/".join(["x" * 200] * 20), f"would have up to .* bytes, and the system allows {MAX_PATH_BYTES}"),
         ('"a\\0b"', "is not a directory path"),
         ("''", "is not a directory path"),

@@ -164,9 +164,8 @@ def test_a_corpus_that_teaches_nothing_is_refused(tmp_path: Path, capsys: pytest
     assert "has a label, which is what the network learns from" in capsys.readouterr().err
     assert features.main([*asked, "--size", "4"]) == 2
     assert "16 pixels or more" in capsys.readouterr().err
-    for out, wrong in (("net.pth", "name it"), ("nowhere/net.safetensors", "there is none to write it into")):
-        assert features.main([*asked, "--out", str(tmp_path / out)]) == 2
-        assert wrong in capsys.readouterr().err
+    assert features.main([*asked, "--out", str(tmp_path / "net.pth")]) == 2
+    assert "name it" in capsys.readouterr().err
     for split in ("train", "held_out"):
         write_tar(tmp_path / f"{split}-0.tar", {"0.jpg": encoded(0), "0.json": b'{"label": 0}'})
     assert features.main(asked) == 2

@@ -140,5 +140,5 @@ def test_a_finished_run_taken_up_again_by_one_rank_writes_the_same_weights(place
 
 
 def test_zero_shot_asks_for_the_captions_tokenizer_which_stage_2_does_not_know(place: Path, trained: Path) -> None:
-    with pytest.raises(UserError, match="nor a run of stage 2 says with which tokenizer"):
+    with pytest.raises(UserError, match="does not say with which tokenizer the text tower was trained"):
         evaluate(trained, Options(tasks=("zero_shot",)), out=place / "results")
