@@ -36,6 +36,8 @@ _RULES = {
     "model_attributes_type": "input should be a section of keys",
 }
 _HASH = "\ue023"  # in the place of # while an override is parsed: private use, hence in no path
+# A path that begins with a sign of YAML: a star, a brace group or range with more behind it, a percent sign, an at.
+_PATTERN = re.compile(r"([*%@]|\{[^\s:{}]*\}(?=.))[^\s\"']*")
 _MERGE = "tag:yaml.org,2002:merge"
 # What an unquoted scalar may be besides a string, and the characters such a scalar can begin with.
 _SCALARS = (
@@ -198,12 +200,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {parent} holds {_kind(tree)}, not keys")
     try:
         # Nobody comments on a command line: `data.train=my data #1/x.tar` names one file.
-        tree[leaf] = _replaced(yaml.load(text.replace("#", _HASH), Loader=_Loader), _HASH, "#")
+        tree[leaf] = _replaced(_parsed(text.replace("#", _HASH)), _HASH, "#")
     except (yaml.YAMLError, ValueError) as error:  # UserError, or a number of thousands of digits
         raise UserError(
             f"override {override!r}: {text!r} is not a YAML value ({_problem(error).replace(_HASH, '#')}); a text with "
             "signs in it wants quotes"
         ) from None
+
+
+def _parsed(text: str) -> Any:
+    """The YAML value; of `*.tar`, `{00..99}.tar` and their kind, which YAML takes for the start of something else, the
+    text. Raises YAMLError, ValueError."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        if _PATTERN.fullmatch(text):
+            return text
+        raise
 
 
 def _replaced(value: Any, old: str, new: str) -> Any:
