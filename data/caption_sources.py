@@ -62,12 +62,12 @@ class Captions:
 
 
 def sidecar_captions(source: Path, files: Files) -> Captions:
-    """The caption of cat.jpg is the text of cat.txt beside it."""
+    """The caption of cat.jpg is the text of cat.txt beside it, or of cat.jpg.txt, as in shards."""
     by_stem = {stem(name): name for name in files.names if name.lower().endswith(".txt")}
     texts: dict[str, tuple[str, ...]] = {}
     refused: dict[str, str] = {}
     for name in files.images:
-        path = source / by_stem.get(stem(name), "")
+        path = source / (by_stem.get(stem(name)) or by_stem.get(composed(name), ""))
         if not path.is_file():  # a pipe would be waited for
             continue
         try:
