@@ -63,6 +63,8 @@ def train(
     run_dir = run_directory(config)
     # A restart may come before the last rank of the run before it, on another host, has noticed that it is cut off.
     with alone_in(run_dir, config.system.watch.silent_seconds), watched(config, run_dir) as place:
+        if not resume:  # once more: a run that was waited for has gone on saving since the start looked
+            on_first(lambda: archive.check_start(config, resume, allowed_changes))
         if world.is_first():
             stop_file.forget(run_dir)
         place.at("assembling")
