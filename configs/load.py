@@ -36,6 +36,8 @@ _RULES = {
     "model_attributes_type": "input should be a section of keys",
 }
 _ESCAPED_HASH = "\ue023"  # replaces # while an override is parsed; a private-use character, so in no path
+# A path that begins with a sign of YAML: a star, a brace group or range with more behind it, a percent sign, an at.
+_PATTERN = re.compile(r"([*%@]|\{[^\s:{}]*\}(?=.))[^\s\"']*")
 _MERGE = "tag:yaml.org,2002:merge"
 # What an unquoted scalar may be besides a string, and the characters such a scalar can begin with.
 _SCALARS = (
@@ -198,12 +200,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {parent} holds {_kind(tree)}, not keys")
     try:
         # Overrides have no comments: `data.train=my data #1/x.tar` names one file.
-        tree[leaf] = _replace_in_texts(yaml.load(text.replace("#", _ESCAPED_HASH), Loader=_Loader), _ESCAPED_HASH, "#")
+        tree[leaf] = _replace_in_texts(_parse_value(text.replace("#", _ESCAPED_HASH)), _ESCAPED_HASH, "#")
     except (yaml.YAMLError, ValueError) as error:  # UserError, or a number of thousands of digits
         raise UserError(
             f"override {override!r}: {text!r} is not a YAML value ({_problem(error).replace(_ESCAPED_HASH, '#')}); "
             "a text with signs in it wants quotes"
         ) from None
+
+
+def _parse_value(text: str) -> Any:
+    """Parse an override's value as YAML; a pattern such as `*.tar` or `{00..99}.tar`, which is no YAML, is kept as
+    text. Raises YAMLError, ValueError."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        if _PATTERN.fullmatch(text):
+            return text
+        raise
 
 
 def _replace_in_texts(value: Any, old: str, new: str) -> Any:

@@ -62,12 +62,12 @@ class Captions:
 
 
 def sidecar_captions(source: Path, files: FileList) -> Captions:
-    """Read the captions of images from text files beside them: that of cat.jpg from cat.txt."""
+    """Read the captions of images from text files beside them: that of cat.jpg from cat.txt, else cat.jpg.txt."""
     by_stem = {stem(name): name for name in files.names if name.lower().endswith(".txt")}
     texts: dict[str, tuple[str, ...]] = {}
     refused: dict[str, str] = {}
     for name in files.images:
-        path = source / by_stem.get(stem(name), "")
+        path = source / (by_stem.get(stem(name)) or by_stem.get(to_nfc(name), ""))
         if not path.is_file():  # reading a pipe would block
             continue
         try:

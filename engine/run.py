@@ -63,6 +63,8 @@ def train(
     run_dir = run_directory(config)
     # At a restart a rank of the previous run, on another host, may not yet have noticed that it is cut off.
     with exclusive_run_directory(run_dir, config.system.watch.silent_seconds), watched(config, run_dir) as place:
+        if not resume:  # again: a run that held the lock meanwhile may have saved checkpoints
+            on_first(lambda: archive.check_start(config, resume, allowed_changes))
         if world.is_first():
             stop_file.forget(run_dir)
         place.at("assembling")

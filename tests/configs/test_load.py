@@ -130,6 +130,17 @@ def test_an_override_has_no_comments(text: str, paths: tuple[str, ...]) -> None:
     assert "\ue023" not in refusal("data.train=[a #1.tar") + to_yaml(config)
 
 
+@pytest.mark.parametrize("text", ["*.tar", "{00..99}.tar", "{train,val}/*.tar", "*/{0..9}.tar", "%7B.tar", "@a/*.tar"])
+def test_a_pattern_that_begins_with_a_sign_of_yaml_is_a_pattern(text: str) -> None:
+    assert tiny_config(f"data.train={text}").data.train == (text,)
+    assert tiny_config(f"data.train=[a.tar, '{text}']").data.train == ("a.tar", text)
+
+
+@pytest.mark.parametrize("text", ["{clip: 12", "{clip: 12} {ssl: 3}", "[1, 2", '"a.tar', "'a.tar"])
+def test_keys_lists_and_quotes_that_do_not_close_are_no_pattern(text: str) -> None:
+    assert "is not a YAML value" in refusal(f"batch={text}")
+
+
 def test_on_and_off_are_values_of_compile(tmp_path: Path) -> None:
     assert tiny_config("system.compile=on").system.compile == "on"
     text = TINY.read_text() + "system: {compile: off}\n"

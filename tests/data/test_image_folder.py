@@ -190,6 +190,21 @@ def test_caption_files_are_decoded_by_their_byte_order_mark_or_refused(tmp_path:
 # Folders -------------------------------------------------------------------------------------------------------
 
 
+def test_a_caption_file_may_be_named_after_the_whole_image_name(tmp_path: Path) -> None:
+    source = write(tmp_path / "a", "cat.jpg", "cat.png", "dog.png", "fox.2.png")
+    for name, text in {
+        "cat.jpg.txt": "a cat",
+        "cat.png.txt": "a tabby",
+        "dog.txt": "a dog",
+        "fox.2.txt": "foxes",
+    }.items():
+        (source / name).write_text(text)
+    (source / "dog.png.txt").write_text("a dog that goes on after the name")
+    expected = {"cat.jpg": "a cat", "cat.png": "a tabby", "dog.png": "a dog", "fox.2.png": "foxes"}
+    found = {name: caption for name, (_, caption) in pack(source, "--held-out-share", "0").items()}
+    assert found == expected
+
+
 def test_split_folders_name_no_class_and_decide_what_is_held_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

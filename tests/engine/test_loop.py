@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from engine.health.guard import Found
 from engine.health.rollback import Cursor
 from engine.lock import file_lock
 from engine.report.reporter import open_reporter
+from model.objectives.comm import Solo
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -81,6 +83,20 @@ def test_a_second_run_in_a_directory_is_refused_until_the_first_has_ended(
         assert other is None
     with run.exclusive_run_directory(tmp_path, wait=0.0):
         assert capsys.readouterr().err == ""
+
+
+def test_a_start_that_waited_for_another_run_does_not_write_over_what_that_one_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def waited_for_a_run_that_saves(run_dir: Path, wait: float) -> Iterator[None]:
+        (run_dir / "checkpoints" / "step-00000004").mkdir(parents=True)
+        yield
+
+    monkeypatch.setattr(run, "exclusive_run_directory", waited_for_a_run_that_saves)
+    monkeypatch.setattr(run.kinds, "assemble", lambda *_: pytest.fail("the run began"))
+    with pytest.raises(UserError, match=r"already holds a run \(step-00000004\): go on with --resume"):
+        run.train(tiny_config(f"system.run_dir={tmp_path}"), {}, Solo(), resume=False)
 
 
 def test_a_directory_that_cannot_be_locked_is_a_warning_and_ends_nothing(
