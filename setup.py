@@ -41,8 +41,9 @@ setup(
         "setuptools",  # torch.utils.tensorboard and DeepSpeed's extension builder import it at run time
     ],
     extras_require={
-        # Wheels only. FlashAttention 2 is not asked for: torch's own varlen attention is the same kernel.
-        "gpu": ["xformers", "torchao"],
+        # Wheels only. FlashAttention 2 is not requested: torch's own varlen attention is the same kernel; nor is
+        # xFormers, whose wheel is built for another torch and loads no kernel beside the one pinned here.
+        "gpu": ["torchao"],
         # Built against the torch that is installed: pip install --no-build-isolation -e ".[transformer-engine]"
         "transformer-engine": ["transformer-engine[pytorch]"],
         "onnx": ["onnx", "onnxscript", "onnxruntime"],  # model.interchange programs --onnx

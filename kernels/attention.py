@@ -45,7 +45,7 @@ NEEDS = {
     "flash2": Need(
         "flash_attn", (8, 0), "pip install --no-build-isolation flash-attn (compiles for about half an hour)"
     ),
-    "xformers": Need("xformers", (8, 0), "pip install -e '.[gpu]' -c constraints.txt"),
+    "xformers": Need("xformers", (8, 0), "pip install --no-build-isolation --no-binary xformers xformers (compiles)"),
 }
 PREFERENCE = ("flash3", "varlen", "flash2", "xformers")  # what "auto" tries, best first
 # Whose backward adds up in an order of its own each time, and cannot be told otherwise from here.

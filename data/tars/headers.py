@@ -28,6 +28,7 @@ _MOST_EXTENDED_BYTES = 1 << 16  # of a pax header: a path and some times; what i
 _SCAN_BYTES = 1 << 20  # read at a time when looking for the next header
 _NO_DATA = b"123456"  # links, devices, directories, pipes: their size says nothing
 _FILES = (b"0", b"\0", b"7")
+_RECORD_BYTES = 20 * BLOCK  # tar pads an archive to whole records of this size
 _MOST_END_BYTES = 1 << 20  # zeros that may end a tar: two blocks and the padding of the longest record
 
 
@@ -98,6 +99,8 @@ def walk(tar: Path) -> Headers:
                     raise NotATar(f"{tar}: no block of it is a tar header")
                 if len(raw) < BLOCK:
                     found.is_cut_off |= any(raw)
+                elif after is not None and _is_archive_end(number, offset, after):
+                    pass  # another tar begins here: `cat a.tar b.tar`
                 elif after is not None or any(raw):
                     found.damage[offset] = (tar_bytes if after is None else after) - offset
                 elif tar_bytes - offset > _MOST_END_BYTES:
@@ -118,6 +121,13 @@ def walk(tar: Path) -> Headers:
             told = _Told()
     found.is_cut_off |= offset > tar_bytes
     return found
+
+
+def _is_archive_end(number: int, offset: int, after: int) -> bool:
+    """Whether a gap between two headers is a tar's end: two blocks of zeros, and zeros up to a whole record."""
+    gap = after - offset
+    is_padding = after % _RECORD_BYTES == 0 and 2 * BLOCK <= gap <= _RECORD_BYTES + BLOCK
+    return is_padding and not any(os.pread(number, gap, offset))
 
 
 def parse(raw: bytes) -> _Block | None:

@@ -27,6 +27,7 @@ from data.tars import sidecar
 from data.tars.headers import BLOCK
 from data.tars.listing import Member, image_of, key_of, scan
 
+_INDEX_TRIES = 2  # of an optional file
 _MOST_PACKED_BYTES = 1 << 28  # of indexes in memory; beyond, the oldest are dropped and built again when needed
 
 
@@ -93,6 +94,7 @@ class Indexes:
         self._renewed: dict[int, tuple[tuple[int, ...], UserError | None]] = {}
         self._renew_lock, self._rebuilt_lock = threading.Lock(), threading.Lock()
         self._packed_bytes = 0
+        self._index_failures: Counter[str] = Counter()  # of fetching the .idx beside a remote shard
 
     @property
     def num_in_memory(self) -> int:
@@ -191,6 +193,11 @@ class Indexes:
         try:
             path = self._disk.fetch(index_name)
         except (FileNotFoundError, PermissionError):
+            return None
+        except OSError:  # the shard is readable without it: one more try, then it is indexed from its copy
+            self._index_failures[name] += 1
+            if self._index_failures[name] < _INDEX_TRIES:
+                raise
             return None
         trailer = sidecar.read_trailer(path, None)
         if trailer is None or remote.stat(name).size not in (None, trailer["tar_bytes"]):

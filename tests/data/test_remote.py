@@ -83,6 +83,15 @@ def test_a_page_in_place_of_an_index_counts_as_missing(server: HttpServer, tmp_p
     assert captions_of(f"{server.url}/c/0.tar", tmp_path) == ["a cat", "a dog"]
 
 
+@pytest.mark.parametrize("status", [429, 500])
+def test_an_index_that_the_server_fails_to_send_for_ever_is_made_from_the_shard(
+    server: HttpServer, tmp_path: Path, status: int
+) -> None:
+    server.answers["/c/0.idx"] = [status]
+    assert captions_of(f"{server.url}/c/0.tar", tmp_path) == ["a cat", "a dog"]
+    assert server.requests.count("GET /c/0.idx") == 2
+
+
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_transient_http_errors_are_tried_again(server: HttpServer, tmp_path: Path, status: int) -> None:
     server.answers |= {"/c/0.tar": [status, status, 200], "/c/0.idx": [status, 404]}

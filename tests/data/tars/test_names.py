@@ -182,3 +182,21 @@ def test_names_of_thousands_of_dots_are_joined_as_others_are() -> None:
     names = ["a" + "." * 3000 + f"{i}.jpg" for i in range(200)]
     keys = Counter(key for key, _ in split_names([*names, *(f"{name}.txt" for name in names)]))
     assert set(keys.values()) == {2}
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_written_one_after_the_other_in_a_file_are_read_as_one(tmp_path: Path, tar_format: int) -> None:
+    parts = []
+    for part in range(3):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
+            for ext, content in (("jpg", b"x" * (1 + 3000 * part)), ("txt", b"a caption")):
+                info = tarfile.TarInfo(f"{part}.{ext}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        parts.append(buffer.getvalue())
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    shards = Shards([str(tmp_path / "a.tar")], "txt")
+    assert (shards.sizes.tolist(), shards.bad) == ([3], {})
+    (tmp_path / "b.tar").write_bytes(parts[0] + bytes(512) + parts[1])  # not the end of a record: something was lost
+    assert Shards([str(tmp_path / "b.tar")], "txt").bad["corrupt tar"] >= 1
