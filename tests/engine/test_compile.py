@@ -31,7 +31,10 @@ def count(comm: Comm, steps: int, *overrides: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("world_size", "overrides", "graphs"),
-    [(2, (), 6), (1, ("model.trunk.drop_path=0.4", "system.activation_checkpointing=selective"), 5)],
+    [
+        pytest.param(2, (), 6, marks=pytest.mark.L2),
+        (1, ("model.trunk.drop_path=0.4", "system.activation_checkpointing=selective"), 5),
+    ],
 )
 def test_blocks_compile_to_few_graphs_without_breaks_or_late_recompiles(
     world_size: int, overrides: tuple[str, ...], graphs: int

@@ -83,7 +83,7 @@ def assert_bitwise(one: ranks.Trained, other: ranks.Trained) -> None:
         assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == [], part
 
 
-@pytest.mark.L1
+@pytest.mark.L2
 def test_hierarchical_partition_takes_the_steps_of_plain_zero_3(runs: list[list[Found]]) -> None:
     """Bit for bit: only where a weight is fetched from differs. A teacher read from the copy that DeepSpeed never
     renews changes the second step's loss by 0.8 %."""
@@ -101,7 +101,7 @@ def restored(comm: Comm, keys: dict[str, Any], root: Path) -> ranks.Trained:
     return ranks.outcome(parts, losses)
 
 
-@pytest.mark.L1
+@pytest.mark.L2
 @pytest.mark.parametrize(("world_size", "keys"), [(4, HPZ), (2, {})])
 def test_a_hierarchical_run_goes_on_from_its_checkpoint_at_any_layout(
     runs: list[list[Found]], checkpoints: Path, world_size: int, keys: dict[str, Any]
@@ -115,7 +115,7 @@ def test_a_hierarchical_run_goes_on_from_its_checkpoint_at_any_layout(
     assert rest.losses == pytest.approx(whole.losses[STEPS // 2 :], rel=1e-5)
 
 
-@pytest.mark.L1
+@pytest.mark.L2
 def test_quantised_weights_send_a_third_and_stay_close(runs: list[list[Found]]) -> None:
     for plain, quantised, _ in runs:
         # float32 here: 1 + 4/64 bytes for 4. The losses' gathers and those after the step are float32 in both.

@@ -34,7 +34,7 @@ from tests.engine.small_runs import (
 )
 from tests.harness import run_ranks
 
-pytestmark = [pytest.mark.L1, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+pytestmark = [pytest.mark.L2, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 STEPS = 48
 TRAINING = (f"optim.steps={STEPS}", "optim.warmup=0.0", "system.checkpoint.every=6", "system.watch.silent_seconds=10")
@@ -166,7 +166,6 @@ def lost(ended: Ended, name: str) -> list[str]:
     return re.findall(line, ended.said, re.MULTILINE)
 
 
-@pytest.mark.L2
 def test_a_run_over_two_hosts_stops_when_its_supervisor_is_asked(place: Place, stopped: Ended) -> None:
     assert stopped.exit_code == 143, stopped.said[-4000:]
     assert "supervisor: " not in stopped.said, "the ranks ended by themselves, with 143"
@@ -186,7 +185,6 @@ def test_ranks_are_given_what_deepspeed_sends_and_what_its_file_names(stopped: E
         assert not {"NCCL_DEBUG", "NOT_NAMED"} & given.keys(), "a machine without a GPU sends no NCCL_*, see ssh.md"
 
 
-@pytest.mark.L2
 def test_a_crashed_host_ends_the_run_on_the_other(crashed: Ended) -> None:
     """Its own launch ends with the signal's code, the other with 75; pdsh gives the larger of both."""
     assert crashed.exit_code not in (0, 143), crashed.said[-4000:]

@@ -275,7 +275,7 @@ def test_weights_of_convolutions_are_no_start_for_a_transformer_nor_its_frozen_e
         FrozenEncoder.load(align, "sdpa", torch.float32)
 
 
-@pytest.mark.parametrize("latent", ["deterministic", "gaussian"])
+@pytest.mark.parametrize("latent", [pytest.param("deterministic", marks=pytest.mark.L2), "gaussian"])
 def test_its_programs_run_without_this_code(latent: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(tiny_config(*CONV, f"model.latent={latent}"))
     write_programs(tokenizer, tmp_path)

@@ -11,7 +11,7 @@ from tests.soak.run import Run
 from tests.soak.schedule import Fault
 from tests.soak.story import compared
 
-pytestmark = pytest.mark.L1
+pytestmark = pytest.mark.L2
 
 FAULTS = (Fault(2.0, "kill", 1, 0.5), Fault(1.0, "preempt", 0, 0.5))
 
