@@ -30,7 +30,7 @@ from configs.section import (
     WeightDecay,
 )
 
-StartShare = Annotated[Number, Field(ge=0.0, lt=1.0)]  # at 1 the run would be over
+StartShare = Annotated[Number, Field(ge=0.0, le=1.0)]  # 1: never, which is how stage 2 without the term is measured
 
 
 class Tokenizer(Section):
