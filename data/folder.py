@@ -30,7 +30,8 @@ from data.sample import Plan, Sample
 from data.synthetic.grammar import with_article
 
 NOT_REPORTED = (*TABLE_SUFFIXES, ".md")  # tables and notes beside the images
-MIN_POOL_BYTES = 16 << 20  # bytes of images; below it, starting processes takes longer than decoding
+# Below both, starting processes takes longer than decoding. Drawings have few bytes and many pixels: hence the count.
+MIN_POOL_BYTES, MIN_POOL_IMAGES = 16 << 20, 128
 HELD_OUT_SHARE = 0.02
 
 README = """\
@@ -123,7 +124,8 @@ class ImageFolder:
     def samples(self, names: list[str]) -> Iterator[Sample]:
         """The samples of these images in order; images that give none are added to `skipped`."""
         num_bytes = sum(path.stat().st_size for name in names if (path := self.source / name).is_file())
-        workers = self.workers if num_bytes >= MIN_POOL_BYTES else 1
+        is_large = num_bytes >= MIN_POOL_BYTES or len(names) >= MIN_POOL_IMAGES
+        workers = self.workers if is_large else 1
         load = partial(_load, self.source, self.max_side)
         for name, found in zip(names, map_in_order(load, names, workers), strict=True):
             if isinstance(found, Unusable):
