@@ -73,7 +73,8 @@ $(VENV)/installed: setup.py constraints.txt
 	@echo "== set-up 1/3: virtual environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	@echo "== set-up 2/3: torch, in the build for this machine"
-	@if $(HAS_GPU); then false; else $(PIP) install -c constraints.txt "$(TORCH)+cpu" 2> $(VENV)/no_cpu_build; fi \
+	@if $(HAS_GPU); then false; else echo "== torch: asking pip's index for the CPU build" \
+	    && $(PIP) install --quiet -c constraints.txt "$(TORCH)+cpu" > $(VENV)/no_cpu_build 2>&1; fi \
 	    && echo "== torch: the CPU build, from pip's index" \
 	|| { echo "== torch: asking uv for the build for this machine" \
 	    && $(PIP) install --quiet -c constraints.txt uv && $(UV) --torch-backend auto -c constraints.txt "$(TORCH)"; } \

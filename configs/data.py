@@ -30,10 +30,12 @@ from configs.section import (
 
 Jitter = Annotated[Number, Field(ge=0.0, le=10.0)]  # factors are drawn from [max(0, 1 - this), 1 + this]
 
-# Extensions of images (all that data/image_types.py supports) and arrays, which hold no caption.
+# Extensions of images (all that data/image_types.py names, supported or not) and arrays, which hold no caption.
 _BINARY_EXTS = (
-    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "dib", "tif", "tiff", "gif", "avif", "heic", "heif",
-    "jxl", "jp2", "ppm", "pgm", "npy", "npz", "pt", "pth", "safetensors",
+    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "dib", "tif", "tiff", "gif", "avif",
+    "heic", "heif", "hif", "jp2", "j2k", "jpx", "jpf", "jxl", "svg", "svgz", "psd", "psb",
+    "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "exr", "hdr", "ico", "icns", "pbm", "pgm", "ppm", "pnm",
+    "tga", "npy", "npz", "pt", "pth", "safetensors",
 )  # fmt: skip
 
 
@@ -50,8 +52,8 @@ def check_caption(caption: str, key: str = "") -> str:
         raise UserError(f"{found}: only .json members have fields; write {extension!r} or json:{field}")
     if extension in _BINARY_EXTS:
         raise UserError(
-            f"{found}: a .{extension} member holds no text, and a caption is text; write the extension of the member "
-            "with the captions (txt), or json:KEY"
+            f"{found}: a .{extension} member holds an image or an array, and a caption is text; write the extension "
+            "of the member with the captions (txt), or json:KEY"
         )
     if not extension or extension != extension.lower() or extension.startswith(".") or extension.split() != [extension]:
         wanted = "".join(extension.split()).lstrip(".").lower() or "txt"

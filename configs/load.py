@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -191,6 +192,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r} has no value: write key.sub=value, for example optim.steps=100")
+    if any("\ud800" <= letter <= "\udfff" for letter in override):  # bytes that Python could not decode
+        raise UserError(
+            f"override {override!r} is not readable in this process's encoding ({sys.getfilesystemencoding()}): "
+            "letters beyond ASCII need UTF-8; unset PYTHONUTF8=0, or choose a UTF-8 locale (export LC_ALL=C.UTF-8)"
+        )
     *parents, leaf = key.split(".")
     for parent in parents:
         if tree.get(parent) is None:  # absent, or a section without a line below it

@@ -47,7 +47,13 @@ def expand(patterns: Sequence[str], cache_dir: str | Path | None = None, key: st
     by_file: dict[str, str] = {}
     folders: dict[str, str] = {}
     for pattern in patterns:
-        for part in _split_patterns(pattern):
+        parts = _split_patterns(pattern)
+        if "" in parts:
+            raise UserError(
+                f"{key}={pattern!r}: element {parts.index('') + 1} of {len(parts)} is empty: each element between :: "
+                "names shards; name a .tar file, glob or URL there, or remove the :: beside it"
+            )
+        for part in parts:
             for name in sorted(_expand_one(part, cache_dir, key)):
                 by_file.setdefault(_real_path(name, folders), name)
     return sorted(by_file.values())
@@ -255,7 +261,9 @@ def _remote(pattern: str, names: list[str], cache_dir: str | Path | None, key: s
 
 def _refuse_missing(pattern: str, missing: list[str], num_found: int, key: str) -> None:
     if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+        shown = ", ".join(name or "one without a name" for name in missing[:_SHOWN]) + (
+            ", ..." if len(missing) > _SHOWN else ""
+        )
         raise UserError(
             f"{key}={pattern!r}: {len(missing)} of {num_found} shards are missing ({shown}): every named "
             "shard must exist; correct the pattern or write the shards"

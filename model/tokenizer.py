@@ -122,7 +122,16 @@ class VisualTokenizer(Parts, OnHub):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> tuple[Tensor, Layout]:
-        """The trunk's final-normed tokens of `images`, pre-bottleneck, and their layout (group "clip")."""
+        """The trunk's final-normed tokens of `images`, pre-bottleneck, and their layout (group "clip").
+
+        Raises UserError for a tensor that is no batch of RGB images.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+            raise UserError(
+                f"images of shape {tuple(images.shape)} and type {images.dtype}: they must be (batch, 3, height, "
+                "width), uint8 from 0 to 255 or float from 0 to 1; images[None] makes a batch of one image, "
+                ".movedim(-1, 1) puts the channels second"
+            )
         crops = {"clip": normalise(images)}
         return self.trunk(crops, {}).contiguous(), self.trunk.layout(crops)
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.L0
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = """#!/bin/sh
 echo "{name} $*" >> "$CALLS"
-case "{name} $*" in {refused}) echo "ERROR: not available" >&2; exit 1;; esac
+case "{name} $*" in {refused}) echo "The conflict is caused by: $*"; echo "ERROR: not available" >&2; exit 1;; esac
 """
 
 
@@ -40,7 +40,13 @@ def test_without_a_gpu_the_cpu_build_of_pips_index_is_installed(tmp_path: Path) 
 
 
 def test_where_pips_index_has_none_uv_chooses_the_build(tmp_path: Path) -> None:
-    _, calls = set_up(tmp_path, refused="pip*+cpu")
+    output, calls = set_up(tmp_path, refused="pip*+cpu")
+    assert "conflict" not in output, "that pip finds no such build is no error of the set-up"
+    assert [line for line in output.splitlines() if "torch" in line.partition("==")[2]] == [
+        "== set-up 2/3: torch, in the build for this machine",
+        "== torch: asking pip's index for the CPU build",
+        "== torch: asking uv for the build for this machine",
+    ]
     assert "--torch-backend auto" in calls[1]
     assert [call.split()[-1] for call in calls] == [f"{pin('torch')}+cpu", pin("torch"), ".[dev]"]
 

@@ -45,10 +45,10 @@ def rules(config: Run) -> list[Rule]:
     sure, unsure = (share * uniform for share in limits.teacher_entropy)
     flat, wild = limits.latent_std
     return [
-        Rule("teacher_entropy", "health/teacher_entropy", sure, unsure, "the teacher is sure of all, or of nothing"),
+        Rule("teacher_entropy", "health/teacher_entropy", sure, unsure, "the teacher's targets are one-hot or uniform"),
         Rule("prototype_share", "health/prototype_share", 0.0, limits.prototype_share, "the prototypes collapse"),
-        Rule("latent_std_min", "health/latent_std_min", flat, math.inf, "a latent channel says nothing"),
-        Rule("latent_std_max", "health/latent_std_max", 0.0, wild, "a latent channel explodes"),
+        Rule("latent_std_min", "health/latent_std_min", flat, math.inf, "a latent channel is constant"),
+        Rule("latent_std_max", "health/latent_std_max", 0.0, wild, "a latent channel grows without bound"),
     ]
 
 

@@ -24,8 +24,8 @@ def overview(layout: Layout, cells: Sequence[Cell], threads: int, known: Collect
     rate, rest = _rate(layout, cells, threads), _rest(layout, cells, threads)
     title = f"{layout.preset.name}: {len(cells)} cells in {layout.out}, at {rate / 1e9:.0f} GFLOP a second"
     table = Table(title=title, title_justify="left", show_footer=True)
-    table.add_column("cell", footer="missing")
-    table.add_column("learns from", no_wrap=True)
+    table.add_column("cell", footer="missing", no_wrap=True)  # what --only matches: never cut off
+    table.add_column("learns from")
     for name in ("steps", "TFLOP"):
         table.add_column(name, justify="right")
     table.add_column("state")

@@ -46,7 +46,9 @@ def attention(plan: Plan, answers: Mapping[str, Answer]) -> Iterator[Finding]:
         yield Finding(f"attention {name}", "ok", "part of torch, one call per segment length")
     for name, need in NEEDS.items():
         obstacle, answer = missing(name, plan.device, dtype), answers.get(need.module, UNASKED)
-        remedy = need.remedy if plan.device.type == "cuda" else f"{GPU}, then: {need.remedy}"
+        remedy = need.remedy
+        if plan.device.type != "cuda":
+            remedy = GPU if answer.state == "ok" else f"{GPU}, then: {need.remedy}"
         if answer.state == "broken":
             yield Finding(f"attention {name}", "broken", answer.said, remedy)
         elif obstacle is not None:

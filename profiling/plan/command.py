@@ -38,8 +38,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--all", action="store_true", help="try everything, also what only costs; show all that fits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for a run")
     parsed = parser.parse_intermixed_args(arguments)
-    if parsed.gpus < 1 or not 0 < (1 if parsed.samples is None else parsed.samples) < math.inf:
-        parser.error(f"--gpus {parsed.gpus}, --samples {parsed.samples}: both count something; give at least 1")
+    if parsed.gpus < 1:
+        parser.error(f"--gpus {parsed.gpus}: a plan needs a GPU; give at least 1")
+    if parsed.samples is not None and not 1 <= parsed.samples < math.inf:
+        parser.error(f"--samples {parsed.samples:g}: the run's samples are a finite number; give at least 1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says here that it has found no GPU; nothing runs
     from profiling.plan.page import run
 

@@ -223,6 +223,7 @@ def test_one_shard_pattern_needs_no_brackets() -> None:
         ("batch.clip.x=1", "clip holds 12, not keys"),
         ("data.train=[a", "is not a YAML value (line 1, column 3: "),
         ("batch={clip: 1, clip: 2}", "line 1 gives clip a second time"),
+        ("system.run_dir=l\udcc3\udca4ufe", "is not readable in this process's encoding"),
     ],
 )
 def test_a_bad_override_is_quoted(override: str, message: str) -> None:

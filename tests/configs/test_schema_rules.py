@@ -128,7 +128,7 @@ NO_REC = ("batch.rec=0", "objectives.rec.weight=0")
         ),
         (
             ("data.caption=jpg",),
-            "data.caption: 'jpg': a .jpg member holds no text, and a caption is text; write the extension",
+            "data.caption: 'jpg': a .jpg member holds an image or an array, and a caption is text; write the extension",
         ),
         (("data.caption=json",), "data.caption: 'json' names no field: a .json member holds a record; write json:KEY"),
         (("data.caption='json:'",), "data.caption: 'json:' names no field"),

@@ -164,7 +164,7 @@ def test_a_directory_with_another_corpus_is_refused_naming_the_difference(
     assert run("synthetic", "--out", demo, "--samples", 300, "--held-out", 128, "--shard-size", 90, "--size", 32) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "shard_size: 100 there, 90 asked" in error
+    assert "shard_size: 100 there, 90 requested" in error
     assert error.count("\n") == 1
     assert digests(demo) == before
 
@@ -474,6 +474,8 @@ def test_the_folder_corpus_is_found_again_until_the_folder_changes(
     assert "already holds this corpus" in capsys.readouterr().out
     (source / "old_places" / "china.txt").write_text("another caption")
     assert run(*command) == 2
+    error = capsys.readouterr().err
+    assert "another corpus (images, captions or options have changed since it was written): choose another" in error
 
 
 def test_the_same_folder_gives_the_same_bytes(photographs: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Bytes in another encoding are no text, whatever characters they could be taken f
 
 import json
 import tracemalloc
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from configs.system import Loader as LoaderSettings
 from data.captions import CaptionEncoder, train_bpe
 from data.hashing import hash_text
 from data.health import TooManyBadSamples
+from data.image_types import UNSUPPORTED_TYPES
 from data.reading import SampleReader
 from data.shards import BadMember, Shards, main
 from data.tars.listing import IMAGE_EXTS
@@ -200,12 +202,14 @@ def test_an_error_about_a_missing_caption_member_lists_the_members_found(
         SampleReader(data, LoaderSettings(), 0, "txt")
 
 
-@pytest.mark.parametrize("extension", [*IMAGE_EXTS, "gif", "npy"])
+@pytest.mark.parametrize("extension", [*IMAGE_EXTS, *chain(*UNSUPPORTED_TYPES.values()), "npy"])
 def test_image_extensions_are_refused_as_caption_members(
     tmp_path: Path, extension: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["index", str(tmp_path), "--caption", extension]) == 2
-    assert f"error: --caption '{extension}': a .{extension} member holds no text" in capsys.readouterr().err
+    assert (
+        f"error: --caption '{extension}': a .{extension} member holds an image or an array" in capsys.readouterr().err
+    )
 
 
 def test_a_lone_surrogate_in_json_reaches_the_encoder_as_a_space(tmp_path: Path, encoder: CaptionEncoder) -> None:

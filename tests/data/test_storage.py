@@ -137,6 +137,22 @@ def test_missing_shards_empty_directories_and_idle_globs_are_user_errors(tmp_pat
         expand([], key="data.held_out")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{0}::", "element 2 of 2 is empty: .* or remove the :: beside it"),
+        ("::{0}", "element 1 of 2 is empty"),
+        ("{0}::::{0}", "element 2 of 3 is empty"),
+        ("", "element 1 of 1 is empty: .* name a .tar file"),
+        ("{{,{0}}}", r"1 of 2 shards are missing \(one without a name\)"),
+    ],
+)
+def test_an_empty_element_of_a_pattern_is_refused_by_its_number(tmp_path: Path, pattern: str, message: str) -> None:
+    write_corpus(tmp_path, num_shards=1, per_shard=1)
+    with pytest.raises(UserError, match=message):
+        expand([pattern.format(tmp_path / "00000.tar")])
+
+
 def test_remote_shards_are_copied_into_the_cache_once_and_read_from_there(tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
     write_corpus(tmp_path / "local", num_shards=2, per_shard=3)

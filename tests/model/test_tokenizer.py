@@ -58,6 +58,17 @@ def test_any_multiple_of_the_patch_size_works_and_others_say_so() -> None:
         tokenizer.encode(torch.rand(1, 3, 24, 55))
 
 
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 32, 32, 3), (2, 1, 32, 32), (2, 4, 32, 32)])
+def test_a_tensor_that_is_no_batch_of_rgb_images_is_refused_by_its_shape(shape: tuple[int, ...]) -> None:
+    config = tiny_config()
+    tokenizer = VisualTokenizer.from_state(config.model, build(config).state_dict())
+    with pytest.raises(UserError, match=r"images of shape .* must be \(batch, 3, height, width\)") as caught:
+        tokenizer.encode(torch.rand(shape))
+    assert str(shape) in str(caught.value)
+    with pytest.raises(UserError, match=r"type torch.int64: they must be .* uint8"):
+        tokenizer.encode(torch.zeros(2, 3, 32, 32, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("convolutions", [(), CONV])
 @pytest.mark.parametrize("latent", ["deterministic", "gaussian"])
 def test_returned_tensors_are_contiguous_whatever_the_strides_of_the_input(

@@ -186,7 +186,7 @@ def test_the_corpus_is_whole_and_the_same_whatever_the_workers(
     assert list(table.names) == NAMES
     assert CaptionEncoder(str(tmp_path / "one" / "tokenizer.json"), 32).encode(list(table.prompts[0])).shape[1] == 32
     assert main([*command[:-4], "--classes", "19", "--shard-size", "50"]) == 2
-    assert "classes: 20 there, 19 asked" in capsys.readouterr().err
+    assert "classes: 20 there, 19 requested" in capsys.readouterr().err
 
 
 def test_a_sample_is_a_function_of_its_index() -> None:

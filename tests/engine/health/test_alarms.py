@@ -40,4 +40,5 @@ def test_pretraining_watches_teacher_prototypes_and_latents() -> None:
         assert len(said) == 1
     assert Alarms(rules(config), said.append).read(1, {"health/teacher_entropy": math.log(48)})
     assert said[-1].startswith("alarm at step 1: health/teacher_entropy is 3.871")
+    assert said[-1].endswith("the teacher's targets are one-hot or uniform")
     assert Alarms(rules(config), said.append).read(1, {"loss/total": 1.0}) == {}

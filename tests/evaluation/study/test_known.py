@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from configs import UserError
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
@@ -16,7 +19,7 @@ from evaluation.study.carry_out import Session
 from evaluation.study.known import Known, publish, read_known
 from evaluation.study.overview import overview
 from evaluation.study.page import write_page
-from evaluation.study.preset import PRESETS, cells
+from evaluation.study.preset import OBJECTIVES, PRESETS, cells
 from evaluation.study.stages import Layout
 from evaluation.study.work import work
 from tests.evaluation.study import made_up
@@ -73,6 +76,15 @@ def test_known_cells_are_not_run_and_stand_beside_the_others(there: Path, tmp_pa
     publish(here, found, tmp_path / "both")
     assert len(read_known([tmp_path / "both"], here, CELLS).rows) == 4
     assert len(read_known([there, tmp_path / "both"], here, CELLS).rows) == 4
+
+
+def test_the_overview_names_every_cell_in_full_on_80_columns(tmp_path: Path) -> None:
+    console = Console(width=80, file=io.StringIO())
+    cells = [replace(CELLS[0], objective=objective) for objective in OBJECTIVES]
+    console.print(overview(study(tmp_path / "study"), cells, 1))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert all(f"{cell.name} " in shown for cell in cells), shown
 
 
 def test_a_page_can_be_written_of_known_cells_alone(there: Path, tmp_path: Path) -> None:
