@@ -74,7 +74,8 @@ $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "== set-up 2/3: torch, in the build for this machine"
 	@if $(HAS_GPU); then false; else echo "== torch: asking pip's index for the CPU build" \
-	    && $(PIP) install --quiet -c constraints.txt "$(TORCH)+cpu" > $(VENV)/no_cpu_build 2>&1; fi \
+	    && $(PIP) install --quiet --dry-run --no-deps "$(TORCH)+cpu" > $(VENV)/no_cpu_build 2>&1 \
+	    && $(PIP) install -c constraints.txt "$(TORCH)+cpu"; fi \
 	    && echo "== torch: the CPU build, from pip's index" \
 	|| { echo "== torch: asking uv for the build for this machine" \
 	    && $(PIP) install --quiet -c constraints.txt uv && $(UV) --torch-backend auto -c constraints.txt "$(TORCH)"; } \

@@ -35,7 +35,8 @@ def set_up(directory: Path, has_gpu: bool = False, refused: str = "nothing") -> 
 
 def test_without_a_gpu_the_cpu_build_of_pips_index_is_installed(tmp_path: Path) -> None:
     output, calls = set_up(tmp_path)
-    assert [call.split()[-1] for call in calls] == [f"{pin('torch')}+cpu", ".[dev]"]
+    assert [call.split()[-1] for call in calls] == [f"{pin('torch')}+cpu", f"{pin('torch')}+cpu", ".[dev]"]
+    assert ["--dry-run" in call for call in calls] == [True, False, False], "first whether it is there, in silence"
     assert "the CPU build, from pip's index" in output
 
 
