@@ -20,7 +20,10 @@ check, unless AOTI_RUNTIME_CHECK_INPUTS=1 is in the environment.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,9 +117,10 @@ def write_onnx(tokenizer: VisualTokenizer, directory: Path) -> None:
         step, input_name, output_name = signatures[name]
         [example] = program.example_inputs[0]
         emulated = _export(_EmulatedProgram(program), example, step)
-        onnx = torch.onnx.export(
-            emulated, (example,), dynamo=True, verbose=False, input_names=[input_name], output_names=[output_name]
-        )
+        with _without_exporter_noise():
+            onnx = torch.onnx.export(
+                emulated, (example,), dynamo=True, verbose=False, input_names=[input_name], output_names=[output_name]
+            )
         assert onnx is not None, "dynamo=True returns the program"
         directory.mkdir(parents=True, exist_ok=True)
         onnx.save(directory / f"{name}.onnx")
@@ -171,6 +175,20 @@ def _programs(tokenizer: VisualTokenizer) -> dict[str, ExportedProgram]:
     if tokenizer.decoder is not None:
         programs["decode"] = decode_program(tokenizer.decoder)
     return programs
+
+
+@contextmanager
+def _without_exporter_noise() -> Iterator[None]:
+    """Hide what torch's ONNX exporter reports about itself: that torchvision is absent, and its deprecated calls."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".isinstance.treespec, LeafSpec.*", FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)
 
 
 def _write_conventions(tokenizer: VisualTokenizer, directory: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -139,8 +140,9 @@ def test_compiled_ahead_of_time_decode_reads_the_latent_of_encode(
 
 @pytest.mark.L2
 @pytest.mark.L1  # twenty seconds of one core: torch's exporter, not ours
-@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.*:FutureWarning")  # torch's own, of its own code
-def test_onnxruntime_gives_the_tokenizers_latents_and_pixels_at_every_size(tmp_path: Path) -> None:
+def test_onnxruntime_gives_the_tokenizers_latents_and_pixels_at_every_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """bf16 RoPE and all: onnxruntime has no bf16 Sin, so the program computes in float32 and rounds to bf16."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install onnx onnxscript onnxruntime")
@@ -151,7 +153,11 @@ def test_onnxruntime_gives_the_tokenizers_latents_and_pixels_at_every_size(tmp_p
     for part in (tokenizer.trunk, tokenizer.decoder):  # with its first values it hardly attends
         for matrix in (parameter for parameter in part.blocks.parameters() if parameter.ndim == 2):
             matrix.normal_(std=matrix.shape[1] ** -0.5, generator=generator)
+    exporter = logging.getLogger("torch.onnx._internal.exporter._registration")
+    exporter.addHandler(caplog.handler)
     write_onnx(tokenizer, tmp_path)
+    exporter.removeHandler(caplog.handler)
+    assert "torchvision" not in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["conventions.json", "decode.onnx", "encode.onnx"]
     encode, decode = (onnxruntime.InferenceSession(tmp_path / f"{name}.onnx") for name in ("encode", "decode"))
     for shape in SIZES.values():
