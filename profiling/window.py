@@ -20,6 +20,7 @@ and the first ones after it a little; the reports that hold them say so in their
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -84,6 +85,8 @@ class Window:
         on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         if on_gpu:
             torch.cuda.synchronize()  # what is queued belongs to steps before the window
+        else:  # the profiler of torch's CUDA build prints "ERROR: gpuGetDeviceCount failed" where there is no GPU
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._record, self._opened = profile(activities=[ProfilerActivity.CPU, *on_gpu], record_shapes=True), step
         self._record.start()
         self._phases.is_traced = True

@@ -157,7 +157,7 @@ def test_onnxruntime_gives_the_tokenizers_latents_and_pixels_at_every_size(
     exporter.addHandler(caplog.handler)
     write_onnx(tokenizer, tmp_path)
     exporter.removeHandler(caplog.handler)
-    assert caplog.records == [], "that torchvision is absent is no concern of the user's"
+    assert "torchvision" not in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["conventions.json", "decode.onnx", "encode.onnx"]
     encode, decode = (onnxruntime.InferenceSession(tmp_path / f"{name}.onnx") for name in ("encode", "decode"))
     for shape in SIZES.values():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,25 @@ def test_the_window_is_written_with_its_steps_and_phases(
     assert recorded(board) == (found, names)
     assert "aten::mm" in (tmp_path / "profile" / f"rank1-{name}.txt").read_text()
     assert not phases.is_traced
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_without_a_gpu_the_profiler_prints_no_error_about_its_absence(tmp_path: Path) -> None:
+    """In a process of its own: the profiler reads its log level once."""
+    code = (
+        "import sys; from pathlib import Path; from profiling.phases import Phases;"
+        "from profiling.window import Window; from tests.tiny import tiny_config;"
+        "from tests.profiling.test_window import steps; phases = Phases(None);"
+        "steps(Window(tiny_config('profile.steps=0:1'), phases, Path(sys.argv[1]), rank=0), phases, 0, 1)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "profile").iterdir())
+    assert "gpuGetDeviceCount" not in done.stderr
+    assert "profiler_start" not in done.stderr
 
 
 def test_a_window_that_the_profiler_cannot_write_is_one_log_line(
