@@ -68,7 +68,7 @@ def complete(given: dict[str, Any], config: Run, world_size: int) -> dict[str, A
     _refuse_conflicts(given, science)
     zero = {**given["zero_optimization"], OVERLAP: overlaps(given["zero_optimization"], world_size)}
     # DeepSpeed's throughput timer waits for the device twice in every step, unless it is off.
-    ours = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    ours: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     ours |= {"zero_optimization": zero, "timers": {"throughput": {"enabled": False}}}
     return {**{key: given[key] for key in given if key not in REFUSED_KEYS}, **science, **ours}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tests.engine.stream_stand_in import asker
+from tests.stream_stand_in import asker
 
 PROTOTYPE = "Synchronization debug mode is a prototype"  # what torch warns of whenever the mode is set
 

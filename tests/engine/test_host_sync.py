@@ -23,10 +23,11 @@ from engine.health.guard import Guard
 from engine.report.meter import Meter
 from engine.step import train_step
 from model.objectives.comm import Comm
+from tests import stream_stand_in
 from tests.cuda_waits import waits_of_host
-from tests.engine import ranks, stream_stand_in
-from tests.engine.stream_stand_in import Stream, asker
+from tests.engine import ranks
 from tests.harness import run_ranks
+from tests.stream_stand_in import Stream, asker
 from tests.tiny import random_batch, tiny_config
 
 # What ends on the host: a number read, or a shape that depends on one.

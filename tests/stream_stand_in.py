@@ -1,8 +1,10 @@
-"""A stand-in for DeepSpeed's accelerator: the CPU, claiming to have streams that the host runs ahead of.
+"""A stand-in for a device with streams: what DeepSpeed and torch.cuda say of one, and no device.
 
-    waits = install()                  # in a rank's own process, before an engine is built
+    waits = install()                  # DeepSpeed's, for good: in a rank's own process, before an engine is built
     ...
     waits                              # Counter({"device in zero/stage3.py:_post_step": 1})
+
+    stand_in_for_cuda(monkeypatch)     # torch.cuda.stream and current_stream
 
 Streams compute nothing; each remembers what it is ordered behind, so that a test can ask what has waited for what. No
 event is ever reached: the device is as far behind as it can be.
@@ -16,8 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import pytest
 import torch
-from deepspeed.accelerator import get_accelerator
 
 
 class Event:
@@ -50,6 +52,11 @@ class Stream:
         """Something is queued."""
         self.seen[self] += 1
 
+    def record_event(self) -> Event:
+        event = Event()
+        event.record(self)
+        return event
+
     def wait_stream(self, other: Stream) -> None:
         self.seen |= other.seen
 
@@ -65,8 +72,9 @@ Stream.current = [Stream()]
 
 def install() -> Counter[str]:
     """Replaces the accelerator of this process for good; the counter has the host's waits by who asked."""
-    accelerator = get_accelerator()
-    kind = type(accelerator)
+    from deepspeed.accelerator import get_accelerator
+
+    kind = type(get_accelerator())
     for claim in ("is_synchronized_device", "resolves_data_dependency", "handles_memory_backpressure"):
         setattr(kind, claim, lambda self: False)
     kind.Stream, kind.Event = property(lambda self: Stream), property(lambda self: Event)
@@ -76,6 +84,13 @@ def install() -> Counter[str]:
     kind.synchronize = lambda self, index=None: Stream.host_waits.update([f"device in {asker()}"])
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
     return Stream.host_waits
+
+
+def stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's streams are these; a tensor that is handed to another stream takes note of nothing."""
+    monkeypatch.setattr(torch.cuda, "stream", _on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream.current[-1])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
 
 
 @contextmanager
