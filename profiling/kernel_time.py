@@ -58,7 +58,8 @@ def kind_of(name: str) -> str:
 def kernel_time(call: Callable[[], object]) -> KernelTime:
     """Runs `call` once under the profiler, which slows the host down; call it before, to compile and allocate."""
     is_cuda = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]) as record:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
+    with profile(activities=activities, acc_events=True) as record:  # torch 2.11 warns without
         begin = time.perf_counter_ns()
         call()
         if is_cuda:

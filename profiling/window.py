@@ -84,7 +84,9 @@ class Window:
         on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         if on_gpu:
             torch.cuda.synchronize()  # what is queued belongs to steps before the window
-        self._record, self._opened = profile(activities=[ProfilerActivity.CPU, *on_gpu], record_shapes=True), step
+        activities = [ProfilerActivity.CPU, *on_gpu]
+        self._record = profile(activities=activities, record_shapes=True, acc_events=True)  # torch 2.11 warns without
+        self._opened = step
         self._record.start()
         self._phases.is_traced = True
 

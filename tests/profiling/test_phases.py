@@ -115,7 +115,7 @@ def test_without_a_clock_nothing_is_recorded() -> None:
 
 def test_while_traced_phases_are_ranges_of_the_profiler_whether_timed_or_not() -> None:
     for phases in (Phases(None), Phases(HostClock())):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as record:
             with phases("before"):
                 torch.ones(1)
             phases.is_traced = True
