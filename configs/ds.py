@@ -40,6 +40,7 @@ ZERO_KEYS = frozenset({
 COMPILE_KEYS = frozenset({"deepcompile", "debug_log", "double_buffer", "symmetric_memory"})
 # Science DeepSpeed has an own switch for, which this engine decides without it.
 REFUSED_KEYS = frozenset({"optimizer", "scheduler", "amp", "fp16", "torch_autocast"})
+OVERLAP = "overlap_comm"
 STAGES = (1, 2, 3)  # checkpoints and the teacher speak of a rank's shards, which stage 0 does not have
 
 
@@ -65,8 +66,32 @@ def complete(given: dict[str, Any], config: Run, world_size: int) -> dict[str, A
     _refuse_unknown(given.get("compile") or {}, COMPILE_KEYS, "compile.")
     scale_out.check(given, config, world_size)
     _refuse_conflicts(given, science)
-    ours = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    zero = {**given["zero_optimization"], OVERLAP: overlaps(given["zero_optimization"], world_size)}
+    # DeepSpeed's throughput timer waits for the device twice in every step, unless it is off.
+    ours: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    ours |= {"zero_optimization": zero, "timers": {"throughput": {"enabled": False}}}
     return {**{key: given[key] for key in given if key not in REFUSED_KEYS}, **science, **ours}
+
+
+def overlaps(zero: dict[str, Any], world_size: int) -> bool:
+    """Whether gradients are reduced on a stream of their own while backward goes on: as `overlap_comm` says; where it
+    is "auto" or absent, unless one rank under ZeRO-1 or 2 has nobody to exchange them with.
+
+    Under ZeRO-3 also on one rank: without streams of their own for gathers, the host would stay within three modules of
+    the device.
+    """
+    given = zero.get(OVERLAP, "auto")
+    return zero["stage"] == 3 or world_size > 1 if given == "auto" else bool(given)
+
+
+def overlap_summary(ds_config: dict[str, Any], world_size: int) -> str:
+    """Where gradients are reduced, and why, of a DeepSpeed dictionary as `complete` gives it."""
+    stage, is_on = zero_stage(ds_config), ds_config["zero_optimization"][OVERLAP]
+    reason = f"zero_optimization.{OVERLAP}={json.dumps(is_on)}"
+    if is_on == overlaps({"stage": stage}, world_size):
+        ranks = "one rank" if world_size == 1 else f"{world_size} ranks"
+        reason += f', as "auto" is with ZeRO-{stage} on {ranks}'
+    return f"{'reduced while backward goes on' if is_on else 'reduced after backward'} ({reason})"
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
@@ -102,6 +127,8 @@ def _check_zero(zero: object) -> None:
         raise UserError(f"zero_optimization.stage={json.dumps(found)}: this engine runs on ZeRO 1, 2 or 3; choose one")
     scale_out.refuse_removed(zero)
     _refuse_unknown(zero, ZERO_KEYS, "zero_optimization.")
+    if (overlap := zero.get(OVERLAP, "auto")) != "auto" and not isinstance(overlap, bool):
+        raise UserError(f'zero_optimization.{OVERLAP}={json.dumps(overlap)}: it is true, false or "auto"; choose one')
 
 
 def _refuse_conflicts(given: dict[str, Any], science: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ class Batch:
     masked_idx: torch.Tensor  # (M,) int64: flat positions of True in masks, so that no device has to look for them
     step: int  # the step this batch belongs to; the data cursor is step * batch.clip
     keys: tuple[str, ...]  # B sample keys, "shard/sample", after bad samples were replaced
+    ready: torch.cuda.Event | None = None  # when crops that a GPU decodes are there; None: they are
 
     def pinned(self) -> Batch:
         """With what lies in host memory in page-locked memory: only from there a copy to a GPU runs beside the host."""

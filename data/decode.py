@@ -13,14 +13,22 @@ On a GPU DALI renders the views too; on CPU data/render.py does, several times a
 
 Windows are cut at whole pixels. Every operator works picture by picture, so the bytes of a crop do not depend on
 what else is in the batch.
+
+On a GPU all of it is queued on a stream of the decoder's own, beside the one that trains. Whoever asks for crops gets
+them ordered before what it queues next; a loader that works ahead asks inside `ahead` and hands on an event:
+
+    with decoder.ahead():
+        crops = decoder.render(pictures, numbers)                # queued, and nobody waits
+    ready = decoder.event()                                      # for data.to_device.wait_until
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,6 +42,7 @@ from configs.data import WHITE, Colour
 from data.headers import has_16_bit_alpha, needs_pillow
 from data.pillow_decoder import UndecodableImage, blend_on_colour, decode_with_pillow
 from data.render import LUMA, Renderer
+from data.to_device import to_device
 from data.views import ViewNumbers, whole_pixels
 
 with warnings.catch_warnings():
@@ -79,7 +88,8 @@ class Decoder:
         # Named here, on the thread that chose the rank's GPU: other threads start on GPU 0.
         device_id = torch.cuda.current_device() if self.device == "gpu" else None
         self._device = torch.device("cuda", device_id) if device_id is not None else torch.device("cpu")
-        self._context = dali.EvalContext(num_threads=threads, device_id=device_id)
+        self._stream = torch.cuda.Stream(self._device) if self.device == "gpu" else None
+        self._context = dali.EvalContext(num_threads=threads, device_id=device_id, cuda_stream=self._stream)
         self._lock = threading.Lock()
         self._renderer = Renderer(threads) if self.device == "cpu" else None
         self._background = background
@@ -100,8 +110,11 @@ class Decoder:
     def tensor(self, picture: Picture) -> torch.Tensor:
         """Return (height, width, 3) uint8 on the decoder's device, of a picture without alpha."""
         assert picture.alpha_HW1 is None
-        with self._lock:
-            return torch.from_dlpack(picture.pixels)
+        with self.ahead(), self._lock:
+            pixels_HW3 = torch.from_dlpack(picture.pixels)
+            if self._stream is not None:  # DALI takes its own memory back without asking who reads it
+                pixels_HW3 = pixels_HW3.clone()
+        return self._handed_over(pixels_HW3)
 
     def render(self, pictures: Sequence[Picture], numbers: ViewNumbers) -> torch.Tensor:
         """(n, 3, size, size) uint8 RGB: row i shows view i of `numbers` on picture i mod len(pictures).
@@ -125,7 +138,7 @@ class Decoder:
 
     def render_with_dali(self, pixels: Sequence[Any], windows: NDArray[np.int64], numbers: ViewNumbers) -> torch.Tensor:
         """What Renderer.render does, in DALI's operators: the way on a GPU, and on CPU the oracle of data/render.py."""
-        with self._lock, self._context, dali.EvalMode.sync_cpu:
+        with self._queued():
             rows = self._cut(pixels, windows, numbers.size)
             rows = _change(rows, numbers.jitter, lambda some, idx: _jitter(some, numbers, idx))
             rows = _change(rows, numbers.blur_sigma > 0, lambda some, idx: _blur(some, numbers, idx))
@@ -135,7 +148,16 @@ class Decoder:
                 output_layout="CHW",
                 mirror=_per_row(numbers.flip, np.int32),
             ).torch(copy=True)
-        return _solarise(_grey(crops, numbers.grey), numbers.solarise)
+            crops = _solarise(_grey(crops, numbers.grey), numbers.solarise)
+        return self._handed_over(crops)
+
+    def ahead(self) -> AbstractContextManager[Any]:
+        """Inside, the decoder's stream is the current one, and crops are not ordered before anything else."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def event(self) -> torch.cuda.Event | None:
+        """When all that was asked of this decoder so far is done; None on the CPU, where it is."""
+        return None if self._stream is None else self._stream.record_event()
 
     def close(self) -> None:
         """Ends the threads."""
@@ -149,7 +171,7 @@ class Decoder:
 
     def _decode_with_dali(self, encoded: Sequence[bytes], idx: Sequence[int]) -> dict[int, Picture | str | None]:
         """Decode the items of these indices."""
-        with self._lock, self._context, dali.EvalMode.sync_cpu:
+        with self._queued():
             return dict(zip(idx, self._decode([np.frombuffer(encoded[i], np.uint8) for i in idx]), strict=True))
 
     def _decode_with_pillow(self, data: bytes, failed_dali: bool = False) -> Picture | str | None:
@@ -162,7 +184,8 @@ class Decoder:
             return None if not failed_dali and has_16_bit_alpha(data) else self._to_picture(image.convert("RGB"))
         if self._background != "random":
             return self._to_picture(blend_on_colour(image, self._background))
-        alpha_HW1 = torch.from_numpy(np.array(image.getchannel("A")))[:, :, None].to(self._device)
+        with self.ahead():
+            alpha_HW1 = to_device(torch.from_numpy(np.array(image.getchannel("A")))[:, :, None], self._device)
         return replace(self._to_picture(image.convert("RGB")), alpha_HW1=alpha_HW1)
 
     def _to_picture(self, image: Image.Image) -> Picture:
@@ -170,7 +193,7 @@ class Decoder:
         if self.device == "cpu":
             pixels = torch.from_numpy(pixels)
         else:
-            with self._lock, self._context, dali.EvalMode.sync_cpu:
+            with self._queued():
                 pixels = dali.as_tensor(pixels, device="gpu", layout="HWC")
         return Picture(pixels, image.height, image.width)
 
@@ -197,9 +220,22 @@ class Decoder:
         alpha_HW1, colour_3 = picture.alpha_HW1[top:bottom, left:right], torch.from_numpy(colour)
         if self.device == "cpu":
             return blend(picture.pixels[top:bottom, left:right], alpha_HW1, colour_3)
-        with self._lock, self._context, dali.EvalMode.sync_cpu:
+        with self._queued():
             pixels_HW3 = torch.from_dlpack(picture.pixels)[top:bottom, left:right]
-            return dali.as_tensor(blend(pixels_HW3, alpha_HW1, colour_3), layout="HWC")
+            return dali.as_tensor(blend(pixels_HW3, alpha_HW1, to_device(colour_3, self._device)), layout="HWC")
+
+    @contextmanager
+    def _queued(self) -> Iterator[None]:
+        """Inside, it is this thread's turn with DALI, and all work goes to the decoder's stream."""
+        with self.ahead(), self._lock, self._context, dali.EvalMode.sync_cpu:
+            yield
+
+    def _handed_over(self, made: torch.Tensor) -> torch.Tensor:
+        """A tensor of the decoder's stream for the current one, which waits for it where it is another."""
+        if self._stream is not None and (current := torch.cuda.current_stream(self._device)) != self._stream:
+            current.wait_stream(self._stream)
+            made.record_stream(current)
+        return made
 
     def _cut(self, pixels: Sequence[Any], windows: NDArray[np.int64], size: int) -> list[Any]:
         resized = dali.resize(
@@ -214,8 +250,9 @@ class Decoder:
 
 
 def blend(pixels_HW3: torch.Tensor, alpha_HW1: torch.Tensor, colour_3: torch.Tensor) -> torch.Tensor:
-    """Blend pixels over a colour, rounding to the nearest integer: bit-equal to data.pillow_decoder.blend_on_colour."""
-    colour, alpha = colour_3.to(pixels_HW3.device).int(), alpha_HW1.int()
+    """Blend pixels over a colour on their device, rounding to the nearest integer: bit-equal to
+    data.pillow_decoder.blend_on_colour."""
+    colour, alpha = colour_3.int(), alpha_HW1.int()
     return ((pixels_HW3.int() * alpha + colour * (255 - alpha) + 127) // 255).to(torch.uint8)
 
 
@@ -245,7 +282,7 @@ def _blur(rows: Any, numbers: ViewNumbers, idx: NDArray[np.int64]) -> Any:
 
 def _grey(crops: torch.Tensor, active: NDArray[np.bool_]) -> torch.Tensor:
     """Luminance in whole numbers, so that the three channels are equal and no device rounds otherwise."""
-    rows = torch.from_numpy(np.flatnonzero(active)).to(crops.device)
+    rows = to_device(torch.from_numpy(np.flatnonzero(active)), crops.device)
     red, green, blue = crops[rows].int().unbind(1)
     luma = (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + 500) // 1000
     crops[rows] = luma.to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
@@ -253,7 +290,7 @@ def _grey(crops: torch.Tensor, active: NDArray[np.bool_]) -> torch.Tensor:
 
 
 def _solarise(crops: torch.Tensor, active: NDArray[np.bool_]) -> torch.Tensor:
-    rows = torch.from_numpy(np.flatnonzero(active)).to(crops.device)
+    rows = to_device(torch.from_numpy(np.flatnonzero(active)), crops.device)
     some = crops[rows]
     crops[rows] = torch.where(some >= 128, 255 - some, some)
     return crops

@@ -13,6 +13,7 @@ What is bad in the corpus data/reading.py fills in.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -110,8 +111,9 @@ class Loader:
         self.reader.close()
 
     def _made_ahead(self, step: int) -> Batch:
-        batch = self.batch(step)
-        return batch.pinned() if torch.cuda.is_available() else batch
+        with self.reader.ahead():
+            batch = self.batch(step)
+        return replace(batch, ready=self.reader.event()).pinned() if torch.cuda.is_available() else batch
 
     def _captions(self, rows: Sequence[Row]) -> torch.Tensor:
         if _caption(self.config) is None:

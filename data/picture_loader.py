@@ -30,6 +30,7 @@ class PictureBatch:
     images: torch.Tensor  # (B, 3, image_size, image_size) uint8, B = batch / world size
     step: int
     keys: tuple[str, ...]  # B sample keys, "shard/sample", after bad samples were replaced
+    ready: torch.cuda.Event | None = None  # when images that a GPU decodes are there; None: they are
 
 
 class PictureLoader:
@@ -84,6 +85,9 @@ class PictureLoader:
         self.reader.close()
 
     def _made_ahead(self, step: int) -> PictureBatch:
-        batch = self.batch(step)
-        on_host = torch.cuda.is_available() and batch.images.is_cpu
-        return replace(batch, images=batch.images.pin_memory()) if on_host else batch
+        with self.reader.ahead():
+            batch = self.batch(step)
+        if not torch.cuda.is_available():
+            return batch
+        images = batch.images.pin_memory() if batch.images.is_cpu else batch.images
+        return replace(batch, images=images, ready=self.reader.event())

@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,6 +140,14 @@ class SampleReader:
         height, width = sides(pictures)
         drawn = [views.draw(name, config, self.seed, keys, epochs, height, width) for name in names]
         return self._decoder.render(pictures, views.concatenate(drawn))
+
+    def ahead(self) -> AbstractContextManager[Any]:
+        """Inside, what is rendered is not ordered before anything else: for batches made ahead of a step."""
+        return self._decoder.ahead()
+
+    def event(self) -> torch.cuda.Event | None:
+        """When all that was rendered so far is there; None where it is."""
+        return self._decoder.event()
 
     def summary(self) -> str:
         """Return a line about the corpus: shards, samples, and how many the index left out, by reason."""

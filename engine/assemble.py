@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from configs import Config, Run, UserError
-from configs.ds import offloads_optimizer, zero_stage
+from configs.ds import offloads_optimizer, overlap_summary, zero_stage
 from configs.learning import Optim
 from configs.scale_out import asks_deepcompile, said_of
 from engine import deterministic, linears, optim, world, zero
@@ -193,6 +193,7 @@ def start(
             "compile": f"{'on' if is_compiled else 'off'} ({why})",
             "optimizer": f"{settings.kind} by {optimizer.name} ({optimizer.reason})",
             "zero": f"stage {zero_stage(ds_config)}{said_of(ds_config)} (--ds_config)",
+            "gradients": overlap_summary(ds_config, world.world_size()),
             "activation checkpointing": f"{config.system.activation_checkpointing} (system.activation_checkpointing)",
             "precision": f"{config.optim.precision} (optim.precision)",
             "host memory": keep_freed_blocks(device),

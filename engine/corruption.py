@@ -88,12 +88,3 @@ class Corruptor:
 def corruptor(config: Config, rank: int, world_size: int) -> Corruptor | None:
     """The draws that model.latent, objectives.rec.noise and objectives.rec.mask ask for; None without."""
     return Corruptor(config, Rows.per_rank(config, world_size), rank, world_size) if is_corrupted(config) else None
-
-
-def to_device(corruption: Corruption, device: torch.device) -> Corruption:
-    """The tensors on `device`; from page-locked memory to a GPU, so that nobody waits for the copy."""
-    return Corruption(*(None if part is None else _moved(part, device) for part in corruption))
-
-
-def _moved(part: Tensor, device: torch.device) -> Tensor:
-    return (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)

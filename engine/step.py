@@ -19,8 +19,8 @@ from torch import Tensor
 
 from configs import Config
 from data.batch import Batch
+from data.to_device import to_device, wait_until
 from engine.assemble import Assembly
-from engine.corruption import to_device
 from engine.grad_cache import GradientCache
 from engine.optim import set_learning_rate
 from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
@@ -53,12 +53,12 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
     kept_idx = None
     if parts.drop_path is not None:
         hidden = parts.corruptor.hidden(batch.step) if parts.corruptor is not None else 0
-        kept_idx = parts.drop_path.draw(batch.step, hidden).to(parts.device, non_blocking=True)
+        kept_idx = to_device(parts.drop_path.draw(batch.step, hidden), parts.device)
     with one_reduction(parts.engine, num_backwards=config.system.clip.micro_batches):
         cache = GradientCache(batch, parts.engine.module.rows, lambda part: clip_features(parts, part))
         with parts.phases("inputs"):
             inputs = model_inputs(cache.shared, parts.device)
-            corruption = parts.corruptor and to_device(parts.corruptor.draw(batch.step), parts.device)
+            corruption = to_device(parts.corruptor and parts.corruptor.draw(batch.step), parts.device)
         outputs = cache.complete(parts.engine(**inputs, kept_idx=kept_idx, corruption=corruption))
         parts.shares.watch(batch.step, outputs.forks)
         with parts.phases("objectives"):
@@ -97,5 +97,6 @@ def clip_features(parts: Assembly, part: Batch) -> ClipOutputs:
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
     """What Pretrainer.forward takes, on the device: captions packed, the rest as the batch has it."""
     names = ("images", "global_crops", "local_crops", "masks", "masked_idx")
-    tensors = {name: getattr(batch, name).to(device, non_blocking=True) for name in names}
-    return {"captions": pack_captions(batch.captions).to(device), **tensors}
+    wait_until(batch.ready)
+    tensors = {name: to_device(getattr(batch, name), device) for name in names}
+    return {"captions": to_device(pack_captions(batch.captions), device), **tensors}

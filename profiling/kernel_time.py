@@ -6,7 +6,8 @@
 
 On CUDA kernels are told apart by their names, which libraries choose and change: what no pattern knows is "other".
 Those of one stream add up; where two run at once, the time counts for the one that began first, so that kinds and idle
-time together are the time of the call. On the CPU operators take the place of kernels, each with its own time.
+time together are the time of the call. Named ranges (record_function) are no kernels: the profiler lays each over those
+launched inside it, gaps included. On the CPU operators take the place of kernels, each with its own time.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -56,18 +58,25 @@ def kind_of(name: str) -> str:
 def kernel_time(call: Callable[[], object]) -> KernelTime:
     """Runs `call` once under the profiler, which slows the host down; call it before, to compile and allocate."""
     is_cuda = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]) as record:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
+    with profile(activities=activities, acc_events=True) as record:  # torch 2.11 warns without
         begin = time.perf_counter_ns()
         call()
         if is_cuda:
             torch.cuda.synchronize()
         whole = time.perf_counter_ns() - begin
     if is_cuda:
-        events = [each for each in record.profiler.kineto_results.events() if each.device_type() == DeviceType.CUDA]
-        own = own_nanoseconds((each.name(), each.start_ns(), each.start_ns() + each.duration_ns()) for each in events)
+        own = own_nanoseconds(kernel_spans(record.profiler.kineto_results.events()))
     else:
         own = Counter({each.key: round(1000 * each.self_cpu_time_total) for each in record.key_averages()})
     return _summed(own, whole)
+
+
+def kernel_spans(events: Iterable[Any]) -> Iterator[Span]:
+    """Kernels, copies and fills on the GPU, of the profiler's events (torch._C._autograd._KinetoEvent)."""
+    for event in events:
+        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation():
+            yield event.name(), event.start_ns(), event.start_ns() + event.duration_ns()
 
 
 def own_nanoseconds(spans: Iterable[Span]) -> Counter[str]:

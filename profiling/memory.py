@@ -28,7 +28,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     """The most bytes held at one moment during `call`, beyond those held before."""
     if torch.cuda.is_available():
         return _cuda_peak(call)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         result = call()
     del result
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -87,7 +87,9 @@ class Window:
             torch.cuda.synchronize()  # what is queued belongs to steps before the window
         else:  # the profiler of torch's CUDA build prints "ERROR: gpuGetDeviceCount failed" where there is no GPU
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        self._record, self._opened = profile(activities=[ProfilerActivity.CPU, *on_gpu], record_shapes=True), step
+        activities = [ProfilerActivity.CPU, *on_gpu]
+        self._record = profile(activities=activities, record_shapes=True, acc_events=True)  # torch 2.11 warns without
+        self._opened = step
         self._record.start()
         self._phases.is_traced = True
 

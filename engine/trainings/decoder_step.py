@@ -24,6 +24,7 @@ from torch import Tensor
 
 from configs import DecoderGan
 from data.picture_loader import PictureBatch
+from data.to_device import to_device, wait_until
 from engine.average import Average
 from engine.health.judge import Judge
 from engine.optim import set_learning_rate
@@ -74,7 +75,8 @@ def decoder_step(parts: DecoderAssembly, batch: PictureBatch, config: DecoderGan
     rate = learning_rate(batch.step, config)
     set_learning_rate(parts.engine, rate)
     with parts.phases("inputs"):
-        images = batch.images.to(parts.device, non_blocking=True)
+        wait_until(batch.ready)
+        images = to_device(batch.images, parts.device)
     outputs: StageOutputs = parts.engine(images)
     with parts.phases("objectives"):
         judge = parts.discriminator.module if listens else None

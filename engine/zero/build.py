@@ -28,6 +28,7 @@ from configs.scale_out import GRADIENTS, WEIGHTS, asks_deepcompile, is_asked
 from engine import world
 from engine.zero import quantise
 from engine.zero.optimizer import gate
+from engine.zero.streams import let_host_run_ahead
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -91,7 +92,9 @@ def start(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     gate(engine.optimizer, optimizer, is_left_out)
     if asks_deepcompile(ds_config):
-        engine.compile()
+        engine.compile()  # whose graph has streams and waits of its own
+    else:
+        let_host_run_ahead(engine)
     return engine
 
 

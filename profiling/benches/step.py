@@ -85,7 +85,7 @@ def in_products(name: str, step: Step) -> str:
     if device().type != "cpu":
         return f"{name}: products are not told apart on {device().type}"
     step()
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         step()
     events = seen.key_averages()
     products, whole = (

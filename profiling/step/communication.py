@@ -221,6 +221,12 @@ def _elements(ds_config: dict[str, Any], bucket: str) -> int:
     return int(ds_config["zero_optimization"].get(bucket, BUCKET))
 
 
+def keeps_gradients(config: Config, ds_config: dict[str, Any]) -> bool:
+    """Whether a rank holds every gradient until backward is over: with micro-batches, and under ZeRO-1 without
+    overlap_comm."""
+    return config.system.clip.micro_batches > 1 or (zero_stage(ds_config) == 1 and not _overlaps(ds_config))
+
+
 def _overlaps(ds_config: dict[str, Any]) -> bool:
     """Whether gradients are reduced while backward goes on; DeepSpeed's default is so for ZeRO-3 alone."""
     return bool(ds_config["zero_optimization"].get("overlap_comm", zero_stage(ds_config) == 3))

@@ -20,7 +20,8 @@ each stage against the tensors of a real engine. For N trained and F frozen para
 and while a step runs
     gathered parameters    -                               the most that is whole at once, by profiling/step/gathers.py
     second copies          -                               (N + F) b / zero_hpz_partition_size
-    micro-batch gradients  N b                             N b               with system.clip.micro_batches > 1
+    kept gradients         N b                             N b               with system.clip.micro_batches > 1, and
+                                                                             under ZeRO-1 without overlap_comm
 
 A lone rank gathers nothing: its shard is the parameter. What a step holds beside all this, activations above all, and
 when, is added by profiling/step/peak.py: its sum is the peak, this one's is a floor.
@@ -42,6 +43,7 @@ from profiling.step.communication import (
     BUCKET,
     DTYPE_BYTES,
     FP32_BYTES,
+    keeps_gradients,
     meta_model,
     optimizer_groups,
 )
@@ -52,7 +54,6 @@ from profiling.step.steady_gathers import steady_gathers
 
 OPTIMIZER_BYTES = 3 * FP32_BYTES  # weights and two moments
 GATHERED, SECOND = "gathered parameters", "second copies"
-MANY_PARTS = 2  # micro-batches from which gradients wait whole for their one reduction
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ def predict(config: Config, ds_config: dict[str, Any], world_size: int) -> Footp
     model = meta_model(config, world_size)
     components = _stage_3 if zero_stage(ds_config) == 3 else _stage_1_and_2
     found = components(config, ds_config, model, world_size)
-    if config.system.clip.micro_batches >= MANY_PARTS:
+    if keeps_gradients(config, ds_config):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         size = trained * DTYPE_BYTES[config.optim.precision]
-        found.append(Component("micro-batch gradients", size, is_static=False))
+        found.append(Component("kept gradients", size, is_static=False))
     if config.objectives.rec.weight and config.objectives.rec.perceptual:
         found.append(Component("perceptual network", perceptual_parameters() * FP32_BYTES))
     found.append(Component("frozen encoder", frozen_parameters(config) * DTYPE_BYTES[config.optim.precision]))

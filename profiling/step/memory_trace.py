@@ -47,7 +47,7 @@ RUN = 3  # blocks of a tower that are run: the first, one for all in the middle,
 FIRST = 0  # a block's number in its tower; from 1 on the events of one may be repeated
 TOWERS = {"trunk": "trunk.blocks", "teacher": "teacher.trunk.blocks", "text": "text.resblocks",
           "decoder": "decoder.blocks"}  # fmt: skip
-HEADS, OBJECTIVES, BACKWARD, GRADIENTS = "heads", "objectives", "backward", "micro-batch gradients"
+HEADS, OBJECTIVES, BACKWARD, GRADIENTS = "heads", "objectives", "backward", "kept gradients"
 TEMPERATURE = 0.05  # of the teacher; no shape depends on it
 
 
@@ -60,12 +60,14 @@ def step_events(
     by_leaf: bool = True,
     batch: Batch | None = None,
     run: int = RUN,
+    keeps: bool = False,
 ) -> tuple[Event, ...]:
     """Events of one rank's step, in order; up to the optimizer. Remembered for the last few configs.
 
     `attention` is "sdpa", for every fused backend, or "matmul", which keeps its scores. `batch`, a rank's own whose
-    numbers do not matter, is made up if not given. `by_leaf`: gradients leave as under ZeRO-3. `run` blocks of a tower
-    are run, all of them if it has no more.
+    numbers do not matter, is made up if not given. `by_leaf`: gradients leave as under ZeRO-3; `keeps`: they stay
+    to the end of backward, as they do with micro-batches. `run` blocks of a tower are run, all of them if it has no
+    more.
     """
     rows, depths = Rows.per_rank(config, world_size), _depths(config)
     batch = imagined_batch(config, rows) if batch is None else batch
@@ -73,7 +75,7 @@ def step_events(
     gc.disable()  # what is in a cycle stays, as in a run (engine/garbage.py)
     try:
         with _chunks_of(device):
-            step = _Step(_shallow(config, run), rows, attention, Pretend(world_size), by_leaf)
+            step = _Step(_shallow(config, run), rows, attention, Pretend(world_size), by_leaf, keeps)
             events = step.take(batch)
     finally:
         if is_collecting:
@@ -84,7 +86,7 @@ def step_events(
 class _Step:
     """engine.step.train_step without an engine."""
 
-    def __init__(self, config: Config, rows: Rows, attention: str, comm: Pretend, by_leaf: bool) -> None:
+    def __init__(self, config: Config, rows: Rows, attention: str, comm: Pretend, by_leaf: bool, keeps: bool) -> None:
         self.config, self.comm, self.live, self.mode = config, comm, LiveBytes(), FakeTensorMode()
         objectives, ssl = config.objectives, config.objectives.ssl
         with _dtype(config), self.mode:
@@ -97,7 +99,7 @@ class _Step:
         self.corruption = corruption(config, rows, longest_layout(config, rows))
         self.stood_for: dict[bool, tuple[torch.Size, torch.Size]] = {}
         recompute_blocks(self.model, config.system.activation_checkpointing, tuple(LEAVES))
-        self.watch = _Watch(self.model, self.live, by_leaf, keeps=rows.micro_batches > 1)
+        self.watch = _Watch(self.model, self.live, by_leaf, keeps or rows.micro_batches > 1)
         networks = [network for network in (self.model, self.perceptual, self.frozen) if network is not None]
         self.live.known(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
 

@@ -8,8 +8,9 @@ A step has three moments in which it may need the most (deepspeed 0.19.8):
 
     computing    activations and what backward takes beside them (profiling/step/memory_trace.py), gathered parameters,
                  and the buckets in which gradients wait for their reduction
-    reducing     the last bucket, when backward is over; with micro-batches after all gradients were kept until here
-    stepping     the gradient's norm in float64, a tensor at a time; then a group's gradients in float32
+    reducing     the last bucket, when backward is over; with micro-batches, and under ZeRO-1 without overlap_comm, all
+                 gradients were kept until here
+    stepping     the gradient's norm (on the CPU in float64, a tensor at a time); then a group's gradients in float32
 
 How ZeRO treats a gradient: one bucket of reduce_bucket_size elements (ZeRO-3; it is there between steps too) or two of
 them (ZeRO-1 and 2 with overlap_comm; they come with the first gradient of a step) take it in, and a full one is copied
@@ -37,6 +38,7 @@ from profiling.step.communication import (
     COMM_DTYPE_BYTES,
     DTYPE_BYTES,
     FP32_BYTES,
+    keeps_gradients,
     meta_model,
     optimizer_groups,
 )
@@ -66,7 +68,7 @@ def predict_peak(
     states = [each for each in predicted.components if each.is_static]
     gathered = {each.name: each.bytes for each in predicted.components if each.name in (GATHERED, SECOND)}
     zero = _Zero.of(config, ds_config, world_size)
-    events = step_events(config, world_size, attention, device, zero.stage == 3, batch)
+    events = step_events(config, world_size, attention, device, zero.stage == 3, batch, keeps=zero.keeps)
     moments = [_computing(events, zero, gathered), _reducing(events, zero), _stepping(events, zero)]
     worst = max(moments, key=lambda moment: moment.total())
     found = [Component(name, size, is_static=False) for name, size in worst.items() if size]
@@ -111,7 +113,7 @@ class _Zero:
             own=own,
             group=group,
             largest=largest,
-            keeps=config.system.clip.micro_batches > 1,
+            keeps=keeps_gradients(config, ds_config),
         )
 
 

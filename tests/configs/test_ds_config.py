@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs import UserError
-from configs.ds import STAGES, ZERO_KEYS, load_ds_config, zero_stage
+from configs.ds import STAGES, ZERO_KEYS, load_ds_config, overlap_summary, zero_stage
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -139,3 +139,38 @@ def test_every_allowed_zero_key_is_one_deepspeed_takes() -> None:
     known = {field.alias or name for name, field in zero.model_fields.items()}
     assert known >= ZERO_KEYS
     assert all(zero(stage=stage).stage == stage for stage in STAGES)
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "given", "expected"),
+    [
+        (1, 1, "auto", False),
+        (2, 1, "auto", False),
+        (2, 1, None, False),
+        (3, 1, "auto", True),  # its gathers' stream too
+        (1, 2, "auto", True),
+        (1, 2, None, True),
+        (1, 1, True, True),
+        (3, 2, False, False),
+    ],
+)
+def test_gradients_are_reduced_beside_backward_where_there_is_somebody_to_reduce_with(
+    stage: int, world_size: int, given: Any, expected: bool, tmp_path: Path
+) -> None:
+    zero = {"stage": stage} | ({} if given is None else {"overlap_comm": given})
+    found = load(tmp_path, {"zero_optimization": zero}, world_size)
+    assert found["zero_optimization"]["overlap_comm"] is expected
+    said = overlap_summary(found, world_size)
+    assert said.startswith("reduced while backward" if expected else "reduced after backward")
+    assert ('"auto"' in said) == (given is not True and given is not False)
+
+
+def test_overlap_that_is_neither_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, {"zero_optimization": {"stage": 1, "overlap_comm": "on"}})
+    assert 'zero_optimization.overlap_comm="on": it is true, false or "auto"; choose one' in message
+
+
+def test_deepspeeds_throughput_timer_is_off() -> None:
+    """It waits for the device twice a step, and nobody reads it."""
+    given = load_ds_config(SHIPPED[0], CONFIG, 2)
+    assert pytest.importorskip("deepspeed.utils.config").get_timers_config(given).enabled is False

@@ -19,6 +19,7 @@ from data.decode import Decoder, Picture
 from data.headers import refusal
 from data.pictures import Unusable, load_picture
 from data.pillow_decoder import decode_with_pillow
+from data.to_device import to_device, wait_until
 from tests.data.encoded_images import app_segment, exif, png, riff, vp8x, webp_chunk, with_png_chunk, with_tiff_number
 from tests.data.plain_views import centred
 from tests.data.tar_shards import encoded, picture
@@ -358,3 +359,26 @@ def test_the_gpu_decodes_and_renders_what_the_cpu_does(decoder: Decoder) -> None
     expected = decoder.render(reference, ssl_numbers(names, list(range(len(reference))), reference))
     assert crops.device.type == "cuda"
     assert (crops.cpu().float() - expected.float()).abs().mean() < 3  # nvJPEG rounds otherwise than libjpeg-turbo
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_crops_are_made_while_the_stream_that_trains_is_busy() -> None:
+    on_gpu = Decoder("gpu", threads=2)
+    data = [encoded(seed) for seed in range(4)]
+
+    def made() -> torch.Tensor:
+        pictures = [found for found in on_gpu.decode(data) if isinstance(found, Picture)]
+        return on_gpu.render(pictures, ssl_numbers(["global0", "global1"], [0, 1, 2, 3], pictures))
+
+    expected = made().cpu()  # first: what is loaded at the first call waits for the device
+    torch.cuda._sleep(2_000_000_000)  # clock cycles, about a second
+    is_past = torch.cuda.current_stream().record_event()
+    with on_gpu.ahead():
+        crops = made()
+    ready = on_gpu.event()
+    assert ready is not None
+    ready.synchronize()
+    assert not is_past.query(), "decoding waited for what was queued before it"
+    wait_until(ready)
+    assert torch.equal(to_device(crops, crops.device).cpu(), expected)

@@ -11,7 +11,6 @@ import torch
 from configs import Config
 from profiling import bench
 from profiling.benches import fp8_blocks, fp8_losses, grad_cache, packed, train
-from profiling.kernel_time import kind_of, own_nanoseconds
 from profiling.peaks import Bandwidth, Peak
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
@@ -98,26 +97,3 @@ def test_blocks_in_fp8_are_held_against_blocks_in_bf16() -> None:
     assert {row.variant for row in found.rows} == {"bf16", "fp8_torchao"}
     assert any("off bf16 by" in note for note in found.notes)
     assert found.notes[-1].startswith("wanted 1.15 x bf16; the best here ")
-
-
-def test_what_runs_side_by_side_counts_once() -> None:
-    spans = [("a", 0, 10), ("b", 4, 12), ("c", 5, 6), ("a", 20, 25)]
-    assert own_nanoseconds(spans) == {"a": 15, "b": 2, "c": 0}
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN", "products"),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "products"),
-        ("void flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
-        ("triton_poi_fused_add_mul_silu_3", "fused"),
-        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "collectives"),
-        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
-        ("Memcpy HtoD (Pinned -> Device)", "copies"),
-        ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"),
-        ("something new", "other"),
-    ],
-)
-def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
-    assert kind_of(name) == kind

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import Config, load_config, load_run
-from engine.corruption import corruptor, to_device
+from data.to_device import to_device
+from engine.corruption import corruptor
 from engine.drop_path import drop_path
 from engine.grad_cache import GradientCache
 from engine.recompute import recompute_blocks
@@ -150,7 +151,7 @@ class Counted:
             with Counter() as forward:
                 cache = GradientCache(self.batch, self.rows, self._clip)
                 kept = None if self.draws is None else self.draws.draw(0, self.unseen).to(self.device)
-                disturbed = self.disturbs and to_device(self.disturbs.draw(0), self.device)
+                disturbed = to_device(self.disturbs and self.disturbs.draw(0), self.device)
                 outputs = cache.complete(self.model(**self._inputs(cache.shared), kept_idx=kept, corruption=disturbed))
             compute(outputs, self.config.objectives, 0.07, Solo(), centres, network, self.frozen).total.backward()
             cache.replay(Tensor.backward)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from profiling.phases import CudaClock, HostClock, Phases, clock_of
+from tests.cuda_waits import sync_debug_mode
 
 pytestmark = pytest.mark.L0
 
@@ -114,7 +115,7 @@ def test_without_a_clock_nothing_is_recorded() -> None:
 
 def test_while_traced_phases_are_ranges_of_the_profiler_whether_timed_or_not() -> None:
     for phases in (Phases(None), Phases(HostClock())):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as record:
             with phases("before"):
                 torch.ones(1)
             phases.is_traced = True
@@ -142,15 +143,14 @@ def test_events_time_the_device_and_are_used_again() -> None:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         phases.read()
         begin.record()
-        torch.cuda.set_sync_debug_mode("error")
-        for _ in range(20):
-            phases.next_step()
-            with phases("trunk"):
-                for _ in range(10):
-                    x @ x
-            with torch.cuda.stream(torch.cuda.Stream()), phases("all_gather"):
-                pass  # on a stream beside: the one that computes does not wait for it
-        torch.cuda.set_sync_debug_mode("default")
+        with sync_debug_mode("error"):
+            for _ in range(20):
+                phases.next_step()
+                with phases("trunk"):
+                    for _ in range(10):
+                        x @ x
+                with torch.cuda.stream(torch.cuda.Stream()), phases("all_gather"):
+                    pass  # on a stream beside: the one that computes does not wait for it
         end.record()
         reading = phases.read()
         assert reading.total_ms == pytest.approx(begin.elapsed_time(end), rel=0.05)

@@ -1,0 +1,207 @@
+"""Let the host run ahead of the device: DeepSpeed's host waits become waits between streams, and norms one call.
+
+    let_host_run_ahead(engine)         # once, after deepspeed.initialize
+
+Where deepspeed 0.19.8 holds the host in a step, and what is done instead:
+
+    ZeRO-1, 2   end of backward, and before each bucket with use_multi_rank_bucket_allreduce=false or
+                contiguous_gradients=false: the whole device. Now the stream that computes waits for the reductions
+                queued so far, and later reductions wait for it.
+    ZeRO-3      end of backward, and each fp32 shard that teacher and average read: the reduction stream. Now the stream
+                that computes waits for it; a shard is written by the optimizer, on the stream that reads it.
+    ZeRO-3      parameters that stay gathered, after each step: the whole device; on one rank, where nothing is
+                gathered, each module: a stream. Now nobody: what reads them is queued behind them.
+    all         the norm of each group copies -1.0 to the device: the stream; and takes norms one by one, each of a
+                float64 copy (VTP-L: 699). `torch._foreach_norm` takes a few launches; bit-equal on the CPU.
+
+Without these waits nothing orders ZeRO-3's gathers, on a stream of their own, behind the optimizer and the teacher that
+write the shards: they wait for the stream that computes at the start of each forward.
+
+Memory is safe: a tensor freed by one stream's allocator is used again by that stream alone, and each stream waits for
+the other before it touches what the other wrote or read; where a tensor is freed sooner, DeepSpeed calls record_stream.
+With the optimizer's states on the host, waits stay: the host's own step reads what they wait for. So do two bounds on
+how far the host runs ahead, three buckets and three gathered modules, which keep memory bounded and drain nothing.
+
+`check_known` compares the source of what is replaced, and of what the order relies on, with that of 0.19.8.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3, stage_1_and_2
+from torch import Tensor
+
+from configs import UserError
+from engine import world
+
+SHARDED, FLAT = stage3.DeepSpeedZeroOptimizer_Stage3, stage_1_and_2.DeepSpeedZeroOptimizer
+GATHERS = (
+    (partition_parameters.Init, "_allgather_params_coalesced"),
+    (partition_parameters.Init, "_allgather_params_sequential"),
+    (partition_parameters.NoGatherHandle, "wait"),
+    (partition_parameters.NoGatherCoalescedHandle, "wait"),
+)
+REDUCTIONS = (
+    "allreduce_and_copy",
+    "_allreduce_noncontiguous_bucket_preserving_fp32",
+    "independent_gradient_partition_epilogue",
+)
+COORDINATOR = partitioned_param_coordinator.PartitionedParameterCoordinator
+# The first digits of the sha256 of each function's source.
+KNOWN: dict[tuple[type, str], str] = {
+    (FLAT, "average_tensor"): "6fd000d730e5",
+    (FLAT, "allreduce_and_copy"): "1db38d57186c",
+    (FLAT, "_allreduce_noncontiguous_bucket_preserving_fp32"): "68ea274ef32a",
+    (FLAT, "independent_gradient_partition_epilogue"): "26ceef6d75b3",
+    (FLAT, "reduce_independent_p_g_buckets_and_remove_grads"): "500839d3f30c",
+    (FLAT, "reduce_ipg_grads"): "a41525b603f1",
+    (FLAT, "get_grad_norm_direct"): "72af0993ad8c",
+    (DeepSpeedEngine, "_flush_coalesced_reduction_zero12"): "7a477abc691d",
+    (SHARDED, "_DeepSpeedZeroOptimizer_Stage3__add_grad_to_ipg_bucket"): "94d52f5b4af9",
+    (SHARDED, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"): "24d09d54e4e6",
+    (SHARDED, "partition_grads"): "93119b25314e",
+    (SHARDED, "independent_gradient_partition_epilogue"): "f1575b87b3d6",
+    (SHARDED, "_get_fp32_opt_state_partition"): "17cbde2bfa7a",
+    (SHARDED, "get_grad_norm_direct"): "5ba2252d5f16",
+    (SHARDED, "_post_step"): "d993f8fa66f0",
+    (COORDINATOR, "_fetch_sub_module_impl"): "5a0c0616eaa0",
+    (COORDINATOR, "_PartitionedParameterCoordinator__all_gather_params_"): "4833cf1eeb2b",
+    (partition_parameters.Init, "_allgather_params_coalesced"): "774cce0650d2",
+    (partition_parameters.Init, "_allgather_params_sequential"): "13b0f115f112",
+    (partition_parameters.NoGatherHandle, "wait"): "b86a33702302",
+    (partition_parameters.NoGatherCoalescedHandle, "wait"): "e8a53706e84e",
+}
+
+
+def let_host_run_ahead(engine: Any) -> None:
+    """Replace the host's waits in the steps of a started engine. Raises UserError for a DeepSpeed that is not known."""
+    zero, accelerator = engine.optimizer, get_accelerator()
+    check_known()
+    if isinstance(zero, SHARDED):
+        zero.get_grad_norm_direct = partial(_norm_of_shards, zero)
+        for owner, name in GATHERS:
+            setattr(owner, name, _without_host_wait(getattr(owner, name)))
+        if zero.reduce_and_partition_stream is not None and not zero.offload_optimizer:
+            _wait_on_stream(zero.reduce_and_partition_stream)
+            zero._get_fp32_opt_state_partition = _without_host_wait(zero._get_fp32_opt_state_partition)
+        coordinator = zero.parameter_offload.get_param_coordinator()
+        gathers = getattr(coordinator, f"_{COORDINATOR.__name__}__allgather_stream")
+        if gathers is not None and world.world_size() > 1:  # a lone rank gathers nothing
+            engine.module.register_forward_pre_hook(
+                lambda *_: gathers.wait_stream(accelerator.current_stream()), prepend=True
+            )
+    elif isinstance(zero, FLAT):
+        zero.get_grad_norm_direct = partial(_norm_of_partition, zero)
+        if zero.reduction_stream is not None and not zero.cpu_offload:
+            _wait_on_stream(zero.reduction_stream)
+            for name in REDUCTIONS:
+                setattr(zero, name, _without_device_wait(getattr(zero, name), zero.reduction_stream))
+
+
+def check_known() -> None:
+    """Raise UserError where DeepSpeed's functions are not those that this file is written for."""
+    for (owner, name), digest in KNOWN.items():
+        if (found := source_digest(owner, name)) != digest:
+            raise UserError(
+                f"deepspeed {deepspeed.__version__}: {owner.__name__}.{name} is not the code of 0.19.8 (its source has "
+                f"digest {found}, not {digest}), so engine/zero/streams.py cannot replace its waits; "
+                "pip install deepspeed==0.19.8"
+            )
+
+
+@functools.cache
+def source_digest(owner: type, name: str) -> str:
+    """The first twelve digits of the sha256 of a method's source."""
+    method = inspect.unwrap(inspect.getattr_static(owner, name))
+    while inner := inspect.getclosurevars(method).nonlocals.get("func"):  # DeepSpeed's decorator for NVTX ranges
+        method = inspect.unwrap(inner)
+    return hashlib.sha256(inspect.getsource(method).encode()).hexdigest()[:12]
+
+
+def _wait_on_stream(stream: Any) -> None:
+    """From now on `stream.synchronize()` makes the current stream wait for it, and not the host."""
+    stream.synchronize = lambda: get_accelerator().current_stream().wait_stream(stream)
+
+
+def _without_host_wait(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` without its wait: what it leaves is read on the stream it was queued on."""
+    if hasattr(call, "is_without_host_wait"):
+        return call
+
+    @functools.wraps(call)
+    def queued(*arguments: Any, **options: Any) -> Any:
+        with _answering(resolves_data_dependency=lambda: True):
+            return call(*arguments, **options)
+
+    queued.is_without_host_wait = True  # type: ignore[attr-defined]
+    return queued
+
+
+def _without_device_wait(call: Callable[..., Any], reductions: Any) -> Callable[..., Any]:
+    """`call`, in which the stream that computes and the one that reduces wait for each other, and not the host."""
+
+    def wait() -> None:
+        current = get_accelerator().current_stream()
+        current.wait_stream(reductions)
+        reductions.wait_stream(current)
+
+    @functools.wraps(call)
+    def queued(*arguments: Any, **options: Any) -> Any:
+        with _answering(synchronize=wait):
+            return call(*arguments, **options)
+
+    return queued
+
+
+@contextmanager
+def _answering(**methods: Callable[[], Any]) -> Iterator[None]:
+    """Inside, the accelerator has these methods. Calls nest."""
+    accelerator = get_accelerator()
+    before = {name: vars(accelerator).get(name) for name in methods}
+    vars(accelerator).update(methods)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            if method is None:
+                vars(accelerator).pop(name)
+            else:
+                vars(accelerator)[name] = method
+
+
+def _norm_of_partition(
+    zero: Any, gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: float = 2
+) -> Tensor:
+    """ZeRO-1 and 2's get_grad_norm_direct: a group's norm over all ranks, float32; -1 where it is not finite."""
+    assert norm_type == 2, "the only one that is called for"
+    own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)][: len(params)]
+    total = _sum_of_squares(own).float() if own else torch.zeros((), device=zero.device)
+    deepspeed.comm.all_reduce(total, group=zero.dp_process_group)
+    norm = total.sqrt()
+    return torch.where(norm.isfinite(), norm, -1.0)
+
+
+def _norm_of_shards(zero: Any, gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
+    """ZeRO-3's get_grad_norm_direct: a group's norm over all ranks, float64; -1 where it is not finite."""
+    assert norm_type == 2, "the only one that is called for"
+    zero._assert_same_partition_group(params)
+    total = _sum_of_squares(list(gradients))
+    deepspeed.comm.all_reduce(total, group=zero._get_param_partition_group(params[0]))
+    norm = total.sqrt()
+    return torch.where(norm.isfinite(), norm, -1.0)
+
+
+def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    """Of all elements, in float64."""
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).pow(2).sum()
