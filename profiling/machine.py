@@ -53,8 +53,8 @@ def precision_overrides() -> tuple[str, ...]:
 
 
 def compared_dtypes() -> tuple[torch.dtype, ...]:
-    """Return the dtypes that a bench compares: float32, and bf16 unless the machine only emulates it."""
-    return tuple(dict.fromkeys((torch.float32, training_dtype())))
+    """Return the dtypes that a bench compares: bf16 first, unless the machine only emulates it, and float32."""
+    return tuple(dict.fromkeys((training_dtype(), torch.float32)))
 
 
 def require_bf16() -> None:
