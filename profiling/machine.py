@@ -10,6 +10,7 @@ MFU in the benches is against this measured peak, not against a data sheet: a sh
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -69,8 +70,12 @@ def sized(*, cpu: T, cuda: T) -> T:
 
 
 def describe() -> dict[str, str | int]:
-    """Device, threads and versions, in the words of the system."""
-    return {
+    """Device, threads and versions, in the words of the system; of a GPU the clock of now."""
+    clock = {}
+    if torch.cuda.is_available():
+        with suppress(ImportError, RuntimeError):  # it takes nvidia-ml-py, and a driver that answers
+            clock = {"clock in MHz": torch.cuda.clock_rate()}
+    return clock | {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -15,19 +15,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from data.whole_file import write_whole
 from profiling.gpu_check.carry_out import Record, begun, carry_out, forget, outcome, pack, unpack
-from profiling.gpu_check.page import page
+from profiling.gpu_check.page import figures, page
 from profiling.gpu_check.steps import RUNS, STEPS, Step, steps_of
 
 LEAST_SECONDS = 15.0  # a step with less time than this is not begun
+PACKAGES = ("torch", "triton", "deepspeed", "torchao", "transformer-engine", "flash-attn", "nvidia-dali-cuda130")
 CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total,temperature.gpu"
 
 
@@ -54,7 +59,7 @@ def main(arguments: list[str]) -> int:
         limit = step.dry if gpu is None else _limit(chosen[idx:], deadline - time.monotonic())
         records.append(_record(step, out, min(limit, deadline - time.monotonic()), gpu is None, caches))
         _write(out, gpu, records)
-        print(f"{step.name}: {outcome(records[-1])}", flush=True)
+        print(f"{step.name}: {outcome(records[-1])}", figures(records[-1], out), sep="\n", flush=True)
     if caches is not None:
         print(f"compiler caches: {pack(caches, given.caches) / 2**20:.1f} MiB in {given.caches}", flush=True)
     return 1 if any(record["state"] in ("failed", "late") for record in records) else 0
@@ -82,9 +87,17 @@ def _record(step: Step, out: Path, limit: float, is_dry: bool, caches: Path | No
 
 
 def _write(out: Path, gpu: str | None, records: list[Record]) -> None:
-    summary = {"gpu": gpu, "records": records}
+    summary = {"gpu": gpu, "packages": dict(_versions()), "records": records}
     write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n", is_synced=False)
     write_whole(out / "page.md", page(summary, out), is_synced=False)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Of Python and of those packages that figures depend on, as installed."""
+    yield "Python", platform.python_version()
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def _gpu() -> str | None:

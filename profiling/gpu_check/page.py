@@ -1,6 +1,7 @@
 """The page of a GPU check: what was asked, what came of it, every figure with the command that made it.
 
 page(summary, folder)        # Markdown; `folder` holds the JSON that the benches wrote
+figures(record, folder)      # of one step
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def page(summary: Mapping[str, Any], folder: Path) -> str:
     """Written from summary.json and from what lies beside it."""
     gpu, records = summary["gpu"], summary["records"]
     title = f"# On {gpu.split(',')[0]}" if gpu else "# Dry run on a CPU: nothing here is a figure of a GPU"
-    machine = f"{gpu}.\n" if gpu else "Every step ran at a small size to show that it runs.\n"
+    machine = f"{gpu}." if gpu else "Every step ran at a small size to show that it runs."
+    machine += f" {', '.join(f'{name} {version}' for name, version in summary['packages'].items())}.\n"
     parts = [title, "", "    python -m profiling.gpu_check --out DIR", "", machine, _overview(records), ""]
     for record in records:
         parts += _section(record, folder / f"{record['step']}.json")
@@ -36,6 +38,11 @@ def _section(record: Record, figures: Path) -> Iterator[str]:
     shown = [*_trouble(record), *_measured(figures)]
     if shown:
         yield from (f"## {record['step']}", "", *shown)
+
+
+def figures(record: Record, folder: Path) -> str:
+    """The tables of one step's bench; "" where there is none."""
+    return "\n".join(_measured(folder / f"{record['step']}.json"))
 
 
 def _trouble(record: Record) -> Iterator[str]:

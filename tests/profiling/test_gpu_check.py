@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from profiling.bench import BENCHES
 from profiling.gpu_check import __main__ as gpu_check
@@ -75,7 +76,15 @@ def test_the_rest_is_done_whatever_a_step_does(
         "crash": "failed", "need": "done", "lack": "left out", "work": "done",
     }  # fmt: skip
     said = capsys.readouterr().out
-    for words in ("on NVIDIA H100", "crash: failed", "exit code -6", "not installed: no.such.module", "nor_this_one"):
+    assert summary["packages"]["torch"] == torch.__version__
+    for words in (
+        "on NVIDIA H100",
+        "crash: failed",
+        "- 470.1 samples/s",
+        "exit code -6",
+        "not installed: no.such.module",
+        "nor_this_one",
+    ):
         assert words in said
     written = (tmp_path / "out" / "page.md").read_text()
     for words in ("# On NVIDIA H100", "illegal access", "| engine | 136.00 | 10 | 1% | 1.00 | 61,000 | 47.1% | 41.0 |",
@@ -159,7 +168,7 @@ def test_a_record_of_tests_says_which_passed_failed_and_were_skipped(tmp_path: P
     assert list(record["passed_tests"]) == ["test_it.py::test_good"]
     assert "no sum" in record["failed_tests"]["test_it.py::test_bad"]
     assert record["skipped_tests"] == {"test_it.py::test_left": "needs a CUDA device"}
-    written = page({"gpu": None, "records": [record]}, tmp_path)
+    written = page({"gpu": None, "packages": {}, "records": [record]}, tmp_path)
     assert "- failed: `test_it.py::test_bad`: " in written
     assert "- passed: `test_it.py::test_good`" in written
 
@@ -227,8 +236,8 @@ def test_a_run_takes_its_steps_and_their_time_alone(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(gpu_check, "carry_out", recorded)
     assert gpu_check.main(["--out", str(tmp_path), "--run", "1"]) == 0
     assert list(limits) == [step.name for step in steps_of(1)]
-    assert limits["doctor"] == pytest.approx(25, abs=1)
-    assert limits["attention"] == pytest.approx(RUN_SECONDS - 25, abs=1), "nothing was used: it has all but the last"
+    assert limits["doctor"] == pytest.approx(30, abs=1)
+    assert limits["attention"] == pytest.approx(sum(step.seconds for step in steps_of(1)), abs=1), "nothing was used"
 
 
 def test_while_a_step_runs_the_summary_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
