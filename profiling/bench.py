@@ -1,4 +1,4 @@
-"""python -m profiling.bench NAME [--rounds N] [--json FILE]: the engine's parts against what one would write otherwise.
+"""python -m profiling.bench NAME [--rounds N | --dry] [--json FILE]: the engine against what one would write otherwise.
 
 Variants alternate in one process; a table gives medians, paired ratios, peak memory and MFU against this machine's own
 matmul peak. Every bench first checks that its variants compute the same.
@@ -44,7 +44,9 @@ def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
     parser = CommandParser(prog="python -m profiling.bench", description=__doc__)
     parser.add_argument("name", choices=BENCHES)
-    parser.add_argument("--rounds", type=int, default=11, help="times each variant runs (default 11)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--rounds", type=int, default=11, help="times each variant runs (default 11)")
+    length.add_argument("--dry", action="store_true", help="one round, as small as it goes, to see that a bench runs")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument(
         "--json", type=output_file, default=None, metavar="FILE", help="also write the figures here, as they come"
@@ -57,7 +59,7 @@ def main(arguments: list[str]) -> int:
     module, _, function = BENCHES[options.name].partition(":")
     run: Callable[[Recorder], None] = getattr(import_module(f"profiling.benches.{module}"), function or "run")
     try:
-        run(Recorder(options.rounds, options.json))
+        run(Recorder(1 if options.dry else options.rounds, options.json, is_dry=options.dry))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -99,10 +99,14 @@ class Measurement:
 
 
 class Recorder:
-    """Collects what one bench measures. `rounds`: times each variant runs; `file`: JSON, rewritten at every change."""
+    """Collects what one bench measures. `rounds`: times each variant runs; `file`: JSON, rewritten at every change.
 
-    def __init__(self, rounds: int, file: Path | None = None) -> None:
+    `is_dry`: the figures do not count, and benches that have a smaller size take it.
+    """
+
+    def __init__(self, rounds: int, file: Path | None = None, is_dry: bool = False) -> None:
         self.rounds = rounds
+        self.is_dry = is_dry
         self.results: list[Shown] = []
         self._file = file
         self._console = Console(width=None if sys.stdout.isatty() else 120)

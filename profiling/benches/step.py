@@ -42,12 +42,13 @@ from profiling.workload import random_batch, small_step
 TEMPERATURE, MOMENTUM = 0.07, 0.999
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 REFERENCE = "three passes, eager"
+DRY = ("batch={clip: 8, ssl: 2, rec: 1}", "model.trunk.depth=2", "model.text.depth=2", "model.decoder.depth=2")
 
 
 def run(recorder: Recorder) -> None:
     """One measurement of four variants, the eager ones first. On a CPU malloc is set as in a run, for all four."""
     keep_freed_blocks(device())
-    config = configured("vtp_l", 64) if device().type == "cuda" else small_step()
+    config = configured("vtp_l", 64) if device().type == "cuda" else small_step(*(DRY if recorder.is_dry else ()))
     batch, rows = random_batch(config), Rows.per_rank(config, 1)
     attention = resolve("auto", device(), training_dtype()).name
     losses: dict[str, float] = {}

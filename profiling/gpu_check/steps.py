@@ -19,7 +19,7 @@ ENGINE = ("torch", "pydantic", "yaml", "deepspeed", "safetensors", "rich")
 PLUGINS = ("-p", "pytest_timeout", "-p", "profiling.gpu_check.outcomes", "-p", "no:cacheprovider")
 PYTEST = ("-m", "pytest", "-m", "gpu", "-v", *PLUGINS)
 OUT = "{out}"  # stands in a command where the folder of the results goes
-ROUNDS = "{rounds}"  # ... and where the number of rounds goes: one on a CPU
+LENGTH = "{length}"  # ... and where a bench's number of rounds goes: --dry on a CPU
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Step:
 
     def words(self, out: str, is_dry: bool) -> list[str]:
         """The command, filled in."""
-        rounds = str(1 if is_dry else self.rounds)
-        return [word.replace(OUT, out).replace(ROUNDS, rounds) for word in self.command]
+        length = "--dry" if is_dry else f"--rounds={self.rounds}"
+        return [word.replace(OUT, out).replace(LENGTH, length) for word in self.command]
 
 
 def _bench(
@@ -52,7 +52,7 @@ def _bench(
     needs: tuple[str, ...] = ENGINE,
     extra: tuple[str, ...] = (),
 ) -> Step:
-    command = ("-m", "profiling.bench", name, "--rounds", ROUNDS, "--json", f"{OUT}/{name}.json")
+    command = ("-m", "profiling.bench", name, LENGTH, "--json", f"{OUT}/{name}.json")
     return Step(name, question, command, seconds, 600, needs, extra, rounds, run)
 
 
