@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -56,6 +57,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--rounds {options.rounds}: a median needs at least one round")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.dry:  # traced and differentiated, but no code is generated, which takes minutes
+        torch.compile = partial(torch.compile, backend="aot_eager")
     module, _, function = BENCHES[options.name].partition(":")
     run: Callable[[Recorder], None] = getattr(import_module(f"profiling.benches.{module}"), function or "run")
     try:

@@ -71,7 +71,7 @@ def sized(*, cpu: T, cuda: T) -> T:
 
 def describe() -> dict[str, str | int]:
     """Device, threads and versions, in the words of the system; of a GPU the clock of now."""
-    clock = {}
+    clock: dict[str, str | int] = {}
     if torch.cuda.is_available():
         with suppress(ImportError, RuntimeError):  # it takes nvidia-ml-py, and a driver that answers
             clock = {"clock in MHz": torch.cuda.clock_rate()}

@@ -75,12 +75,13 @@ CORES = (1, 2)
 def run(recorder: Recorder) -> None:
     """A measurement for each chain and number of cores."""
     cores = [number for number in CORES if number <= len(os.sched_getaffinity(0))]
+    chains = tuple(replace(chain, images=2 * chain.batch) for chain in CHAINS) if recorder.is_dry else CHAINS
     with TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
-        scenes, photos = (chain.images for chain in CHAINS)
+        scenes, photos = (chain.images for chain in chains)
         build(corpus, synthetic_plan(scenes, held_out=0, size=64, shard_size=scenes // 2, seed=0, workers=1))
         write_shards(photographs(photos), corpus, "photographs", shard_size=photos // 2)
-        for chain in CHAINS:
+        for chain in chains:
             for number in cores:
                 _measure(chain, corpus, number, recorder)
 

@@ -22,12 +22,13 @@ from profiling.machine import device, precision_label, sized, training_dtype
 from profiling.measurement import Recorder
 from profiling.step.three_pass import SeparateTrunk
 
+DRY = ("batch={clip: 4, ssl: 2, rec: 0}", "objectives.rec.weight=0", "model.trunk.depth=2")
 PRESET, IMAGES = sized(cuda=("vtp_b", 128), cpu=("vtp_s", 8))
 
 
 def run(recorder: Recorder) -> None:
     """bf16, eager and compiled."""
-    config = configured(PRESET, IMAGES)
+    config = configured(PRESET, IMAGES, *(DRY if recorder.is_dry else ()))
     crops = _crops(config)
     backend = resolve("auto", device(), training_dtype()).name
     towers = {}

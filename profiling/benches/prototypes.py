@@ -33,27 +33,28 @@ def run(recorder: Recorder) -> None:
 
 def _measure(dtype: torch.dtype, recorder: Recorder) -> None:
     generator = torch.Generator().manual_seed(0)
-    sizes = (ROWS, PROTOTYPES, ROWS, PROTOTYPES)
+    num_rows, num_prototypes = (size // 8 if recorder.is_dry else size for size in (ROWS, PROTOTYPES))
+    sizes = (num_rows, num_prototypes, num_rows, num_prototypes)
     units = [F.normalize(torch.randn(rows, WIDTH, generator=generator), dim=1).to(device(), dtype) for rows in sizes]
     student_ME, student_KE, teacher_ME, teacher_KE = units
     learners = (student_ME.requires_grad_(), student_KE.requires_grad_())
-    weight_M = torch.ones(ROWS, device=device())
+    weight_M = torch.ones(num_rows, device=device())
 
     def in_chunks() -> tuple[Tensor, ...]:
         bias_K = sinkhorn(teacher_ME, teacher_KE, TEACHER_TEMP, Solo())
         targets = Targets(teacher_ME, teacher_KE, bias_K, TEACHER_TEMP)
-        loss = masked_patch_loss(*learners, targets, weight_M, STUDENT_TEMP, num_crops=ROWS)
+        loss = masked_patch_loss(*learners, targets, weight_M, STUDENT_TEMP, num_crops=num_rows)
         return torch.autograd.grad(loss, learners)
 
     def written_out() -> tuple[Tensor, ...]:
         target_MK = dense.sinkhorn(teacher_ME @ teacher_KE.T, TEACHER_TEMP, Solo())
         loss_M = dense.cross_entropy(student_ME @ student_KE.T, target_MK, STUDENT_TEMP)
-        return torch.autograd.grad((weight_M * loss_M).sum() / ROWS, learners)
+        return torch.autograd.grad((weight_M * loss_M).sum() / num_rows, learners)
 
     for ours, theirs in zip(in_chunks(), written_out(), strict=True):
         error = float((ours - theirs).abs().max() / theirs.abs().max())
         assert error < BOUND[dtype], f"the variants differ by {error:.1e}"
-    workload = f"{ROWS} rows, {PROTOTYPES} prototypes of {WIDTH}, {dtype}, Sinkhorn, forward and backward"
+    workload = f"{num_rows} rows, {num_prototypes} prototypes of {WIDTH}, {dtype}, Sinkhorn, forward and backward"
     found = recorder.measure("prototypes", workload, {"dense": written_out, "chunks": in_chunks}, "dense")
     whole, part = found.rows
     assert whole.peak_mib is not None

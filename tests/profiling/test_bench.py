@@ -217,6 +217,16 @@ def test_an_unknown_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     assert "attention" in capsys.readouterr().err
 
 
+def test_a_dry_run_has_one_round_and_takes_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        bench.main(["attention", "--dry", "--rounds", "3"])
+    assert refusal.value.code == 2
+    assert "not allowed with argument --dry" in capsys.readouterr().err
+    recorder = Recorder(rounds=1, is_dry=True)
+    prototypes.run(recorder)
+    assert all(shown.as_dict()["workload"].startswith("512 rows, 1024 prototypes") for shown in recorder.results)
+
+
 def test_mfu_is_flops_over_time_over_peak() -> None:
     x = torch.ones(64, 64)
     recorder = Recorder(rounds=3)

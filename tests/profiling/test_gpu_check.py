@@ -204,6 +204,9 @@ def test_the_steps_are_benches_that_exist_and_fit_in_their_order() -> None:
     assert set(asked) <= set(BENCHES)
     assert len({step.name for step in STEPS}) == len(STEPS)
     assert [step.run for step in STEPS] == sorted(step.run for step in STEPS)
+    of_train = next(step for step in STEPS if step.name == "train")
+    assert of_train.words("out", is_dry=False)[2:] == ["train", "--rounds=10", "--json", "out/train.json"]
+    assert of_train.words("out", is_dry=True)[3] == "--dry"
     for run in (1, 2):
         assert sum(step.seconds for step in steps_of(run)) <= RUN_SECONDS
 
