@@ -22,7 +22,10 @@ from profiling.machine import device, precision_label, sized, training_dtype
 from profiling.measurement import Recorder
 from profiling.step.three_pass import SeparateTrunk
 
-DRY = ("batch={clip: 4, ssl: 2, rec: 0}", "objectives.rec.weight=0", "model.trunk.depth=2")
+DRY = (
+    "batch={clip: 4, ssl: 2, rec: 0}", "objectives.rec.weight=0", "model.trunk.depth=2",
+    "views.image_size=64", "views.global_size=64", "views.local_size=32",
+)  # fmt: skip
 PRESET, IMAGES = sized(cuda=("vtp_b", 128), cpu=("vtp_s", 8))
 
 

@@ -42,7 +42,10 @@ from profiling.workload import random_batch, small_step
 TEMPERATURE, MOMENTUM = 0.07, 0.999
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 REFERENCE = "three passes, eager"
-DRY = ("batch={clip: 8, ssl: 2, rec: 1}", "model.trunk.depth=2", "model.text.depth=2", "model.decoder.depth=2")
+DRY = (
+    "batch={clip: 8, ssl: 2, rec: 1}", "views.image_size=64", "views.global_size=64", "views.local_size=32",
+    "model.prototypes.num=256", "model.trunk.depth=2", "model.text.depth=2", "model.decoder.depth=2",
+)  # fmt: skip
 
 
 def run(recorder: Recorder) -> None:

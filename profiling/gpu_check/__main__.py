@@ -32,7 +32,7 @@ from profiling.gpu_check.page import figures, page
 from profiling.gpu_check.steps import RUNS, STEPS, Step, steps_of
 
 LEAST_SECONDS = 15.0  # a step with less time than this is not begun
-PACKAGES = ("torch", "triton", "deepspeed", "torchao", "transformer-engine", "flash-attn", "nvidia-dali-cuda130")
+PACKAGES = ("torch", "triton", "deepspeed", "torchao", "transformer-engine", "flash-attn-3", "nvidia-dali-cuda130")
 CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total,temperature.gpu"
 
 

@@ -91,10 +91,10 @@ STEPS = (
          ("-m", "profiling.doctor", "--quick"), 30, 120, needs=(), good=(0, 1)),  # 1: a run from shards lacks something
     _tests("kernels", "attention, contrastive tiles, FP8, prototypes in fp32, events, energy: right on the device?", 90,
            (*KERNEL_FILES, FP32_PROTOTYPES), run=1,
-           extra=("triton", "torchao", "transformer_engine", "flash_attn", "pynvml")),
+           extra=("triton", "torchao", "transformer_engine", "pynvml")),
     _bench("train", "MFU of VTP-L's whole step: at least 40 %; where the time goes", 160, rounds=10, run=1),
     _bench("attention", "every attention backend that is here", 30, rounds=10, run=1,
-           extra=("flash_attn", "flash_attn_interface", "xformers")),
+           extra=("flash_attn_interface",)),
     _bench("fp8_blocks", "FP8 against bf16 at VTP-L's width: 1.15 x", 90, rounds=10, run=2,
            extra=("torchao", "transformer_engine")),
     _tests("prototype_kernels", "the prototype loss in Triton in bf16: right on the device?", 30,
