@@ -30,6 +30,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -45,12 +48,32 @@ from data.render import LUMA, Renderer
 from data.to_device import to_device
 from data.views import ViewNumbers, whole_pixels
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # of the packages DALI imports; nothing of ours
-    from nvidia.dali import types
-    from nvidia.dali.experimental import dynamic as dali
+
+class _Lazy:
+    """A module of DALI, imported when something of it is first used: the engine trains on other batches without it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(_imported(self._name), attribute)
 
 
+@cache
+def _imported(name: str) -> ModuleType:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the packages DALI imports; nothing of ours
+            return import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{error}: images are decoded by NVIDIA DALI, which is not installed here; "
+            "pip install -c constraints.txt nvidia-dali-cuda130"
+        ) from None
+
+
+types: Any = _Lazy("nvidia.dali.types")
+dali: Any = _Lazy("nvidia.dali.experimental.dynamic")
 _UNDECODABLE = "undecodable image"
 
 

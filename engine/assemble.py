@@ -97,10 +97,17 @@ class Assembly:
         return Kept({MAIN: self.engine}, followers, {} if centres is None else vars(centres))
 
 
-def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool = False) -> Assembly:
+def assemble(
+    config: Config,
+    ds_config: dict[str, Any],
+    comm: Comm,
+    resume: bool = False,
+    draw_device: str | torch.device = "cpu",
+) -> Assembly:
     """Builds the run on this rank; a collective.
 
-    `comm` is what `world.start` gave. With `resume` the caller loads a checkpoint next.
+    `comm` is what `world.start` gave. With `resume` the caller loads a checkpoint next. First weights are drawn on
+    `draw_device`: on the CPU they are the same numbers whatever the run's device is; on a GPU others, in a second.
     """
     device, drops = world.device(), drop_path(config, comm.rank, comm.world_size)
     comm, gathers = across_hosts(comm, config.system.gather, config.system.timeout_minutes)
@@ -111,7 +118,7 @@ def assemble(config: Config, ds_config: dict[str, Any], comm: Comm, resume: bool
         ds_config,
         device,
         make=lambda attention: Pretrainer(config, rows, attention, comm),
-        fill=lambda model: initialise(model, config, resume),
+        fill=lambda model: initialise(model, config, resume, draw_device),
         leaves=LEAVES,
         convert=lambda model: linears.convert(model, config, device),
     )
@@ -220,14 +227,14 @@ def timed(
     return phases
 
 
-def initialise(model: Pretrainer, config: Config, resume: bool = False) -> str:
+def initialise(model: Pretrainer, config: Config, resume: bool = False, draw_device: str | torch.device = "cpu") -> str:
     """First values of every parameter, the teacher's being the student's. Says whose they are."""
     shapes = {name: tuple(zero.full_shape(parameter)) for name, parameter in model.named_parameters()}
     with initial_weights(config, shapes, resume) as initial:
 
         def fill(name: str, tensor: torch.Tensor) -> None:
             if not initial.fill(name, tensor):
-                initialise_parameter(name, tensor, config)
+                initialise_parameter(name, tensor, config, draw_device)
 
         fill_parameters(model.named_parameters(), fill)
         return initial.summary

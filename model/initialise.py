@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from configs import Config
 
+Device = str | torch.device
 _CONSTANTS = {
     r"logit_scale$": math.log(1 / 0.07),
     r"logit_bias$": -10.0,
@@ -48,27 +49,27 @@ _CONSTANTS = {
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: Config) -> None:
+def initialise(model: nn.Module, config: Config, device: Device = "cpu") -> None:
     """Fills every parameter of `model`, a Pretrainer with whole (not yet partitioned) parameters."""
     for name, parameter in model.named_parameters():
-        initialise_parameter(name, parameter, config)
+        initialise_parameter(name, parameter, config, device)
 
 
 @torch.no_grad()
-def initialise_parameter(name: str, tensor: Tensor, config: Config) -> None:
-    """Fills `tensor`, the whole parameter `name` of a Pretrainer; drawn in float32, then rounded."""
+def initialise_parameter(name: str, tensor: Tensor, config: Config, device: Device = "cpu") -> None:
+    """Fills `tensor`, the whole parameter `name` of a Pretrainer; drawn in float32 on `device`, then rounded."""
     name = name.removeprefix("teacher.")
     if ".w12." in name:
         for half, part in zip(tensor.chunk(2), ("w1", "w2"), strict=True):
-            initialise_parameter(name.replace("w12", part), half, config)
+            initialise_parameter(name.replace("w12", part), half, config, device)
         return
     constant = _constant(name, config)
     if constant is not None:
         tensor.fill_(constant)
         return
-    generator = generator_of(config.seed, name)
+    generator = generator_of(config.seed, name, device)
     std = _std(name, tensor.shape, config)
-    drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+    drawn = torch.empty(tensor.shape, dtype=torch.float32, device=device)
     if std is None:
         nn.init.trunc_normal_(drawn, std=0.02, a=-0.04, b=0.04, generator=generator)
     else:
@@ -76,10 +77,10 @@ def initialise_parameter(name: str, tensor: Tensor, config: Config) -> None:
     tensor.copy_(drawn)
 
 
-def generator_of(seed: int, name: str) -> torch.Generator:
-    """The random numbers of one parameter, on the CPU."""
+def generator_of(seed: int, name: str, device: Device = "cpu") -> torch.Generator:
+    """The random numbers of one parameter: those of a run on the CPU; a GPU's are others, for who needs them soon."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def _constant(name: str, config: Config) -> float | None:

@@ -1,4 +1,4 @@
-"""python -m profiling.bench NAME [--rounds N] [--json FILE]: the engine's parts against what one would write otherwise.
+"""python -m profiling.bench NAME [--rounds N | --dry] [--json FILE]: the engine against what one would write otherwise.
 
 Variants alternate in one process; a table gives medians, paired ratios, peak memory and MFU against this machine's own
 matmul peak. Every bench first checks that its variants compute the same.
@@ -6,82 +6,66 @@ matmul peak. Every bench first checks that its variants compute the same.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from typing import Any, Protocol
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from configs import UserError
 from configs.command_line import CommandParser, output_file
+from profiling.measurement import Recorder
 
-BENCHES = (
-    "train",
-    "step",
-    "packed",
-    "attention",
-    "text",
-    "compile",
-    "depth",
-    "masked",
-    "prototypes",
-    "contrastive",
-    "grad_cache",
-    "loader",
-    "fp8",
-    "fp8_blocks",
-    "fp8_losses",
-    "step_memory",
-    "plan",
-)
-
-
-class Shown(Protocol):
-    """What a bench gives: a Measurement, or a table of its own."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences, printed below the table."""
-        ...
-
-    def as_table(self) -> Table:
-        """What is printed."""
-        ...
-
-    def as_dict(self) -> dict[str, Any]:
-        """What --json writes."""
-        ...
+BENCHES = {  # name: file in profiling/benches, and its function where it is not `run`
+    "train": "train",
+    "train_smaller": "train:run_smaller",
+    "overlap": "train:run_overlap",
+    "step": "step",
+    "packed": "packed",
+    "attention": "attention",
+    "text": "text",
+    "compile": "compile",
+    "depth": "depth",
+    "masked": "masked",
+    "prototypes": "prototypes",
+    "contrastive": "contrastive",
+    "grad_cache": "grad_cache",
+    "loader": "loader",
+    "fp8": "fp8",
+    "fp8_blocks": "fp8_blocks",
+    "fp8_blocks_wide": "fp8_blocks:run_wide",
+    "fp8_losses": "fp8_losses",
+    "step_memory": "step_memory",
+    "plan": "plan",
+}
 
 
 def main(arguments: list[str]) -> int:
     """Command line of this module; the exit code."""
     parser = CommandParser(prog="python -m profiling.bench", description=__doc__)
     parser.add_argument("name", choices=BENCHES)
-    parser.add_argument("--rounds", type=int, default=11, help="times each variant runs (default 11)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--rounds", type=int, default=11, help="times each variant runs (default 11)")
+    length.add_argument("--dry", action="store_true", help="one round, as small as it goes, to see that a bench runs")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
-    parser.add_argument("--json", type=output_file, default=None, metavar="FILE", help="also write the figures here")
+    parser.add_argument(
+        "--json", type=output_file, default=None, metavar="FILE", help="also write the figures here, as they come"
+    )
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: a median needs at least one round")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    run: Callable[[int], list[Shown]] = import_module(f"profiling.benches.{options.name}").run
+    if options.dry:  # traced and differentiated, but no code is generated, which takes minutes
+        torch.compile = partial(torch.compile, backend="aot_eager")
+    module, _, function = BENCHES[options.name].partition(":")
+    run: Callable[[Recorder], None] = getattr(import_module(f"profiling.benches.{module}"), function or "run")
     try:
-        measurements = run(options.rounds)
+        run(Recorder(1 if options.dry else options.rounds, options.json, is_dry=options.dry))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for measurement in measurements:
-        console.print(measurement.as_table())
-        for note in measurement.notes:
-            console.print(note)
-    if options.json is not None:
-        options.json.write_text(json.dumps([m.as_dict() for m in measurements], indent=2) + "\n")
     return 0
 
 

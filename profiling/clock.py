@@ -56,10 +56,11 @@ def alternate(
     """Runs every variant once a round, in an order that rotates; waits for the GPU where there is one.
 
     `warmups` calls of each come first and do not count: they compile, allocate and fill caches. `on_timing` is
-    called with variant, round and seconds after every call; round 0 is all warm-up calls of a variant together.
+    called with variant, round and seconds after every call; the last warm-up call is round 0, those before it -1, ...
     """
     for name, call in variants.items():
-        on_timing(name, 0, sum(_time(call) for _ in range(warmups)))
+        for number in range(1 - warmups, 1):
+            on_timing(name, number, _time(call))
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):

@@ -10,6 +10,7 @@ MFU in the benches is against this measured peak, not against a data sheet: a sh
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -53,8 +54,8 @@ def precision_overrides() -> tuple[str, ...]:
 
 
 def compared_dtypes() -> tuple[torch.dtype, ...]:
-    """Return the dtypes that a bench compares: float32, and bf16 unless the machine only emulates it."""
-    return tuple(dict.fromkeys((torch.float32, training_dtype())))
+    """Return the dtypes that a bench compares: bf16 first, unless the machine only emulates it, and float32."""
+    return tuple(dict.fromkeys((training_dtype(), torch.float32)))
 
 
 def require_bf16() -> None:
@@ -69,8 +70,12 @@ def sized(*, cpu: T, cuda: T) -> T:
 
 
 def describe() -> dict[str, str | int]:
-    """Device, threads and versions, in the words of the system."""
-    return {
+    """Device, threads and versions, in the words of the system; of a GPU the clock of now."""
+    clock: dict[str, str | int] = {}
+    if torch.cuda.is_available():
+        with suppress(ImportError, RuntimeError):  # it takes nvidia-ml-py, and a driver that answers
+            clock = {"clock in MHz": torch.cuda.clock_rate()}
+    return clock | {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

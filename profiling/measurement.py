@@ -1,19 +1,28 @@
-"""What a bench found, and how it is shown: a table on the terminal, JSON for other programs.
+"""Times a bench's variants, and keeps what is known so far: tables on the terminal, JSON for other programs.
 
-bench = Measurement("attention", "64 segments of 257 tokens, 6 heads of 64, bf16", reference="sdpa", rows=[...])
-bench.as_table()     # a rich table: variant, median ms, spread, times the reference's speed, peak memory, MFU
-bench.as_dict()
+recorder = Recorder(rounds=11, file=Path("attention.json"))
+found = recorder.measure("attention", "64 segments of 257 tokens, 6 heads of 64, bf16", variants, reference="sdpa")
+found.as_table()      # variant, median ms, spread, times the reference's speed, peak memory, MFU
+recorder.add(found)   # print the table
+
+The file is rewritten whenever a row changes, so that a bench which is ended leaves what it had measured.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
+from rich.console import Console
 from rich.table import Table
 
-from profiling.clock import Comparison, alternate
+from data.whole_file import write_whole
+from profiling.clock import Times, alternate
 from profiling.machine import describe
 from profiling.memory import peak_bytes
 
@@ -25,6 +34,23 @@ def print_now(line: str) -> None:
     print(line, flush=True)
 
 
+class Shown(Protocol):
+    """What a bench records: a Measurement, or a table of its own."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences, printed below the table."""
+        ...
+
+    def as_table(self) -> Table:
+        """What is printed."""
+        ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """What --json writes; of one "name" and "workload" the last stands."""
+        ...
+
+
 @dataclass(frozen=True)
 class Row:
     """One variant's figures."""
@@ -32,9 +58,11 @@ class Row:
     variant: str
     median_ms: float
     spread: float  # half the interquartile distance, as a share of the median
-    speedup: float  # over the reference; paired, median over rounds
+    speedup: float | None  # over the reference; paired, median over rounds; None until the reference is timed
     peak_mib: float | None
     mfu: float | None  # model FLOPs / time / measured matmul peak
+    rounds: int = 0  # timed so far; 0: the median is the last warm-up call
+    warm_up_s: float = 0.0  # all warm-up calls, compiling included
 
 
 @dataclass(frozen=True)
@@ -63,46 +91,122 @@ class Measurement:
                 row.variant,
                 f"{row.median_ms:.2f}",
                 f"{row.spread:.0%}",
-                f"{row.speedup:.2f}",
+                "" if row.speedup is None else f"{row.speedup:.2f}",
                 "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
                 "" if row.mfu is None else f"{row.mfu:.0%}",
             )
         return table
 
 
-def measure(
-    name: str,
-    workload: str,
-    variants: Mapping[str, Callable[[], object]],
-    reference: str,
-    rounds: int,
-    flops: float | None = None,
-    peak: float | None = None,
-    with_memory: bool = True,
-    warmups: int = 2,
-    notes: tuple[str, ...] = (),
-) -> Measurement:
-    """Time the variants in turns and measure the peak memory of each; print each time as it is measured.
+class Recorder:
+    """Collects what one bench measures. `rounds`: times each variant runs; `file`: JSON, rewritten at every change.
 
-    `flops` is what the workload needs, the same for all variants, and `peak` the machine's FLOP/s; both or neither.
+    `is_dry`: the figures do not count, and benches that have a smaller size take it.
     """
 
-    def on_timing(variant: str, number: int, seconds: float) -> None:
-        if number == 0:
-            print_now(f"{name}: {variant}: {seconds:.1f} s to warm up")
-        elif number == 1 or seconds > SLOW_SECONDS:
-            print_now(f"{name}: {variant}: {1000 * seconds:,.1f} ms, round {number} of {rounds}")
+    def __init__(self, rounds: int, file: Path | None = None, is_dry: bool = False) -> None:
+        self.rounds = rounds
+        self.is_dry = is_dry
+        self.results: list[Shown] = []
+        self._file = file
+        self._console = Console(width=None if sys.stdout.isatty() else 120)
 
-    times = alternate(variants, rounds, warmups, on_timing)
-    memory = {variant: peak_bytes(call) / 2**20 if with_memory else None for variant, call in variants.items()}
-    rows = tuple(_row(variant, times, reference, memory[variant], flops, peak) for variant in variants)
-    return Measurement(name, workload, reference, rows, notes)
+    def measure(
+        self,
+        name: str,
+        workload: str,
+        variants: Mapping[str, Callable[[], object]],
+        reference: str,
+        flops: float | None = None,
+        peak: float | None = None,
+        with_memory: bool = True,
+        warmups: int = 2,
+        notes: tuple[str, ...] = (),
+    ) -> Measurement:
+        """Time the variants in turns and measure the peak memory of each; print and save each figure as it comes.
+
+        `flops` is what the workload needs, the same for all variants, and `peak` the machine's FLOP/s; both or neither.
+        """
+        timed = {variant: _Timed(warmups) for variant in variants}
+
+        def found() -> Measurement:
+            known = {variant: each for variant, each in timed.items() if each.seconds}
+            rows = (each.row(variant, timed[reference], flops, peak) for variant, each in known.items())
+            return Measurement(name, workload, reference, tuple(rows), notes)
+
+        def on_timing(variant: str, number: int, seconds: float) -> None:
+            timed[variant].take(number, seconds)
+            if number == 0:
+                print_now(f"{name}: {variant}: {timed[variant].warm_up:.1f} s to warm up")
+            elif number == 1 or (number > 1 and seconds > SLOW_SECONDS):
+                print_now(f"{name}: {variant}: {1000 * seconds:,.1f} ms, round {number} of {self.rounds}")
+            else:
+                return
+            self.save(found())
+
+        alternate(variants, self.rounds, warmups, on_timing)
+        for variant, call in variants.items() if with_memory else ():
+            self.save(found())
+            timed[variant].peak_mib = peak_bytes(call) / 2**20
+        self.save(found())
+        return found()
+
+    def save(self, shown: Shown) -> None:
+        """Keep a result, complete or not, in the place of an earlier one of the same name and workload."""
+        for idx, each in enumerate(self.results):
+            if _same(each, shown):
+                self.results[idx] = shown
+                break
+        else:
+            self.results.append(shown)
+        if self._file is not None:
+            content = json.dumps([each.as_dict() for each in self.results], indent=2) + "\n"
+            write_whole(self._file, content, is_synced=False)
+
+    def add(self, shown: Shown) -> None:
+        """Save a complete result, and print its table and its notes."""
+        self.save(shown)
+        self._console.print(shown.as_table())
+        for note in shown.notes:
+            self._console.print(note)
+        sys.stdout.flush()
 
 
-def _row(
-    variant: str, times: Comparison, reference: str, peak_mib: float | None, flops: float | None, peak: float | None
-) -> Row:
-    median = times[variant].median
-    mfu = None if flops is None or peak is None else flops / median / peak
-    speedup = times.ratio(reference, variant)
-    return Row(variant, 1000 * median, times[variant].spread, speedup, peak_mib, mfu)
+def _same(one: Shown, other: Shown) -> bool:
+    return [getattr(one, key, None) for key in ("name", "workload")] == [
+        getattr(other, key, None) for key in ("name", "workload")
+    ]
+
+
+@dataclass
+class _Timed:
+    """Calls of one variant: the rounds, or the last of `warmups` warm-up calls before the first round."""
+
+    warmups: int
+    seconds: list[float] = field(default_factory=list)
+    rounds: int = 0
+    warm_up: float = 0.0
+    peak_mib: float | None = None
+
+    def take(self, number: int, seconds: float) -> None:
+        if number < 1:
+            self.warm_up += seconds
+        if number == 0 and self.warmups > 1:  # a first call compiles, and says nothing
+            self.seconds = [seconds]
+        elif number >= 1:
+            self.seconds = [*self.seconds, seconds] if self.rounds else [seconds]
+            self.rounds = number
+
+    def row(self, variant: str, reference: _Timed, flops: float | None, peak: float | None) -> Row:
+        times = Times(tuple(self.seconds))
+        pairs = list(zip(reference.seconds, self.seconds, strict=False))  # in a round some are timed, some not yet
+        return Row(
+            variant,
+            1000 * times.median,
+            times.spread,
+            statistics.median(slow / fast for slow, fast in pairs) if pairs else None,
+            self.peak_mib,
+            None if flops is None or peak is None else flops / times.median / peak,
+            self.rounds,
+            self.warm_up,
+        )

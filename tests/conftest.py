@@ -3,12 +3,16 @@ named, so that DeepSpeed does not look for one in every rank; only `-m gpu` sees
 interprets its kernels where there is no GPU."""
 
 import os
+import sys
+from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).resolve().parent.parent
 TIERS = {"L0", "L1", "L2", "gpu", "demo"}
 
 
@@ -23,6 +27,22 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """With `-m gpu` a file that imports a package which is not installed is skipped, and the package named."""
+    report = yield
+    assert report.call is not None
+    cause = report.call.excinfo and report.call.excinfo.value.__cause__
+    is_absent = isinstance(cause, ModuleNotFoundError) and not (ROOT / str(cause.name).partition(".")[0]).exists()
+    if "gpu" in (collector.config.getoption("markexpr") or "") and is_absent:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 1, f"not installed: {cause.name}")
+        # Half of it stays imported: a file that imports this one would miss the other half, not the package.
+        sys.modules.pop(".".join(collector.path.relative_to(ROOT).with_suffix("").parts), None)
+    return report
 
 
 @pytest.hookimpl(tryfirst=True)

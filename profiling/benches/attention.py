@@ -12,18 +12,19 @@ from torch import Tensor
 from kernels.attention import NEEDS, activate, attend, missing
 from kernels.dense_attention import DENSE, reference
 from profiling.machine import compared_dtypes, device, sized
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Recorder
 
 SEGMENTS = sized(cpu=((12, 257), (16, 37)), cuda=((192, 257), (256, 37)))
 HEADS, HEAD_WIDTH = sized(cpu=6, cuda=16), 64
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
     """One measurement a dtype."""
-    return [_measure(dtype, rounds) for dtype in compared_dtypes()]
+    for dtype in compared_dtypes():
+        _measure(dtype, recorder)
 
 
-def _measure(dtype: torch.dtype, rounds: int) -> Measurement:
+def _measure(dtype: torch.dtype, recorder: Recorder) -> None:
     tokens = sum(count * length for count, length in SEGMENTS)
     q, k, v = (torch.randn(tokens, HEADS, HEAD_WIDTH, device=device()).to(dtype).requires_grad_() for _ in range(3))
 
@@ -40,4 +41,4 @@ def _measure(dtype: torch.dtype, rounds: int) -> Measurement:
     workload = f"{words} tokens, {HEADS} heads of {HEAD_WIDTH}, {dtype}, forward and backward"
     variants = {backend: lambda backend=backend: step(backend) for backend in backends}
     notes = tuple(f"not here: {name}, {reason}" for name, reason in obstacles.items() if reason is not None)
-    return measure("attention", workload, variants, "sdpa", rounds, notes=notes)
+    recorder.add(recorder.measure("attention", workload, variants, "sdpa", notes=notes))

@@ -14,13 +14,13 @@ from kernels.attention import resolve
 from model.initialise import initialise
 from model.trunk import Trunk
 from profiling.machine import device, precision_label, training_dtype
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Recorder
 from profiling.workload import small_step
 
 CROPS = {"clip": (8, 256), "ssl_local": (16, 96)}  # name: crops, side in pixels
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
     """Time a ViT-S trunk over packed crops of a step, forward and backward, eager and compiled."""
     eager, compiled = _trunk(), _trunk()
     crops = {name: torch.randn(count, 3, size, size, device=device()) for name, (count, size) in CROPS.items()}
@@ -32,16 +32,15 @@ def run(rounds: int) -> list[Measurement]:
     seconds = time.perf_counter() - begin
     stats = f"{counters['stats']['unique_graphs']} graphs, {sum(counters['graph_break'].values())} breaks"
     tokens = eager.layout(crops).tokens
-    return [
-        measure(
+    recorder.add(
+        recorder.measure(
             "compile",
             f"ViT-S trunk, {tokens} tokens, {precision_label()}, forward and backward",
             {"eager": step_of(eager, crops), "compiled": step_of(compiled, crops)},
             "eager",
-            rounds,
             notes=(f"first compiled step, caches included: {seconds:.0f} s; {stats}",),
         )
-    ]
+    )
 
 
 def _trunk() -> Trunk:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.contrastive import sigmoid_contrast, sigmoid_reference, softmax_contrast, softmax_reference
 from profiling.machine import device, sized
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Recorder
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
 PAIRS = sized(cpu=(512, 2048, 8192), cuda=(8192, 32_768, 131_072))
@@ -26,12 +26,14 @@ KINDS: dict[str, tuple[Loss, Loss]] = {
 }
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
     """One measurement a kind of loss and number of pairs."""
-    return [_measure(kind, pairs, rounds) for kind in KINDS for pairs in PAIRS]
+    for kind in KINDS:
+        for pairs in PAIRS[:1] if recorder.is_dry else PAIRS:
+            _measure(kind, pairs, recorder)
 
 
-def _measure(kind: str, pairs: int, rounds: int) -> Measurement:
+def _measure(kind: str, pairs: int, recorder: Recorder) -> None:
     inputs = _inputs(kind, pairs)
     dense, tiled = KINDS[kind]
 
@@ -41,11 +43,12 @@ def _measure(kind: str, pairs: int, rounds: int) -> Measurement:
     workload = f"{kind}, {pairs} pairs of {WIDTH}, float32, forward and backward"
     variants: dict[str, Callable[[], object]] = {"tiles": lambda: gradients(tiled(*inputs)[0])}
     if pairs > MOST_WHOLE:
-        return measure("contrastive", workload, variants, "tiles", rounds)
+        recorder.add(recorder.measure("contrastive", workload, variants, "tiles"))
+        return
     for ours, theirs in zip(gradients(tiled(*inputs)[0]), gradients(dense(*inputs)[0]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
     variants = {"whole matrix": lambda: gradients(dense(*inputs)[0]), **variants}
-    return measure("contrastive", workload, variants, "whole matrix", rounds)
+    recorder.add(recorder.measure("contrastive", workload, variants, "whole matrix"))
 
 
 def _inputs(kind: str, pairs: int) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ note holds the time at rate 0.3 against the ideal, the share of tokens that stay
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,19 +20,20 @@ from model.drop_path import subset
 from model.pack import Group, Layout
 from model.rope import Rope
 from profiling.machine import compared_dtypes, device
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Recorder
 
 GROUPS = (Group("clip", 10, 257, (16, 16)), Group("ssl_local", 20, 37, (6, 6)))
 VIT = {"width": 384, "depth": 4, "heads": 6}
 RATE = 0.3
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
     """One measurement a dtype."""
-    return [_measure(dtype, rounds) for dtype in compared_dtypes()]
+    for dtype in compared_dtypes():
+        _measure(dtype, recorder)
 
 
-def _measure(dtype: torch.dtype, rounds: int) -> Measurement:
+def _measure(dtype: torch.dtype, recorder: Recorder) -> None:
     used = sum(group.segments * group.length for group in GROUPS)
     layout, vit = Layout(GROUPS, pad=-used % 16), Vit(**VIT, drop_path=RATE)
     blocks = [_block(vit, dtype) for _ in range(vit.depth)]
@@ -51,10 +53,11 @@ def _measure(dtype: torch.dtype, rounds: int) -> Measurement:
     words = " + ".join(f"{group.segments} segments of {group.length}" for group in GROUPS)
     workload = f"{words} tokens, {vit.depth} blocks of width {vit.width}, {dtype}, forward and backward"
     variants = {"rate 0": partial(step, None), f"rate {RATE}": partial(step, tokens_L2K)}
-    found = measure("depth", workload, variants, "rate 0", rounds)
+    found = recorder.measure("depth", workload, variants, "rate 0")
     speedup = found.rows[1].speedup
+    assert speedup is not None
     note = f"{share:.0%} of the tokens stay: ideally {1 / share:.2f} times the speed; {speedup * share:.0%} of that"
-    return Measurement(found.name, found.workload, found.reference, found.rows, (note,))
+    recorder.add(replace(found, notes=(note,)))
 
 
 def _block(vit: Vit, dtype: torch.dtype) -> Block:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kernels import fp8
 from kernels.fp8 import Affine, Linears
 from profiling.machine import device, matmul_peak, require_bf16
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Recorder
 
 SHAPES = {  # M, K, N
     "cpu": {"S qkv": (2056, 384, 1152), "S mlp.w12": (2056, 384, 2048), "L qkv": (2056, 1024, 3072)},
@@ -32,13 +32,14 @@ SHAPES = {  # M, K, N
 RULE = Linears("fp8_torchao", "", is_gated_by_speed=True)
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
     """One measurement a shape."""
     require_bf16()
-    return [_measure(name, *shape, rounds) for name, shape in SHAPES[device().type].items()]
+    for name, shape in SHAPES[device().type].items():
+        _measure(name, *shape, recorder)
 
 
-def _measure(name: str, m: int, k: int, n: int, rounds: int) -> Measurement:
+def _measure(name: str, m: int, k: int, n: int, recorder: Recorder) -> None:
     x_MK, grad_MN = (torch.randn(m, side, device=device()).bfloat16() for side in (k, n))
     layer = nn.Linear(k, n, device=device(), dtype=torch.bfloat16)
     leaves = [x_MK.requires_grad_(), layer.weight, layer.bias]
@@ -60,7 +61,8 @@ def _measure(name: str, m: int, k: int, n: int, rounds: int) -> Measurement:
     workload = f"{name}: {m} x {k} by {k} x {n}, forward and backward; float8 {where}"
     variants = {variant: lambda linear=linear: step(linear) for variant, linear in linears.items()}
     peak = matmul_peak(torch.bfloat16)
-    return measure("fp8", workload, variants, "bf16", rounds, flops=6.0 * m * k * n, peak=peak, notes=tuple(notes))
+    flops = 6.0 * m * k * n
+    recorder.add(recorder.measure("fp8", workload, variants, "bf16", flops=flops, peak=peak, notes=tuple(notes)))
 
 
 def _linears(layer: nn.Linear) -> tuple[dict[str, Callable[..., Tensor]], list[str]]:

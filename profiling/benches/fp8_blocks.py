@@ -23,23 +23,31 @@ from model.block import Block
 from model.pack import Group, Layout
 from model.rope import Rope
 from profiling.machine import device, matmul_peak, require_bf16, sized
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Recorder
 
-TRUNKS = sized(  # name: width, heads, images
-    cuda={"L": (1024, 16, 64), "1B": (1536, 24, 64), "7B": (4096, 32, 32)},
-    cpu={"tiny": (64, 2, 1)},
-)
+L = sized(cuda={"L": (1024, 16, 64)}, cpu={"tiny": (64, 2, 1)})  # name: width, heads, images
+WIDER = sized(cuda={"1B": (1536, 24, 64), "7B": (4096, 32, 32)}, cpu={"tiny": (64, 2, 1)})
 DEPTH, PATCHES = 2, sized(cuda=(16, 16), cpu=(4, 4))
 WANTED = {"L": 1.15, "1B": 1.3, "7B": 1.3}  # times the speed of bf16
 
 
-def run(rounds: int) -> list[Measurement]:
-    """One measurement a trunk."""
+def run(recorder: Recorder) -> None:
+    """One measurement, of vtp_l's width."""
+    _run(L, recorder)
+
+
+def run_wide(recorder: Recorder) -> None:
+    """One measurement a width, those of vtp_1b and vtp_7b."""
+    _run(WIDER, recorder)
+
+
+def _run(trunks: dict[str, tuple[int, int, int]], recorder: Recorder) -> None:
     require_bf16()
-    return [_measure(name, *trunk, rounds) for name, trunk in TRUNKS.items()]
+    for name, (width, heads, images) in trunks.items():
+        _measure(name, width, heads, images, recorder)
 
 
-def _measure(name: str, width: int, heads: int, images: int, rounds: int) -> Measurement:
+def _measure(name: str, width: int, heads: int, images: int, recorder: Recorder) -> None:
     tower = Tower(width, heads, images)
     plain = tower.blocks()
     towers, notes = {"bf16": plain}, []
@@ -59,11 +67,11 @@ def _measure(name: str, width: int, heads: int, images: int, rounds: int) -> Mea
         notes += [f"{kind}: off bf16 by {error:.1%} of what the blocks add"] * (kind != "bf16")
     workload = f"{name}: {DEPTH} blocks of {width}, {tower.layout.tokens} tokens, forward and backward"
     flops, peak = tower.flops(plain), matmul_peak(torch.bfloat16)
-    found = measure("fp8_blocks", workload, variants, "bf16", rounds, flops=flops, peak=peak)
-    gains = {row.variant: row.speedup for row in found.rows if row.variant != "bf16"}
+    found = recorder.measure("fp8_blocks", workload, variants, "bf16", flops=flops, peak=peak, notes=tuple(notes))
+    gains = {row.variant: row.speedup for row in found.rows if row.variant != "bf16" and row.speedup is not None}
     if name in WANTED and gains:
         notes.append(f"wanted {WANTED[name]} x bf16; the best here {max(gains.values()):.2f} x")
-    return replace(found, notes=tuple(notes))
+    recorder.add(replace(found, notes=tuple(notes)))
 
 
 class Tower:

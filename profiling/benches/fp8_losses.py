@@ -16,12 +16,11 @@ from typing import Any
 from rich.table import Table
 
 from configs import Config, UserError
-from engine.assemble import assemble
 from engine.step import train_step
 from model.objectives.comm import Comm
-from profiling.benches.one_rank import configured, layout_of, one_rank
+from profiling.benches.one_rank import assembled, configured, one_rank
 from profiling.machine import describe, require_bf16, sized
-from profiling.measurement import print_now
+from profiling.measurement import Recorder, print_now
 from profiling.workload import random_batch
 
 PRESET, CLIP, STEPS = sized(cuda=("vtp_l", 32, 200), cpu=("study_mini", 8, 6))
@@ -57,15 +56,17 @@ class Curves:
         return about | {"losses": self.losses, "notes": list(self.notes)}
 
 
-def run(rounds: int) -> list[Curves]:
-    """One set of curves; `rounds` does not count here: a run is one run."""
+def run(recorder: Recorder) -> None:
+    """One set of curves; the number of rounds does not count here: a run is one run."""
     require_bf16()
     with one_rank() as comm:
-        return [_curves(comm)]
+        _curves(comm, recorder)
 
 
-def _curves(comm: Comm) -> Curves:
-    losses, notes = {}, []
+def _curves(comm: Comm, recorder: Recorder) -> None:
+    losses: dict[str, list[float]] = {}
+    notes: list[str] = []
+    workload = f"{PRESET}, {CLIP} clip images a step, {STEPS} steps over {NUM_BATCHES} batches of random pixels"
     for kind in KINDS:
         compiles = "off" if kind == "fp8_te" else "on"
         config = configured(PRESET, CLIP, *SHORT, f"system.linear={kind}", f"system.compile={compiles}")
@@ -74,16 +75,16 @@ def _curves(comm: Comm) -> Curves:
             print_now(
                 f"fp8_losses: {kind}: {losses[kind][0]:.4f} at the first step, {losses[kind][-1]:.4f} at the last"
             )
+            recorder.save(Curves(workload, losses, tuple(notes)))
         except UserError as reason:
             notes.append(f"without {kind}: {reason}")
         gc.collect()
     notes += [_compared(kind, losses["bf16"], curve) for kind, curve in losses.items() if kind != "bf16"]
-    workload = f"{PRESET}, {CLIP} clip images a step, {STEPS} steps over {NUM_BATCHES} batches of random pixels"
-    return Curves(workload, losses, tuple(notes))
+    recorder.add(Curves(workload, losses, tuple(notes)))
 
 
 def _losses(config: Config, comm: Comm) -> list[float]:
-    parts = assemble(config, layout_of(config), comm)
+    parts = assembled(config, comm)
     batches = [random_batch(config, seed) for seed in range(NUM_BATCHES)]
     centres, found = parts.centres, []
     for step in range(STEPS):

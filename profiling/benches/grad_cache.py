@@ -10,35 +10,37 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 
-from engine.assemble import assemble
 from model.objectives.comm import Comm
-from profiling.benches.one_rank import configured, layout_of, one_rank, stepper
+from profiling.benches.one_rank import assembled, configured, one_rank, stepper
 from profiling.machine import precision_label, sized
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Measurement, Recorder
+from profiling.workload import random_batch
 
 PRESET, PAIRS, PART = sized(cuda=("vtp_s", 131_072, 512), cpu=("study_mini", 512, 64))
 SMALLER = sized(cuda=("views.image_size=128", "views.global_size=128", "views.local_size=64"), cpu=())
 
 
-def run(rounds: int) -> list[Measurement]:
-    """One measurement: the whole batch, and one part of it alone."""
+def run(recorder: Recorder) -> None:
+    """Two measurements: one part of the batch alone, and the whole batch."""
+    pairs = 2 * PART if recorder.is_dry else PAIRS
     with one_rank() as comm:
-        parts = _measure(comm, PART, rounds)
+        parts = _measure(comm, PART, recorder)
+        recorder.add(parts)
         gc.collect()
-        whole = _measure(comm, PAIRS, rounds)
-    speeds = (f"{pairs / found.rows[0].median_ms * 1000:.0f}" for pairs, found in ((PART, parts), (PAIRS, whole)))
+        whole = _measure(comm, pairs, recorder)
+    speeds = (f"{number / found.rows[0].median_ms * 1000:.0f}" for number, found in ((PART, parts), (pairs, whole)))
     one, all_of_it = parts.rows[0].peak_mib or 0.0, whole.rows[0].peak_mib or 0.0
     note = (
         "{} pairs/s in one part, {} in {} parts; peak beyond the states {:.0f} -> {:.0f} MiB".format(
-            *speeds, PAIRS // PART, one, all_of_it
+            *speeds, pairs // PART, one, all_of_it
         ),
     )
-    return [parts, replace(whole, notes=note)]
+    recorder.add(replace(whole, notes=note))
 
 
-def _measure(comm: Comm, pairs: int, rounds: int) -> Measurement:
+def _measure(comm: Comm, pairs: int, recorder: Recorder) -> Measurement:
     # ssl and rec as large as they are with one part, whatever the number of pairs.
     config = configured(PRESET, PART, *SMALLER, f"batch.clip={pairs}", f"system.clip.micro_batches={pairs // PART}")
-    step = stepper(assemble(config, layout_of(config), comm), config)
+    step = stepper(assembled(config, comm), random_batch(config), config)
     workload = f"{PRESET}, {pairs} pairs in {pairs // PART} parts, {precision_label()}, a whole step"
-    return measure("grad_cache", workload, {"engine": step}, "engine", rounds, warmups=1)
+    return recorder.measure("grad_cache", workload, {"engine": step}, "engine", warmups=1)

@@ -18,7 +18,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +36,7 @@ from data.synthetic.plan import synthetic_plan
 from profiling.benches.loader_ranks import Kind, loader_ranks
 from profiling.benches.pil_loader import pil_loader
 from profiling.machine import device
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Measurement, Recorder
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs"
 SHORT_SIDES = (256, 500)  # pixels of the photographs, as in web corpora
@@ -72,15 +72,18 @@ CHAINS = (
 CORES = (1, 2)
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
     """A measurement for each chain and number of cores."""
     cores = [number for number in CORES if number <= len(os.sched_getaffinity(0))]
+    chains = tuple(replace(chain, images=2 * chain.batch) for chain in CHAINS) if recorder.is_dry else CHAINS
     with TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
-        scenes, photos = (chain.images for chain in CHAINS)
+        scenes, photos = (chain.images for chain in chains)
         build(corpus, synthetic_plan(scenes, held_out=0, size=64, shard_size=scenes // 2, seed=0, workers=1))
         write_shards(photographs(photos), corpus, "photographs", shard_size=photos // 2)
-        return [_measure(chain, corpus, number, rounds) for chain in CHAINS for number in cores]
+        for chain in chains:
+            for number in cores:
+                _measure(chain, corpus, number, recorder)
 
 
 def photographs(number: int) -> Iterator[Sample]:
@@ -100,7 +103,7 @@ def photographs(number: int) -> Iterator[Sample]:
             yield Sample(file.getvalue(), "jpg", "a photograph that ships with scikit-image", {})
 
 
-def _measure(chain: Chain, corpus: Path, cores: int, rounds: int) -> Measurement:
+def _measure(chain: Chain, corpus: Path, cores: int, recorder: Recorder) -> None:
     config = chain.config(corpus, threads=cores)
     encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
     ranked = loader_ranks(chain.config(corpus, threads=1, ranks=cores), cores)
@@ -129,8 +132,8 @@ def _measure(chain: Chain, corpus: Path, cores: int, rounds: int) -> Measurement
         if device().type == "cuda":
             on_gpu = stack.enter_context(closing(Loader(chain.config(corpus, cores, where="gpu"), encoder)))
             variants[f"ours, 1 rank of {cores} thread(s), pixels on the GPU"] = lambda: made_by(on_gpu)
-        found = measure("loader", _workload(chain, config, cores), variants, "pil", rounds, with_memory=False)
-    return Measurement(found.name, found.workload, found.reference, found.rows, _rates(found, chain, config, cores))
+        found = recorder.measure("loader", _workload(chain, config, cores), variants, "pil", with_memory=False)
+    recorder.add(replace(found, notes=_rates(found, chain, config, cores)))
 
 
 @contextmanager

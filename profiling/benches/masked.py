@@ -18,18 +18,19 @@ from kernels.attention import resolve
 from model.generator.masked_backbone import MaskedBackbone
 from model.generator.token_order import mean_mask_ratio, most_visible
 from profiling.machine import compared_dtypes, device
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Recorder
 
 SECTION = Autoregressive(width=384, depth=4, heads=6)
 TOKENS, CHANNELS, SAMPLES = 256, 16, 8
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
     """One measurement a dtype."""
-    return [_measure(dtype, rounds) for dtype in compared_dtypes()]
+    for dtype in compared_dtypes():
+        _measure(dtype, recorder)
 
 
-def _measure(dtype: torch.dtype, rounds: int) -> Measurement:
+def _measure(dtype: torch.dtype, recorder: Recorder) -> None:
     backbone = MaskedBackbone(SECTION, CHANNELS, TOKENS, 1, resolve("auto", device(), dtype).name).to(device(), dtype)
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -51,7 +52,7 @@ def _measure(dtype: torch.dtype, rounds: int) -> Measurement:
         f"{SAMPLES} samples of {TOKENS} tokens, {SECTION.depth} blocks of width {SECTION.width}, {dtype}: {words}"
     )
     variants = {name: partial(step, length) for name, length in lengths.items()}
-    return measure("masked", workload, variants, "full", rounds)
+    recorder.add(recorder.measure("masked", workload, variants, "full"))
 
 
 def _check(found: list[torch.Tensor]) -> None:

@@ -2,8 +2,8 @@
 
 with one_rank() as comm:
     config = configured("vtp_l", 64)
-    parts = assemble(config, layout_of(config), comm)
-    step = stepper(parts, config)       # takes the next step at every call
+    parts = assembled(config, comm)
+    step = stepper(parts, random_batch(config), config)     # takes the next step at every call
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 from configs import Config, load_config
 from configs.ds import load_ds_config
+from data.batch import Batch
 from engine import world
-from engine.assemble import Assembly
+from engine.assemble import Assembly, assemble
 from engine.step import train_step
 from model.objectives.comm import Comm
 from profiling.machine import device, precision_overrides
-from profiling.workload import random_batch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # No weights of LPIPS are shipped; a kind of linear layer that cannot be compiled names system.compile itself.
@@ -51,9 +51,20 @@ def layout_of(config: Config) -> dict[str, Any]:
     return load_ds_config(CONFIGS / "deepspeed" / "zero1.json", config, world_size=1)
 
 
-def stepper(parts: Assembly, config: Config) -> Callable[[], object]:
-    """Takes the next training step at every call, on one random batch in memory: page-locked where it goes to a GPU."""
-    batch, numbers = random_batch(config), count()
+def assembled(config: Config, comm: Comm, overlap_comm: bool | None = None) -> Assembly:
+    """The engine under ZeRO-1, its weights drawn on the device: on a GPU in a second, for other numbers than a run's.
+
+    `overlap_comm` takes the place of that of the DeepSpeed config.
+    """
+    layout = layout_of(config)
+    if overlap_comm is not None:
+        layout["zero_optimization"] = layout["zero_optimization"] | {"overlap_comm": overlap_comm}
+    return assemble(config, layout, comm, draw_device=device())
+
+
+def stepper(parts: Assembly, batch: Batch, config: Config) -> Callable[[], object]:
+    """Takes the next training step at every call, on one batch in memory: page-locked where it goes to a GPU."""
+    numbers = count()
     if device().type == "cuda":
         batch = batch.pinned()
     return lambda: train_step(parts, replace(batch, step=next(numbers)), parts.centres, config)

@@ -6,6 +6,8 @@ images on a CPU. Both trunks hold the same weights, eager and compiled.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,22 +19,27 @@ from model.trunk import Trunk
 from profiling.benches.compile import step_of, value_of
 from profiling.benches.one_rank import configured
 from profiling.machine import device, precision_label, sized, training_dtype
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Recorder
 from profiling.step.three_pass import SeparateTrunk
 
+DRY = (
+    "batch={clip: 4, ssl: 2, rec: 0}", "objectives.rec.weight=0", "model.trunk.depth=2",
+    "views.image_size=64", "views.global_size=64", "views.local_size=32",
+)  # fmt: skip
 PRESET, IMAGES = sized(cuda=("vtp_b", 128), cpu=("vtp_s", 8))
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
     """bf16, eager and compiled."""
-    config = configured(PRESET, IMAGES)
+    config = configured(PRESET, IMAGES, *(DRY if recorder.is_dry else ()))
     crops = _crops(config)
     backend = resolve("auto", device(), training_dtype()).name
     towers = {}
     for name, kind in (("a pass each", SeparateTrunk), ("packed", Trunk)):
         for mode in ("eager", "compiled"):
-            tower = kind(config.model, backend)
-            initialise(tower, config)
+            with device():
+                tower = kind(config.model, backend)
+            initialise(tower, config, device())
             towers[f"{name}, {mode}"] = tower.to(device(), training_dtype())
             if mode == "compiled":
                 compile_blocks(tower)
@@ -42,12 +49,12 @@ def run(rounds: int) -> list[Measurement]:
     words = " + ".join(f"{group.segments} x {group.length}" for group in layout.groups)
     workload = f"trunk of {PRESET}, {words} tokens, {precision_label()}, attention {backend}, forward and backward"
     variants = {name: step_of(tower, crops) for name, tower in towers.items()}
-    found = measure("packed", workload, variants, "a pass each, eager", rounds)
+    found = recorder.measure("packed", workload, variants, "a pass each, eager")
     times = {row.variant: row.median_ms for row in found.rows}
     gains = ", ".join(
         f"{times[f'a pass each, {mode}'] / times[f'packed, {mode}']:.2f} x {mode}" for mode in ("eager", "compiled")
     )
-    return [Measurement(found.name, found.workload, found.reference, found.rows, (f"packed is {gains}",))]
+    recorder.add(replace(found, notes=(f"packed is {gains}",)))
 
 
 def _crops(config: Config) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from model.rows import Rows
 from profiling.benches.step import Step, shared_loss
 from profiling.clock import Times, alternate
 from profiling.machine import device
-from profiling.measurement import Measurement, Row, print_now
+from profiling.measurement import Measurement, Recorder, Row, print_now
 from profiling.plan.calibration import measured_rates
 from profiling.plan.page import cluster_of
 from profiling.plan.search import Plan, search
@@ -37,6 +37,7 @@ from profiling.workload import random_batch, small_step
 
 PRESETS = Path(configs.__file__).parent
 LINK = "nvlink,ib400"
+WORKLOAD = "a step of one process; its prediction from rates measured in the same round"
 # DINOv3's ViT-7B as its training config has it: no clip, no rec; one head here stands for its two.
 DINOV3 = (
     "objectives.clip.weight=0", "objectives.rec.weight=0", "batch.rec=0", "batch.clip=4096", "batch.ssl=4096",
@@ -90,17 +91,17 @@ def cases() -> list[Case]:
     ]
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
     """One measurement; its notes compare."""
     keep_freed_blocks(device())
     rows, notes = [], []
     for case in cases():
-        row, note = compare(case, rounds)
+        row, note = compare(case, recorder.rounds)
         rows.append(row)
         notes.append(note)
         print_now(f"plan: {note}")
-    workload = "a step of one process; its prediction from rates measured in the same round"
-    return [Measurement("plan", workload, rows[0].variant, tuple(rows), (*notes, *published()))]
+        recorder.save(Measurement("plan", WORKLOAD, rows[0].variant, tuple(rows), tuple(notes)))
+    recorder.add(Measurement("plan", WORKLOAD, rows[0].variant, tuple(rows), (*notes, *published())))
 
 
 def compare(case: Case, rounds: int) -> tuple[Row, str]:
@@ -116,7 +117,7 @@ def compare(case: Case, rounds: int) -> tuple[Row, str]:
         ratios.append((before + case.predicted(captions)) / 2 / measured[-1])
     times, ratio = Times(tuple(measured)), statistics.median(ratios)
     note = f"{case.name}: predicted over measured {ratio:.2f} (rounds: {', '.join(f'{r:.2f}' for r in ratios)})"
-    return Row(case.name, 1000 * times.median, times.spread, 1.0, None, None), note
+    return Row(case.name, 1000 * times.median, times.spread, 1.0, None, None, rounds), note
 
 
 def published() -> list[str]:

@@ -7,6 +7,8 @@ without this engine: both matrices of logits, Sinkhorn on the teacher's, log-sof
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,49 +18,46 @@ from model.objectives.comm import Solo
 from model.objectives.masked_patch import masked_patch_loss
 from model.objectives.targets import Targets, sinkhorn
 from profiling.machine import compared_dtypes, device, sized
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Recorder
 
 ROWS, PROTOTYPES, WIDTH = sized(cpu=4096, cuda=8192), sized(cpu=8192, cuda=65_536), 256
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a gradient, relative to its largest entry
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
     """One measurement a dtype of the features."""
-    return [_measure(dtype, rounds) for dtype in compared_dtypes()]
+    for dtype in compared_dtypes():
+        _measure(dtype, recorder)
 
 
-def _measure(dtype: torch.dtype, rounds: int) -> Measurement:
+def _measure(dtype: torch.dtype, recorder: Recorder) -> None:
     generator = torch.Generator().manual_seed(0)
-    sizes = (ROWS, PROTOTYPES, ROWS, PROTOTYPES)
+    num_rows, num_prototypes = (size // 8 if recorder.is_dry else size for size in (ROWS, PROTOTYPES))
+    sizes = (num_rows, num_prototypes, num_rows, num_prototypes)
     units = [F.normalize(torch.randn(rows, WIDTH, generator=generator), dim=1).to(device(), dtype) for rows in sizes]
     student_ME, student_KE, teacher_ME, teacher_KE = units
     learners = (student_ME.requires_grad_(), student_KE.requires_grad_())
-    weight_M = torch.ones(ROWS, device=device())
+    weight_M = torch.ones(num_rows, device=device())
 
     def in_chunks() -> tuple[Tensor, ...]:
         bias_K = sinkhorn(teacher_ME, teacher_KE, TEACHER_TEMP, Solo())
         targets = Targets(teacher_ME, teacher_KE, bias_K, TEACHER_TEMP)
-        loss = masked_patch_loss(*learners, targets, weight_M, STUDENT_TEMP, num_crops=ROWS)
+        loss = masked_patch_loss(*learners, targets, weight_M, STUDENT_TEMP, num_crops=num_rows)
         return torch.autograd.grad(loss, learners)
 
     def written_out() -> tuple[Tensor, ...]:
         target_MK = dense.sinkhorn(teacher_ME @ teacher_KE.T, TEACHER_TEMP, Solo())
         loss_M = dense.cross_entropy(student_ME @ student_KE.T, target_MK, STUDENT_TEMP)
-        return torch.autograd.grad((weight_M * loss_M).sum() / ROWS, learners)
+        return torch.autograd.grad((weight_M * loss_M).sum() / num_rows, learners)
 
     for ours, theirs in zip(in_chunks(), written_out(), strict=True):
         error = float((ours - theirs).abs().max() / theirs.abs().max())
         assert error < BOUND[dtype], f"the variants differ by {error:.1e}"
-    workload = f"{ROWS} rows, {PROTOTYPES} prototypes of {WIDTH}, {dtype}, Sinkhorn, forward and backward"
-    found = measure("prototypes", workload, {"dense": written_out, "chunks": in_chunks}, "dense", rounds)
+    workload = f"{num_rows} rows, {num_prototypes} prototypes of {WIDTH}, {dtype}, Sinkhorn, forward and backward"
+    found = recorder.measure("prototypes", workload, {"dense": written_out, "chunks": in_chunks}, "dense")
     whole, part = found.rows
     assert whole.peak_mib is not None
     assert part.peak_mib is not None
-    return Measurement(
-        found.name,
-        found.workload,
-        found.reference,
-        found.rows,
-        (f"peak memory {whole.peak_mib:.1f} -> {part.peak_mib:.1f} MiB: {whole.peak_mib / part.peak_mib:.1f} x lower",),
-    )
+    note = f"peak memory {whole.peak_mib:.1f} -> {part.peak_mib:.1f} MiB: {whole.peak_mib / part.peak_mib:.1f} x lower"
+    recorder.add(replace(found, notes=(note,)))

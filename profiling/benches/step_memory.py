@@ -28,7 +28,7 @@ from configs import Config
 from configs.ds import load_ds_config
 from data.batch import Batch
 from profiling.machine import describe
-from profiling.measurement import print_now
+from profiling.measurement import Recorder, print_now
 from profiling.memory import peak_bytes, process_peak_bytes, resident_bytes, tensor_bytes
 from profiling.workload import random_batch, small_step
 
@@ -116,13 +116,14 @@ class Peaks:
         return {"name": "step_memory", "machine": describe(), "rows": rows, "notes": list(self.notes)}
 
 
-def run(rounds: int, cases: tuple[Case, ...] = CASES) -> list[Peaks]:
+def run(recorder: Recorder, cases: tuple[Case, ...] = CASES) -> None:
     """All cases, one after the other."""
     rows = []
     for case in cases:
-        rows.append(_measured(case, rounds))
+        rows.append(_measured(case, recorder.rounds))
         print_now(f"step_memory: {case}: predicted over measured {rows[-1].ratio:.3f}")
-    return [Peaks(tuple(rows))]
+        recorder.save(Peaks(tuple(rows)))
+    recorder.add(Peaks(tuple(rows)))
 
 
 def _measured(case: Case, rounds: int) -> Found:

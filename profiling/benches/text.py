@@ -11,13 +11,13 @@ from model.captions import PackedCaptions, one_a_row, pack_captions
 from model.initialise import initialise
 from model.text import TextTower
 from profiling.machine import device, precision_label, training_dtype
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Recorder
 from profiling.workload import random_captions, small_step
 
 CAPTIONS = 32
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
     """bf16, forward and backward, eager and compiled."""
     text = small_step().model.text
     captions_BC = random_captions(CAPTIONS, text.context, text.vocab, torch.Generator().manual_seed(0))
@@ -30,8 +30,8 @@ def run(rounds: int) -> list[Measurement]:
     workload = (
         f"{CAPTIONS} captions of {mean:.1f} tokens on average, context {text.context}, packed into {slots} slots, "
     )
-    return [
-        measure(
+    recorder.add(
+        recorder.measure(
             "text",
             workload + f"{text.depth} blocks of {text.width}, {precision_label()}, forward and backward",
             {
@@ -41,10 +41,9 @@ def run(rounds: int) -> list[Measurement]:
                 "packed, compiled": lambda: _step(compiled, packed),
             },
             "padded, eager",
-            rounds,
             notes=(f"packing leaves out {packed.saved(captions_BC):.0%} of the token slots",),
         )
-    ]
+    )
 
 
 def _tower() -> TextTower:

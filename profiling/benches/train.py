@@ -1,27 +1,31 @@
 """Training steps by the engine itself, data in memory: samples a second, MFU, and how far each phase is from its roof.
 
 As in a run: ZeRO-1 on one rank, bf16, compiled blocks, all three objectives (without LPIPS, whose weights are not
-shipped), captions as long as the web's. On a GPU the released sizes with as many images as are predicted to fit; on a
-CPU the tokenizer of the scaling study, which shows that the bench runs and says nothing of those sizes.
+shipped), captions as long as the web's. On a GPU `train` is VTP-L, `train_smaller` VTP-B and S, `overlap` VTP-L with
+and without DeepSpeed's overlap_comm, each with as many images as were predicted to fit; on a CPU all are the tokenizer
+of the scaling study, which shows that the bench runs and says nothing of those sizes.
+
+    python -m profiling.benches.train      # predict IMAGES anew: minutes on a CPU, which traces every preset
 """
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
 from configs import Config
-from engine.assemble import Assembly, assemble
+from engine.assemble import Assembly
 from model.captions import pack_captions
 from model.objectives.comm import Comm
 from model.rows import Rows
-from profiling.benches.one_rank import configured, layout_of, one_rank, stepper
+from profiling.benches.one_rank import assembled, configured, layout_of, one_rank, stepper
 from profiling.kernel_time import kernel_time
 from profiling.machine import device, precision_label, sized, training_dtype
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Recorder, print_now
 from profiling.peaks import Bandwidth, Peak, bandwidth, measured_bandwidth, measured_peak, peak
 from profiling.step.flops import step_flops
 from profiling.step.peak import predict_peak
@@ -29,66 +33,124 @@ from profiling.step.phase_work import phase_work, update_work
 from profiling.step.roofline import Roof, Work
 from profiling.workload import random_batch
 
-PRESETS = sized(cuda=("vtp_l", "vtp_b", "vtp_s"), cpu=("study_mini",))
+MAIN = sized(cuda="vtp_l", cpu="study_mini")
+SMALLER = sized(cuda=("vtp_b", "vtp_s"), cpu=("study_mini",))
 FITS = 0.85  # of the device's memory: a prediction counts tensors, an allocator takes more
 GRAIN = 32  # clip images; ssl takes a quarter of them, rec an eighth
+# Clip images of a step that is predicted to take FITS of so many GiB, by the command above.
+IMAGES = {
+    "vtp_l": {79: 64, 139: 160},
+    "vtp_b": {79: 256, 139: 480},
+    "vtp_s": {79: 480, 139: 864},
+}
 WARM_UP = 3  # steps: graphs, moments, the allocator's blocks
 WORST = 3  # phases that the notes name
 
 
-def run(rounds: int) -> list[Measurement]:
+def run(recorder: Recorder) -> None:
+    """One measurement."""
+    with one_rank() as comm:
+        _measure(MAIN, comm, recorder)
+
+
+def run_smaller(recorder: Recorder) -> None:
     """One measurement a preset."""
     with one_rank() as comm:
-        return [_measure(name, comm, rounds) for name in PRESETS]
+        for name in SMALLER:
+            _measure(name, comm, recorder)
+            _free()
 
 
-def _measure(name: str, comm: Comm, rounds: int) -> Measurement:
-    """With half of the images again and again, where memory turns out too small."""
-    clip, halved = _most_images(name), ""
-    while True:
-        try:
-            return _timed(configured(name, clip), comm, rounds, halved)
-        except torch.OutOfMemoryError:
-            if clip <= GRAIN:
-                raise
-        gc.collect()  # here, where the exception holds the step's tensors no more
-        torch.cuda.empty_cache()
-        halved = f"{clip} images were predicted to fit and did not; "
-        clip //= 2
+def run_overlap(recorder: Recorder) -> None:
+    """One measurement of two engines, alike but for overlap_comm; each on the batch that `train` has."""
+    config = configured(MAIN, images(MAIN))
+    with one_rank() as comm:
+        engines = {
+            f"overlap_comm {'on' if is_on else 'off'}": assembled(config, comm, overlap_comm=is_on)
+            for is_on in (False, True)
+        }
+        batch = random_batch(config)
+        variants = {name: stepper(parts, batch, config) for name, parts in engines.items()}
+        workload = f"{_sizes(config)}, {precision_label()}, ZeRO-1"
+        recorder.add(recorder.measure("overlap", workload, variants, "overlap_comm off", warmups=WARM_UP))
 
 
-def _most_images(name: str) -> int:
-    """A multiple of GRAIN: memory grows with the images by a line, which two predictions give."""
+def images(name: str) -> int:
+    """Clip images of a step of this preset on this device."""
     if device().type != "cuda":
         return 2 * GRAIN
+    total = torch.cuda.get_device_properties(0).total_memory
+    fitting = [most for gib, most in IMAGES[name].items() if gib * 2**30 <= total]
+    return max(fitting, default=GRAIN)
+
+
+def predicted_images(name: str, gib: int) -> int:
+    """As many clip images as are predicted to fit: memory grows with them by a line, which two predictions give."""
     configs = [configured(name, clip) for clip in (GRAIN, 2 * GRAIN)]
     one, two = (predict_peak(config, layout_of(config), 1, "sdpa", "cuda").device_bytes for config in configs)
-    left = FITS * torch.cuda.get_device_properties(0).total_memory - (2 * one - two)
+    left = FITS * gib * 2**30 - (2 * one - two)
     return max(1, int(left / (two - one))) * GRAIN
 
 
-def _timed(config: Config, comm: Comm, rounds: int, halved: str) -> Measurement:
-    parts = assemble(config, layout_of(config), comm)
-    step = stepper(parts, config)
-    slots = float(pack_captions(random_batch(config).captions).tokens_RC.numel())
+def _measure(name: str, comm: Comm, recorder: Recorder) -> None:
+    """With half of the images again and again, where memory turns out too small."""
+    clip, halved = images(name), ""
+    while True:
+        try:
+            return _timed(configured(name, clip), comm, recorder, halved)
+        except torch.OutOfMemoryError:
+            if clip <= GRAIN:
+                raise
+        _free()  # here, where the exception holds the step's tensors no more
+        halved = f"{clip} images were predicted to fit and did not; "
+        print_now(f"train: {halved}half of them now")
+        clip //= 2
+
+
+def _timed(config: Config, comm: Comm, recorder: Recorder, halved: str) -> None:
+    """The speed, then the kernels, then the phases: what is known is saved before the next is measured."""
+    begin = time.perf_counter()
+    parts = assembled(config, comm)
+    batch = random_batch(config)
+    step = stepper(parts, batch, config)
+    built = time.perf_counter() - begin
+    print_now(f"train: {config.name}: {built:.1f} s to build the engine and its batch")
+    slots = float(pack_captions(batch.captions).tokens_RC.numel())
     rows, backend = Rows.per_rank(config, 1), parts.engine.module.trunk.blocks[0].attn.backend
     flops = step_flops(config, rows, slots, backend=backend, device=device().type).model_flops
     best, memory = _peaks()
-    sizes = f"{rows.clip} clip, {rows.ssl} ssl, {rows.rec} rec images"
-    workload = f"{config.name}: {sizes}, {precision_label()}, ZeRO-1, attention {backend}"
-    found = measure(
-        "train", workload, {"engine": step}, "engine", rounds, flops, best.flops_per_second, warmups=WARM_UP
+    workload = f"{_sizes(config)}, {precision_label()}, ZeRO-1, attention {backend}"
+    found = recorder.measure(
+        "train", workload, {"engine": step}, "engine", flops, best.flops_per_second, warmups=WARM_UP
     )
-    speed = rows.clip / found.rows[0].median_ms * 1000
+    [row] = found.rows
+    spent = f"{built:.0f} s to build, {row.warm_up_s:.0f} s for {WARM_UP} steps of warm-up, compiling included"
+    notes = [
+        f"{halved}{rows.clip / row.median_ms * 1000:.1f} samples/s, {flops / rows.clip / 1e9:.1f} GFLOP each; "
+        f"MFU against {best}; {spent}"
+    ]
+    recorder.save(replace(found, notes=tuple(notes)))
     kernels = kernel_time(step)
-    roof = Roof(best.flops_per_second, memory.bytes_per_second)
-    notes = (
-        f"{halved}{speed:.1f} samples/s, {flops / rows.clip / 1e9:.1f} GFLOP each; MFU against {best}",
+    notes += [
         f"kernels of a step: {kernels}",
         "the slowest: " + "; ".join(f"{name[:60]} {ms:.1f} ms" for name, ms in kernels.slowest),
-        *_gaps(_phase_ms(parts, step, rounds), _work(config, rows, backend, slots), roof),
-    )
-    return replace(found, notes=notes)
+    ]
+    recorder.save(replace(found, notes=tuple(notes)))
+    roof = Roof(best.flops_per_second, memory.bytes_per_second)
+    notes += _gaps(_phase_ms(parts, step, recorder.rounds), _work(config, rows, backend, slots), roof)
+    recorder.add(replace(found, notes=tuple(notes)))
+
+
+def _sizes(config: Config) -> str:
+    batch = config.batch
+    return f"{config.name}: {batch.clip} clip, {batch.ssl} ssl, {batch.rec} rec images"
+
+
+def _free() -> None:
+    """Give the memory of what is referred to no more back to the device."""
+    gc.collect()
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _peaks() -> tuple[Peak, Bandwidth]:
@@ -120,3 +182,8 @@ def _gaps(ms: dict[str, float], work: dict[str, Work], roof: Roof) -> Iterator[s
         at_least = f"at least {least[phase]:.1f}" if phase in least else "nothing that is counted"
         share = lost[phase] / sum(ms.values())
         yield f"phase {phase}: {ms[phase]:.1f} ms, {at_least} under the roof; {share:.0%} of the step is lost there"
+
+
+if __name__ == "__main__":
+    for preset, known in IMAGES.items():
+        print_now(f"{preset}: { ({gib: predicted_images(preset, gib) for gib in known}) }")

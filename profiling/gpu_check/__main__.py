@@ -1,8 +1,9 @@
-"""python -m profiling.gpu_check --out DIR [--minutes 9] [--only NAMES]: what was built for GPUs, shown to work on one.
+"""python -m profiling.gpu_check --out DIR [--run 1|2|3] [--only NAMES]: what was built for GPUs, shown to work on one.
 
-Tests marked `gpu`, then benches at a GPU's sizes, the most telling first, within the given minutes; needs no network
-and no installation beyond the packages that are there, tells which are missing, and goes on with the rest. DIR gets a
-log and the figures of every step, summary.json and page.md. Without a GPU it is a dry run: every step runs on the CPU
+Tests marked `gpu` and benches at a GPU's sizes, the most telling first, in three runs: the first two take five and a
+half minutes each, the third what is left. Needs no network and no installation beyond the packages that are there,
+tells which are missing, and goes on with the rest. DIR gets a log and the figures of every step, summary.json and
+page.md, all of them rewritten whenever something is known. Without a GPU it is a dry run: every step runs on the CPU
 at a small size, tests that need a GPU are skipped, and no figure says anything of a GPU.
 
 Exit code 0: every step ended well or was left out, with its reason; 1: one failed or took too long; 2: a mistake in
@@ -14,19 +15,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from profiling.gpu_check.carry_out import Record, carry_out, forget, outcome
-from profiling.gpu_check.page import page
-from profiling.gpu_check.steps import STEPS, Step
+from data.whole_file import write_whole
+from profiling.gpu_check.carry_out import Record, begun, carry_out, forget, outcome, pack, unpack
+from profiling.gpu_check.page import figures, page
+from profiling.gpu_check.steps import RUNS, STEPS, Step, steps_of
 
-MINUTES = 9.0
 LEAST_SECONDS = 15.0  # a step with less time than this is not begun
+PACKAGES = ("torch", "triton", "deepspeed", "torchao", "transformer-engine", "flash-attn-3", "nvidia-dali-cuda130")
 CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total,temperature.gpu"
 
 
@@ -36,7 +42,7 @@ def main(arguments: list[str]) -> int:
     if said := _mistake(given):
         print(f"error: {said}", file=sys.stderr)
         return 2
-    chosen = [step for step in STEPS if given.only is None or step.name in given.only.split(",")]
+    chosen = [step for step in steps_of(given.run) if given.only is None or step.name in given.only.split(",")]
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the step that runs, too
     out = given.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -44,36 +50,54 @@ def main(arguments: list[str]) -> int:
         forget(step, out)
     gpu = _gpu()
     print(f"on {gpu}" if gpu else "no GPU here: a dry run on the CPU, whose figures say nothing of a GPU", flush=True)
-    minutes = given.minutes or (MINUTES if gpu else math.inf)
-    deadline = time.monotonic() + 60 * minutes
+    seconds = 60 * given.minutes if given.minutes else sum(step.seconds for step in chosen) if gpu else math.inf
+    deadline = time.monotonic() + seconds
+    caches = None if given.caches is None else unpack(given.caches)
     records: list[Record] = []
-    for step in chosen:
-        records.append(_record(step, out, deadline, is_dry=gpu is None))
-        _write(out, gpu, records)  # at once: what is there is there, whatever ends this command
-        print(f"{step.name}: {outcome(records[-1])}", flush=True)
+    for idx, step in enumerate(chosen):
+        _write(out, gpu, [*records, begun(step)])  # at once: what is there is there, whatever ends this command
+        limit = step.dry if gpu is None else _limit(chosen[idx:], deadline - time.monotonic())
+        records.append(_record(step, out, min(limit, deadline - time.monotonic()), gpu is None, caches))
+        _write(out, gpu, records)
+        print(f"{step.name}: {outcome(records[-1])}", figures(records[-1], out), sep="\n", flush=True)
+    if caches is not None:
+        print(f"compiler caches: {pack(caches, given.caches) / 2**20:.1f} MiB in {given.caches}", flush=True)
     return 1 if any(record["state"] in ("failed", "late") for record in records) else 0
 
 
+def _limit(steps: list[Step], left: float) -> float:
+    """Seconds of the first of `steps`: its own, and what the steps before it have not used."""
+    return max(steps[0].seconds, left - sum(step.seconds for step in steps[1:]))
+
+
 def _mistake(given: argparse.Namespace) -> str | None:
-    names = [step.name for step in STEPS]
+    names = [step.name for step in steps_of(given.run)]
     if given.only is not None and not set(given.only.split(",")) <= set(names):
-        return f"--only {given.only}: the steps are {', '.join(names)}"
+        of_run = "" if given.run is None else f" of run {given.run}"
+        return f"--only {given.only}: the steps{of_run} are {', '.join(names)}"
     if given.minutes is not None and not given.minutes > 0:
         return f"--minutes {given.minutes:g}: give a number above 0"
     return None
 
 
-def _record(step: Step, out: Path, deadline: float, is_dry: bool) -> Record:
-    left = deadline - time.monotonic()
-    if left < LEAST_SECONDS:
+def _record(step: Step, out: Path, limit: float, is_dry: bool, caches: Path | None) -> Record:
+    if limit < LEAST_SECONDS:
         return {"step": step.name, "question": step.question, "state": "left out", "why": "no time was left"}
-    return carry_out(step, out, min(left, step.dry if is_dry else step.seconds), is_dry)
+    return carry_out(step, out, limit, is_dry, caches)
 
 
 def _write(out: Path, gpu: str | None, records: list[Record]) -> None:
-    summary = {"gpu": gpu, "records": records}
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (out / "page.md").write_text(page(summary, out))
+    summary = {"gpu": gpu, "packages": dict(_versions()), "records": records}
+    write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n", is_synced=False)
+    write_whole(out / "page.md", page(summary, out), is_synced=False)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Of Python and of those packages that figures depend on, as installed."""
+    yield "Python", platform.python_version()
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def _gpu() -> str | None:
@@ -100,10 +124,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and figures go")
-    parser.add_argument(
-        "--minutes", type=float, help=f"for all of it (default: {MINUTES:g}; as many as it takes on a CPU)"
-    )
+    parser.add_argument("--run", type=int, choices=RUNS, help="only the steps of this run (default: all)")
     parser.add_argument("--only", metavar="NAMES", help=f"with commas between them: {', '.join(s.name for s in STEPS)}")
+    parser.add_argument("--minutes", type=float, help="for all steps together (default: on a GPU the sum of theirs)")
+    parser.add_argument(
+        "--caches", type=Path, metavar="FILE",
+        help="what compilers made: taken from this .tar.gz where it exists, and packed into it at the end",
+    )  # fmt: skip
     return parser
 
 

@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
+from profiling.gpu_check import outcomes
 from profiling.gpu_check.steps import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST_LINES = 12  # of a log, kept with a step that did not end well
-ABSENT = re.compile(r"ModuleNotFoundError: No module named '[\w.]+'")
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 Record = dict[str, Any]
 
 
@@ -41,24 +42,31 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def carry_out(step: Step, out: Path, limit_seconds: float, is_dry: bool = False) -> Record:
-    """The step's record; what it prints goes to out/{step}.log."""
-    record: Record = {"step": step.name, "question": step.question, "without": missing(step.extra)}
+def carry_out(step: Step, out: Path, limit_seconds: float, is_dry: bool = False, caches: Path | None = None) -> Record:
+    """The step's record; what it prints goes to out/{step}.log. `caches`: where compilers keep what they made."""
+    record = begun(step)
     if lacking := missing(step.needs):
         return record | {"state": "left out", "why": f"not installed: {', '.join(lacking)}"}
     log = out / f"{step.name}.log"
     command = [sys.executable, *step.words(str(out), is_dry)]
     begin = time.monotonic()
-    exit_code = _run(command, log, limit_seconds)
+    exit_code = _run(command, log, limit_seconds, caches)
     record |= {"command": command[1:], "seconds": time.monotonic() - begin, "exit_code": exit_code}
-    record |= _tests(out / f"{step.name}.xml")
-    if exit_code == 0 or (exit_code == 1 and record.get("failed_tests") == []):
+    record |= {"limit_seconds": limit_seconds, **outcomes.read(out / f"{step.name}.tests")}
+    if exit_code in step.good:
         return record | {"state": "done"}
     lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
     state, why = "failed", f"exit code {exit_code}"
     if exit_code is None:
         state, why = "late", f"took longer than {limit_seconds:.0f} s"
+    if record.get("running"):
+        why += f" in {record['running']}"
     return record | {"state": state, "why": why, "last_lines": lines}
+
+
+def begun(step: Step) -> Record:
+    """The record of a step that runs, which is all there is if the check is ended meanwhile."""
+    return {"step": step.name, "question": step.question, "without": missing(step.extra), "state": "running"}
 
 
 def outcome(record: Record) -> str:
@@ -75,10 +83,30 @@ def forget(step: Step, out: Path) -> None:
         file.unlink()
 
 
-def _run(command: list[str], log: Path, limit_seconds: float) -> int | None:
+def unpack(archive: Path) -> Path:
+    """The folder of the compilers' caches, always the same, with what `archive` holds if it is there."""
+    folder = Path(tempfile.gettempdir()) / "vtp_engine_compiler_caches"
+    folder.mkdir(exist_ok=True)
+    if archive.is_file():
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    return folder
+
+
+def pack(caches: Path, archive: Path) -> int:
+    """Writes the folder's content into a .tar.gz; returns its bytes."""
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.add(caches, ".")
+    return archive.stat().st_size
+
+
+def _run(command: list[str], log: Path, limit_seconds: float, caches: Path | None) -> int | None:
     """The exit code; None where the limit came first."""
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = dict(os.environ) | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
+    environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    if caches is not None:
+        environment |= {name: str(caches / folder) for name, folder in CACHES.items()}
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
@@ -92,23 +120,3 @@ def _run(command: list[str], log: Path, limit_seconds: float) -> int | None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def _tests(report: Path) -> Record:
-    """What pytest's report tells: how many passed, which failed, and why others were skipped. A file that cannot be
-    imported because a module is not installed counts as skipped."""
-    if not report.is_file():
-        return {}
-    failed, skipped, passed = [], {}, 0
-    for case in ElementTree.parse(report).iter("testcase"):
-        name, trouble = f"{case.get('classname')}.{case.get('name')}", case.find("failure")
-        error, skip = case.find("error"), case.find("skipped")
-        absent = ABSENT.search(error.text or "") if error is not None else None
-        if skip is not None or absent:
-            skipped[name] = absent.group() if absent else (skip.get("message", "") if skip is not None else "")
-        elif trouble is not None or error is not None:
-            failed.append(name)
-        else:
-            passed += 1
-    counts = {"passed": passed, "failed": len(failed), "skipped": len(skipped)}
-    return {"tests": counts, "failed_tests": failed, "skipped_tests": skipped}

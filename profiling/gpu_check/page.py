@@ -1,6 +1,7 @@
 """The page of a GPU check: what was asked, what came of it, every figure with the command that made it.
 
 page(summary, folder)        # Markdown; `folder` holds the JSON that the benches wrote
+figures(record, folder)      # of one step
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from typing import Any
 
 from profiling.gpu_check.carry_out import Record, outcome
 
-COLUMNS = ("variant", "median ms", "spread", "times the reference", "peak MiB", "MFU")
+COLUMNS = ("variant", "median ms", "rounds", "spread", "times the reference", "peak MiB", "MFU", "warm-up s")
+FIGURES = ("variant", "median_ms", "rounds", "spread", "speedup", "peak_mib", "mfu", "warm_up_s")  # of a bench's row
 
 
 def page(summary: Mapping[str, Any], folder: Path) -> str:
     """Written from summary.json and from what lies beside it."""
     gpu, records = summary["gpu"], summary["records"]
     title = f"# On {gpu.split(',')[0]}" if gpu else "# Dry run on a CPU: nothing here is a figure of a GPU"
-    machine = f"{gpu}.\n" if gpu else "Every step ran at a small size to show that it runs.\n"
+    machine = f"{gpu}." if gpu else "Every step ran at a small size to show that it runs."
+    machine += f" {', '.join(f'{name} {version}' for name, version in summary['packages'].items())}.\n"
     parts = [title, "", "    python -m profiling.gpu_check --out DIR", "", machine, _overview(records), ""]
     for record in records:
         parts += _section(record, folder / f"{record['step']}.json")
@@ -37,11 +40,19 @@ def _section(record: Record, figures: Path) -> Iterator[str]:
         yield from (f"## {record['step']}", "", *shown)
 
 
+def figures(record: Record, folder: Path) -> str:
+    """The tables of one step's bench; "" where there is none."""
+    return "\n".join(_measured(folder / f"{record['step']}.json"))
+
+
 def _trouble(record: Record) -> Iterator[str]:
-    if record.get("failed_tests"):
-        yield from (*(f"- failed: `{name}`" for name in record["failed_tests"]), "")
-    if record.get("skipped_tests"):
-        yield from (*(f"- skipped: `{name}`: {why}" for name, why in record["skipped_tests"].items()), "")
+    for kind in ("failed", "skipped"):
+        if tests := record.get(f"{kind}_tests"):
+            yield from (*(f"- {kind}: `{name}`: {why}" for name, why in tests.items()), "")
+    if tests := record.get("passed_tests"):
+        yield from (*(f"- passed: `{name}`, {seconds:.1f} s" for name, seconds in tests.items()), "")
+    if record.get("running"):
+        yield from (f"- running when it ended: `{record['running']}`", "")
     if record.get("last_lines"):
         yield from ("    " + line for line in record["last_lines"])
         yield ""
@@ -66,10 +77,9 @@ def _table(measurement: dict[str, Any]) -> Iterator[str]:
         return
     yield from ("| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1))
     for row in measurement["rows"]:
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
-        mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        cells = (row["variant"], f"{row['median_ms']:.2f}", f"{row['spread']:.0%}", f"{row['speedup']:.2f}", peak, mfu)
-        yield "| " + " | ".join(cells) + " |"
+        formats = ("{}", "{:.2f}", "{}", "{:.0%}", "{:.2f}", "{:,.0f}", "{:.1%}", "{:.1f}")
+        known = zip(formats, (row[key] for key in FIGURES), strict=True)
+        yield "| " + " | ".join("" if value is None else form.format(value) for form, value in known) + " |"
     yield ""
 
 

@@ -1,4 +1,8 @@
-"""The steps of a GPU check, in the order of their worth: what is left out for lack of time is the end of the list.
+"""The steps of a GPU check, in the order of their worth, in three runs.
+
+    steps_of(1)         # is it right, and how fast is VTP-L: at most RUN_SECONDS
+    steps_of(2)         # FP8, prototypes, the engine's tests, overlap_comm, three passes: at most RUN_SECONDS
+    steps_of(3)         # with more time: other sizes, curves, larger batches, the loader
 
 A step is a command of this house, run by this Python from the root of the checkout, with the modules that must import
 for it and the seconds it may take. Seconds are for a Hopper GPU, and estimates until one has been measured [D]; on a
@@ -9,10 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RUN_SECONDS = 330  # of each of the first two runs
 ENGINE = ("torch", "pydantic", "yaml", "deepspeed", "safetensors", "rich")
-PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+# Of pytest's plugins only these, whatever else is installed (carry_out.py turns off that they load by themselves).
+PLUGINS = ("-p", "pytest_timeout", "-p", "profiling.gpu_check.outcomes", "-p", "no:cacheprovider")
+PYTEST = ("-m", "pytest", "-m", "gpu", "-v", *PLUGINS)
 OUT = "{out}"  # stands in a command where the folder of the results goes
-ROUNDS = "{rounds}"  # ... and where the number of rounds goes: one on a CPU
+LENGTH = "{length}"  # ... and where a bench's number of rounds goes: --dry on a CPU
 
 
 @dataclass(frozen=True)
@@ -27,36 +34,94 @@ class Step:
     needs: tuple[str, ...] = ENGINE
     extra: tuple[str, ...] = ()
     rounds: int = 1
+    run: int = 1
+    good: tuple[int, ...] = (0,)  # exit codes of a step that ended well
 
     def words(self, out: str, is_dry: bool) -> list[str]:
         """The command, filled in."""
-        rounds = str(1 if is_dry else self.rounds)
-        return [word.replace(OUT, out).replace(ROUNDS, rounds) for word in self.command]
+        length = "--dry" if is_dry else f"--rounds={self.rounds}"
+        return [word.replace(OUT, out).replace(LENGTH, length) for word in self.command]
 
 
 def _bench(
-    name: str, question: str, seconds: float, rounds: int, dry: float = 600, extra: tuple[str, ...] = ()
+    name: str,
+    question: str,
+    seconds: float,
+    rounds: int,
+    run: int,
+    needs: tuple[str, ...] = ENGINE,
+    extra: tuple[str, ...] = (),
 ) -> Step:
-    command = ("-m", "profiling.bench", name, "--rounds", ROUNDS, "--json", f"{OUT}/{name}.json")
-    return Step(name, question, command, seconds, dry, extra=extra, rounds=rounds)
+    command = ("-m", "profiling.bench", name, LENGTH, "--json", f"{OUT}/{name}.json")
+    return Step(name, question, command, seconds, 600, needs, extra, rounds, run)
 
 
+def _tests(
+    name: str,
+    question: str,
+    seconds: float,
+    where: tuple[str, ...],
+    run: int,
+    needs: tuple[str, ...] = ENGINE,
+    extra: tuple[str, ...] = (),
+) -> Step:
+    """`where`: files, and options of pytest that choose among their tests."""
+    command = (*PYTEST, "--outcomes", f"{OUT}/{name}.tests", *where)
+    return Step(name, question, command, seconds, 120, (*needs, "pytest", "pytest_timeout"), extra, run=run)
+
+
+KERNEL_FILES = (
+    "tests/kernels/test_varlen.py", "tests/kernels/test_contrastive_kernel.py", "tests/kernels/test_fp8_gpu.py",
+    "tests/profiling/test_phases.py", "tests/profiling/test_energy.py",
+)  # fmt: skip
+PROTOTYPE_FILE = "tests/kernels/test_prototypes_triton.py"
+FP32_PROTOTYPES = f"{PROTOTYPE_FILE}::test_compiled_kernels_equal_the_oracle_on_the_gpu[fp32]"
+ENGINE_FILES = ("tests/engine/test_host_sync.py", "tests/engine/test_gpu.py")
+FIRST_OF_THE_ENGINE = "sync or golden or zero1"
+OTHER_ENGINE_FILES = (
+    "tests/engine/test_gpu.py", "tests/engine/test_deterministic.py", "tests/engine/test_scale_out.py",
+    "tests/model/test_initialise.py", "tests/model/generator/test_autoregressive.py",
+)  # fmt: skip
+LOADER_FILES = (
+    "tests/data/test_decode.py", "tests/data/test_loader.py", "tests/data/test_transparency.py",
+    "tests/profiling/test_doctor.py",
+)  # fmt: skip
 STEPS = (
     Step("doctor", "what is here, and what a run would use of it",
-         ("-m", "profiling.doctor", "--quick", "--json"), 60, 120, needs=()),
-    Step("tests", "is it right on the device?", (*PYTEST, "--junitxml", f"{OUT}/tests.xml"), 180, 300,
-         needs=(*ENGINE, "pytest", "tokenizers", "hypothesis"),
-         extra=("nvidia.dali", "webdataset", "pynvml", "triton")),
-    _bench("train", "MFU of whole steps: VTP-L at least 40 %; where the time goes", 150, rounds=10),
-    _bench("fp8_blocks", "FP8 against bf16: 1.15 x at VTP-L's width, 1.3 x from 1,536 on", 60, rounds=10,
+         ("-m", "profiling.doctor", "--quick"), 30, 120, needs=(), good=(0, 1)),  # 1: a run from shards lacks something
+    _tests("kernels", "attention, contrastive tiles, FP8, prototypes in fp32, events, energy: right on the device?", 90,
+           (*KERNEL_FILES, FP32_PROTOTYPES), run=1,
+           extra=("triton", "torchao", "transformer_engine", "pynvml")),
+    _bench("train", "MFU of VTP-L's whole step: at least 40 %; where the time goes", 160, rounds=10, run=1),
+    _bench("attention", "every attention backend that is here", 30, rounds=10, run=1,
+           extra=("flash_attn_interface",)),
+    _bench("fp8_blocks", "FP8 against bf16 at VTP-L's width: 1.15 x", 90, rounds=10, run=2,
            extra=("torchao", "transformer_engine")),
-    _bench("step", "a shared pass against three: eager and compiled", 75, rounds=5, dry=1800),
-    _bench("fp8_losses", "do FP8 and bf16 learn alike over 200 steps?", 90, rounds=1,
+    _tests("prototype_kernels", "the prototype loss in Triton in bf16: right on the device?", 30,
+           (PROTOTYPE_FILE, "--deselect", FP32_PROTOTYPES), run=2, extra=("triton",)),
+    _bench("prototypes", "prototype loss of 65,536: memory and time", 20, rounds=5, run=2, extra=("triton",)),
+    _tests("engine", "no host sync, the golden run, ZeRO-1 against AdamW: right on the device?", 80,
+           (*ENGINE_FILES, "-k", FIRST_OF_THE_ENGINE), run=2),
+    _bench("overlap", "VTP-L's step with and without overlap_comm", 50, rounds=5, run=2),
+    _bench("step", "a shared pass against three, VTP-L: eager, then compiled", 50, rounds=3, run=2),
+    _tests("engine_rest", "ZeRO-3, bf16, graphs, resume, DeepCompile, generators: right on the device?", 240,
+           (*OTHER_ENGINE_FILES, "-k", f"not ({FIRST_OF_THE_ENGINE})"), run=3),
+    _bench("train_smaller", "MFU of VTP-B and VTP-S", 180, rounds=10, run=3),
+    _bench("fp8_losses", "do FP8 and bf16 learn alike over 200 steps?", 180, rounds=1, run=3,
            extra=("torchao", "transformer_engine")),
-    _bench("packed", "packed crops against a pass each: at least 1.3 x", 45, rounds=10),
-    _bench("prototypes", "prototype loss of 65,536: memory and time", 30, rounds=5, extra=("triton",)),
-    _bench("contrastive", "contrastive tiles up to 131,072 pairs", 45, rounds=5, extra=("triton",)),
-    _bench("grad_cache", "131,072 pairs on one GPU by the gradient cache", 120, rounds=1),
-    _bench("attention", "every attention backend that is here", 40, rounds=10, extra=("flash_attn", "xformers")),
-    _bench("loader", "JPEGs decoded and augmented a second", 60, rounds=3, extra=("nvidia.dali",)),
+    _bench("packed", "packed crops against a pass each: at least 1.3 x", 60, rounds=10, run=3),
+    _bench("fp8_blocks_wide", "FP8 against bf16 from a width of 1,536 on: 1.3 x", 120, rounds=10, run=3,
+           extra=("torchao", "transformer_engine")),
+    _bench("contrastive", "contrastive tiles up to 131,072 pairs", 60, rounds=5, run=3, extra=("triton",)),
+    _bench("grad_cache", "131,072 pairs on one GPU by the gradient cache", 150, rounds=1, run=3),
+    _tests("loading", "DALI's decoder and the loader: right on the device?", 60, LOADER_FILES, run=3,
+           needs=(*ENGINE, "nvidia.dali", "tokenizers"), extra=("webdataset",)),
+    _bench("loader", "JPEGs decoded and augmented a second", 90, rounds=3, run=3,
+           needs=(*ENGINE, "nvidia.dali", "tokenizers", "webdataset", "skimage")),
 )  # fmt: skip
+RUNS = tuple(sorted({step.run for step in STEPS}))
+
+
+def steps_of(run: int | None) -> list[Step]:
+    """Those of a run, or all."""
+    return [step for step in STEPS if run is None or step.run == run]

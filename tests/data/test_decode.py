@@ -3,6 +3,7 @@
 import io
 import random
 import struct
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image, ImageCms, ImageFilter, ImageOps
 
 from configs import UserError
 from configs.data import Views
+from data import decode as decode_module
 from data import views
 from data.decode import Decoder, Picture
 from data.headers import refusal
@@ -344,6 +346,13 @@ def test_asking_for_a_gpu_that_is_not_there_is_a_user_error(monkeypatch: pytest.
     with pytest.raises(UserError, match=r"system\.loader\.device=gpu but torch sees no CUDA device"):
         Decoder("gpu")
     assert Decoder("auto").device == "cpu"
+
+
+def test_without_dali_the_error_names_the_package_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode_module._imported.cache_clear()
+    monkeypatch.setitem(sys.modules, "nvidia.dali.experimental.dynamic", None)
+    with pytest.raises(UserError, match=r"NVIDIA DALI, which is not installed.*pip install .*nvidia-dali-cuda130"):
+        Decoder("cpu")
 
 
 @pytest.mark.gpu

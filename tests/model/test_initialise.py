@@ -108,3 +108,18 @@ def test_a_bf16_parameter_holds_the_rounded_float32_value() -> None:
     half = torch.empty_like(whole, dtype=torch.bfloat16)
     initialise_parameter(name, half, config)
     assert torch.equal(half, whole.bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weights_drawn_on_a_gpu_are_spread_as_those_drawn_on_the_cpu() -> None:
+    config = tiny_config(*EVERYTHING)
+    for name, expected in values(build(config)).items():
+        found, again = torch.empty_like(expected, device="cuda"), torch.empty_like(expected)
+        initialise_parameter(name, found, config, "cuda")
+        initialise_parameter(f"teacher.{name}", again, config, "cuda")
+        assert torch.equal(found.cpu(), again)
+        if expected.numel() > 1:
+            # Of n normal numbers the deviation is known to (2n)^-1/2 of itself; both draws, and five times that.
+            std, tolerance = float(expected.std()), 5 * expected.numel() ** -0.5
+            assert float(found.std()) == pytest.approx(std, rel=tolerance), name

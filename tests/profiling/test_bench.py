@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from profiling import bench, machine
 from profiling.benches import attention, compile, depth, fp8, loader, prototypes, step, text
 from profiling.benches.one_rank import configured
 from profiling.machine import describe, device, matmul_peak
-from profiling.measurement import Measurement, measure
+from profiling.measurement import Measurement, Recorder
 from profiling.workload import random_batch, random_captions, small_step
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
@@ -66,7 +69,8 @@ def test_every_variant_is_printed_as_it_is_measured(capsys: pytest.CaptureFixtur
     def variant(name: str) -> None:
         seen.append((name, capsys.readouterr().out))
 
-    measure("sums", "small", {name: partial(variant, name) for name in "ab"}, "a", 1, with_memory=False, warmups=1)
+    calls = {name: partial(variant, name) for name in "ab"}
+    Recorder(rounds=1).measure("sums", "small", calls, "a", with_memory=False, warmups=1)
     lines = [line for _, printed in seen for line in printed.splitlines()] + capsys.readouterr().out.splitlines()
     assert [re.sub(r"[\d.,]+ m?s", "N", line) for line in lines] == [
         "sums: a: N to warm up",
@@ -78,6 +82,50 @@ def test_every_variant_is_printed_as_it_is_measured(capsys: pytest.CaptureFixtur
     assert "sums: a: " in seen[-1][1], "the time of a is printed before b runs"
 
 
+def recorded(run: Callable[[Recorder], None], rounds: int = 1) -> list[Any]:
+    recorder = Recorder(rounds)
+    run(recorder)
+    return recorder.results
+
+
+def test_a_bench_that_is_ended_leaves_what_it_had_measured(tmp_path: Path) -> None:
+    out = tmp_path / "sums.json"
+    recorder = Recorder(rounds=2, file=out)
+    recorder.add(Measurement("sums", "smaller", "a", ()))
+    calls: list[str] = []
+
+    def dies() -> None:
+        calls.append("b")
+        if len(calls) == 4:  # two to warm up, then the second round
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recorder.measure("sums", "small", {"a": lambda: time.sleep(0.01), "b": dies}, "a")
+    whole, begun = json.loads(out.read_text())
+    assert whole["workload"] == "smaller"
+    assert {row["variant"]: row["rounds"] for row in begun["rows"]} == {"a": 1, "b": 1}
+    assert begun["rows"][0]["median_ms"] >= 10
+    assert begun["rows"][1]["speedup"] > 1, "over the reference, in the round that both have run"
+    assert begun["rows"][0]["warm_up_s"] >= 0.02
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_variant_has_a_figure_before_the_next_compiles() -> None:
+    """The last warm-up call's; of a single one, which compiles, none."""
+    recorder, seen = Recorder(rounds=1), []
+
+    def note() -> None:
+        rows = recorder.results[-1].as_dict()["rows"] if recorder.results else []
+        seen.append([(row["variant"], row["rounds"], row["speedup"]) for row in rows])
+
+    recorder.measure("sums", "small", {"a": int, "b": note}, "a", with_memory=False)
+    assert seen[0] == [("a", 0, 1.0)]
+    alone, seen = Recorder(rounds=1), []
+    recorder = alone
+    alone.measure("sums", "small", {"a": int, "b": note}, "a", with_memory=False, warmups=1)
+    assert seen[0] == []
+
+
 def run_small() -> dict[str, Measurement]:
     """The benches that compile, at a size for tests; traced and differentiated, but no code is generated: that takes a
     minute. In a process of their own, which may change torch."""
@@ -86,7 +134,7 @@ def run_small() -> dict[str, Measurement]:
         vars(module)["small_step"] = tiny_config
     step.matmul_peak = lambda dtype: 1e12  # measuring it takes longer than the benches here
     compile.CROPS = {"clip": (2, 32), "ssl_local": (2, 16)}
-    return {module.__name__: found for module in (step, text, compile) for found in module.run(rounds=1)}
+    return {module.__name__: found for module in (step, text, compile) for found in recorded(module.run)}
 
 
 @pytest.mark.L2
@@ -118,7 +166,7 @@ def test_the_benches_step_is_the_one_the_docs_name() -> None:
 def test_the_depth_bench_compares_the_rate_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(depth, "GROUPS", (Group("clip", 4, 17, (4, 4)), Group("ssl_local", 3, 5, (2, 2))))
     monkeypatch.setattr(depth, "VIT", {"width": 32, "depth": 2, "heads": 2})
-    for measurement in depth.run(rounds=1):
+    for measurement in recorded(depth.run):
         assert [row.variant for row in measurement.rows] == ["rate 0", "rate 0.3"]
         assert measurement.notes[0].startswith("73% of the tokens stay: ideally 1.36 times the speed")
 
@@ -143,7 +191,7 @@ def test_the_loader_bench_makes_the_same_tensors_with_both_loaders(monkeypatch: 
     chains = tuple(replace(chain, batch=4, images=8) for chain in loader.CHAINS)
     monkeypatch.setattr(loader, "CHAINS", chains)
     monkeypatch.setattr(loader, "CORES", (1,))
-    found = loader.run(1)
+    found = recorded(loader.run)
     assert [measurement.workload.partition(":")[0] for measurement in found] == [chain.name for chain in chains]
     for measurement in found:
         assert {row.variant for row in measurement.rows} == {"pil", "ours, 1 rank of 1 thread(s)"}
@@ -154,7 +202,7 @@ def test_the_loader_bench_makes_the_same_tensors_with_both_loaders(monkeypatch: 
 def test_the_fp8_bench_tells_errors_and_what_the_rule_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8, "SHAPES", {device: {"small": (40, 64, 96)} for device in ("cpu", "cuda")})
     monkeypatch.setattr(fp8, "matmul_peak", lambda dtype: 1e12)
-    [found] = fp8.run(rounds=1)
+    [found] = recorded(fp8.run)
     assert {row.variant for row in found.rows} >= {"bf16", "fp8_torchao"}
     assert found.workload.startswith("small: 40 x 64 by 64 x 96")
     assert any(note.startswith("fp8_torchao: off float32 by 3") for note in found.notes)
@@ -169,9 +217,20 @@ def test_an_unknown_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     assert "attention" in capsys.readouterr().err
 
 
+def test_a_dry_run_has_one_round_and_takes_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        bench.main(["attention", "--dry", "--rounds", "3"])
+    assert refusal.value.code == 2
+    assert "not allowed with argument --dry" in capsys.readouterr().err
+    recorder = Recorder(rounds=1, is_dry=True)
+    prototypes.run(recorder)
+    assert all(shown.as_dict()["workload"].startswith("512 rows, 1024 prototypes") for shown in recorder.results)
+
+
 def test_mfu_is_flops_over_time_over_peak() -> None:
     x = torch.ones(64, 64)
-    found = measure("product", "64 x 64", {"a": lambda: x @ x}, "a", rounds=3, flops=2 * 64**3, peak=1e12)
+    recorder = Recorder(rounds=3)
+    found = recorder.measure("product", "64 x 64", {"a": lambda: x @ x}, "a", flops=2 * 64**3, peak=1e12)
     (row,) = found.rows
     assert row.mfu == pytest.approx(2 * 64**3 / (row.median_ms / 1000) / 1e12)
     assert row.speedup == 1.0

@@ -17,6 +17,12 @@ def test_variants_take_turns_and_warm_up_first() -> None:
     assert {name: len(times[name].seconds) for name in times} == {"a": 3, "b": 3, "c": 3}
 
 
+def test_calls_are_numbered_and_the_last_warm_up_call_is_round_0() -> None:
+    seen: list[tuple[str, int]] = []
+    alternate({"a": int, "b": int}, rounds=1, warmups=2, on_timing=lambda name, number, _: seen.append((name, number)))
+    assert seen == [("a", -1), ("a", 0), ("b", -1), ("b", 0), ("a", 1), ("b", 1)]
+
+
 def test_what_a_variant_takes_is_what_the_clock_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from configs import Config
 from profiling import bench
 from profiling.benches import fp8_blocks, fp8_losses, grad_cache, packed, train
+from profiling.benches.one_rank import configured, layout_of
+from profiling.measurement import Recorder
 from profiling.peaks import Bandwidth, Peak
+from profiling.step.peak import predict_peak
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
 
@@ -28,21 +32,21 @@ def run_small(name: str) -> list[Any]:
     torch.compile = partial(torch.compile, backend="aot_eager")
     for module in (train, packed, grad_cache, fp8_losses):
         vars(module)["configured"] = tiny
-    train.PRESETS, train.GRAIN = ("tiny",), 8
+    train.MAIN, train.SMALLER, train.GRAIN = "tiny", ("tiny",), 8
     train.measured_peak = lambda precision: Peak(1e12, "made up")
     train.measured_bandwidth = lambda: Bandwidth(1e10, "made up")
     packed.IMAGES = 8
     grad_cache.PAIRS, grad_cache.PART = 32, 8
     fp8_losses.CLIP, fp8_losses.SHORT = 8, ("optim.steps=6", "model.trunk.depth=1")
-    fp8_blocks.TRUNKS = {"L": fp8_blocks.TRUNKS["tiny"]}
+    fp8_blocks.L = {"L": fp8_blocks.L["tiny"]}
     fp8_blocks.matmul_peak = lambda dtype: 1e12
-    modules = {"train": train, "packed": packed, "grad_cache": grad_cache, "fp8_losses": fp8_losses}
-    found: list[Any] = (modules | {"fp8_blocks": fp8_blocks})[name].run(rounds=2)
-    return found
+    module, _, function = bench.BENCHES[name].partition(":")
+    recorder = Recorder(rounds=2)
+    getattr(sys.modules[f"profiling.benches.{module}"], function or "run")(recorder)
+    return recorder.results
 
 
 def ran(name: str) -> list[Any]:
-    assert name in bench.BENCHES
     found: list[Any] = run_ranks(run_small, 1, name, timeout=300.0, join=False)[0]
     assert all(measurement.as_dict()["name"] == name for measurement in found)
     assert all(measurement.as_table().row_count for measurement in found)
@@ -58,10 +62,24 @@ def test_training_steps_tell_speed_kernels_and_the_worst_phases() -> None:
     speed, kernels, slowest, *gaps = found.notes
     assert "samples/s" in speed
     assert "made up" in speed
+    assert "s to build" in speed
+    assert row.warm_up_s > 0
     assert "products" in kernels
     assert "aten::" in slowest
     assert len(gaps) == train.WORST
     assert all(gap.startswith("phase ") and gap.endswith("is lost there") for gap in gaps)
+
+
+def test_overlap_is_held_against_none() -> None:
+    [found] = ran("overlap")
+    assert [row.variant for row in found.rows] == ["overlap_comm off", "overlap_comm on"]
+
+
+def test_the_batch_of_vtp_l_is_predicted_to_fit() -> None:
+    for gib, clip in train.IMAGES["vtp_l"].items():
+        config = configured("vtp_l", clip, "optim.precision=bf16")
+        predicted = predict_peak(config, layout_of(config), 1, "sdpa", "cuda").device_bytes
+        assert 0.5 * gib * 2**30 < predicted < train.FITS * gib * 2**30
 
 
 def test_packed_crops_are_held_against_a_pass_each() -> None:

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from profiling.bench import BENCHES
 from profiling.gpu_check import __main__ as gpu_check
 from profiling.gpu_check.carry_out import carry_out
+from profiling.gpu_check.outcomes import read
 from profiling.gpu_check.page import page
-from profiling.gpu_check.steps import OUT, STEPS, Step
+from profiling.gpu_check.steps import OUT, PYTEST, RUN_SECONDS, STEPS, Step, steps_of
 
 pytestmark = pytest.mark.L0
+ROOT = Path(__file__).resolve().parents[2]
 
 MEASURED = [
     {
         "name": "train", "workload": "vtp_l: 64 clip", "reference": "engine", "machine": {"device": "H100"},
         "rows": [{"variant": "engine", "median_ms": 136.0, "spread": 0.01, "speedup": 1.0, "peak_mib": 61_000.5,
-                  "mfu": 0.471}],
+                  "mfu": 0.471, "rounds": 10, "warm_up_s": 41.0}],
         "notes": ["470.1 samples/s"],
     },
     {"name": "fp8_losses", "workload": "vtp_l, 200 steps", "machine": {"device": "H100"},
      "losses": {"bf16": [9.0, 8.0], "fp8_torchao": [9.0, 8.1]}, "notes": []},
 ]  # fmt: skip
-REPORT = """<testsuites><testsuite>
-<testcase classname="tests.a" name="good"/>
-<testcase classname="tests.a" name="bad"><failure message="wrong">Traceback</failure></testcase>
-<testcase classname="tests.a" name="left"><skipped message="needs a CUDA device"/></testcase>
-<testcase classname="" name="tests.data.test_decode"><error>
-E   ModuleNotFoundError: No module named 'nvidia'</error></testcase>
-</testsuite></testsuites>"""
 
 
 def python(name: str, code: str, **others: object) -> Step:
@@ -63,7 +62,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
         Step("lack", "is it there?", ("-c", ""), 60, 60, needs=("no.such.module",)),
         python("work", write, extra=("json", "nor_this_one")),
     )
-    monkeypatch.setattr(gpu_check, "STEPS", found)
+    monkeypatch.setattr(gpu_check, "steps_of", lambda run: list(found))
 
 
 def test_the_rest_is_done_whatever_a_step_does(
@@ -77,10 +76,18 @@ def test_the_rest_is_done_whatever_a_step_does(
         "crash": "failed", "need": "done", "lack": "left out", "work": "done",
     }  # fmt: skip
     said = capsys.readouterr().out
-    for words in ("on NVIDIA H100", "crash: failed", "exit code -6", "not installed: no.such.module", "nor_this_one"):
+    assert summary["packages"]["torch"] == torch.__version__
+    for words in (
+        "on NVIDIA H100",
+        "crash: failed",
+        "- 470.1 samples/s",
+        "exit code -6",
+        "not installed: no.such.module",
+        "nor_this_one",
+    ):
         assert words in said
     written = (tmp_path / "out" / "page.md").read_text()
-    for words in ("# On NVIDIA H100", "illegal access", "| engine | 136.00 | 1% | 1.00 | 61,000 | 47.1% |",
+    for words in ("# On NVIDIA H100", "illegal access", "| engine | 136.00 | 10 | 1% | 1.00 | 61,000 | 47.1% | 41.0 |",
                   "- 470.1 samples/s", "| 1 | 8.0000 | 8.1000 |"):  # fmt: skip
         assert words in written
 
@@ -116,7 +123,7 @@ def test_ended_from_outside_it_leaves_no_step_behind(tmp_path: Path) -> None:
     hangs = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     code = (
         "from profiling.gpu_check import __main__ as m, steps; import sys; "
-        f"m.STEPS = (steps.Step('hang', '?', ('-c', {hangs!r}), 600, 600, needs=()),); "
+        f"m.steps_of = lambda run: [steps.Step('hang', '?', ('-c', {hangs!r}), 600, 600, needs=())]; "
         f"sys.exit(m.main(['--out', {str(tmp_path)!r}]))"
     )
     check = subprocess.Popen([sys.executable, "-c", code])
@@ -128,21 +135,66 @@ def test_ended_from_outside_it_leaves_no_step_behind(tmp_path: Path) -> None:
     assert is_gone(int(log.read_text()))
 
 
-def test_tests_are_told_apart(tmp_path: Path) -> None:
-    report = f"import pathlib, sys; pathlib.Path('{OUT}/tests.xml').write_text({REPORT!r}); sys.exit(1)"
-    record = carry_out(python("tests", report), tmp_path, limit_seconds=60)
-    assert record["tests"] == {"passed": 1, "failed": 1, "skipped": 2}
-    assert (record["state"], record["failed_tests"]) == ("failed", ["tests.a.bad"])
-    assert "No module named 'nvidia'" in record["skipped_tests"][".tests.data.test_decode"]
-    assert "- failed: `tests.a.bad`" in page({"gpu": None, "records": [record]}, tmp_path)
-    good = REPORT.replace('<failure message="wrong">Traceback</failure>', "")
-    report = f"import pathlib, sys; pathlib.Path('{OUT}/tests.xml').write_text({good!r}); sys.exit(1)"
-    assert carry_out(python("tests", report), tmp_path, limit_seconds=60)["state"] == "done"
+TESTS = """
+import os, signal
+import pytest
+
+@pytest.mark.gpu
+def test_good(): pass
+
+@pytest.mark.gpu
+def test_bad(): assert 1 + 1 == 3, "no sum"
+
+@pytest.mark.gpu
+@pytest.mark.skipif(True, reason="needs a CUDA device")
+def test_left(): pass
+
+@pytest.mark.gpu
+def test_deadly(): os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def pytest_of(folder: Path, name: str, *chosen: str) -> Step:
+    """A step of tests in a folder of its own, far from this house's settings."""
+    (folder / "test_it.py").write_text(TESTS)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    words = (*PYTEST, "--outcomes", f"{OUT}/{name}.tests", "--rootdir", str(folder), "-c", str(folder / "pytest.ini"))
+    return Step(name, "?", (*words, str(folder / "test_it.py"), *chosen), 60, 60, needs=())
+
+
+def test_a_record_of_tests_says_which_passed_failed_and_were_skipped(tmp_path: Path) -> None:
+    record = carry_out(pytest_of(tmp_path, "tests", "-k", "not deadly"), tmp_path, limit_seconds=60)
+    assert (record["state"], record["tests"]) == ("failed", {"passed": 1, "failed": 1, "skipped": 1})
+    assert list(record["passed_tests"]) == ["test_it.py::test_good"]
+    assert "no sum" in record["failed_tests"]["test_it.py::test_bad"]
+    assert record["skipped_tests"] == {"test_it.py::test_left": "needs a CUDA device"}
+    written = page({"gpu": None, "packages": {}, "records": [record]}, tmp_path)
+    assert "- failed: `test_it.py::test_bad`: " in written
+    assert "- passed: `test_it.py::test_good`" in written
+
+
+def test_tests_that_are_ended_leave_what_they_had_shown(tmp_path: Path) -> None:
+    record = carry_out(pytest_of(tmp_path, "tests", "-k", "good or deadly"), tmp_path, limit_seconds=60)
+    assert record["why"] == "exit code -9 in test_it.py::test_deadly"
+    assert list(record["passed_tests"]) == ["test_it.py::test_good"]
+    assert "test_good PASSED" in (tmp_path / "tests.log").read_text()
+
+
+def test_a_line_cut_short_and_a_failure_after_the_test_are_read_right(tmp_path: Path) -> None:
+    lines = [
+        {"test": "a", "outcome": "passed", "seconds": 1, "why": ""},
+        {"test": "a", "outcome": "failed", "seconds": 1, "why": "at its end"},
+        {"test": "b", "outcome": "running", "seconds": 0, "why": ""},
+    ]
+    (tmp_path / "x.tests").write_text("\n".join(map(json.dumps, lines)) + '\n{"test": "c", "outc')
+    found = read(tmp_path / "x.tests")
+    assert (found["failed_tests"], found["running"]) == ({"a": "at its end"}, "b")
+    assert read(tmp_path / "none") == {}
 
 
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main(["--out", str(tmp_path), "--only", "trian"]) == 2
-    assert capsys.readouterr().err.startswith("error: --only trian: the steps are doctor, tests, train")
+    assert capsys.readouterr().err.startswith("error: --only trian: the steps are doctor, kernels, train")
     assert gpu_check.main(["--out", str(tmp_path), "--minutes", "0"]) == 2
     assert "--minutes 0: give a number above 0" in capsys.readouterr().err
 
@@ -151,6 +203,112 @@ def test_the_steps_are_benches_that_exist_and_fit_in_their_order() -> None:
     asked = [step.command[2] for step in STEPS if step.command[1] == "profiling.bench"]
     assert set(asked) <= set(BENCHES)
     assert len({step.name for step in STEPS}) == len(STEPS)
+    assert [step.run for step in STEPS] == sorted(step.run for step in STEPS)
+    of_train = next(step for step in STEPS if step.name == "train")
+    assert of_train.words("out", is_dry=False)[2:] == ["train", "--rounds=10", "--json", "out/train.json"]
+    assert of_train.words("out", is_dry=True)[3] == "--dry"
+    for run in (1, 2):
+        assert sum(step.seconds for step in steps_of(run)) <= RUN_SECONDS
+
+
+def test_every_test_marked_gpu_belongs_to_a_step() -> None:
+    asked = {word.partition("::")[0] for step in STEPS for word in step.command if word.startswith("tests/")}
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in {*(ROOT / "tests").rglob("test_*.py")} - {Path(__file__)}
+        if re.search(r"^(@pytest\.mark\.gpu$|    pytest\.mark\.gpu,$)", path.read_text(), re.MULTILINE)
+    }
+    assert asked == marked
+
+
+def test_what_a_step_does_not_use_the_steps_after_it_may() -> None:
+    first, second = (Step(name, "?", (), seconds, 0, needs=()) for name, seconds in (("a", 60.0), ("b", 30.0)))
+    assert gpu_check._limit([first, second], 90) == 60
+    assert gpu_check._limit([first, second], 70) == 60, "the order is that of worth: the last ones give way"
+    assert gpu_check._limit([second], 75) == 75
+
+
+def test_a_run_takes_its_steps_and_their_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: dict[str, float] = {}
+
+    def recorded(step: Step, out: Path, limit: float, *others: object) -> dict[str, Any]:
+        limits[step.name] = limit
+        return {"step": step.name, "question": "?", "state": "done"}
+
+    monkeypatch.setattr(gpu_check, "_gpu", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(gpu_check, "carry_out", recorded)
+    assert gpu_check.main(["--out", str(tmp_path), "--run", "1"]) == 0
+    assert list(limits) == [step.name for step in steps_of(1)]
+    assert limits["doctor"] == pytest.approx(30, abs=1)
+    assert limits["attention"] == pytest.approx(sum(step.seconds for step in steps_of(1)), abs=1), "nothing was used"
+
+
+def test_while_a_step_runs_the_summary_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = f"import pathlib; print(pathlib.Path('{OUT}/summary.json').read_text())"
+    monkeypatch.setattr(gpu_check, "steps_of", lambda run: [python("look", look)])
+    monkeypatch.setattr(gpu_check, "_gpu", lambda: None)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 0
+    seen = json.loads((tmp_path / "look.log").read_text())["records"]
+    assert [(record["step"], record["state"]) for record in seen] == [("look", "running")]
+
+
+def test_compilers_find_again_what_they_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another folder of temporary files, as on another machine."""
+    code = (
+        "import os, pathlib; file = pathlib.Path(os.environ['TRITON_CACHE_DIR']) / 'kernel'; print(file.is_file()); "
+        "file.parent.mkdir(exist_ok=True); file.write_text('made'); print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    )
+    monkeypatch.setattr(gpu_check, "steps_of", lambda run: [python("make", code)])
+    monkeypatch.setattr(gpu_check, "_gpu", lambda: None)
+    for number, was_there in enumerate(("False", "True")):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / str(number)))
+        (tmp_path / str(number)).mkdir()
+        out = tmp_path / f"out{number}"
+        assert gpu_check.main(["--out", str(out), "--caches", str(tmp_path / "caches.tar.gz")]) == 0
+        found, inductor = (out / "make.log").read_text().split()
+        assert found == was_there
+        assert Path(inductor).parent.parent == tmp_path / str(number)
+
+
+WITHOUT = """
+import importlib, pkgutil, sys
+from importlib.machinery import PathFinder
+
+class Without:
+    plain = PathFinder.find_spec
+    def __call__(self, name, path=None, target=None):
+        return None if name in {absent} else self.plain(name, path, target)
+
+PathFinder.find_spec = Without()
+import pytest
+words = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+assert pytest.main([*words, *{files}]) == 0
+for package in {packages}:
+    for module in pkgutil.walk_packages([package], package + "."):
+        importlib.import_module(module.name)
+"""
+ABSENT = {
+    "nvidia.dali",
+    "transformer_engine",
+    "flash_attn",
+    "xformers",
+    "webdataset",
+    "hypothesis",
+    "skimage",
+    "sklearn",
+}
+
+
+@pytest.mark.L1
+def test_without_dali_and_others_all_modules_import_and_tests_of_a_gpu_are_collected() -> None:
+    files = sorted({word for step in STEPS for word in step.command if word.startswith("tests/")})
+    packages = ("configs", "kernels", "data", "model", "profiling", "engine", "evaluation")
+    code = WITHOUT.format(absent=ABSENT | {"torchao"}, packages=packages, files=files)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for collected in ("test_varlen.py::", "test_transparency.py::", "test_gpu.py::", "test_doctor.py::"):
+        assert collected in done.stdout
+    assert "SKIPPED [1] tests/kernels/test_contrastive_kernel.py:1: not installed: hypothesis" in done.stdout
 
 
 def test_it_imports_nothing_but_the_standard_library() -> None:

@@ -12,6 +12,7 @@ from configs.ds import load_ds_config
 from profiling import scaling
 from profiling.benches import plan as bench
 from profiling.clock import Comparison, Times
+from profiling.measurement import Recorder
 from profiling.plan import command as plan
 from profiling.plan import rates
 from profiling.plan import search as plan_search
@@ -190,7 +191,9 @@ def test_the_bench_puts_a_prediction_over_a_measured_step(monkeypatch: pytest.Mo
     case = bench.Case("tiny", tiny_config("data.streams=1"))
     monkeypatch.setattr(bench, "cases", lambda: [case])
     monkeypatch.setattr(bench, "published", lambda: ["as published"])
-    [found] = bench.run(rounds=1)
+    recorder = Recorder(rounds=1)
+    bench.run(recorder)
+    [found] = recorder.results
     assert found.rows[0].median_ms > 0
     assert found.notes[0].startswith("tiny: predicted over measured ")
     assert found.notes[1] == "as published"

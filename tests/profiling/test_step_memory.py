@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from profiling.benches.step_memory import Case, run
+from profiling.measurement import Recorder
 
 TOWERS = tuple(
     f"model.{tower}.{name}={value}"
@@ -18,7 +19,9 @@ SMALL = ("views.image_size=64", "views.global_size=64", "views.local_size=32", "
 
 @pytest.mark.L1
 def test_the_memory_bench_runs_small() -> None:
-    (peaks,) = run(rounds=1, cases=(Case("zero3", 1, SMALL),))
+    recorder = Recorder(rounds=1)
+    run(recorder, cases=(Case("zero3", 1, SMALL),))
+    (peaks,) = recorder.results
     (row,) = peaks.as_dict()["rows"]
     assert 0.9 < row["ratio"] < 1.1
     assert row["resident"] > 2**20
