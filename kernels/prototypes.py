@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# float32 logits of one chunk. CPU: two chunks stay in the last-level cache. GPU: large enough to keep the device busy.
+# Logits (float32), or on a GPU what is left of them in the features' dtype, of one chunk. CPU: two chunks stay in the
+# last-level cache. GPU: large enough to keep the device busy.
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 KEEP_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # of a teacher's logits, from one pass of Sinkhorn to the next
 MIN_ROWS = 128  # with fewer, reading the prototypes anew for every chunk takes longer than the products
@@ -171,7 +172,7 @@ def chunked(
         dz_RK = students.narrow(p_GUK.sub_(q_G1K).flatten(0, 1))
         x_GUE = (student_GUE[groups] * scale_GU1[groups]).to(student_GUE.dtype)
         grad_student_GUE[groups] = (dz_RK @ student_KE).unflatten(0, (-1, num_students)) * scale_GU1[groups]
-        _add_product(grad_KE, dz_RK.T, x_GUE.flatten(0, 1))
+        add_product(grad_KE, dz_RK.T, x_GUE.flatten(0, 1))
     return loss, grad_student_GUE, grad_KE.to(student_KE.dtype)
 
 
@@ -221,7 +222,7 @@ def _mean_of(q_RK: Tensor, num_targets: int) -> Tensor:
     return q_RK.unflatten(0, (-1, num_targets)).mean(dim=1, keepdim=True)
 
 
-def _add_product(sum_KE: Tensor, left_KR: Tensor, right_RE: Tensor) -> None:
+def add_product(sum_KE: Tensor, left_KR: Tensor, right_RE: Tensor) -> None:
     """sum += left @ right; products of a narrower dtype are summed in float32."""
     if left_KR.dtype == sum_KE.dtype:
         sum_KE.addmm_(left_KR, right_RE)
