@@ -1,15 +1,16 @@
-"""The prototype cross-entropy in Triton: student and teacher logits live in registers, tile by tile.
+"""The prototype cross-entropy and Sinkhorn's passes in Triton: logits live in registers, tile by tile.
 
-Same contract as kernels.prototypes.chunked. Work is laid out in pairs, one student row against one target row; of a
-group of U students and V targets pair p is student p // V and target (p // (U*V)) * V + p % V. Two kernels, each of
-them a matrix product whose tile is used up before it would be written:
+Same contracts as kernels.prototypes.chunked and TeacherColumns. Work is laid out in pairs, one student row against one
+target row; of a group of U students and V targets pair p is student p // V and target (p // (U*V)) * V + p % V. Two
+kernels, each of them a matrix product whose tile is used up before it would be written:
 
     _logsumexp     rows against prototypes: log-sum-exp of a tile's logits, for the student and for the teacher
     _differences   pairs against prototypes, once both sums are known: dz = weight (p - q) / student_temp, -q . log p
 
 dz is written, CHUNK_BYTES of it at a time, because both gradients are plain products of it, which cuBLAS computes:
 student = dz @ prototypes, prototypes = dz^T @ student. Per pair and prototype that is six products and not the eight
-which a kernel takes that computes the logits again for each gradient (docs/decisions/hopper_triton.md).
+which a kernel takes that computes the logits again for each gradient (docs/decisions/hopper_triton.md). Sinkhorn's
+sums over rows for each prototype are _logsumexp with the sides exchanged.
 
 No size is a compile-time constant, so a dtype is compiled once, whatever the batch; only divisibility by 16 of the
 width and of the number of prototypes, which decides how wide loads and stores are, makes another variant.
@@ -42,6 +43,7 @@ def _tile(itemsize: int, block_k: int) -> dict[str, int]:
 LOGSUMEXP = {2: _tile(2, 128), 4: _tile(4, 64)}
 DIFFERENCES = {2: _tile(2, 64), 4: _tile(4, 64)}
 WANTED_BLOCKS = 128  # of a product of cuBLAS's: about one for every multiprocessor of the largest GPUs
+GROUP = tl.constexpr(32)  # blocks of rows that share prototypes: 4,096 rows of 256 in bf16 are 2 MiB
 LOG2E, LN2 = (
     tl.constexpr(1 / math.log(2)),
     tl.constexpr(math.log(2)),
@@ -66,21 +68,31 @@ def _product(x, x_rows, w, w_rows, E, BLOCK_R: tl.constexpr, BLOCK_K: tl.constex
     return sum_RK
 
 
+@triton.jit
+def _place(num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows and columns of this program's tile, and the number of its block of columns. Programs at work at a time share
+    GROUP blocks of rows and a few of columns, so that either side is read from memory about once and then from L2."""
+    row_blocks, column_blocks = tl.cdiv(num_rows, BLOCK_R), tl.cdiv(num_columns, BLOCK_K)
+    in_group, first = tl.program_id(0) % (GROUP * column_blocks), tl.program_id(0) // (GROUP * column_blocks) * GROUP
+    group = tl.minimum(row_blocks - first, GROUP)
+    rows = (first + in_group % group) * BLOCK_R + tl.arange(0, BLOCK_R)
+    return rows, in_group // group * BLOCK_K + tl.arange(0, BLOCK_K), in_group // group
+
+
 @triton.jit(do_not_specialize=["num_rows", "K"])
 def _logsumexp(
     x, prototypes, bias, lse, num_rows, K, E, inverse_temp,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of rows, blocks of prototypes); writes (blocks of prototypes, R) float32."""
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    """A program a tile; writes (blocks of prototypes, R) float32."""
+    rows, columns, column_block = _place(num_rows, K, BLOCK_R, BLOCK_K)
     row_idx, column_idx = tl.minimum(rows, num_rows - 1), tl.minimum(columns, K - 1)
     z_RK = _product(x, row_idx, prototypes, column_idx, E, BLOCK_R, BLOCK_K, BLOCK_E)
     bias_K = tl.load(bias + columns, mask=columns < K, other=float("inf"))  # beyond K: infinitely unlikely
     z_RK = z_RK * (inverse_temp * LOG2E) - (bias_K * LOG2E)[None, :]
     top_R = tl.max(z_RK, 1)
     lse_R = (top_R + tl.log2(tl.sum(tl.exp2(z_RK - top_R[:, None]), 1))) * LN2
-    tl.store(lse + tl.program_id(1).to(tl.int64) * num_rows + rows, lse_R, mask=rows < num_rows)
+    tl.store(lse + column_block.to(tl.int64) * num_rows + rows, lse_R, mask=rows < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "U", "V"])
@@ -89,10 +101,9 @@ def _differences(
     num_pairs, U, V, K, E, inverse_student_temp, inverse_teacher_temp,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of pairs, blocks of prototypes); writes dz (P, K) = scale (p - q) in its dtype, and the tile's part
+    """A program a tile; writes dz (P, K) = scale (p - q) in its dtype, and the tile's part
     of the cross-entropy -q . log p, (blocks of prototypes, P) float32."""
-    pairs = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    pairs, columns, column_block = _place(num_pairs, K, BLOCK_R, BLOCK_K)
     pair_idx, column_idx = tl.minimum(pairs, num_pairs - 1), tl.minimum(columns, K - 1)
     x_idx, t_idx = pair_idx // V, pair_idx // (U * V) * V + pair_idx % V
     z_PK = _product(student, x_idx, student_prototypes, column_idx, E, BLOCK_R, BLOCK_K, BLOCK_E)
@@ -102,11 +113,31 @@ def _differences(
     s_PK = s_PK * (inverse_teacher_temp * LOG2E) - (tl.load(teacher_lse + t_idx) * LOG2E)[:, None]
     q_PK = tl.exp2(s_PK - (bias_K * LOG2E)[None, :])
     is_pair = pairs < num_pairs
-    to = tl.program_id(1).to(tl.int64) * num_pairs + pairs
+    to = column_block.to(tl.int64) * num_pairs + pairs
     tl.store(loss + to, tl.sum(q_PK * z_PK, 1) * -LN2, mask=is_pair)
     dz_PK = (tl.exp2(z_PK) - q_PK) * tl.load(scale + pair_idx)[:, None]
     to_PK = dz + pairs[:, None].to(tl.int64) * K + columns[None, :]
     tl.store(to_PK, dz_PK.to(dz.dtype.element_ty), mask=is_pair[:, None] & (columns < K)[None, :])
+
+
+def column_logsumexp(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float) -> Tensor:
+    """TeacherColumns.logsumexp: the kernel of rows against prototypes, with the sides exchanged."""
+    if not len(teacher_RE):
+        return teacher_RE.new_full((len(prototypes_KE),), torch.finfo(torch.float32).min, dtype=torch.float32)
+    no_bias_R = teacher_RE.new_zeros(len(teacher_RE), dtype=torch.float32)
+    return _lse(prototypes_KE.contiguous(), teacher_RE.contiguous(), no_bias_R, temp)
+
+
+def column_mass(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float, bias_K: Tensor) -> Tensor:
+    """TeacherColumns.mass: a row's log-sum-exp is its bias when the columns are summed.
+
+    sum_r softmax_k(z_r - bias)_k = exp(log sum_r exp(z_rk - lse_r) - bias_k)
+    """
+    if not len(teacher_RE):
+        return torch.zeros_like(bias_K)
+    teacher_RE, prototypes_KE, bias_K = teacher_RE.contiguous(), prototypes_KE.contiguous(), bias_K.contiguous()
+    lse_R = _lse(teacher_RE, prototypes_KE, bias_K, temp)
+    return (_lse(prototypes_KE, teacher_RE, lse_R, temp) - bias_K).exp()
 
 
 def loss_and_gradients(
@@ -174,9 +205,8 @@ def _blocks(num_prototypes: int, tile: dict[str, int]) -> int:
     return triton.cdiv(num_prototypes, tile["BLOCK_K"])
 
 
-def _grid(num_rows: int, num_prototypes: int, tile: dict[str, int]) -> tuple[int, int]:
-    """Rows first: the blocks at work at a time share prototypes, which are read from memory once."""
-    return triton.cdiv(num_rows, tile["BLOCK_R"]), _blocks(num_prototypes, tile)
+def _grid(num_rows: int, num_prototypes: int, tile: dict[str, int]) -> tuple[int]:
+    return (triton.cdiv(num_rows, tile["BLOCK_R"]) * _blocks(num_prototypes, tile),)
 
 
 def _lse(x_RE: Tensor, prototypes_KE: Tensor, bias_K: Tensor, temp: float) -> Tensor:

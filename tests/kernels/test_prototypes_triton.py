@@ -33,6 +33,19 @@ def worst_error(case: Case, dtype: torch.dtype = torch.float32) -> float:
     return max(error(ours.float(), theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
+def column_error(case: Case, dtype: torch.dtype = torch.float32) -> float:
+    """Of Sinkhorn's passes over the teacher's rows."""
+    from kernels.prototypes_triton import column_logsumexp, column_mass
+
+    teacher_RE, teacher_KE = case.teacher_GVE[:, 0].to(dtype), case.teacher_KE.detach().to(dtype)
+    z_RK = teacher_RE.float() @ teacher_KE.float().T / case.teacher_temp
+    found = column_logsumexp(teacher_RE, teacher_KE, case.teacher_temp)
+    mass_K = column_mass(teacher_RE, teacher_KE, case.teacher_temp, case.bias_K)
+    expected_mass_K = torch.softmax(z_RK - case.bias_K, dim=1).sum(dim=0)
+    lowest_K = torch.full_like(mass_K, torch.finfo(torch.float32).min)
+    return max(error(found, z_RK.logsumexp(dim=0) if len(z_RK) else lowest_K), error(mass_K, expected_mass_K))
+
+
 @pytest.mark.L0
 def test_kernels_equal_the_oracle_in_the_interpreter() -> None:
     """In a process of its own: Triton decides when it is imported whether it interprets."""
@@ -45,11 +58,11 @@ def test_kernels_equal_the_oracle_in_the_interpreter() -> None:
     )
     assert run.returncode == 0, run.stderr
     errors = [float(line) for line in run.stdout.split()]
-    assert len(errors) == 4 * len(CASES)
+    assert len(errors) == 6 * len(CASES)
     # Measured worst 1.7e-6, relative to the largest entry; a tile left out or counted twice is off by percents.
-    assert max(errors[: 2 * len(CASES)]) < 1e-5, errors
+    assert max(errors[: 4 * len(CASES)]) < 1e-5, errors
     # Half precision, which the interpreter has and bf16 it has not: p - q is rounded to 11 bits, worst 6e-4.
-    assert max(errors[2 * len(CASES) :]) < 2e-3, errors
+    assert max(errors[4 * len(CASES) :]) < 2e-3, errors
 
 
 @pytest.mark.gpu
@@ -66,9 +79,13 @@ def test_compiled_kernels_equal_the_oracle_on_the_gpu(dtype: torch.dtype) -> Non
         on_gpu = Case(*[x.detach().cuda() if torch.is_tensor(x) else x for x in case.inputs()])
         # fp32 logits are three TF32 products, 2^-21 of a logit; bf16 rounds p - q once and its products.
         assert worst_error(on_gpu, dtype) < (1e-4 if dtype == torch.float32 else 2e-2)
+        assert column_error(on_gpu, dtype) < 1e-4  # of the same rounded inputs
 
 
 if __name__ == "__main__":
+    for shape in CASES:
+        print(column_error(draw(*shape)))
+        print(column_error(draw(*shape), torch.float16))
     for dtype in (torch.float32, torch.float16):
         for num_bytes in (2**20, 9000):  # differences in one chunk and in several
             prototypes.CHUNK_BYTES["cuda"] = num_bytes
