@@ -171,11 +171,11 @@ class _Products:
 
     def __init__(self, tiles: Tiles, scaled_BE: Tensor, text_AE: Tensor) -> None:
         self._tiles, (self._scaled_BX, self._text_AX) = tiles, tiles.factors(scaled_BE, text_AE)
-        num_rows, num_columns = tiles.size
+        self._shape = num_rows, num_columns = tiles.shape(len(scaled_BE))
         self._buffer = text_AE.new_empty(min(num_rows, len(scaled_BE)) * min(num_columns, len(text_AE)))
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        num_rows, num_columns = self._tiles.size
+        num_rows, num_columns = self._shape
         for row in _spans(len(self._scaled_BX), num_rows):
             for column in _spans(len(self._text_AX), num_columns):
                 left_RX, right_CX = self._scaled_BX[row], self._text_AX[column]

@@ -45,6 +45,10 @@ class Tiles(Protocol):
 
     size: tuple[int, int]  # rows, columns
 
+    def shape(self, num_rows: int) -> tuple[int, int]:
+        """Rows and columns of a tile, where there are `num_rows` rows in all."""
+        ...
+
     def factors(self, left_BE: Tensor, right_AE: Tensor) -> tuple[Tensor, Tensor]:
         """Both sides of all products in the form that the other methods take, a row a row: (B, X), (A, X)."""
         ...
@@ -82,6 +86,10 @@ class TorchTiles:
     """Plain torch. A tile and its exponentials are 4 MiB in float32: they stay in a CPU's cache."""
 
     size = (512, 1024)
+
+    def shape(self, num_rows: int) -> tuple[int, int]:
+        """Always the same."""
+        return self.size
 
     def factors(self, left_BE: Tensor, right_AE: Tensor) -> tuple[Tensor, Tensor]:
         """As they are."""

@@ -42,6 +42,12 @@ class TritonTiles:
     def __init__(self) -> None:
         self._gradient = torch.empty(0)
 
+    def shape(self, num_rows: int) -> tuple[int, int]:
+        """A tile of few rows has more columns: one rank's rows against all captions are few launches."""
+        rows, columns = self.size
+        fewer = max(1, min(num_rows, rows))
+        return fewer, rows * columns // fewer
+
     def factors(self, left_BE: Tensor, right_AE: Tensor) -> tuple[Tensor, Tensor]:
         """[high, high, low] and [high, low, high] side by side, bf16: all three products are one of three times the
         width."""
@@ -55,15 +61,11 @@ class TritonTiles:
     def add_gradients(
         self, gradient: Tensor, left_RX: Tensor, right_CX: Tensor, left_grad_RE: Tensor, right_grad_CE: Tensor
     ) -> None:
-        """high high + high low + low high, on either side."""
+        """high [high, low] + low high, on either side."""
         width = left_grad_RE.shape[1]
         high_RC, low_RC = gradient
-        left_high_RE, left_low_RE = left_RX[:, :width], left_RX[:, 2 * width :]
-        right_high_CE, right_low_CE = right_CX[:, :width], right_CX[:, width : 2 * width]
-        for factor, other in ((high_RC, right_high_CE), (high_RC, right_low_CE), (low_RC, right_high_CE)):
-            left_grad_RE += _product(factor, other)
-        for factor, other in ((high_RC, left_high_RE), (high_RC, left_low_RE), (low_RC, left_high_RE)):
-            right_grad_CE += _product(factor.T, other)
+        _add_products(left_grad_RE, high_RC, low_RC, right_CX[:, : 2 * width])
+        _add_products(right_grad_CE, high_RC.T, low_RC.T, left_RX[:, width:])
 
     def follow(self, tile_RC: Tensor, rows: Online, columns: Online, start: int) -> None:
         """Leaves the tile as it is. `idx` of the columns is meaningless: it counts rows of this tile."""
@@ -122,6 +124,14 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     if left.device.type == "cpu":
         return torch.mm(left.float(), right.float(), out=out)
     return torch.mm(left, right, out_dtype=torch.float32, out=out)
+
+
+def _add_products(sum_RE: Tensor, high_RC: Tensor, low_RC: Tensor, factors_CX: Tensor) -> None:
+    """sum += (high + low) @ (high + low) without low low; `factors_CX` are the other side's [high, low]."""
+    high_RX, width = _product(high_RC, factors_CX), sum_RE.shape[1]
+    sum_RE += high_RX[:, :width]
+    sum_RE += high_RX[:, width:]
+    sum_RE += _product(low_RC, factors_CX[:, :width])
 
 
 def _statistics_of(tile_RC: Tensor, blocks: int, count: int) -> tuple[Tensor, Tensor, Tensor]:

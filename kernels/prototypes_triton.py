@@ -158,7 +158,8 @@ def loss_and_gradients(
         return loss, torch.zeros_like(student_GUE), torch.zeros_like(student_KE)
     student_KE, teacher_KE, bias_K = student_KE.contiguous(), teacher_KE.contiguous(), bias_K.contiguous()
     bytes_of_group = student_KE.element_size() * num_prototypes * pairs_of_group
-    step = min(num_groups, max(1, CHUNK_BYTES["cuda"] // bytes_of_group))
+    num_chunks = triton.cdiv(num_groups, max(1, CHUNK_BYTES["cuda"] // bytes_of_group))
+    step = triton.cdiv(num_groups, num_chunks)  # chunks alike: a short last one would leave a GPU half idle
     buffer_PK = student_KE.new_empty(step * pairs_of_group, num_prototypes)
     grad_student_GUE = torch.empty_like(student_GUE)
     grad_KE = torch.zeros_like(student_KE, dtype=torch.float32 if step < num_groups else None)

@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_REGISTERS, SHARED_BYTES = 255, 227 * 1024  # of a thread and of a block, compute capability 9.0
 SMALLEST_SHARED_BYTES = 99 * 1024  # compute capability 8.6 and 8.9
 COUNTED = {"wgmma": "wgmma.mma_async", "mma.sync": "mma.sync", "cp.async": "cp.async.cg", "exp2": "ex2.approx"}
-# VTP-L, 32 ssl images a rank: about as many hidden patches, and the crops of one image that share two targets.
-PATCHES, CROPS = (4096, 1, 1), (32, 8, 2)
+# VTP-L with 32 ssl images a rank: its hidden patches; and its local crops, of which 8 share two targets.
+PATCHES, CROPS = (2460, 1, 1), (32, 8, 2)
 PROTOTYPES, WIDTH, CLIP_WIDTH = 65_536, 256, 768
 
 
@@ -50,14 +50,16 @@ class Code:
 
 
 def prototype_loss(dtype: torch.dtype, groups: tuple[int, int, int], prototypes: int = PROTOTYPES) -> None:
-    """Launches what the loss of these groups takes: (groups, students, targets)."""
-    from kernels.prototypes_triton import loss_and_gradients
+    """Launches what Sinkhorn and the loss of these groups take: (groups, students, targets)."""
+    from kernels.prototypes_triton import column_logsumexp, column_mass, loss_and_gradients
 
     num_groups, students, targets = groups
     student_GUE, teacher_GVE = (_meta(num_groups, n, WIDTH, dtype=dtype) for n in (students, targets))
     student_KE, teacher_KE = (_meta(prototypes, WIDTH, dtype=dtype) for _ in range(2))
-    vectors = _meta(prototypes), _meta(num_groups, students)
-    loss_and_gradients(student_GUE, student_KE, teacher_GVE, teacher_KE, *vectors, 0.1, 0.05)
+    bias_K, weight_GU = _meta(prototypes), _meta(num_groups, students)
+    column_logsumexp(teacher_GVE.flatten(0, 1), teacher_KE, 0.05)
+    column_mass(teacher_GVE.flatten(0, 1), teacher_KE, 0.05, bias_K)
+    loss_and_gradients(student_GUE, student_KE, teacher_GVE, teacher_KE, bias_K, weight_GU, 0.1, 0.05)
 
 
 def contrastive_losses(own: int, of_all_ranks: int) -> None:
