@@ -9,8 +9,8 @@ products that the plain softmax loss takes, four are left, because one score ser
     loss, accuracy = sigmoid_contrast(image_BE, text_BE, scale, bias)
     loss.backward()
 
-Letters: B own rows, A rows of all ranks, E width of the joint space, R x C a tile. Products are torch's; what happens
-to a tile between two products is a method of TorchTiles (kernels/contrastive_tiles.py) or of TritonTiles
+Letters: B own rows, A rows of all ranks, E width of the joint space, R x C a tile. The products and what happens to a
+tile between them are methods of TorchTiles (kernels/contrastive_tiles.py) or of TritonTiles
 (kernels/contrastive_triton.py).
 """
 
@@ -95,10 +95,10 @@ class _Softmax(torch.autograd.Function):
     def forward(
         ctx: Any, image_BE: Tensor, text_AE: Tensor, scale: Tensor, first: int, merge: Merge, tiles: Tiles
     ) -> tuple[Tensor, Tensor]:
-        scaled_BE, num_rows = scale * image_BE, len(image_BE)
+        num_rows = len(image_BE)
         rows, columns = Online.start(num_rows, image_BE), Online.start(len(text_AE), image_BE)
         own_B = torch.empty_like(rows.best)
-        for row, column, tile_RC in _scores(scaled_BE, text_AE, tiles.size):
+        for row, column, tile_RC in _Products(tiles, scale * image_BE, text_AE):
             diagonal = row.start + first - column.start
             pair_scores = pairs(tile_RC, diagonal)
             own_B[row][max(0, -diagonal) :][: len(pair_scores)] = pair_scores
@@ -114,13 +114,12 @@ class _Softmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         image_BE, text_AE, scale, best_B, total_B, best_A, total_A = ctx.saved_tensors
-        scaled_BE = scale * image_BE
-        sums = _Gradients.zeros(image_BE, text_AE)
-        for row, column, tile_RC in _scores(scaled_BE, text_AE, ctx.tiles.size):
+        products, sums = _Products(ctx.tiles, scale * image_BE, text_AE), _Gradients.zeros(image_BE, text_AE)
+        for row, column, tile_RC in products:
             diagonal = row.start + ctx.first - column.start
             row_sums, column_sums = (best_B[row], total_B[row]), (best_A[column], total_A[column])
-            ctx.tiles.softmax_gradient(tile_RC, row_sums, column_sums, diagonal)
-            sums.add(row, column, tile_RC, scaled_BE, text_AE)
+            gradient = ctx.tiles.softmax_gradient(tile_RC, row_sums, column_sums, diagonal)
+            products.add(sums, row, column, gradient)
         return *sums.of_inputs(image_BE, scale, grad / (2 * len(image_BE))), None, None, None
 
 
@@ -129,16 +128,18 @@ class _Sigmoid(torch.autograd.Function):
     def forward(
         ctx: Any, image_BE: Tensor, text_AE: Tensor, scale: Tensor, bias: Tensor, first: int, tiles: Tiles
     ) -> tuple[Tensor, Tensor]:
-        scaled_BE, num_rows, wants_grad = scale * image_BE, len(image_BE), any(ctx.needs_input_grad)
+        num_rows, wants_grad = len(image_BE), any(ctx.needs_input_grad)
         rows, sums = Online.start(num_rows, image_BE), _Gradients.zeros(image_BE, text_AE)
+        products = _Products(tiles, scale * image_BE, text_AE)
         loss, bias_grad = torch.zeros_like(bias), torch.zeros_like(bias)
-        for row, column, tile_RC in _scores(scaled_BE, text_AE, tiles.size):
+        for row, column, tile_RC in products:
             tile_RC.add_(bias)
             tiles.follow_best(tile_RC, rows[row], column.start)
-            loss += tiles.sigmoid_gradient(tile_RC, row.start + first - column.start)
+            gradient, tile_loss, tile_bias_grad = tiles.sigmoid_gradient(tile_RC, row.start + first - column.start)
+            loss += tile_loss
             if wants_grad:
-                bias_grad += tile_RC.sum()
-                sums.add(row, column, tile_RC, scaled_BE, text_AE)
+                bias_grad += tile_bias_grad
+                products.add(sums, row, column, gradient)
         ctx.save_for_backward(*sums.of_inputs(image_BE, scale, 1 / num_rows), bias_grad / num_rows)
         return loss.squeeze(0) / num_rows, _accuracy(ctx, rows, first)
 
@@ -159,24 +160,32 @@ class _Gradients:
     def zeros(cls, image_BE: Tensor, text_AE: Tensor) -> _Gradients:
         return cls(torch.zeros_like(image_BE), torch.zeros_like(text_AE))
 
-    def add(self, row: slice, column: slice, tile_RC: Tensor, scaled_BE: Tensor, text_AE: Tensor) -> None:
-        self.scaled_BE[row].addmm_(tile_RC, text_AE[column])
-        self.text_AE[column].addmm_(tile_RC.T, scaled_BE[row])
-
     def of_inputs(self, image_BE: Tensor, scale: Tensor, factor: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Those of image_BE, text_AE and scale, times `factor`."""
         scale_grad = (self.scaled_BE * image_BE).sum().view(1) * factor
         return self.scaled_BE * (scale * factor), self.text_AE * factor, scale_grad
 
 
-def _scores(scaled_BE: Tensor, text_AE: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, slice, Tensor]]:
+class _Products:
     """Every tile of scaled_BE @ text_AE.T with its rows and columns; one buffer holds one tile after the other."""
-    buffer = scaled_BE.new_empty(min(size[0], len(scaled_BE)) * min(size[1], len(text_AE)))
-    for row in _spans(len(scaled_BE), size[0]):
-        for column in _spans(len(text_AE), size[1]):
-            left_RE, right_CE = scaled_BE[row], text_AE[column]
-            tile_RC = buffer[: len(left_RE) * len(right_CE)].view(len(left_RE), len(right_CE))
-            yield row, column, torch.mm(left_RE, right_CE.T, out=tile_RC)
+
+    def __init__(self, tiles: Tiles, scaled_BE: Tensor, text_AE: Tensor) -> None:
+        self._tiles, (self._scaled_BX, self._text_AX) = tiles, tiles.factors(scaled_BE, text_AE)
+        self._shape = num_rows, num_columns = tiles.shape(len(scaled_BE))
+        self._buffer = text_AE.new_empty(min(num_rows, len(scaled_BE)) * min(num_columns, len(text_AE)))
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        num_rows, num_columns = self._shape
+        for row in _spans(len(self._scaled_BX), num_rows):
+            for column in _spans(len(self._text_AX), num_columns):
+                left_RX, right_CX = self._scaled_BX[row], self._text_AX[column]
+                tile_RC = self._buffer[: len(left_RX) * len(right_CX)].view(len(left_RX), len(right_CX))
+                yield row, column, self._tiles.scores(left_RX, right_CX, tile_RC)
+
+    def add(self, sums: _Gradients, row: slice, column: slice, gradient: Tensor) -> None:
+        """Adds a tile's part to the gradients of its rows and columns."""
+        left_RX, right_CX = self._scaled_BX[row], self._text_AX[column]
+        self._tiles.add_gradients(gradient, left_RX, right_CX, sums.scaled_BE[row], sums.text_AE[column])
 
 
 def _spans(count: int, size: int) -> Iterator[slice]:

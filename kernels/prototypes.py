@@ -26,25 +26,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# float32 logits of one chunk. CPU: two chunks stay in the last-level cache. GPU: large enough to keep the device busy.
+# Logits (float32), or on a GPU what is left of them in the features' dtype, of one chunk. CPU: two chunks stay in the
+# last-level cache. GPU: large enough to keep the device busy.
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
-KEEP_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # of a teacher's logits, from one pass of Sinkhorn to the next
+KEEP_BYTES = {"cpu": 32 * 2**20, "cuda": 0}  # of a teacher's logits, from one pass of Sinkhorn to the next
 MIN_ROWS = 128  # with fewer, reading the prototypes anew for every chunk takes longer than the products
 
 
 class TeacherColumns:
     """Passes over own rows of a teacher, (R, E), that sum over rows for each prototype: what Sinkhorn-Knopp needs.
 
-    Every pass computes the logits again, unless all of them together take no more than KEEP_BYTES.
+    Every pass computes the logits again, unless all of them together take no more than KEEP_BYTES. On CUDA
+    kernels/prototypes_triton.py computes them, tile by tile.
     """
 
     def __init__(self, teacher_RE: Tensor, prototypes_KE: Tensor, temp: float) -> None:
         num_rows, num_prototypes = len(teacher_RE), len(prototypes_KE)
-        self._teacher_RE, self._temp = teacher_RE, temp
+        self._teacher_RE, self._prototypes_KE, self._temp = teacher_RE.detach(), prototypes_KE.detach(), temp
+        if teacher_RE.is_cuda:
+            return
         self._zero_K = prototypes_KE.new_zeros(num_prototypes, dtype=torch.float32)
-        is_small = 4 * num_rows * num_prototypes <= KEEP_BYTES["cuda" if teacher_RE.is_cuda else "cpu"]
-        self._kept_RK = (teacher_RE.detach() @ prototypes_KE.detach().T).float() if is_small else None
-        self._logits = Logits(prototypes_KE.detach(), num_rows)
+        is_small = 4 * num_rows * num_prototypes <= KEEP_BYTES["cpu"]
+        self._kept_RK = (self._teacher_RE @ self._prototypes_KE.T).float() if is_small else None
+        self._logits = Logits(self._prototypes_KE, num_rows)
 
     @torch.no_grad()
     def logsumexp(self) -> Tensor:
@@ -52,6 +56,10 @@ class TeacherColumns:
 
         Without rows the result is float32's lowest number, which adds nothing to other ranks' sums.
         """
+        if self._teacher_RE.is_cuda:
+            from kernels.prototypes_triton import column_logsumexp
+
+            return column_logsumexp(self._teacher_RE, self._prototypes_KE, self._temp)
         top_K, sum_K = torch.full_like(self._zero_K, torch.finfo(torch.float32).min), self._zero_K
         for logits_RK, work_RK in self._chunks():
             before_K, top_K = top_K, torch.maximum(top_K, logits_RK.amax(dim=0) / self._temp)
@@ -65,6 +73,10 @@ class TeacherColumns:
 
         A row's normalisation and the next iteration's column masses in one pass over the rows.
         """
+        if self._teacher_RE.is_cuda:
+            from kernels.prototypes_triton import column_mass
+
+            return column_mass(self._teacher_RE, self._prototypes_KE, self._temp, bias_K)
         mass_K = torch.zeros_like(bias_K)
         for logits_RK, work_RK in self._chunks():
             torch.add(-bias_K, logits_RK, alpha=1 / self._temp, out=work_RK)
@@ -171,7 +183,7 @@ def chunked(
         dz_RK = students.narrow(p_GUK.sub_(q_G1K).flatten(0, 1))
         x_GUE = (student_GUE[groups] * scale_GU1[groups]).to(student_GUE.dtype)
         grad_student_GUE[groups] = (dz_RK @ student_KE).unflatten(0, (-1, num_students)) * scale_GU1[groups]
-        _add_product(grad_KE, dz_RK.T, x_GUE.flatten(0, 1))
+        add_product(grad_KE, dz_RK.T, x_GUE.flatten(0, 1))
     return loss, grad_student_GUE, grad_KE.to(student_KE.dtype)
 
 
@@ -221,7 +233,7 @@ def _mean_of(q_RK: Tensor, num_targets: int) -> Tensor:
     return q_RK.unflatten(0, (-1, num_targets)).mean(dim=1, keepdim=True)
 
 
-def _add_product(sum_KE: Tensor, left_KR: Tensor, right_RE: Tensor) -> None:
+def add_product(sum_KE: Tensor, left_KR: Tensor, right_RE: Tensor) -> None:
     """sum += left @ right; products of a narrower dtype are summed in float32."""
     if left_KR.dtype == sum_KE.dtype:
         sum_KE.addmm_(left_KR, right_RE)

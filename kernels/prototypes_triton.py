@@ -1,15 +1,19 @@
-"""The prototype cross-entropy in Triton: logits live in registers, tile by tile, and are never written to memory.
+"""The prototype cross-entropy and Sinkhorn's passes in Triton: logits live in registers, tile by tile.
 
-Same contract as kernels.prototypes.chunked. Work is laid out in pairs, one student row against one target row; of a
-group of U students and V targets pair p is student p // V and target (p // (U*V)) * V + p % V. Three kernels, each
-computing a tile of both logits by `_tiles`:
+Same contracts as kernels.prototypes.chunked and TeacherColumns. Work is laid out in pairs, one student row against one
+target row; of a group of U students and V targets pair p is student p // V and target (p // (U*V)) * V + p % V. Two
+kernels, each of them a matrix product whose tile is used up before it would be written:
 
-    _statistics       a block of pairs over a share of the prototypes: log-sum-exp of the student's and of the
-                      teacher's logits, both online, and the target's mean of the student's logits
-    _grad_students    a block of pairs over a share of the prototypes:  sum_k (p - q)_k prototype_k
-    _grad_prototypes  a block of prototypes over all pairs:             sum_r (p - q)_r weight_r student_r
+    _logsumexp     rows against prototypes: log-sum-exp of a tile's logits, for the student and for the teacher
+    _differences   pairs against prototypes, once both sums are known: dz = weight (p - q) / student_temp, -q . log p
 
-A share (SPLIT) of the prototypes makes blocks enough for a GPU of few pairs; shares are joined by plain PyTorch.
+dz is written, CHUNK_BYTES of it at a time, because both gradients are plain products of it, which cuBLAS computes:
+student = dz @ prototypes, prototypes = dz^T @ student. Per pair and prototype that is six products and not the eight
+which a kernel takes that computes the logits again for each gradient (docs/decisions/hopper_triton.md). Sinkhorn's
+sums over rows for each prototype are _logsumexp with the sides exchanged.
+
+No size is a compile-time constant, so a dtype is compiled once, whatever the batch; only divisibility by 16 of the
+width and of the number of prototypes, which decides how wide loads and stores are, makes another variant.
 
     loss, grad_student_GUE, grad_KE = loss_and_gradients(student_GUE, student_KE, teacher_GVE, teacher_KE, ...)
 """
@@ -19,134 +23,121 @@ A share (SPLIT) of the prototypes makes blocks enough for a GPU of few pairs; sh
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-WANTED_BLOCKS = 512  # a few for every multiprocessor of the largest GPUs
-STUDENT_BYTES = 32 * 2**10  # of one block's student rows; all it reads is three times as much: see `options`
+from kernels.prototypes import CHUNK_BYTES, add_product, slices
+
+
+def _tile(itemsize: int, block_k: int) -> dict[str, int]:
+    """Sizes and options of a kernel; BLOCK_E is 128 bytes, the widest rows that shared memory swizzles."""
+    return {"BLOCK_R": 128, "BLOCK_K": block_k, "BLOCK_E": 128 // itemsize, "num_warps": 8, "num_stages": 3}
+
+
+# By the bytes of a number of the features. In bf16 two blocks fit on a multiprocessor of Hopper, so that one computes
+# exponentials while the other multiplies (tests/kernels/test_triton_code.py), and one on every GPU that has bf16.
+LOGSUMEXP = {2: _tile(2, 128), 4: _tile(4, 64)}
+DIFFERENCES = {2: _tile(2, 64), 4: _tile(4, 64)}
+WANTED_BLOCKS = 128  # of a product of cuBLAS's: about one for every multiprocessor of the largest GPUs
+GROUP = tl.constexpr(32)  # blocks of rows that share prototypes: 4,096 rows of 256 in bf16 are 2 MiB
+LOG2E, LN2 = (
+    tl.constexpr(1 / math.log(2)),
+    tl.constexpr(math.log(2)),
+)  # exp2 is an instruction, exp a multiplication more
 
 
 @triton.jit
-def _rows(pointer, rows, num_rows, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Whole rows of an (R, E) matrix; zeros beyond it."""
-    columns = tl.arange(0, BLOCK_E)
-    inside = (rows < num_rows)[:, None] & (columns < E)[None, :]
+def _load(pointer, rows, columns, E):
+    """Some columns of some rows of an (R, E) matrix; zeros beyond its width."""
+    inside = (columns < E)[None, :]
     return tl.load(pointer + rows[:, None].to(tl.int64) * E + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _pair_rows(
-    student, teacher, pairs, num_pairs, U: tl.constexpr, V: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr
-):
-    """Features of the pairs' students and targets."""
-    x_PE = _rows(student, pairs // V, num_pairs // V, E, BLOCK_E)
-    t_PE = _rows(teacher, (pairs // (U * V)) * V + pairs % V, num_pairs // U, E, BLOCK_E)
-    return x_PE, t_PE
+def _product(x, x_rows, w, w_rows, E, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr):
+    """x[x_rows] @ w[w_rows].T as (BLOCK_R, BLOCK_K) float32; a loop over the width whose loads run ahead of it."""
+    sum_RK = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for first in range(0, E, BLOCK_E):
+        columns = first + tl.arange(0, BLOCK_E)
+        x_RE, w_KE = _load(x, x_rows, columns, E), _load(w, w_rows, columns, E)
+        sum_RK = tl.dot(x_RE, tl.trans(w_KE), sum_RK, input_precision="tf32x3")  # says nothing of bf16 inputs
+    return sum_RK
 
 
 @triton.jit
-def _tiles(x_PE, t_PE, w_KE, v_KE, bias, prototypes, K, inverse_student_temp, inverse_teacher_temp):
-    """(P, K) tiles of student and teacher logits; prototypes beyond K are infinitely unlikely."""
-    inside = (prototypes < K)[None, :]
-    bias_K = tl.load(bias + prototypes, mask=prototypes < K, other=0.0)
-    z_PK = tl.dot(x_PE, tl.trans(w_KE), input_precision="ieee") * inverse_student_temp
-    s_PK = tl.dot(t_PE, tl.trans(v_KE), input_precision="ieee") * inverse_teacher_temp - bias_K[None, :]
-    return tl.where(inside, z_PK, -float("inf")), tl.where(inside, s_PK, -float("inf"))
+def _place(num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows and columns of this program's tile, and the number of its block of columns. Programs at work at a time share
+    GROUP blocks of rows and a few of columns, so that either side is read from memory about once and then from L2."""
+    row_blocks, column_blocks = tl.cdiv(num_rows, BLOCK_R), tl.cdiv(num_columns, BLOCK_K)
+    in_group, first = tl.program_id(0) % (GROUP * column_blocks), tl.program_id(0) // (GROUP * column_blocks) * GROUP
+    group = tl.minimum(row_blocks - first, GROUP)
+    rows = (first + in_group % group) * BLOCK_R + tl.arange(0, BLOCK_R)
+    return rows, in_group // group * BLOCK_K + tl.arange(0, BLOCK_K), in_group // group
 
 
-@triton.jit
-def _statistics(
-    student, student_prototypes, teacher, teacher_prototypes, bias, student_lse, teacher_lse, agreement,
-    num_pairs, K, inverse_student_temp, inverse_teacher_temp, split,
-    U: tl.constexpr, V: tl.constexpr, E: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows", "K"])
+def _logsumexp(
+    x, prototypes, bias, lse, num_rows, K, E, inverse_temp,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of pairs, shares of `split` prototypes); writes three (shares, P) arrays."""
-    pairs = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    x_PE, t_PE = _pair_rows(student, teacher, pairs, num_pairs, U, V, E, BLOCK_E)
-    z_top, z_sum = tl.full((BLOCK_P,), -float("inf"), tl.float32), tl.zeros((BLOCK_P,), tl.float32)
-    s_top, s_sum = tl.full((BLOCK_P,), -float("inf"), tl.float32), tl.zeros((BLOCK_P,), tl.float32)
-    weighted = tl.zeros((BLOCK_P,), tl.float32)
-    first = tl.program_id(1) * split
-    for start in range(first, tl.minimum(first + split, K), BLOCK_K):
-        prototypes = start + tl.arange(0, BLOCK_K)
-        w_KE = _rows(student_prototypes, prototypes, K, E, BLOCK_E)
-        v_KE = _rows(teacher_prototypes, prototypes, K, E, BLOCK_E)
-        z_PK, s_PK = _tiles(x_PE, t_PE, w_KE, v_KE, bias, prototypes, K, inverse_student_temp, inverse_teacher_temp)
-        top = tl.maximum(z_top, tl.max(z_PK, 1))
-        z_sum = z_sum * tl.exp(z_top - top) + tl.sum(tl.exp(z_PK - top[:, None]), 1)
-        z_top = top
-        top = tl.maximum(s_top, tl.max(s_PK, 1))
-        shrink, e_PK = tl.exp(s_top - top), tl.exp(s_PK - top[:, None])
-        s_sum = s_sum * shrink + tl.sum(e_PK, 1)
-        weighted = weighted * shrink + tl.sum(e_PK * tl.where((prototypes < K)[None, :], z_PK, 0.0), 1)
-        s_top = top
-    to = tl.program_id(1) * num_pairs + pairs
-    tl.store(student_lse + to, z_top + tl.log(z_sum), mask=pairs < num_pairs)
-    tl.store(teacher_lse + to, s_top + tl.log(s_sum), mask=pairs < num_pairs)
-    tl.store(agreement + to, weighted / s_sum, mask=pairs < num_pairs)
+    """A program a tile; writes (blocks of prototypes, R) float32."""
+    rows, columns, column_block = _place(num_rows, K, BLOCK_R, BLOCK_K)
+    row_idx, column_idx = tl.minimum(rows, num_rows - 1), tl.minimum(columns, K - 1)
+    z_RK = _product(x, row_idx, prototypes, column_idx, E, BLOCK_R, BLOCK_K, BLOCK_E)
+    bias_K = tl.load(bias + columns, mask=columns < K, other=float("inf"))  # beyond K: infinitely unlikely
+    z_RK = z_RK * (inverse_temp * LOG2E) - (bias_K * LOG2E)[None, :]
+    top_R = tl.max(z_RK, 1)
+    lse_R = (top_R + tl.log2(tl.sum(tl.exp2(z_RK - top_R[:, None]), 1))) * LN2
+    tl.store(lse + column_block.to(tl.int64) * num_rows + rows, lse_R, mask=rows < num_rows)
 
 
-@triton.jit
-def _difference(z_PK, s_PK, student_lse, teacher_lse, pairs, num_pairs):
-    """p - q of a tile; 0 for pairs that are none."""
-    inside = pairs < num_pairs
-    z_lse = tl.load(student_lse + pairs, mask=inside, other=0.0)
-    s_lse = tl.load(teacher_lse + pairs, mask=inside, other=0.0)
-    return tl.where(inside[:, None], tl.exp(z_PK - z_lse[:, None]) - tl.exp(s_PK - s_lse[:, None]), 0.0)
-
-
-@triton.jit
-def _grad_students(
-    student, student_prototypes, teacher, teacher_prototypes, bias, student_lse, teacher_lse, grad,
-    num_pairs, K, inverse_student_temp, inverse_teacher_temp, split,
-    U: tl.constexpr, V: tl.constexpr, E: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit(do_not_specialize=["num_pairs", "U", "V"])
+def _differences(
+    student, student_prototypes, teacher, teacher_prototypes, bias, student_lse, teacher_lse, scale, dz, loss,
+    num_pairs, U, V, K, E, inverse_student_temp, inverse_teacher_temp,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of pairs, shares of `split` prototypes); writes (shares, P, E) float32, not weighted."""
-    pairs = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    x_PE, t_PE = _pair_rows(student, teacher, pairs, num_pairs, U, V, E, BLOCK_E)
-    grad_PE = tl.zeros((BLOCK_P, BLOCK_E), tl.float32)
-    first = tl.program_id(1) * split
-    for start in range(first, tl.minimum(first + split, K), BLOCK_K):
-        prototypes = start + tl.arange(0, BLOCK_K)
-        w_KE = _rows(student_prototypes, prototypes, K, E, BLOCK_E)
-        v_KE = _rows(teacher_prototypes, prototypes, K, E, BLOCK_E)
-        z_PK, s_PK = _tiles(x_PE, t_PE, w_KE, v_KE, bias, prototypes, K, inverse_student_temp, inverse_teacher_temp)
-        dz_PK = _difference(z_PK, s_PK, student_lse, teacher_lse, pairs, num_pairs)
-        grad_PE += tl.dot(dz_PK.to(w_KE.dtype), w_KE, input_precision="ieee")
-    columns = tl.arange(0, BLOCK_E)
-    to = (tl.program_id(1) * num_pairs + pairs).to(tl.int64)[:, None] * E + columns[None, :]
-    tl.store(grad + to, grad_PE, mask=(pairs < num_pairs)[:, None] & (columns < E)[None, :])
+    """A program a tile; writes dz (P, K) = scale (p - q) in its dtype, and the tile's part
+    of the cross-entropy -q . log p, (blocks of prototypes, P) float32."""
+    pairs, columns, column_block = _place(num_pairs, K, BLOCK_R, BLOCK_K)
+    pair_idx, column_idx = tl.minimum(pairs, num_pairs - 1), tl.minimum(columns, K - 1)
+    x_idx, t_idx = pair_idx // V, pair_idx // (U * V) * V + pair_idx % V
+    z_PK = _product(student, x_idx, student_prototypes, column_idx, E, BLOCK_R, BLOCK_K, BLOCK_E)
+    s_PK = _product(teacher, t_idx, teacher_prototypes, column_idx, E, BLOCK_R, BLOCK_K, BLOCK_E)
+    bias_K = tl.load(bias + columns, mask=columns < K, other=float("inf"))
+    z_PK = z_PK * (inverse_student_temp * LOG2E) - (tl.load(student_lse + x_idx) * LOG2E)[:, None]  # log2 p
+    s_PK = s_PK * (inverse_teacher_temp * LOG2E) - (tl.load(teacher_lse + t_idx) * LOG2E)[:, None]
+    q_PK = tl.exp2(s_PK - (bias_K * LOG2E)[None, :])
+    is_pair = pairs < num_pairs
+    to = column_block.to(tl.int64) * num_pairs + pairs
+    tl.store(loss + to, tl.sum(q_PK * z_PK, 1) * -LN2, mask=is_pair)
+    dz_PK = (tl.exp2(z_PK) - q_PK) * tl.load(scale + pair_idx)[:, None]
+    to_PK = dz + pairs[:, None].to(tl.int64) * K + columns[None, :]
+    tl.store(to_PK, dz_PK.to(dz.dtype.element_ty), mask=is_pair[:, None] & (columns < K)[None, :])
 
 
-@triton.jit
-def _grad_prototypes(
-    student, student_prototypes, teacher, teacher_prototypes, bias, student_lse, teacher_lse, scale, grad,
-    num_pairs, K, inverse_student_temp, inverse_teacher_temp,
-    U: tl.constexpr, V: tl.constexpr, E: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of prototypes,); writes (K, E) in the dtype of `grad`."""
-    prototypes = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    w_KE = _rows(student_prototypes, prototypes, K, E, BLOCK_E)
-    v_KE = _rows(teacher_prototypes, prototypes, K, E, BLOCK_E)
-    grad_KE = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
-    for start in range(0, num_pairs, BLOCK_P):
-        pairs = start + tl.arange(0, BLOCK_P)
-        x_PE, t_PE = _pair_rows(student, teacher, pairs, num_pairs, U, V, E, BLOCK_E)
-        z_PK, s_PK = _tiles(x_PE, t_PE, w_KE, v_KE, bias, prototypes, K, inverse_student_temp, inverse_teacher_temp)
-        dz_PK = _difference(z_PK, s_PK, student_lse, teacher_lse, pairs, num_pairs)
-        scale_P = tl.load(scale + pairs, mask=pairs < num_pairs, other=0.0)
-        scaled_PE = (x_PE.to(tl.float32) * scale_P[:, None]).to(x_PE.dtype)
-        grad_KE += tl.dot(tl.trans(dz_PK).to(x_PE.dtype), scaled_PE, input_precision="ieee")
-    columns = tl.arange(0, BLOCK_E)
-    to = prototypes[:, None].to(tl.int64) * E + columns[None, :]
-    tl.store(grad + to, grad_KE.to(grad.dtype.element_ty), mask=(prototypes < K)[:, None] & (columns < E)[None, :])
+def column_logsumexp(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float) -> Tensor:
+    """TeacherColumns.logsumexp: the kernel of rows against prototypes, with the sides exchanged."""
+    if not len(teacher_RE):
+        return teacher_RE.new_full((len(prototypes_KE),), torch.finfo(torch.float32).min, dtype=torch.float32)
+    no_bias_R = teacher_RE.new_zeros(len(teacher_RE), dtype=torch.float32)
+    return _lse(prototypes_KE.contiguous(), teacher_RE.contiguous(), no_bias_R, temp)
+
+
+def column_mass(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float, bias_K: Tensor) -> Tensor:
+    """TeacherColumns.mass: a row's log-sum-exp is its bias when the columns are summed.
+
+    sum_r softmax_k(z_r - bias)_k = exp(log sum_r exp(z_rk - lse_r) - bias_k)
+    """
+    if not len(teacher_RE):
+        return torch.zeros_like(bias_K)
+    teacher_RE, prototypes_KE, bias_K = teacher_RE.contiguous(), prototypes_KE.contiguous(), bias_K.contiguous()
+    lse_R = _lse(teacher_RE, prototypes_KE, bias_K, temp)
+    return (_lse(prototypes_KE, teacher_RE, lse_R, temp) - bias_K).exp()
 
 
 def loss_and_gradients(
@@ -159,53 +150,81 @@ def loss_and_gradients(
     student_temp: float,
     teacher_temp: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss () float32 and its gradients of `student_GUE` and `student_KE`. Holds (shares, pairs, E) float32 besides."""
+    """Loss () float32 and its gradients of `student_GUE` and `student_KE`. Holds CHUNK_BYTES of differences besides."""
     (num_groups, num_students, width), num_targets = student_GUE.shape, teacher_GVE.shape[1]
-    num_pairs, num_prototypes = num_groups * num_students * num_targets, student_KE.shape[0]
-    if num_pairs == 0:
-        return bias_K.new_zeros(()), torch.zeros_like(student_GUE), torch.zeros_like(student_KE)
-    launch = {"U": num_students, "V": num_targets, **options(width, student_KE.element_size())}
-    pair_blocks, num_splits, split = _shares(num_pairs, num_prototypes, launch)
-    features = [t.contiguous() for t in (student_GUE, student_KE, teacher_GVE, teacher_KE, bias_K)]
-    sizes = (num_pairs, num_prototypes, 1 / student_temp, 1 / teacher_temp)
+    num_prototypes, pairs_of_group = len(student_KE), num_students * num_targets
+    loss, no_bias_K = bias_K.new_zeros(()), torch.zeros_like(bias_K)
+    if num_groups * pairs_of_group == 0:
+        return loss, torch.zeros_like(student_GUE), torch.zeros_like(student_KE)
+    student_KE, teacher_KE, bias_K = student_KE.contiguous(), teacher_KE.contiguous(), bias_K.contiguous()
+    bytes_of_group = student_KE.element_size() * num_prototypes * pairs_of_group
+    num_chunks = triton.cdiv(num_groups, max(1, CHUNK_BYTES["cuda"] // bytes_of_group))
+    step = triton.cdiv(num_groups, num_chunks)  # chunks alike: a short last one would leave a GPU half idle
+    buffer_PK = student_KE.new_empty(step * pairs_of_group, num_prototypes)
+    grad_student_GUE = torch.empty_like(student_GUE)
+    grad_KE = torch.zeros_like(student_KE, dtype=torch.float32 if step < num_groups else None)
+    scale_GU, tile = weight_GU / (student_temp * num_targets), DIFFERENCES[student_KE.element_size()]
+    for groups in slices(num_groups, step):
+        x_RE, t_RE = (rows_GNE[groups].contiguous().flatten(0, 1) for rows_GNE in (student_GUE, teacher_GVE))
+        scale_P = scale_GU[groups].flatten().repeat_interleave(num_targets)
+        dz_PK = buffer_PK[: len(scale_P)]
+        student_lse_R = _lse(x_RE, student_KE, no_bias_K, student_temp)
+        teacher_lse_R = _lse(t_RE, teacher_KE, bias_K, teacher_temp)
+        loss_BP = bias_K.new_empty(_blocks(num_prototypes, tile), len(scale_P))
+        _differences[_grid(len(scale_P), num_prototypes, tile)](
+            x_RE, student_KE, t_RE, teacher_KE, bias_K, student_lse_R, teacher_lse_R, scale_P, dz_PK, loss_BP,
+            len(scale_P), num_students, num_targets, num_prototypes, width, 1 / student_temp, 1 / teacher_temp, **tile,
+        )  # fmt: skip
+        loss += student_temp * (loss_BP.sum(dim=0) * scale_P).sum()
+        grad_UVE = _split_product(dz_PK, student_KE).view(-1, num_students, num_targets, width)
+        grad_student_GUE[groups] = grad_UVE.sum(dim=2)
+        add_product(grad_KE, dz_PK.T, x_RE if num_targets == 1 else x_RE.repeat_interleave(num_targets, dim=0))
+    return loss, grad_student_GUE, grad_KE.to(student_KE.dtype)
 
-    shares = bias_K.new_empty(3, num_splits, num_pairs)
-    _statistics[pair_blocks, num_splits](*features, *shares.unbind(), *sizes, split, **launch)
-    student_lse_P, teacher_lse_P = torch.logsumexp(shares[:2], dim=1).unbind()
-    agreement_P = ((shares[1] - teacher_lse_P).exp() * shares[2]).sum(dim=0)
-    weight_P = (weight_GU / num_targets).flatten().repeat_interleave(num_targets)
-    loss = (weight_P * (student_lse_P - agreement_P)).sum()
 
-    scale_P = weight_P / student_temp
-    statistics = (student_lse_P.contiguous(), teacher_lse_P.contiguous())
-    partial = bias_K.new_empty(num_splits, num_pairs, width)
-    _grad_students[pair_blocks, num_splits](*features, *statistics, partial, *sizes, split, **launch)
-    grad_PE = partial.sum(dim=0) * scale_P[:, None]
-    grad_student_GUE = grad_PE.view(num_groups, num_students, num_targets, width).sum(dim=2).to(student_GUE.dtype)
-    grad_KE = torch.empty_like(features[1])
-    _grad_prototypes[(triton.cdiv(num_prototypes, launch["BLOCK_K"]),)](
-        *features, *statistics, scale_P, grad_KE, *sizes, **launch
+def _lse(x_RE: Tensor, prototypes_KE: Tensor, bias_K: Tensor, temp: float) -> Tensor:
+    """log sum_k exp(<x_r, prototype_k> / temp - bias_k), (R,) float32."""
+    (num_rows, width), num_prototypes = x_RE.shape, len(prototypes_KE)
+    tile = LOGSUMEXP[x_RE.element_size()]
+    lse_BR = bias_K.new_empty(_blocks(num_prototypes, tile), num_rows)
+    _logsumexp[_grid(num_rows, num_prototypes, tile)](
+        x_RE, prototypes_KE, bias_K, lse_BR, num_rows, num_prototypes, width, 1 / temp, **tile
     )
-    return loss, grad_student_GUE, grad_KE
+    return torch.logsumexp(lse_BR, dim=0)
 
 
-def options(width: int, itemsize: int) -> dict[str, Any]:
-    """Tile sizes and compiler options of all kernels for features of `width` numbers of `itemsize` bytes.
-
-    A block keeps whole rows in shared memory: BLOCK_P students and as many targets, BLOCK_K prototypes of either side,
-    96 KiB at width 256 in bf16 and in fp32, within the 99 KiB of the smallest GPUs that have bf16.
-    """
-    padded = max(16, triton.next_power_of_2(width))
-    block = min(64, max(16, STUDENT_BYTES // (padded * itemsize)))
-    return {
-        "E": width, "BLOCK_E": padded, "BLOCK_P": block, "BLOCK_K": max(16, block // 2),
-        "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True,
-    }  # fmt: skip
+def _split_product(dz_PK: Tensor, prototypes_KE: Tensor) -> Tensor:
+    """dz @ prototypes, (P, E) float32; the long sum over prototypes in parts, so that few rows too fill a GPU."""
+    (num_pairs, num_prototypes), width = dz_PK.shape, prototypes_KE.shape[1]
+    blocks = triton.cdiv(num_pairs, 128) * triton.cdiv(width, 256)
+    parts = math.gcd(num_prototypes, triton.next_power_of_2(triton.cdiv(WANTED_BLOCKS, blocks)))
+    left_SPK = dz_PK.unflatten(1, (parts, -1)).transpose(0, 1)
+    return torch.bmm(left_SPK, prototypes_KE.unflatten(0, (parts, -1))).sum(dim=0, dtype=torch.float32)
 
 
-def _shares(num_pairs: int, num_prototypes: int, launch: dict[str, Any]) -> tuple[int, int, int]:
-    """Blocks of pairs, shares of the prototypes, prototypes of a share (a multiple of a tile's)."""
-    pair_blocks = triton.cdiv(num_pairs, launch["BLOCK_P"])
-    tiles = triton.cdiv(num_prototypes, launch["BLOCK_K"])
-    tiles_of_share = triton.cdiv(tiles, max(1, WANTED_BLOCKS // pair_blocks))
-    return pair_blocks, triton.cdiv(tiles, tiles_of_share), tiles_of_share * launch["BLOCK_K"]
+def _blocks(num_prototypes: int, tile: dict[str, int]) -> int:
+    return triton.cdiv(num_prototypes, tile["BLOCK_K"])
+
+
+def _grid(num_rows: int, num_prototypes: int, tile: dict[str, int]) -> tuple[int]:
+    return (triton.cdiv(num_rows, tile["BLOCK_R"]) * _blocks(num_prototypes, tile),)
+
+
+def _lse(x_RE: Tensor, prototypes_KE: Tensor, bias_K: Tensor, temp: float) -> Tensor:
+    """log sum_k exp(<x_r, prototype_k> / temp - bias_k), (R,) float32."""
+    (num_rows, width), num_prototypes = x_RE.shape, len(prototypes_KE)
+    tile = LOGSUMEXP[x_RE.element_size()]
+    lse_BR = bias_K.new_empty(_blocks(num_prototypes, tile), num_rows)
+    _logsumexp[_grid(num_rows, num_prototypes, tile)](
+        x_RE, prototypes_KE, bias_K, lse_BR, num_rows, num_prototypes, width, 1 / temp, **tile
+    )
+    return torch.logsumexp(lse_BR, dim=0)
+
+
+def _split_product(dz_PK: Tensor, prototypes_KE: Tensor) -> Tensor:
+    """dz @ prototypes, (P, E) float32; the long sum over prototypes in parts, so that few rows too fill a GPU."""
+    (num_pairs, num_prototypes), width = dz_PK.shape, prototypes_KE.shape[1]
+    blocks = triton.cdiv(num_pairs, 128) * triton.cdiv(width, 256)
+    parts = math.gcd(num_prototypes, triton.next_power_of_2(triton.cdiv(WANTED_BLOCKS, blocks)))
+    left_SPK = dz_PK.unflatten(1, (parts, -1)).transpose(0, 1)
+    return torch.bmm(left_SPK, prototypes_KE.unflatten(0, (parts, -1))).sum(dim=0, dtype=torch.float32)

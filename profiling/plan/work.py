@@ -91,9 +91,12 @@ class _Step:
         kind = component.name.partition(",")[0]
         if kind in parts:
             return self._blocks(component, *parts[kind], is_first)
-        precision = {"perceptual": "tf32" if self.build.device == "cuda" else "fp32"}
-        precision |= dict.fromkeys(("contrastive logits", "patch cosines"), "fp32")
+        is_cuda = self.build.device == "cuda"
+        precision = {"perceptual": "tf32" if is_cuda else "fp32", "patch cosines": "fp32"}
+        precision["contrastive logits"] = "bf16" if is_cuda else "fp32"
         flops = component.forward + component.backward + component.recompute
+        if is_cuda and component.name == "contrastive logits":
+            flops *= 3  # three bf16 products stand for one of float32 (kernels/contrastive_triton.py)
         moved = self._vgg_bytes if component.name == "perceptual" else 0
         return Work(component.name, {precision.get(component.name, self._precision): flops}, bytes=moved)
 

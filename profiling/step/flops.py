@@ -56,8 +56,8 @@ def step_flops(
 
     `caption_tokens` are the slots that packed captions take, empty ones included; without it every caption has a row
     of its own, as long as the context. `num_hidden` patches are masked, by default as many as data/masking.py hides.
-    `backend` is the resolved attention (what checkpointing keeps depends on it), `device` cpu or cuda (how many
-    teacher logits the losses keep does).
+    `backend` is the resolved attention (what checkpointing keeps depends on it), `device` cpu or cuda (how
+    often the losses make their logits does).
     """
     if num_hidden is None:
         num_hidden = hidden_patches(config, rows.ssl)
@@ -144,17 +144,23 @@ class _Step:
         forward = prototype_mlp(model.prototypes, head_width(model), students)
         yield Component("prototype head", "ssl", forward, 2 * forward)
         logits = linear(students, model.prototypes.bottleneck, model.prototypes.num)
-        yield Component("prototype logits", "ssl", logits, 2 * logits)
+        # A GPU's kernels make either side's logits again for each pair, a local crop having two targets.
+        pairs = 2 * num_local + num_global + hidden if self.device == "cuda" else 0
+        again = linear(pairs, model.prototypes.bottleneck, model.prototypes.num)
+        yield Component("prototype logits", "ssl", logits, 2 * logits, again)
         # Of the teacher: for its targets' columns, for each loss that reads them, for the entropy that is reported.
-        made = self._column_rows(num_global) + self._column_rows(hidden)
+        made = self._column_rows(num_global) + self._column_rows(hidden) + pairs
         made += (num_global if num_local else 0) + num_global + hidden + num_global
         once, all_made = (linear(n, model.prototypes.bottleneck, model.prototypes.num) for n in (taught, made))
         yield Component("prototype logits, teacher", "ssl", once, recompute=all_made - once)
 
     def _column_rows(self, num_rows: int) -> int:
-        """Rows of teacher logits that Sinkhorn-Knopp makes: once where they can be kept, else in each iteration."""
+        """Rows of teacher logits that Sinkhorn-Knopp makes: once where they can be kept, else in each iteration; on a
+        GPU, after the first one, for the sums of the rows and once more for those of the columns."""
         if self.config.objectives.ssl.targets == "centering":
             return 0
+        if self.device == "cuda":
+            return (2 * ITERATIONS - 1) * num_rows
         is_kept = 4 * num_rows * self.model.prototypes.num <= KEEP_BYTES[self.device]
         return num_rows if is_kept else ITERATIONS * num_rows
 

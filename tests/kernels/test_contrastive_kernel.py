@@ -31,11 +31,13 @@ KINDS: dict[str, tuple[Loss, Loss]] = {
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def batch(kind: str, pairs: int, width: int, scale: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+def batch(
+    kind: str, pairs: int, width: int, scale: float, dtype: torch.dtype = torch.float32, likeness: float = 1.0
+) -> tuple[Tensor, ...]:
     """Captions somewhat like their images, the scale, and the bias of the sigmoid loss: leaves with a gradient."""
     draw = torch.Generator().manual_seed(pairs)
     image = torch.randn(pairs, width, generator=draw, dtype=dtype)
-    text = image + torch.randn(pairs, width, generator=draw, dtype=dtype)
+    text = likeness * image + torch.randn(pairs, width, generator=draw, dtype=dtype)
     bias = (torch.tensor([-9.0], dtype=dtype),) if kind == "sigmoid" else ()
     inputs = (F.normalize(image, dim=1), F.normalize(text, dim=1), torch.tensor([scale], dtype=dtype), *bias)
     return tuple(tensor.requires_grad_() for tensor in inputs)
@@ -123,8 +125,9 @@ def test_triton_equals_the_whole_matrix_in_its_interpreter(kind: str, monkeypatc
         pytest.skip("the interpreter is for machines without CUDA: test_triton_equals_the_whole_matrix_on_cuda")
     triton_tiles: Any = pytest.importorskip("kernels.contrastive_triton")
     monkeypatch.setattr(triton_tiles.TritonTiles, "size", (40, 150))
-    # 70 pairs: two tiles down, one across, blocks of 32 x 128 that are not full. Worst seen 6e-7.
-    compare(kind, batch(kind, 70, 16, 30.0), 1e-5, backend="triton")
+    # 70 pairs: two tiles down, one across, blocks of 32 x 128 that are not full. Three bf16 products leave 2^-18 of a
+    # number out: worst seen 2.7e-5 over widths of 16 to 300 and scales of 1 to 100, with one of the three missing 4e-3.
+    compare(kind, batch(kind, 70, 16, 30.0), 1e-4, backend="triton")
 
 
 @pytest.mark.gpu
@@ -136,5 +139,7 @@ def test_triton_equals_the_whole_matrix_on_cuda(kind: str, backend: str) -> None
     draw = random.Random(0)
     drawn = [(draw.randint(2, 3000), 16 * draw.randint(1, 64)) for _ in range(8)]
     for pairs, width in [(5000, 768), *drawn]:
-        inputs = tuple(x.detach().cuda().requires_grad_() for x in batch(kind, pairs, width, 30.0))
+        # Captions little like their images: a solved batch has a gradient of 1 - p, p near 1, which no float32 holds.
+        inputs = tuple(x.detach().cuda().requires_grad_() for x in batch(kind, pairs, width, 30.0, likeness=0.1))
+        # On a CPU, the bf16 products emulated: worst 1.9e-5.
         compare(kind, inputs, 1e-4, backend=backend)

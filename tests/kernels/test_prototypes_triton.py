@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import subprocess
 import sys
@@ -17,18 +16,34 @@ from tests.kernels.test_prototypes import Case, draw, error
 
 ROOT = Path(__file__).resolve().parents[2]
 # (groups, students, targets, prototypes, width): one tile, several, ragged ends, groups, one pair.
-CASES = [(64, 1, 1, 64, 16), (70, 1, 1, 150, 20), (9, 3, 2, 65, 16), (1, 1, 1, 3, 32), (0, 1, 1, 40, 16)]
-
-KERNELS = ("_statistics", "_grad_students", "_grad_prototypes")
+CASES = [(64, 1, 1, 64, 16), (150, 1, 1, 150, 80), (9, 3, 2, 65, 16), (1, 1, 1, 3, 32), (0, 1, 1, 40, 16)]
 
 
-def worst_error(case: Case) -> float:
+def worst_error(case: Case, dtype: torch.dtype = torch.float32) -> float:
+    """Of loss and gradients, the features in `dtype`; the oracle takes their values in float32."""
     from kernels.prototypes_triton import loss_and_gradients
 
-    found = loss_and_gradients(*[x.detach() if torch.is_tensor(x) else x for x in case.inputs()])
-    loss = prototypes.reference(*case.inputs())
-    expected = (loss.detach(), *torch.autograd.grad(loss, (case.student_GUE, case.student_KE)))
-    return max(error(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    inputs = [x.detach() if torch.is_tensor(x) else x for x in case.inputs()]
+    narrow = [x.to(dtype) if torch.is_tensor(x) else x for x in inputs[:4]] + inputs[4:]
+    found = loss_and_gradients(*narrow)
+    exact = [x.float() if torch.is_tensor(x) else x for x in narrow]
+    learners = [x.requires_grad_() for x in exact[:2]]
+    loss = prototypes.reference(*exact)
+    expected = (loss.detach(), *torch.autograd.grad(loss, learners))
+    return max(error(ours.float(), theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def column_error(case: Case, dtype: torch.dtype = torch.float32) -> float:
+    """Of Sinkhorn's passes over the teacher's rows."""
+    from kernels.prototypes_triton import column_logsumexp, column_mass
+
+    teacher_RE, teacher_KE = case.teacher_GVE[:, 0].to(dtype), case.teacher_KE.detach().to(dtype)
+    z_RK = teacher_RE.float() @ teacher_KE.float().T / case.teacher_temp
+    found = column_logsumexp(teacher_RE, teacher_KE, case.teacher_temp)
+    mass_K = column_mass(teacher_RE, teacher_KE, case.teacher_temp, case.bias_K)
+    expected_mass_K = torch.softmax(z_RK - case.bias_K, dim=1).sum(dim=0)
+    lowest_K = torch.full_like(mass_K, torch.finfo(torch.float32).min)
+    return max(error(found, z_RK.logsumexp(dim=0) if len(z_RK) else lowest_K), error(mass_K, expected_mass_K))
 
 
 @pytest.mark.L0
@@ -43,65 +58,18 @@ def test_kernels_equal_the_oracle_in_the_interpreter() -> None:
     )
     assert run.returncode == 0, run.stderr
     errors = [float(line) for line in run.stdout.split()]
-    assert len(errors) == 2 * len(CASES)
-    # Measured worst 8e-7, relative to the largest entry; a tile left out or counted twice is off by percents.
-    assert max(errors) < 1e-5, errors
-
-
-def shared_memory(dtype: str, itemsize: int, kernels: tuple[str, ...]) -> dict[str, int]:
-    """Bytes each kernel takes on a GPU of compute capability 8.9, compiled. Not where Triton interprets."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    from kernels import prototypes_triton
-
-    found = {}
-    launch = {"U": 1, "V": 1} | prototypes_triton.options(256, itemsize)
-    for kernel in (getattr(prototypes_triton, name) for name in kernels):
-        names = kernel.arg_names
-        source = ASTSource(
-            kernel,
-            {name: "constexpr" if name in launch else _type_of(name, dtype) for name in names},
-            {(names.index(name),): value for name, value in launch.items() if name in names},
-        )
-        options = {name: value for name, value in launch.items() if name not in names}
-        compiled = compile(source, target=GPUTarget("cuda", 89, 32), options=options)
-        found[kernel.__name__] = compiled.metadata.shared
-    return found
-
-
-@pytest.mark.L1
-@pytest.mark.parametrize(("dtype", "itemsize", "kernels"), [("bf16", 2, KERNELS), ("fp32", 4, KERNELS[2:])])
-def test_kernels_compile_without_a_gpu_and_fit_the_shared_memory_of_small_ones(
-    dtype: str, itemsize: int, kernels: tuple[str, ...]
-) -> None:
-    # A process of its own, and no fork: what is imported may have brought Triton along, and then it interprets.
-    asked = f"from {__name__} import shared_memory; print(shared_memory({dtype!r}, {itemsize}, {kernels!r}))"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = ast.literal_eval(done.stdout.splitlines()[-1])
-    assert tuple(found) == kernels
-    # 96 KiB; with tiles twice as large it was 192 KiB, which only the largest GPUs have.
-    assert max(found.values()) <= 99 * 1024, found
-
-
-def _type_of(name: str, dtype: str) -> str:
-    if name in ("num_pairs", "K", "split"):
-        return "i32"
-    if name.startswith("inverse"):
-        return "fp32"
-    in_float = ("bias", "student_lse", "teacher_lse", "agreement", "scale", "grad")
-    return "*fp32" if name in in_float else f"*{dtype}"
+    assert len(errors) == 6 * len(CASES)
+    # Measured worst 1.7e-6, relative to the largest entry; a tile left out or counted twice is off by percents.
+    assert max(errors[: 4 * len(CASES)]) < 1e-5, errors
+    # Half precision, which the interpreter has and bf16 it has not: p - q is rounded to 11 bits, worst 6e-4.
+    assert max(errors[4 * len(CASES) :]) < 2e-3, errors
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for and runs on a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_compiled_kernels_equal_the_oracle_on_the_gpu(dtype: torch.dtype) -> None:
-    from kernels.prototypes_triton import loss_and_gradients
-
-    random = Random(0)  # few: each is compiled anew
+    random = Random(0)
     drawn = [
         (random.randint(1, 600), *sizes, random.randint(1, 5000), random.randint(1, 256))
         for sizes in ((1, 1), (8, 2), (3, 2))
@@ -112,21 +80,18 @@ def test_compiled_kernels_equal_the_oracle_on_the_gpu(dtype: torch.dtype) -> Non
     shapes = [wide, (4096, 1, 1, 8192, 256), *CASES, *drawn] if dtype == torch.bfloat16 else [wide]
     for shape in shapes:
         case = draw(*shape)
-        exact = [x.detach().cuda() if torch.is_tensor(x) else x for x in case.inputs()]
-        narrow = [x.to(dtype) if torch.is_tensor(x) else x for x in exact[:4]] + exact[4:]
-        learners = [x.requires_grad_() for x in narrow[:2]]
-        loss = prototypes.reference(*[x.float() if torch.is_tensor(x) else x for x in narrow])
-        expected = (loss.detach(), *torch.autograd.grad(loss, learners))
-        found = loss_and_gradients(*[x.detach() if torch.is_tensor(x) else x for x in narrow])
-        # fp32 sums of products in another order; bf16 rounds p - q once.
-        bound = 1e-4 if dtype == torch.float32 else 2e-2
-        assert max(error(ours.float(), theirs.float()) for ours, theirs in zip(found, expected, strict=True)) < bound
+        on_gpu = Case(*[x.detach().cuda() if torch.is_tensor(x) else x for x in case.inputs()])
+        # fp32 logits are three TF32 products, 2^-21 of a logit; bf16 rounds p - q once and its products.
+        assert worst_error(on_gpu, dtype) < (1e-4 if dtype == torch.float32 else 2e-2)
+        assert column_error(on_gpu, dtype) < 1e-4  # of the same rounded inputs
 
 
 if __name__ == "__main__":
-    from kernels import prototypes_triton
-
-    for blocks in (1, 4):  # prototypes in one share and in several
-        prototypes_triton.WANTED_BLOCKS = blocks
-        for shape in CASES:
-            print(worst_error(draw(*shape)))
+    for shape in CASES:
+        print(column_error(draw(*shape)))
+        print(column_error(draw(*shape), torch.float16))
+    for dtype in (torch.float32, torch.float16):
+        for num_bytes in (2**20, 9000):  # differences in one chunk and in several
+            prototypes.CHUNK_BYTES["cuda"] = num_bytes
+            for shape in CASES:
+                print(worst_error(draw(*shape), dtype))

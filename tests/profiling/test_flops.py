@@ -243,8 +243,9 @@ def test_teacher_logits_too_many_to_keep_are_counted_in_every_iteration() -> Non
     counted = Counted(config, "meta")
     _, whole = counted.take()
     assert counted.expected().hardware_flops == pytest.approx(whole, rel=1e-12)
-    few = step_flops(config, counted.rows, device="cuda")["prototype logits, teacher"].recompute
-    assert few < counted.expected()["prototype logits, teacher"].recompute
+    on_gpu, made = step_flops(config, counted.rows, device="cuda"), counted.expected()
+    for name in ("prototype logits", "prototype logits, teacher"):  # a kernel there keeps none
+        assert on_gpu[name].recompute > made[name].recompute
 
 
 def test_what_packing_saves_is_what_the_rows_of_whole_captions_would_take() -> None:
