@@ -35,8 +35,9 @@ MULTIPLE, MXFP8_MULTIPLE = 16, 32  # of every side of an FP8 product on NVIDIA h
 SMALL = "too small to pay"
 INSTALL_COMMANDS = {  # of each FP8 kind
     "fp8_torchao": "pip install -e '.[gpu]' -c constraints.txt",
-    # compiles against the installed torch, so without pip's isolated build environment
-    "fp8_te": "pip install --no-build-isolation -e '.[transformer-engine]' -c constraints.txt",
+    # against the installed torch, so without pip's isolated build environment
+    "fp8_te": "pip install --no-build-isolation -e '.[transformer-engine]' -c constraints.txt "
+    "(compiles, with CUDA's toolkit)",
 }
 
 
