@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.engine import ranks, test_compile, test_golden
+from tests.engine.test_deterministic import ASKED
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
 
@@ -47,7 +48,7 @@ def test_blocks_compile_without_breaks_and_only_at_first() -> None:
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path: Path) -> None:
-    [(whole, resumed)] = run_ranks(ranks.save_and_go_on, 1, tiny_config("system.deterministic=true"), tmp_path)
+    [(whole, resumed)] = run_ranks(ranks.save_and_go_on, 1, tiny_config(*ASKED), tmp_path)
     assert resumed == whole
 
 
