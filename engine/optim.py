@@ -30,7 +30,10 @@ from configs.load import one_line
 from engine import zero
 
 LONGEST_BUILD = 20 * 60  # seconds; of one of DeepSpeed's optimizers, a minute or two on a quiet machine
-APEX_SOURCE = "https://github.com/NVIDIA/apex"
+APEX_INSTALL = (
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex "
+    "(compiles, with CUDA's toolkit)"
+)
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ def _apex(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
         return _on_filled_groups(kind)(groups, **options)
     except (ImportError, AttributeError, RuntimeError) as error:  # not there, PyPI's, without its extensions
         raise UserError(
-            f"system.optimizer=apex: {error}; NVIDIA's apex with its CUDA extensions is built from {APEX_SOURCE}, the "
-            "package `apex` on PyPI is another one; install it, or take system.optimizer=torch_fused"
+            f"system.optimizer=apex: {error}; it needs NVIDIA's apex with its CUDA extensions, and `apex` on PyPI is "
+            f"another package: {APEX_INSTALL}; or take system.optimizer=torch_fused"
         ) from error
 
 

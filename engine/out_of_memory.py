@@ -86,7 +86,8 @@ class Memory:
     def _predict(self) -> tuple[Footprint, list[Saving]]:
         if not isinstance(self.config, Config):
             raise UserError(f"memory is predicted for pre-training, this run is of kind {self.config.kind}")
-        backend = resolve(self.config.system.attention, self.device, DTYPES[self.config.optim.precision]).name
+        system, dtype = self.config.system, DTYPES[self.config.optim.precision]
+        backend = resolve(system.attention, self.device, dtype, system.deterministic).name
         attention = backend if backend in DENSE else "sdpa"
         case = (self.config, self.ds_config, self.world_size, attention, self.device.type)
         return predict_peak(*case), savings(*case)

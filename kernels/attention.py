@@ -2,12 +2,12 @@
 
 A packed sequence has no padding inside segments and few distinct segment lengths. Two families of kernels serve it, all
 exact. Dense ones take one batched call per segment length (kernels/dense_attention.py: sdpa, matmul). Varlen ones take
-one call for all, told by offsets where each segment begins; this file is the one door to their libraries:
+one call for all, through torch's varlen_attn, with offsets that say where each segment begins:
 
-    flash3      FlashAttention 3 for Hopper (module flash_attn_interface), put under torch's varlen_attn by torch itself
-    varlen      torch.nn.attention.varlen: the FlashAttention 2 inside PyTorch, nothing to install
-    flash2      the flash-attn package, 2.7 or newer (its operators are known to torch.compile)
-    xformers    BlockDiagonalMask; as an operator of our own, because torch.compile cannot look through its dispatcher
+    varlen      FlashAttention 2, part of torch's CUDA builds
+    flash3      FlashAttention 3 for Hopper GPUs (module flash_attn_interface), which torch puts in its place
+
+Which of the two kernels runs under torch's flash operators is a setting of the process, made by activate().
 
 Rows of equal length may be divided further into spans, as packed captions are.
 
@@ -17,22 +17,27 @@ Rows of equal length may be divided further into spans, as packed captions are.
 
 from __future__ import annotations
 
-import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+)
 
 from kernels.dense_attention import DENSE, Segments, Spans, attend_dense
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a backend needs beside a CUDA device and half precision."""
+    """What a backend needs beside a CUDA device and half precision, and the command that installs it."""
 
     module: str
     capability: tuple[int, int]
@@ -40,17 +45,20 @@ class Need:
 
 
 NEEDS = {
-    "flash3": Need("flash_attn_interface", (9, 0), "build the folder hopper/ of the flash-attention sources"),
-    "varlen": Need("torch.nn.attention.varlen", (8, 0), "install torch 2.13 or newer"),
-    "flash2": Need(
-        "flash_attn", (8, 0), "pip install --no-build-isolation flash-attn (compiles for about half an hour)"
+    # A wheel of PyTorch's own index, for any torch from 2.9 on. PyPI has none: `flash-attn-3` is not there, and its
+    # `flash_attn_interface` is another project.
+    "flash3": Need(
+        "flash_attn_interface",
+        (9, 0),
+        "pip install --no-deps flash-attn-3 --index-url https://download.pytorch.org/whl/cu130",
     ),
-    "xformers": Need("xformers", (8, 0), "pip install --no-build-isolation --no-binary xformers xformers (compiles)"),
+    "varlen": Need("torch", (8, 0), "pip install --force-reinstall torch -c constraints.txt"),
 }
-PREFERENCE = ("flash3", "varlen", "flash2", "xformers")  # what "auto" tries, best first
-# Whose backward adds up in an order of its own each time, and cannot be told otherwise from here.
-NOT_DETERMINISTIC = ("flash3", "xformers")
-TAKES_OFFSETS = ("flash3", "varlen", "flash2")  # xFormers wants lengths as Python numbers, known before the call
+PREFERENCE = ("flash3", "varlen")  # what "auto" tries, best first
+# Whose gradients differ from run to run. torch passes FlashAttention 3 its flag for a fixed order of sums, but with
+# builds of early 2026 the queries' gradients are reported to differ all the same.
+NOT_DETERMINISTIC = ("flash3",)
+UNDER_TORCH = {"flash3": "FA3"}  # torch's names of kernels that are not its own; every other backend runs torch's
 
 
 @dataclass(frozen=True)
@@ -67,23 +75,25 @@ def resolve(
     """The backend that `name` means for `dtype` on `device`; "auto" picks by rule, a name is held to its needs.
 
     With `is_deterministic` only those whose gradients are the same bits every time, under
-    torch.use_deterministic_algorithms.
+    torch.use_deterministic_algorithms. The backend is activated: `attend` may be called with its name from now on.
 
     Raises ValueError for a name that is no backend or cannot run here: what it needs and how to get it.
     """
-    device = torch.device(device)
+    backend = _resolve(name, torch.device(device), dtype, NOT_DETERMINISTIC if is_deterministic else ())
+    activate(backend.name)
+    return backend
+
+
+def _resolve(name: str, device: torch.device, dtype: torch.dtype, refused: tuple[str, ...]) -> Backend:
     if name == "auto":
-        return _pick(device, dtype, NOT_DETERMINISTIC if is_deterministic else ())
+        return _pick(device, dtype, refused)
     if name not in (*DENSE, *NEEDS):
         raise ValueError(f"attention backend {name!r} is not known; choose one of auto, {', '.join((*DENSE, *NEEDS))}")
-    if is_deterministic and name in NOT_DETERMINISTIC:
-        raise ValueError(
-            "its backward is not deterministic, which the run is to be; choose auto, varlen, flash2 or sdpa"
-        )
+    if name in refused:
+        raise ValueError("its backward is not deterministic, which the run is to be; choose auto, varlen or sdpa")
     obstacle = missing(name, device, dtype) if name in NEEDS else None
     if obstacle:
         raise ValueError(f"it cannot run here: {obstacle}; or choose auto")
-    activate(name)
     return Backend(name, "named in the config")
 
 
@@ -96,7 +106,6 @@ def _pick(device: torch.device, dtype: torch.dtype, refused: tuple[str, ...]) ->
     for name in PREFERENCE:
         obstacle = "its backward is not deterministic" if name in refused else missing(name, device, dtype)
         if not obstacle:
-            activate(name)
             return Backend(name, "auto: one call for all segments" + "".join(f"; {why}" for why in reasons))
         reasons.append(f"not {name}: {obstacle}")
     return Backend("sdpa", "auto: one call per segment length; " + "; ".join(reasons))
@@ -120,11 +129,11 @@ def attend(
     held = sum(count * length for count, length in segments)
     assert held <= q_THE.shape[0], f"segments {segments} hold {held} tokens, the sequence {q_THE.shape[0]}"
     assert spans is None or len(segments) == 1, f"spans divide rows of one length, not {segments}"
-    if backend in NEEDS and (spans is None or backend in TAKES_OFFSETS):
+    if backend in NEEDS:
         offsets = None if spans is None else spans.offsets
         out_THE = _attend_varlen(q_THE[:held], k_THE[:held], v_THE[:held], segments, offsets, causal, backend)
     else:
-        out_THE = attend_dense(q_THE, k_THE, v_THE, segments, causal, DENSE.get(backend, DENSE["sdpa"]), spans)
+        out_THE = attend_dense(q_THE, k_THE, v_THE, segments, causal, DENSE[backend], spans)
     return F.pad(out_THE, (0, 0, 0, 0, 0, q_THE.shape[0] - held)) if held < q_THE.shape[0] else out_THE
 
 
@@ -140,13 +149,45 @@ def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it needs compute capability {_dotted(need.capability)}, this GPU has {_dotted(capability)}"
     if name == "flash3" and capability[0] != 9:
         return f"FlashAttention 3 is made for Hopper (9.0), this GPU has {_dotted(capability)}"
-    return None if _is_installed(need.module) else f"{need.module} is not installed; {need.remedy}"
+    if name == "varlen":
+        is_here, lack = torch.backends.cuda.is_flash_attention_available(), "torch was built without FlashAttention"
+    else:
+        is_here, lack = find_spec(need.module) is not None, f"{need.module} is not installed"
+    return None if is_here else f"{lack}; {need.remedy}"
 
 
 def activate(name: str) -> None:
-    """Puts FlashAttention 3 under torch's varlen_attn, for the life of the process; other names need nothing."""
-    if name == "flash3":
-        importlib.import_module("torch.nn.attention").activate_flash_attention_impl("FA3")
+    """Put the kernel of backend `name` under torch's flash operators: FlashAttention 3 for flash3, else torch's own.
+
+    It holds for the whole process until the next call: for varlen_attn and for the flash path of torch's fused
+    attention, forward and backward. A compiled graph runs what lies there when it runs.
+
+    Raises ValueError where the kernel is installed and does not load.
+    """
+    wanted = UNDER_TORCH.get(name)
+    if current_flash_attention_impl() == wanted:
+        return
+    if wanted is None:
+        restore_flash_attention_impl()
+        return
+    with warnings.catch_warnings():  # torch warns, once, that the kernels are put over its own: that is the purpose
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        try:
+            activate_flash_attention_impl(wanted)
+        except (ImportError, RuntimeError) as error:  # built for other libraries, or another package of that name
+            reason = f"{NEEDS[name].module} is installed and does not load ({error})"
+            raise ValueError(f"{reason}; {NEEDS[name].remedy}, or choose varlen") from error
+
+
+@contextmanager
+def activated(name: str) -> Iterator[None]:
+    """Within it the kernel of backend `name` lies under torch's flash operators; after it what lay there before."""
+    before = current_flash_attention_impl()
+    activate(name)
+    try:
+        yield
+    finally:
+        activate(next((name for name, kernel in UNDER_TORCH.items() if kernel == before), "varlen"))
 
 
 def _attend_varlen(
@@ -159,20 +200,12 @@ def _attend_varlen(
     backend: str,
 ) -> Tensor:
     """Attention within segments that cover all T tokens, or, given `offsets`, between neighbouring offsets."""
-    if backend == "xformers":
-        lengths = [length for count, length in segments for _ in range(count)]
-        return _xformers(q_THE, k_THE, v_THE, lengths, causal)[0]
+    from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler, which takes seconds
+
+    under = current_flash_attention_impl()  # in a compiled graph a guard: where it changes, the graph is compiled anew
+    assert under == UNDER_TORCH.get(backend), f"torch runs {under or 'its own kernel'}: activate({backend!r}) first"
     offsets = begins(segments, q_THE.device) if offsets is None else offsets
     longest = max(length for _, length in segments)
-    if backend == "flash2":
-        from flash_attn import flash_attn_varlen_func
-
-        is_fixed = torch.are_deterministic_algorithms_enabled()
-        return flash_attn_varlen_func(
-            q_THE, k_THE, v_THE, offsets, offsets, longest, longest, causal=causal, deterministic=is_fixed
-        )
-    from torch.nn.attention.varlen import varlen_attn
-
     window = (-1, 0) if causal else (-1, -1)
     out_THE = varlen_attn(q_THE, k_THE, v_THE, offsets, offsets, longest, longest, window_size=window)
     assert isinstance(out_THE, Tensor), "it returns more only when asked"
@@ -187,73 +220,6 @@ def begins(segments: Segments, device: torch.device) -> Tensor:
         done += count * length
     parts.append(torch.full((1,), done, dtype=torch.int32, device=device))
     return torch.cat(parts)
-
-
-@torch.library.custom_op("vtp_engine::xformers_attention", mutates_args=())
-def _xformers(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, lengths: list[int], causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention within segments of `lengths`, and its log-sum-exp (H, T)."""
-    from xformers.ops import fmha
-
-    q, k, v = (t.unsqueeze(0).contiguous() for t in (q_THE, k_THE, v_THE))
-    mask = _block_diagonal(tuple(lengths), causal, q_THE.device)
-    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, mask, op=fmha.flash.FwOp)
-    return out.squeeze(0), lse.squeeze(0)
-
-
-@_xformers.register_fake
-def _(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, lengths: list[int], causal: bool) -> tuple[Tensor, Tensor]:
-    tokens, heads, _width = q_THE.shape
-    return torch.empty_like(q_THE, memory_format=torch.contiguous_format), q_THE.new_empty(
-        heads, tokens, dtype=torch.float32
-    )
-
-
-@torch.library.custom_op("vtp_engine::xformers_attention_backward", mutates_args=())
-def _xformers_backward(
-    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    from xformers.ops import fmha
-
-    grad, out, q, k, v = (t.unsqueeze(0).contiguous() for t in (grad, out, q, k, v))
-    mask = _block_diagonal(tuple(lengths), causal, q.device)
-    op = fmha.flash.BwOp
-    grads = fmha.memory_efficient_attention_backward(grad, out, lse.unsqueeze(0), q, k, v, mask, op=op)
-    return tuple(g.squeeze(0).clone() for g in grads)  # clones: the three may be views of one tensor
-
-
-@_xformers_backward.register_fake
-def _(
-    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    return dq, dk, dv
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.lengths, ctx.causal = inputs
-    ctx.save_for_backward(*output, q, k, v)
-
-
-def _differentiate(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    return *_xformers_backward(grad, *ctx.saved_tensors, ctx.lengths, ctx.causal), None, None
-
-
-_xformers.register_autograd(_differentiate, setup_context=_keep)
-
-
-@lru_cache(maxsize=16)
-def _block_diagonal(lengths: tuple[int, ...], causal: bool, device: torch.device) -> Any:
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-    mask = BlockDiagonalMask.from_seqlens(list(lengths), device=device)
-    return mask.make_causal() if causal else mask
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent package
-        return False
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,8 +36,9 @@ MULTIPLE, MXFP8_MULTIPLE = 16, 32  # of every side of an FP8 product on NVIDIA h
 SMALL = "too small to pay"
 INSTALL_COMMANDS = {  # of each FP8 kind
     "fp8_torchao": "pip install -e '.[gpu]' -c constraints.txt",
-    # compiles against the installed torch, so without pip's isolated build environment
-    "fp8_te": "pip install --no-build-isolation -e '.[transformer-engine]' -c constraints.txt",
+    # against the installed torch, so without pip's isolated build environment
+    "fp8_te": "pip install --no-build-isolation -e '.[transformer-engine]' -c constraints.txt "
+    "(compiles, with CUDA's toolkit)",
 }
 
 
@@ -258,8 +260,9 @@ def _transformer_engine() -> ModuleType:
 
 @contextmanager
 def _without_start_up_talk() -> Iterator[None]:
-    """torchao 0.18 logs each of its kernels that does not fit this machine, and torch 2.13 logs how torchao registers
-    an enum; neither concerns float8 training."""
+    """torchao 0.18 logs each of its kernels that does not fit this machine, torch 2.13 logs how torchao registers an
+    enum, and Python warns of a backslash in one of its strings when it compiles it, as an error where warnings are
+    errors; none concerns float8 training."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
 
     def is_news(record: logging.LogRecord) -> bool:
@@ -269,7 +272,10 @@ def _without_start_up_talk() -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(is_news)
     try:
-        yield
+        with warnings.catch_warnings():
+            for kind in (SyntaxWarning, DeprecationWarning):  # until Python 3.11 the latter
+                warnings.filterwarnings("ignore", "invalid escape sequence", kind)
+            yield
     finally:
         for logger in loggers:
             logger.removeFilter(is_news)

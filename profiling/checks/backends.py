@@ -19,7 +19,8 @@ from profiling.checks.imports import Answer
 
 GPU = "use a machine with an NVIDIA GPU"
 UNASKED = Answer("ok", "")  # about a module that no package of the doctor's list is: part of torch
-COMPILER = "install a C++ compiler (on Debian: apt-get install g++) and ninja"
+TRITON = "pip install triton -c constraints.txt"
+COMPILER = "install a C++ compiler and ninja (on Debian: apt-get install g++ ninja-build)"
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,12 @@ def attention(plan: Plan, answers: Mapping[str, Answer]) -> Iterator[Finding]:
         yield Finding(f"attention {name}", "ok", "part of torch, one call per segment length")
     for name, need in NEEDS.items():
         obstacle, answer = missing(name, plan.device, dtype), answers.get(need.module, UNASKED)
-        remedy = need.remedy
-        if plan.device.type != "cuda":
-            remedy = GPU if answer.state == "ok" else f"{GPU}, then: {need.remedy}"
+        said, _, remedy = (obstacle or "").partition("; ")
+        remedy = remedy or (f"{GPU} of compute capability {need.capability[0]}.{need.capability[1]}")
         if answer.state == "broken":
-            yield Finding(f"attention {name}", "broken", answer.said, remedy)
+            yield Finding(f"attention {name}", "broken", answer.said, f"install it anew: {need.remedy}")
         elif obstacle is not None:
-            yield Finding(f"attention {name}", "absent", obstacle, remedy)
+            yield Finding(f"attention {name}", "absent", said, remedy)
         else:
             yield Finding(f"attention {name}", "ok", "one call for all segments")
     backend = resolve(plan.config.system.attention, plan.device, dtype)
@@ -104,8 +104,8 @@ def optimizers(plan: Plan, answers: Mapping[str, Answer]) -> Iterator[Finding]:
         else:
             yield Finding(f"optimizer {name}", "ok", "built by DeepSpeed at its first use")
     apex = answers.get("apex.optimizers", Answer("absent", "not asked"))
-    remedy = f"build {optim.APEX_SOURCE} with its CUDA extensions"
-    yield Finding("optimizer apex", apex.state, apex.said or "installed", "" if apex.state == "ok" else remedy)
+    remedy = "" if apex.state == "ok" else optim.APEX_INSTALL
+    yield Finding("optimizer apex", apex.state, apex.said or "installed", remedy)
     choice = optim.resolve(plan.config, plan.ds_config, plan.device)
     yield Finding("optimizer in this run", "ok", f"{plan.config.optim.kind} by {choice.name} ({choice.reason})")
 
@@ -119,7 +119,7 @@ def compiling(plan: Plan, answers: Mapping[str, Answer]) -> Iterator[Finding]:
     if where is None:
         yield Finding("compiler", "absent", f"no {compiler}: torch.compile generates C++ and needs one", COMPILER)
     elif plan.device.type == "cuda" and answers.get("triton", UNASKED).state != "ok":
-        yield Finding("compiler", "absent", "torch.compile generates Triton for GPUs", "pip install triton")
+        yield Finding("compiler", "absent", "torch.compile generates Triton for GPUs", TRITON)
     else:
         yield Finding("compiler", "ok", f"{where}, for torch.compile")
     is_compiled, why = resolve_compile(plan.config, plan.device)

@@ -1,9 +1,9 @@
 """Asks in another process whether packages import: one that is broken, or takes its process along, harms nobody here.
 
-    ask(["torch", "flash_attn"])
-    # {"torch": Answer("ok", "2.13.0+cpu"), "flash_attn": Answer("broken", "ImportError: undefined symbol: _ZN3c10...")}
+    ask(["torch", "torchao"])
+    # {"torch": Answer("ok", "2.13.0+cpu"), "torchao": Answer("broken", "ImportError: undefined symbol: _ZN3c10...")}
 
-The file is the other process's program, too: `python profiling/checks/imports.py torch flash_attn` writes a line of
+The file is the other process's program, too: `python profiling/checks/imports.py torch torchao` writes a line of
 JSON for each. Where the process dies, the package it was at is the broken one, and a new process goes on after it.
 """
 

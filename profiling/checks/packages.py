@@ -15,9 +15,13 @@ from profiling.checks.finding import Finding
 from profiling.checks.imports import Answer
 
 INSTALL = "pip install -e . -c constraints.txt"
-TRANSFORMER_ENGINE_EXTRA = (
-    "with an NVIDIA GPU and CUDA's compiler: "
-    'pip install --no-build-isolation -e ".[transformer-engine]" -c constraints.txt'
+# As kernels/ and engine/ say them, which do not import where torch is missing; tests/profiling/test_doctor.py compares.
+TRANSFORMER_ENGINE = (
+    "pip install --no-build-isolation -e '.[transformer-engine]' -c constraints.txt (compiles, with CUDA's toolkit)"
+)
+APEX = (
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex "
+    "(compiles, with CUDA's toolkit)"
 )
 
 
@@ -44,17 +48,13 @@ PACKAGES = (
     Package("pydantic", "pydantic", "settings"),
     Package("rich", "rich", "tables and bars on a terminal"),
     Package("pynvml", "nvidia-ml-py", "energy of a GPU", is_needed=False),
-    Package("triton", "triton", "kernels of our own on GPUs, and torch.compile there", "pip install triton", False),
+    Package("triton", "triton", "kernels of our own on GPUs, and torch.compile there",
+            "pip install triton -c constraints.txt", False),
     Package("torchao", "torchao", "system.linear=fp8_torchao", "pip install -e '.[gpu]' -c constraints.txt", False),
-    Package("transformer_engine", "transformer-engine", "system.linear=fp8_te", TRANSFORMER_ENGINE_EXTRA, False),
-    Package("flash_attn", "flash-attn", "system.attention=flash2; the same kernel as torch's varlen",
-            "pip install --no-build-isolation flash-attn (compiles for about half an hour)", False),
-    Package("flash_attn_interface", "flash-attn-3", "system.attention=flash3",
-            "for a Hopper GPU: build the folder hopper/ of the flash-attention sources", False),
-    Package("xformers", "xformers", "system.attention=xformers",
-            "pip install --no-build-isolation --no-binary xformers xformers: its wheels are for one torch each", False),
-    Package("apex.optimizers", "apex", "system.optimizer=apex; the package apex on PyPI is another one",
-            "build https://github.com/NVIDIA/apex with its CUDA extensions", False),
+    Package("transformer_engine", "transformer-engine", "system.linear=fp8_te", TRANSFORMER_ENGINE, False),
+    Package("flash_attn_interface", "flash-attn-3", "system.attention=flash3, for Hopper GPUs",
+            "pip install --no-deps flash-attn-3 --index-url https://download.pytorch.org/whl/cu130", False),
+    Package("apex.optimizers", "apex", "system.optimizer=apex; the package apex on PyPI is another one", APEX, False),
 )  # fmt: skip
 
 

@@ -53,9 +53,8 @@ def test_what_cannot_be_deterministic_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:0:0"):
         deterministic.enforce(tiny_config(*ASKED), torch.device("cpu"))
     assert not torch.are_deterministic_algorithms_enabled()
-    for backend in ("flash3", "xformers"):
-        with pytest.raises(ValueError, match="not deterministic"):
-            resolve(backend, "cuda", is_deterministic=True)
+    with pytest.raises(ValueError, match="not deterministic"):
+        resolve("flash3", "cuda", is_deterministic=True)
     assert deterministic.enforce(tiny_config(), torch.device("cpu")).startswith("no more")
 
 
@@ -75,4 +74,4 @@ def steps_twice(comm: Comm) -> list[str]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_steps_on_a_gpu_are_the_same_bits_twice() -> None:
-    assert run_ranks(steps_twice, 1) == [[]]
+    assert run_ranks(steps_twice, 1, timeout=300.0) == [[]]  # it compiles

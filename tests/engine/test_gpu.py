@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.engine import ranks, test_compile, test_golden
+from tests.engine.test_deterministic import ASKED
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
 
@@ -19,9 +20,10 @@ pytestmark = [
 STEPS = 20
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero3"])
-def test_twenty_steps_are_those_of_plain_adamw_on_the_cpu(stage: str) -> None:
-    config = tiny_config(f"optim.steps={STEPS}", "optim.eps=1e-4")  # noise stays noise: tests/engine/test_zero_training
+@pytest.mark.parametrize(("stage", "compiled"), [("zero1", "off"), ("zero3", "on")])
+def test_twenty_steps_are_those_of_plain_adamw_on_the_cpu(stage: str, compiled: str) -> None:
+    # Noise stays noise by this eps: tests/engine/test_zero_training.
+    config = tiny_config(f"optim.steps={STEPS}", "optim.eps=1e-4", f"system.compile={compiled}")
     plain = ranks.train_plainly(config, STEPS)
     [found] = run_ranks(ranks.train, 1, config, stage, STEPS, timeout=300.0)
     # Another device sums in another order [D]: 50 times what another processor may differ by after ten steps.
@@ -33,9 +35,14 @@ def test_twenty_steps_are_those_of_plain_adamw_on_the_cpu(stage: str) -> None:
 def test_bf16_follows_fp32() -> None:
     losses = {
         precision: run_ranks(
-            ranks.train, 1, tiny_config(f"optim.steps={STEPS}", f"optim.precision={precision}"), "zero1", STEPS
+            ranks.train,
+            1,
+            tiny_config(f"optim.steps={STEPS}", f"optim.precision={precision}", f"system.compile={compiled}"),
+            "zero1",
+            STEPS,
+            timeout=300.0,
         )[0].losses
-        for precision in ("fp32", "bf16")
+        for precision, compiled in (("fp32", "off"), ("bf16", "on"))
     }
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)  # a step of rate 1e-3 changes them by up to 0.05
 
@@ -47,7 +54,7 @@ def test_blocks_compile_without_breaks_and_only_at_first() -> None:
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path: Path) -> None:
-    [(whole, resumed)] = run_ranks(ranks.save_and_go_on, 1, tiny_config("system.deterministic=true"), tmp_path)
+    [(whole, resumed)] = run_ranks(ranks.save_and_go_on, 1, tiny_config(*ASKED, "system.compile=off"), tmp_path)
     assert resumed == whole
 
 

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import current_flash_attention_impl
 
 from kernels.attention import NEEDS, missing
 from kernels.dense_attention import DENSE
@@ -24,6 +26,7 @@ from profiling.machine import describe, device, matmul_peak
 from profiling.measurement import Measurement, Recorder
 from profiling.workload import random_batch, random_captions, small_step
 from tests.harness import run_ranks
+from tests.kernels.flash_stand_ins import flash_stand_ins
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -44,6 +47,19 @@ def test_the_attention_bench_tells_every_backend(
         assert len(measurement["notes"]) >= len(NEEDS) - len(here)
         assert all(row["median_ms"] > 0 and row["peak_mib"] > 0 for row in measurement["rows"])
     assert "median ms" in capsys.readouterr().out
+
+
+def test_the_attention_bench_times_each_kernel_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "training_dtype", lambda: torch.float32)
+    monkeypatch.setattr(attention, "SEGMENTS", ((2, 5), (3, 2)))
+    monkeypatch.setattr(attention, "missing", lambda name, device, dtype: None)
+    out = tmp_path / "attention.json"
+    with flash_stand_ins(monkeypatch) as calls:
+        assert bench.main(["attention", "--rounds", "2", "--json", str(out)]) == 0
+        assert current_flash_attention_impl() is None
+    found = [[row["variant"] for row in measurement["rows"]] for measurement in json.loads(out.read_text())]
+    assert found == [[*DENSE, "varlen"], [*DENSE, "flash3"]]
+    assert [kernel for kernel, _ in groupby(call.split()[0] for call in calls)] == ["torch", "FA3"]
 
 
 def test_where_bf16_is_emulated_benches_use_float32_and_name_it(
