@@ -1,4 +1,4 @@
-# The engine on NVIDIA's PyTorch image, where apex, Transformer Engine and DALI come built.
+# The engine on NVIDIA's PyTorch image, where apex, Transformer Engine, FlashAttention and DALI come built.
 #
 #   docker build -t registry.example/vtp-engine .
 #   docker run --rm --gpus all --ipc host registry.example/vtp-engine python -m profiling.doctor
@@ -26,5 +26,5 @@ RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable .
 # A release whose torch is too old, or that has lost a library, ends the build here and not a run later.
 RUN python -c "import importlib.util as u, torch; \
     assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11), torch.__version__; \
-    lost = [n for n in ('apex', 'transformer_engine', 'nvidia.dali') if u.find_spec(n) is None]; \
+    lost = [n for n in ('apex', 'transformer_engine', 'flash_attn', 'nvidia.dali') if u.find_spec(n) is None]; \
     assert not lost, lost"

@@ -99,7 +99,7 @@ class System(Section):
     images_every: Count = 0  # steps between two picture reports; 0: only at the end
     phases: bool = True  # reports say where a step's time goes (engine/report/timing.py)
     compile: Literal["auto", "on", "off"] = "auto"
-    attention: Literal["auto", "flash3", "varlen", "sdpa", "matmul"] = "auto"
+    attention: Literal["auto", "flash3", "varlen", "flash2", "xformers", "sdpa", "matmul"] = "auto"
     activation_checkpointing: Literal["off", "selective", "full"] = "off"  # engine/recompute.py
     optimizer: Literal["auto", "torch", "torch_fused", "deepspeed", "deepspeed_cpu", "apex"] = "auto"
     linear: Literal["bf16", "fp8_torchao", "fp8_te"] = "bf16"  # of the blocks; FP8 rounds more, the run is the same

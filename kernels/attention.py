@@ -2,12 +2,15 @@
 
 A packed sequence has no padding inside segments and few distinct segment lengths. Two families of kernels serve it, all
 exact. Dense ones take one batched call per segment length (kernels/dense_attention.py: sdpa, matmul). Varlen ones take
-one call for all, through torch's varlen_attn, with offsets that say where each segment begins:
+one call for all, with offsets that say where each segment begins:
 
-    varlen      FlashAttention 2, part of torch's CUDA builds
-    flash3      FlashAttention 3 for Hopper GPUs (module flash_attn_interface), which torch puts in its place
+    varlen      torch's varlen_attn: FlashAttention 2, part of torch's CUDA builds
+    flash3      the same call with FlashAttention 3 for Hopper GPUs (module flash_attn_interface) in its place
+    flash2      the flash-attn package, 2.7 or newer: the kernel of varlen, where torch was built without it
+    xformers    its BlockDiagonalMask (kernels/xformers_attention.py), for GPUs that the others do not serve
 
-Which of the two kernels runs under torch's flash operators is a setting of the process, made by activate().
+Which kernel runs under torch's flash operators, its own or FlashAttention 3, is a setting of the process, made by
+activate().
 
 Rows of equal length may be divided further into spans, as packed captions are.
 
@@ -33,6 +36,7 @@ from torch.nn.attention import (
 )
 
 from kernels.dense_attention import DENSE, Segments, Spans, attend_dense
+from kernels.xformers_attention import attend_xformers
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,16 @@ NEEDS = {
         "pip install --no-deps flash-attn-3 --index-url https://download.pytorch.org/whl/cu130",
     ),
     "varlen": Need("torch", (8, 0), "pip install --force-reinstall torch -c constraints.txt"),
+    "flash2": Need(
+        "flash_attn", (8, 0), "pip install --no-build-isolation flash-attn (compiles for about half an hour)"
+    ),
+    "xformers": Need("xformers", (8, 0), "pip install --no-build-isolation --no-binary xformers xformers (compiles)"),
 }
-PREFERENCE = ("flash3", "varlen")  # what "auto" tries, best first
+PREFERENCE = ("flash3", "varlen", "flash2", "xformers")  # what "auto" tries, best first
 # Whose gradients differ from run to run. torch passes FlashAttention 3 its flag for a fixed order of sums, but with
-# builds of early 2026 the queries' gradients are reported to differ all the same.
-NOT_DETERMINISTIC = ("flash3",)
+# builds of early 2026 the queries' gradients are reported to differ all the same; xFormers has no such flag.
+NOT_DETERMINISTIC = ("flash3", "xformers")
+TAKES_OFFSETS = ("flash3", "varlen", "flash2")  # xFormers wants lengths as Python numbers, known before the call
 UNDER_TORCH = {"flash3": "FA3"}  # torch's names of kernels that are not its own; every other backend runs torch's
 
 
@@ -90,7 +99,9 @@ def _resolve(name: str, device: torch.device, dtype: torch.dtype, refused: tuple
     if name not in (*DENSE, *NEEDS):
         raise ValueError(f"attention backend {name!r} is not known; choose one of auto, {', '.join((*DENSE, *NEEDS))}")
     if name in refused:
-        raise ValueError("its backward is not deterministic, which the run is to be; choose auto, varlen or sdpa")
+        raise ValueError(
+            "its backward is not deterministic, which the run is to be; choose auto, varlen, flash2 or sdpa"
+        )
     obstacle = missing(name, device, dtype) if name in NEEDS else None
     if obstacle:
         raise ValueError(f"it cannot run here: {obstacle}; or choose auto")
@@ -129,11 +140,11 @@ def attend(
     held = sum(count * length for count, length in segments)
     assert held <= q_THE.shape[0], f"segments {segments} hold {held} tokens, the sequence {q_THE.shape[0]}"
     assert spans is None or len(segments) == 1, f"spans divide rows of one length, not {segments}"
-    if backend in NEEDS:
+    if backend in NEEDS and (spans is None or backend in TAKES_OFFSETS):
         offsets = None if spans is None else spans.offsets
         out_THE = _attend_varlen(q_THE[:held], k_THE[:held], v_THE[:held], segments, offsets, causal, backend)
     else:
-        out_THE = attend_dense(q_THE, k_THE, v_THE, segments, causal, DENSE[backend], spans)
+        out_THE = attend_dense(q_THE, k_THE, v_THE, segments, causal, DENSE.get(backend, DENSE["sdpa"]), spans)
     return F.pad(out_THE, (0, 0, 0, 0, 0, q_THE.shape[0] - held)) if held < q_THE.shape[0] else out_THE
 
 
@@ -200,6 +211,11 @@ def _attend_varlen(
     backend: str,
 ) -> Tensor:
     """Attention within segments that cover all T tokens, or, given `offsets`, between neighbouring offsets."""
+    if backend == "xformers":
+        lengths = [length for count, length in segments for _ in range(count)]
+        return attend_xformers(q_THE, k_THE, v_THE, lengths, causal)
+    if backend == "flash2":
+        return _attend_flash2(q_THE, k_THE, v_THE, segments, offsets, causal)
     from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler, which takes seconds
 
     under = current_flash_attention_impl()  # in a compiled graph a guard: where it changes, the graph is compiled anew
@@ -209,6 +225,21 @@ def _attend_varlen(
     window = (-1, 0) if causal else (-1, -1)
     out_THE = varlen_attn(q_THE, k_THE, v_THE, offsets, offsets, longest, longest, window_size=window)
     assert isinstance(out_THE, Tensor), "it returns more only when asked"
+    return out_THE
+
+
+def _attend_flash2(
+    q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments, offsets: Tensor | None, causal: bool
+) -> Tensor:
+    """The flash-attn package's varlen attention."""
+    from flash_attn import flash_attn_varlen_func
+
+    offsets = begins(segments, q_THE.device) if offsets is None else offsets
+    longest = max(length for _, length in segments)
+    is_fixed = torch.are_deterministic_algorithms_enabled()
+    out_THE: Tensor = flash_attn_varlen_func(
+        q_THE, k_THE, v_THE, offsets, offsets, longest, longest, causal=causal, deterministic=is_fixed
+    )
     return out_THE
 
 

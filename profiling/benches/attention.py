@@ -34,7 +34,8 @@ def _measure(dtype: torch.dtype, kernel: str, recorder: Recorder) -> None:
         return torch.autograd.grad(attend(q, k, v, SEGMENTS, backend=backend).float().sum(), (q, k, v))
 
     obstacles = {name: missing(name, device(), dtype) for name in NEEDS}
-    backends = [*DENSE, *([kernel] if obstacles[kernel] is None else [])]
+    named = ("flash3",) if kernel == "flash3" else tuple(name for name in NEEDS if name != "flash3")
+    backends = [*DENSE, *(name for name in named if obstacles[name] is None)]
     want = reference(q.detach().float(), k.detach().float(), v.detach().float(), SEGMENTS)
     words = " + ".join(f"{count} segments of {length}" for count, length in SEGMENTS)
     workload = f"{words} tokens, {HEADS} heads of {HEAD_WIDTH}, {dtype}, forward and backward"

@@ -54,6 +54,10 @@ PACKAGES = (
     Package("transformer_engine", "transformer-engine", "system.linear=fp8_te", TRANSFORMER_ENGINE, False),
     Package("flash_attn_interface", "flash-attn-3", "system.attention=flash3, for Hopper GPUs",
             "pip install --no-deps flash-attn-3 --index-url https://download.pytorch.org/whl/cu130", False),
+    Package("flash_attn", "flash-attn", "system.attention=flash2; the same kernel as torch's varlen",
+            "pip install --no-build-isolation flash-attn (compiles for about half an hour)", False),
+    Package("xformers", "xformers", "system.attention=xformers; its wheels are for one torch each",
+            "pip install --no-build-isolation --no-binary xformers xformers (compiles)", False),
     Package("apex.optimizers", "apex", "system.optimizer=apex; the package apex on PyPI is another one", APEX, False),
 )  # fmt: skip
 

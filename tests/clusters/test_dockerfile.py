@@ -11,7 +11,7 @@ pytestmark = pytest.mark.L0
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 BUILT_IN_THE_IMAGE = {"torch", "nvidia-dali-cuda130"}
-FROM_THE_GPU_EXTRA = {"torchao"}  # the image has transformer-engine
+FROM_THE_GPU_EXTRA = {"torchao"}  # the image has the others: flash-attn, transformer-engine; xformers is an alternative
 
 
 def package_name(requirement: str) -> str:

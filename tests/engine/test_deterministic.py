@@ -53,8 +53,9 @@ def test_what_cannot_be_deterministic_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:0:0"):
         deterministic.enforce(tiny_config(*ASKED), torch.device("cpu"))
     assert not torch.are_deterministic_algorithms_enabled()
-    with pytest.raises(ValueError, match="not deterministic"):
-        resolve("flash3", "cuda", is_deterministic=True)
+    for backend in ("flash3", "xformers"):
+        with pytest.raises(ValueError, match="not deterministic"):
+            resolve(backend, "cuda", is_deterministic=True)
     assert deterministic.enforce(tiny_config(), torch.device("cpu")).startswith("no more")
 
 

@@ -85,6 +85,6 @@ def test_auto_takes_the_dense_kernel_that_suits_the_cpu_and_says_why() -> None:
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    known = "choose one of auto, sdpa, matmul, flash3, varlen"
+    known = "choose one of auto, sdpa, matmul, flash3, varlen, flash2, xformers"
     with pytest.raises(ValueError, match=f"'fast' is not known; {known}"):
         resolve("fast", "cpu")

@@ -24,7 +24,7 @@ SEGMENTS = ((2, 5), (3, 2))
 CUDA = torch.device("cuda")
 IDS = torch.tensor([[1, 1, 1, 2, 2], [1, 0, 0, 0, 0]], dtype=torch.int32)
 SPANS = Spans(IDS, torch.tensor([0, 3, 5, 5, 6, 10], dtype=torch.int32))
-KERNEL_OF = {"flash3": "FA3", "varlen": "torch"}
+UNDER_TORCH = {"flash3": "FA3", "varlen": "torch"}  # the kernel that runs under torch's flash operators
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def test_each_kernel_gets_segments_and_spans_as_torch_wants_them(backend: str, c
     with activated(backend):
         check(backend, SEGMENTS, 18, causal, None)  # two tokens of padding
         check(backend, ((2, 5),), 10, causal, SPANS)
-    assert calls == [f"{KERNEL_OF[backend]} forward", f"{KERNEL_OF[backend]} backward"] * 2
+    ways = ("forward", "backward") if backend in UNDER_TORCH else ()
+    assert calls == [f"{UNDER_TORCH[backend]} {way}" for way in ways] * 2
 
 
 @pytest.mark.L0
@@ -71,6 +72,16 @@ def test_a_compiled_graph_runs_the_kernel_that_is_active_without_a_break(calls: 
             torch.testing.assert_close(out, 2 * reference(*qkv, SEGMENTS), rtol=0, atol=1e-5)
             out.sum().backward()
     assert calls == [f"{kernel} {way}" for kernel in ("FA3", "torch", "FA3") for way in ("forward", "backward")]
+
+
+@pytest.mark.L0
+@pytest.mark.usefixtures("calls")
+def test_the_xformers_operator_compiles_without_a_break() -> None:
+    q, k, v = random_qkv(16)
+    call = torch.compile(
+        lambda q, k, v: attend(q, k, v, SEGMENTS, backend="xformers") * 2, fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(call(q, k, v), 2 * reference(q, k, v, SEGMENTS), rtol=0, atol=1e-5)
 
 
 @pytest.mark.L0
@@ -114,6 +125,7 @@ def test_auto_on_a_gpu_takes_the_best_there_is_and_says_what_is_missing(monkeypa
         ((9, 0), ("flash3", "varlen"), "flash3", "auto: one call for all segments"),
         ((9, 0), ("varlen",), "varlen", "not flash3: flash_attn_interface is not installed"),
         ((10, 0), ("flash3", "varlen"), "varlen", "made for Hopper"),
+        ((8, 0), ("flash2",), "flash2", "not varlen: torch was built without FlashAttention"),
         ((8, 0), (), "sdpa", "was built without FlashAttention"),
         ((7, 0), (), "sdpa", "this GPU has 7.0"),
     ):
@@ -129,7 +141,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], here: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: "varlen" in here)
-    monkeypatch.setattr(attention, "find_spec", lambda module: "found" if "flash3" in here else None)
+    modules = {attention.NEEDS[name].module for name in here}
+    monkeypatch.setattr(attention, "find_spec", lambda module: "found" if module in modules else None)
 
 
 @pytest.mark.gpu

@@ -77,7 +77,7 @@ def test_a_run_is_possible_here_and_a_broken_package_is_told(tmp_path: Path) -> 
         assert report["device"] == "CPU"
         assert found["GPU"]["state"] == "absent"
         assert found["attention varlen"]["state"] == "absent"
-        assert found["attention varlen"]["remedy"] == "use a machine with an NVIDIA GPU", "it is part of the torch here"
+        assert found["attention varlen"]["remedy"] == "use a machine with an NVIDIA GPU of compute capability 8.0"
         assert found["attention in this run"]["said"].startswith("matmul (auto: bf16 on CPU")
 
 
@@ -128,6 +128,8 @@ def test_every_page_names_the_same_command_for_a_package() -> None:
     """The doctor's list of packages, the doors of the libraries, the README and the extras of setup.py."""
     remedies = {package.module: package.remedy for package in PACKAGES}
     assert remedies["flash_attn_interface"] == NEEDS["flash3"].remedy
+    assert remedies["flash_attn"] == NEEDS["flash2"].remedy
+    assert remedies["xformers"] == NEEDS["xformers"].remedy
     assert remedies["torchao"] == fp8.INSTALL_COMMANDS["fp8_torchao"]
     assert remedies["transformer_engine"] == fp8.INSTALL_COMMANDS["fp8_te"]
     assert remedies["apex.optimizers"] == optim.APEX_INSTALL
