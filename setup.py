@@ -20,7 +20,7 @@ setup(
     package_data={"configs": ["*.yaml", "deepspeed/*.json"], "profiling.report": ["*.j2"]},
     install_requires=[
         "torch>=2.11,<2.14",
-        "deepspeed>=0.19.8",
+        "deepspeed==0.19.8",  # engine/zero/ replaces parts of this release and refuses another
         "nvidia-dali-cuda130>=2.4",  # decodes on the CPU where there is no GPU
         "webdataset>=1.0.2",
         "fsspec",
