@@ -71,7 +71,7 @@ class TritonTiles:
         """Leaves the tile as it is. `idx` of the columns is meaningless: it counts rows of this tile."""
         by_row, by_column = self._block_statistics(tile_RC)
         _merge_blocks(by_row, rows, start)
-        _merge_blocks(by_column, columns, 0)  # where a column's best score stands, nobody asks
+        _merge_blocks(by_column, columns, 0)  # nothing reads where a column's best score is
 
     def follow_best(self, tile_RC: Tensor, rows: Online, start: int) -> None:
         """Follows the sums too: they cost nothing beside reading the tile."""
@@ -89,9 +89,7 @@ class TritonTiles:
         """The tile must be contiguous, as in `softmax_gradient`. Programs write their sums apart; no atomics."""
         gradient, grid = self._gradient_like(tile_RC), _grid(tile_RC)
         sums = tile_RC.new_empty(2, *grid)
-        _sigmoid_gradient[grid](
-            tile_RC, *gradient, *tile_RC.shape, diagonal, *sums, BLOCK_ROWS, BLOCK_COLUMNS
-        )  # fmt: skip
+        _sigmoid_gradient[grid](tile_RC, *gradient, *tile_RC.shape, diagonal, *sums, BLOCK_ROWS, BLOCK_COLUMNS)
         loss, grad_sum = sums.flatten(1).sum(dim=1, keepdim=True)
         return gradient, loss, grad_sum
 
@@ -101,9 +99,9 @@ class TritonTiles:
         (num_rows, num_columns), (row_blocks, column_blocks) = tile_RC.shape, _grid(tile_RC)
         by_row = _statistics_of(tile_RC, column_blocks, num_rows)
         by_column = _statistics_of(tile_RC, row_blocks, num_columns)
-        _statistics[_grid(tile_RC)](
+        _statistics[row_blocks, column_blocks](
             tile_RC, num_rows, num_columns, *by_row, *by_column, BLOCK_ROWS, BLOCK_COLUMNS
-        )  # fmt: skip
+        )
         return by_row, by_column
 
     def _gradient_like(self, tile_RC: Tensor) -> Tensor:

@@ -44,10 +44,8 @@ LOGSUMEXP = {2: _tile(2, 128), 4: _tile(4, 64)}
 DIFFERENCES = {2: _tile(2, 64), 4: _tile(4, 64)}
 WANTED_BLOCKS = 128  # of a product of cuBLAS's: about one for every multiprocessor of the largest GPUs
 GROUP = tl.constexpr(32)  # blocks of rows that share prototypes: 4,096 rows of 256 in bf16 are 2 MiB
-LOG2E, LN2 = (
-    tl.constexpr(1 / math.log(2)),
-    tl.constexpr(math.log(2)),
-)  # exp2 is an instruction, exp a multiplication more
+LN2 = tl.constexpr(math.log(2))
+LOG2E = tl.constexpr(1 / math.log(2))  # exp2 is an instruction, exp a multiplication more: it goes into the temperature
 
 
 @triton.jit
@@ -101,8 +99,8 @@ def _differences(
     num_pairs, U, V, K, E, inverse_student_temp, inverse_teacher_temp,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile; writes dz (P, K) = scale (p - q) in its dtype, and the tile's part
-    of the cross-entropy -q . log p, (blocks of prototypes, P) float32."""
+    """A program a tile; writes dz (P, K) = scale (p - q) in its dtype, and the tile's part of the cross-entropy
+    -q . log p, (blocks of prototypes, P) float32."""
     pairs, columns, column_block = _place(num_pairs, K, BLOCK_R, BLOCK_K)
     pair_idx, column_idx = tl.minimum(pairs, num_pairs - 1), tl.minimum(columns, K - 1)
     x_idx, t_idx = pair_idx // V, pair_idx // (U * V) * V + pair_idx % V
@@ -208,23 +206,3 @@ def _blocks(num_prototypes: int, tile: dict[str, int]) -> int:
 
 def _grid(num_rows: int, num_prototypes: int, tile: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(num_rows, tile["BLOCK_R"]) * _blocks(num_prototypes, tile),)
-
-
-def _lse(x_RE: Tensor, prototypes_KE: Tensor, bias_K: Tensor, temp: float) -> Tensor:
-    """log sum_k exp(<x_r, prototype_k> / temp - bias_k), (R,) float32."""
-    (num_rows, width), num_prototypes = x_RE.shape, len(prototypes_KE)
-    tile = LOGSUMEXP[x_RE.element_size()]
-    lse_BR = bias_K.new_empty(_blocks(num_prototypes, tile), num_rows)
-    _logsumexp[_grid(num_rows, num_prototypes, tile)](
-        x_RE, prototypes_KE, bias_K, lse_BR, num_rows, num_prototypes, width, 1 / temp, **tile
-    )
-    return torch.logsumexp(lse_BR, dim=0)
-
-
-def _split_product(dz_PK: Tensor, prototypes_KE: Tensor) -> Tensor:
-    """dz @ prototypes, (P, E) float32; the long sum over prototypes in parts, so that few rows too fill a GPU."""
-    (num_pairs, num_prototypes), width = dz_PK.shape, prototypes_KE.shape[1]
-    blocks = triton.cdiv(num_pairs, 128) * triton.cdiv(width, 256)
-    parts = math.gcd(num_prototypes, triton.next_power_of_2(triton.cdiv(WANTED_BLOCKS, blocks)))
-    left_SPK = dz_PK.unflatten(1, (parts, -1)).transpose(0, 1)
-    return torch.bmm(left_SPK, prototypes_KE.unflatten(0, (parts, -1))).sum(dim=0, dtype=torch.float32)

@@ -141,5 +141,5 @@ def test_triton_equals_the_whole_matrix_on_cuda(kind: str, backend: str) -> None
     for pairs, width in [(5000, 768), *drawn]:
         # Captions little like their images: a solved batch has a gradient of 1 - p, p near 1, which no float32 holds.
         inputs = tuple(x.detach().cuda().requires_grad_() for x in batch(kind, pairs, width, 30.0, likeness=0.1))
-        # On a CPU, the bf16 products emulated: worst 1.9e-5.
-        compare(kind, inputs, 1e-4, backend=backend)
+        # On a CPU, the bf16 products emulated: worst 1.9e-5; tensor cores round sums of 144 to 312 parts towards zero.
+        compare(kind, inputs, 2e-4 if backend == "triton" else 1e-4, backend=backend)
