@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -243,7 +244,9 @@ def _torchao_config() -> Any:
 @cache
 def _torchao() -> ModuleType:
     try:
-        with _without_start_up_talk():
+        with _without_start_up_talk(), warnings.catch_warnings():
+            # 0.18 writes "\." in an ordinary string, of which Python warns where there is no .pyc yet.
+            warnings.filterwarnings("ignore", r".*invalid escape sequence", module=r".*\btorchao\b")
             return importlib.import_module("torchao.float8")
     except ImportError as error:
         raise ImportError(f"fp8_torchao needs torchao ({error}): {INSTALL_COMMANDS['fp8_torchao']}") from None

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kernels import fp8
 from kernels.fp8 import E4M3, E5M2, SMALL, Linears, reference, resolve, to_torchao, torchao_linear
 from tests.float8_count import float8_products
 
@@ -134,3 +135,27 @@ def test_the_library_comes_in_without_talk_or_is_named_with_its_extra(prelude: s
     assert done.stderr == ""
     assert done.stdout.startswith("fp8_torchao needs torchao (" if prelude else "fp8_torchao\n")
     assert ("pip install -e '.[gpu]'" in done.stdout) == bool(prelude)
+
+
+def of_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """The next import of torchao.float8 compiles this source: nothing is imported yet, and no .pyc is there."""
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text("")
+    (tmp_path / "torchao" / "float8.py").write_text(source)
+    known = [name for name in sys.modules if name.partition(".")[0] == "torchao"]
+    for name in {*known, "torchao", "torchao.float8"}:
+        monkeypatch.setitem(sys.modules, name, sys)  # put back afterwards, or away where it was not there
+        del sys.modules[name]
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+
+def test_torchaos_invalid_escape_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_source(tmp_path, monkeypatch, 'PATTERN = "layers\\.0"\n')
+    assert fp8._torchao.__wrapped__().PATTERN == r"layers\.0"
+
+
+def test_another_warning_of_torchao_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_source(tmp_path, monkeypatch, 'import warnings\nwarnings.warn("old", DeprecationWarning)\n')
+    with pytest.raises(DeprecationWarning, match="old"):
+        fp8._torchao.__wrapped__()
