@@ -14,6 +14,8 @@ Where deepspeed 0.19.8 holds the host in a step, and what is done instead:
     all         the norm of each group copies -1.0 to the device: the stream; and takes norms one by one, each of a
                 float64 copy (VTP-L: 699). `torch._foreach_norm` takes a few launches; bit-equal on the CPU.
 
+On one rank, where ZeRO-1 and 2 divide each bucket by 1, copy it, reduce it among one and copy it back, nothing is done.
+
 Without these waits nothing orders ZeRO-3's gathers, on a stream of their own, behind the optimizer and the teacher that
 write the shards: they wait for the stream that computes at the start of each forward.
 
@@ -103,6 +105,8 @@ def let_host_run_ahead(engine: Any) -> None:
             )
     elif isinstance(zero, FLAT):
         zero.get_grad_norm_direct = partial(_norm_of_partition, zero)
+        if world.world_size() == 1 and zero.reduce_scatter and not zero.overlap_comm:
+            zero.average_tensor = partial(_average_of_one, zero.average_tensor)
         if zero.reduction_stream is not None and not zero.cpu_offload:
             _wait_on_stream(zero.reduction_stream)
             for name in REDUCTIONS:
@@ -178,6 +182,12 @@ def _answering(**methods: Callable[[], Any]) -> Iterator[None]:
                 vars(accelerator).pop(name)
             else:
                 vars(accelerator)[name] = method
+
+
+def _average_of_one(average: Callable[..., None], bucket: Tensor, communication_data_type: torch.dtype) -> None:
+    """ZeRO-1 and 2's average_tensor on one rank: the bucket is the average, unless it is rounded on its way."""
+    if bucket.dtype != communication_data_type:
+        average(bucket, communication_data_type)
 
 
 def _norm_of_partition(
