@@ -40,7 +40,7 @@ class PackedCaptions(NamedTuple):
         return 1 - self.tokens_RC.numel() / captions_BC.numel() if captions_BC.numel() else 0.0
 
     def to(self, device: torch.device) -> PackedCaptions:
-        """The same on `device`, without waiting for it."""
+        """The same on `device`."""
         tokens, positions, ends = (
             t.to(device, non_blocking=True) for t in (self.tokens_RC, self.positions_RC, self.ends_B)
         )

@@ -10,9 +10,12 @@ Where deepspeed 0.19.8 holds the host in a step, and what is done instead:
     ZeRO-3      end of backward, and each fp32 shard that teacher and average read: the reduction stream. Now the stream
                 that computes waits for it; a shard is written by the optimizer, on the stream that reads it.
     ZeRO-3      parameters that stay gathered, after each step: the whole device; on one rank, where nothing is
-                gathered, each module: a stream. Now nobody: what reads them is queued behind them.
+                gathered, each module: a stream. Now nobody: what reads them is queued behind them. With
+                zero_hpz_partition_size each copy that a host keeps: the stream. Now the gathers wait.
     all         the norm of each group copies -1.0 to the device: the stream; and takes norms one by one, each of a
                 float64 copy (VTP-L: 699). `torch._foreach_norm` takes a few launches; bit-equal on the CPU.
+
+On one rank, where ZeRO-1 and 2 divide each bucket by 1, copy it, reduce it among one and copy it back, nothing is done.
 
 Without these waits nothing orders ZeRO-3's gathers, on a stream of their own, behind the optimizer and the teacher that
 write the shards: they wait for the stream that computes at the start of each forward.
@@ -77,6 +80,7 @@ KNOWN: dict[tuple[type, str], str] = {
     (SHARDED, "_post_step"): "d993f8fa66f0",
     (COORDINATOR, "_fetch_sub_module_impl"): "5a0c0616eaa0",
     (COORDINATOR, "_PartitionedParameterCoordinator__all_gather_params_"): "4833cf1eeb2b",
+    (partition_parameters.Init, "_partition_param_sec"): "962ba1ded0ca",
     (partition_parameters.Init, "_allgather_params_coalesced"): "774cce0650d2",
     (partition_parameters.Init, "_allgather_params_sequential"): "13b0f115f112",
     (partition_parameters.NoGatherHandle, "wait"): "b86a33702302",
@@ -86,7 +90,7 @@ KNOWN: dict[tuple[type, str], str] = {
 
 def let_host_run_ahead(engine: Any) -> None:
     """Replace the host's waits in the steps of a started engine. Raises UserError for a DeepSpeed that is not known."""
-    zero, accelerator = engine.optimizer, get_accelerator()
+    zero = engine.optimizer
     check_known()
     if isinstance(zero, SHARDED):
         zero.get_grad_norm_direct = partial(_norm_of_shards, zero)
@@ -98,11 +102,11 @@ def let_host_run_ahead(engine: Any) -> None:
         coordinator = zero.parameter_offload.get_param_coordinator()
         gathers = getattr(coordinator, f"_{COORDINATOR.__name__}__allgather_stream")
         if gathers is not None and world.world_size() > 1:  # a lone rank gathers nothing
-            engine.module.register_forward_pre_hook(
-                lambda *_: gathers.wait_stream(accelerator.current_stream()), prepend=True
-            )
+            _order_gathers(engine, gathers)
     elif isinstance(zero, FLAT):
         zero.get_grad_norm_direct = partial(_norm_of_partition, zero)
+        if world.world_size() == 1 and zero.reduce_scatter and not zero.overlap_comm:
+            zero.average_tensor = partial(_average_of_one, zero.average_tensor)
         if zero.reduction_stream is not None and not zero.cpu_offload:
             _wait_on_stream(zero.reduction_stream)
             for name in REDUCTIONS:
@@ -148,6 +152,28 @@ def _without_host_wait(call: Callable[..., Any]) -> Callable[..., Any]:
     return queued
 
 
+def _order_gathers(engine: Any, gathers: Any) -> None:
+    """Make the stream that gathers wait for shards to be written: whole ones, and the copies that a host keeps."""
+
+    def wait(*_: Any) -> None:
+        gathers.wait_stream(get_accelerator().current_stream())
+
+    engine.module.register_forward_pre_hook(wait, prepend=True)
+    if engine.zero_hpz_partition_size() == 1:
+        return
+    write = partition_parameters.Init._partition_param_sec
+
+    @functools.wraps(write)
+    def queued(init: Any, param: Any, buffer: Any = None, has_been_updated: bool = False) -> None:
+        is_there = param.ds_secondary_tensor is not None and not has_been_updated
+        with _answering(resolves_data_dependency=lambda: True):
+            write(init, param, buffer, has_been_updated)
+        if not is_there:
+            wait()
+
+    partition_parameters.Init._partition_param_sec = queued
+
+
 def _without_device_wait(call: Callable[..., Any], reductions: Any) -> Callable[..., Any]:
     """`call`, in which the stream that computes and the one that reduces wait for each other, and not the host."""
 
@@ -178,6 +204,12 @@ def _answering(**methods: Callable[[], Any]) -> Iterator[None]:
                 vars(accelerator).pop(name)
             else:
                 vars(accelerator)[name] = method
+
+
+def _average_of_one(average: Callable[..., None], bucket: Tensor, communication_data_type: torch.dtype) -> None:
+    """ZeRO-1 and 2's average_tensor on one rank: the bucket is the average, unless it is rounded on its way."""
+    if bucket.dtype != communication_data_type:
+        average(bucket, communication_data_type)
 
 
 def _norm_of_partition(

@@ -51,7 +51,7 @@ def drawn_steps(uniform_B: Tensor, steps: int = STEPS) -> Tensor:
 
 def noised(latents: Tensor, noise: Tensor, step_B: Tensor, survival_S: Tensor) -> Tensor:
     """x_s of each row (B, ...) at its own step."""
-    survival_B = survival_S.to(step_B.device)[step_B].view(-1, *[1] * (latents.ndim - 1))
+    survival_B = variance.at_steps(survival_S, step_B).view(-1, *[1] * (latents.ndim - 1))
     return survival_B.sqrt().float() * latents + (1 - survival_B).sqrt().float() * noise
 
 

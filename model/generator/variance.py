@@ -44,9 +44,9 @@ def spread(share: Tensor, before: float, after: float) -> Tensor:
 
 def bound(said: Tensor, noise: Tensor, x: Tensor, latents: Tensor, step_B: Tensor, survival_S: Tensor) -> Tensor:
     """The mean bound of rows (B, ...), () float32, each at its own step; `noise` is the predicted one."""
-    by_step = _schedule(tuple(survival_S.tolist()))
+    by_step = _schedule(survival_S)
     signal, rest, of_latent, least, most = (
-        values_S.to(step_B.device)[step_B].float().view(-1, *[1] * (x.ndim - 1)) for values_S in by_step
+        at_steps(values_S, step_B).float().view(-1, *[1] * (x.ndim - 1)) for values_S in by_step
     )
     log_variance = share(said) * most + (1 - share(said)) * least
     predicted = (x - rest * noise.detach()) / signal
@@ -55,6 +55,17 @@ def bound(said: Tensor, noise: Tensor, x: Tensor, latents: Tensor, step_B: Tenso
     to_latent = math.log(2 * math.pi) + log_variance + off
     is_first = (step_B == 0).view(-1, *[1] * (x.ndim - 1))
     return torch.where(is_first, to_latent, to_x_r).mean() / (2 * math.log(2))
+
+
+def at_steps(values_S: Tensor, step_B: Tensor) -> Tensor:
+    """(S,) on the host -> (B,): the value at each row's own step, where the steps are."""
+    return (values_S if step_B.device == values_S.device else _copied(values_S, step_B.device))[step_B]
+
+
+@lru_cache(maxsize=16)
+def _copied(values_S: Tensor, device: torch.device) -> Tensor:
+    """Once and not in every step: a copy out of ordinary host memory waits for all that is queued on the device."""
+    return values_S.to(device)
 
 
 class _Schedule(NamedTuple):
@@ -68,8 +79,8 @@ class _Schedule(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def _schedule(survivals: tuple[float, ...]) -> _Schedule:
-    before_S = torch.tensor(survivals, dtype=torch.float64, device="cpu")
+def _schedule(survival_S: Tensor) -> _Schedule:
+    before_S = survival_S.to("cpu", torch.float64)
     after_S = torch.cat((before_S.new_ones(1), before_S[:-1]))
     beta_S = 1 - before_S / after_S
     posterior_S = beta_S * (1 - after_S) / (1 - before_S)

@@ -80,7 +80,7 @@ def _pixel_terms(
 def _weight(of_rec: Tensor, of_gan: Tensor, outputs: StageOutputs, config: Gan, comm: Comm) -> Tensor:
     """What the adversarial gradient is multiplied with; the last layer's output is the picture, patch by patch."""
     if config.balance == "fixed":
-        return of_rec.new_tensor(config.weight)
+        return of_rec.new_full((), config.weight)  # filled on the device: a new_tensor would be copied there
     patch = outputs.recon.shape[-1] // outputs.latent.shape[-1]
     rec_TF, gan_TF = (unfold(grad, patch).flatten(0, 1) for grad in (of_rec, of_gan))
     return config.weight * adaptive_weight(rec_TF, gan_TF, outputs.tokens_TD, comm, config.limit)

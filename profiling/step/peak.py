@@ -104,10 +104,12 @@ class _Zero:
             group = max(_partition(group, world_size) for group in groups)
             largest = max(max(group) for group in groups)
             buffers = 2 if zero.get("overlap_comm", False) else 1
+        # A lone rank's bucket is not sent (engine/zero/streams.py), unless it is rounded on the way.
+        stays = world_size == 1 and buffers == 1 and given in (None, config.optim.precision)
         return cls(
             stage=stage,
             each=each,
-            sent=each if given is None else COMM_DTYPE_BYTES[given],
+            sent=0 if stays else each if given is None else COMM_DTYPE_BYTES[given],
             bucket=int(zero.get("reduce_bucket_size", BUCKET)),
             buffers=buffers,
             own=own,

@@ -6,13 +6,16 @@ counted by who asked; tensors' own reads are counted beside them.
 
 from __future__ import annotations
 
+import functools
 import json
+import threading
 from collections import Counter
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,6 +47,7 @@ class HostReads(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[str] = Counter()
+        self.thread = threading.get_ident()  # others make batches ahead
         self.plain = {name: getattr(Tensor, name) for name in METHODS}
 
     def __enter__(self) -> HostReads:
@@ -65,7 +69,7 @@ class HostReads(TorchDispatchMode):
 
     def _counted(self, name: str) -> Any:
         def method(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-            if asker(__file__) != ON_HOST:
+            if threading.get_ident() == self.thread and asker(__file__) != ON_HOST:
                 self.seen[f"{name} in {asker(__file__)}"] += 1
             return self.plain[name](tensor, *arguments, **options)
 
@@ -79,7 +83,10 @@ def guard_of(comm: Comm, config: Config, parts: Assembly) -> Guard:
 def count_waits(comm: Comm, config: Config, stage: str) -> Counter[str]:
     """Of one step that is not reported, with what the loop does around it; after two steps that set things up."""
     waits = stream_stand_in.install()
-    parts = ranks.build(config, comm, stage)
+    given = json.loads((ranks.DEEPSPEED / f"{stage}.json").read_text())
+    if stage == "zero3_hpz":
+        given["zero_optimization"]["zero_hpz_partition_size"] = 2
+    parts = assemble(config, complete(given, config, comm.world_size), comm)
     _, centres = ranks.run_steps(parts, config, comm, 0, 2)
     meter, guard = Meter(comm, config.optim.steps, config.batch.clip), guard_of(comm, config, parts)
     batch = random_batch(config, 2, comm.rank, comm.world_size)
@@ -103,6 +110,7 @@ EVERYTHING += ("system.checks.shares_every=1",)
     [
         ("zero3", ()),
         ("zero3", (*EVERYTHING, "objectives.ssl.targets=centering")),
+        ("zero3_hpz", ()),
         ("zero2", EVERYTHING[:1]),
         ("zero2", ("health.spike=skip", "health.nonfinite=skip")),
     ],
@@ -118,18 +126,38 @@ def test_nor_does_a_step_of_a_lone_rank(stage: str) -> None:
     assert run_ranks(count_waits, 1, tiny_config(*EVERYTHING[:1]), stage) == [{}]
 
 
+def mark_copies(computes: Stream, marks: Counter[Stream]) -> None:
+    """Marks where the copies are written that a host keeps of what it gathered."""
+    write = Init._partition_param_sec
+
+    @functools.wraps(write)
+    def marked(init: Any, param: Any, buffer: Any = None, has_been_updated: bool = False) -> None:
+        is_there = param.ds_secondary_tensor is not None and not has_been_updated
+        computes.work()
+        write(init, param, buffer, has_been_updated)
+        if not is_there:
+            marks[computes] = computes.seen[computes]
+
+    Init._partition_param_sec = marked
+
+
 def order_of_streams(comm: Comm, stage: str) -> Counter[str]:
     """How often something is queued that needs what an earlier stream does and has not waited for it; of three steps
     with five buckets and more."""
     stream_stand_in.install()
-    config = tiny_config()
+    config, computes, shards = tiny_config(), Stream.current[0], Counter[Stream]()
     given = json.loads((ranks.DEEPSPEED / f"{stage}.json").read_text())
     given["zero_optimization"]["reduce_bucket_size"] = 5000
+    if stage == "zero3_hpz":
+        # All is let go after forward and gathered again in backward, from the copies.
+        limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        given["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits} | {"zero_hpz_partition_size": 2}
+        mark_copies(computes, shards)
     parts = assemble(config, complete(given, config, comm.world_size), comm)
     assert parts.teacher is not None
-    zero, backend, computes = parts.engine.optimizer, deepspeed.comm.comm.cdb, Stream.current[0]
-    reduces = zero.reduce_and_partition_stream if stage == "zero3" else zero.reduction_stream
-    found, gradients, shards = Counter[str](), Counter[Stream](), Counter[Stream]()
+    zero, backend = parts.engine.optimizer, deepspeed.comm.comm.cdb
+    reduces = zero.reduction_stream if stage == "zero2" else zero.reduce_and_partition_stream
+    found, gradients = Counter[str](), Counter[Stream]()
 
     def written(owner: Any, method: str, marks: Counter[Stream]) -> None:
         call = getattr(owner, method)
@@ -156,14 +184,14 @@ def order_of_streams(comm: Comm, stage: str) -> Counter[str]:
     written(zero.optimizer, "step", shards)
     written(parts.teacher, "follow", shards)
     read(zero, "get_grad_norm_direct", "norm", reduces.seen)
-    read(backend, "reduce_scatter_function" if stage == "zero3" else "all_reduce", "reduction", gradients)
+    read(backend, "all_reduce" if stage == "zero2" else "reduce_scatter_function", "reduction", gradients)
     read(backend, "all_gather_function", "gather", shards)
     ranks.run_steps(parts, config, comm, 0, 3)
     return found
 
 
 @pytest.mark.L1
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("stage", ["zero2", "zero3", "zero3_hpz"])
 def test_streams_wait_for_each_other_where_the_host_does_not(stage: str) -> None:
     for found in run_ranks(order_of_streams, 2, stage):
         assert found["reduction"] > 15

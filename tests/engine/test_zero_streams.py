@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from configs import UserError
+from configs.ds import complete
+from engine.assemble import assemble
 from engine.zero import streams
+from model.objectives.comm import Comm
+from tests.engine import ranks
+from tests.harness import run_ranks
+from tests.tiny import tiny_config
 
 SHAPES = ((1,), (3,), (384,), (1000,), (64, 96), (7, 13, 5), (4097,), (300, 301))
 
@@ -92,3 +99,30 @@ def test_an_answer_of_the_accelerator_is_taken_back() -> None:
             fail()
         assert accelerator.resolves_data_dependency() == "outer"
     assert "resolves_data_dependency" not in vars(accelerator)
+
+
+def with_and_without_overlap(comm: Comm, stage: str) -> list[ranks.Trained]:
+    """Three steps with buckets of 5,000 elements."""
+    config, found = tiny_config(), []
+    for is_on in (True, False):
+        given = json.loads((ranks.DEEPSPEED / f"{stage}.json").read_text())
+        given["zero_optimization"] |= {"overlap_comm": is_on, "reduce_bucket_size": 5000}
+        parts = assemble(config, complete(given, config, comm.world_size), comm)
+        found.append(ranks.outcome(parts, ranks.run_steps(parts, config, comm, 0, 3)[0]))
+    return found
+
+
+@pytest.mark.L1
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_a_lone_rank_that_reduces_nothing_takes_the_same_steps(stage: str) -> None:
+    [(reduced, left)] = run_ranks(with_and_without_overlap, 1, stage)
+    assert left.losses == reduced.losses
+    assert all(torch.equal(weight, reduced.weights[name]) for name, weight in left.weights.items())
+
+
+@pytest.mark.L0
+def test_a_lone_rank_s_bucket_is_rounded_where_it_would_be_sent_in_another_type() -> None:
+    averaged: list[torch.dtype] = []
+    for sent in (torch.bfloat16, torch.float16):
+        streams._average_of_one(lambda _, dtype: averaged.append(dtype), torch.ones(3, dtype=torch.bfloat16), sent)
+    assert averaged == [torch.float16]

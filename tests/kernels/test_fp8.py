@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -138,14 +137,25 @@ def test_the_library_comes_in_without_talk_or_is_named_with_its_extra(prelude: s
     assert ("pip install -e '.[gpu]'" in done.stdout) == bool(prelude)
 
 
-def test_a_backslash_in_a_string_of_the_library_is_no_error_where_warnings_are(
-    recwarn: pytest.WarningsRecorder,
-) -> None:
-    source = r"'fully qualified names: \.weight'"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(SyntaxError, match="invalid escape sequence"):
-            compile(source, "library.py", "exec")
-        with fp8._without_start_up_talk():
-            compile(source, "library.py", "exec")
-    assert not recwarn.list
+def of_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """The next import of torchao.float8 compiles this source: nothing is imported yet, and no .pyc is there."""
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text("")
+    (tmp_path / "torchao" / "float8.py").write_text(source)
+    known = [name for name in sys.modules if name.partition(".")[0] == "torchao"]
+    for name in {*known, "torchao", "torchao.float8"}:
+        monkeypatch.setitem(sys.modules, name, sys)  # put back afterwards, or away where it was not there
+        del sys.modules[name]
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+
+def test_torchaos_invalid_escape_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_source(tmp_path, monkeypatch, 'PATTERN = "layers\\.0"\n')
+    assert fp8._torchao.__wrapped__().PATTERN == r"layers\.0"
+
+
+def test_another_warning_of_torchao_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_source(tmp_path, monkeypatch, 'import warnings\nwarnings.warn("old", DeprecationWarning)\n')
+    with pytest.raises(DeprecationWarning, match="old"):
+        fp8._torchao.__wrapped__()
