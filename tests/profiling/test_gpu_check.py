@@ -264,7 +264,7 @@ def test_compilers_find_again_what_they_made(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / str(number)))
         (tmp_path / str(number)).mkdir()
         out = tmp_path / f"out{number}"
-        assert gpu_check.main(["--out", str(out), "--caches", str(tmp_path / "caches.tar.gz")]) == 0
+        assert gpu_check.main(["--out", str(out), "--caches", str(tmp_path / "kept" / "caches.tar.gz")]) == 0
         found, inductor = (out / "make.log").read_text().split()
         assert found == was_there
         assert Path(inductor).parent.parent == tmp_path / str(number)
