@@ -47,7 +47,7 @@ class Shown(Protocol):
         ...
 
     def as_dict(self) -> dict[str, Any]:
-        """What --json writes; of one "name" and "workload" the last stands."""
+        """What --json writes."""
         ...
 
 
@@ -108,6 +108,7 @@ class Recorder:
         self.rounds = rounds
         self.is_dry = is_dry
         self.results: list[Shown] = []
+        self._num_complete = 0
         self._file = file
         self._console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -152,13 +153,8 @@ class Recorder:
         return found()
 
     def save(self, shown: Shown) -> None:
-        """Keep a result, complete or not, in the place of an earlier one of the same name and workload."""
-        for idx, each in enumerate(self.results):
-            if _same(each, shown):
-                self.results[idx] = shown
-                break
-        else:
-            self.results.append(shown)
+        """Keep what is known of a result: the next one takes its place, until `add` completes it."""
+        self.results[self._num_complete :] = [shown]
         if self._file is not None:
             content = json.dumps([each.as_dict() for each in self.results], indent=2) + "\n"
             write_whole(self._file, content, is_synced=False)
@@ -166,16 +162,11 @@ class Recorder:
     def add(self, shown: Shown) -> None:
         """Save a complete result, and print its table and its notes."""
         self.save(shown)
+        self._num_complete = len(self.results)
         self._console.print(shown.as_table())
         for note in shown.notes:
             self._console.print(note)
         sys.stdout.flush()
-
-
-def _same(one: Shown, other: Shown) -> bool:
-    return [getattr(one, key, None) for key in ("name", "workload")] == [
-        getattr(other, key, None) for key in ("name", "workload")
-    ]
 
 
 @dataclass

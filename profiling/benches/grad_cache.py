@@ -22,25 +22,25 @@ SMALLER = sized(cuda=("views.image_size=128", "views.global_size=128", "views.lo
 
 def run(recorder: Recorder) -> None:
     """Two measurements: one part of the batch alone, and the whole batch."""
-    pairs = 2 * PART if recorder.is_dry else PAIRS
+    part, pairs = (PART // 4, PART // 2) if recorder.is_dry else (PART, PAIRS)
     with one_rank() as comm:
-        parts = _measure(comm, PART, recorder)
+        parts = _measure(comm, part, part, recorder)
         recorder.add(parts)
         gc.collect()
-        whole = _measure(comm, pairs, recorder)
-    speeds = (f"{number / found.rows[0].median_ms * 1000:.0f}" for number, found in ((PART, parts), (pairs, whole)))
+        whole = _measure(comm, pairs, part, recorder)
+    speeds = (f"{number / found.rows[0].median_ms * 1000:.0f}" for number, found in ((part, parts), (pairs, whole)))
     one, all_of_it = parts.rows[0].peak_mib or 0.0, whole.rows[0].peak_mib or 0.0
     note = (
         "{} pairs/s in one part, {} in {} parts; peak beyond the states {:.0f} -> {:.0f} MiB".format(
-            *speeds, pairs // PART, one, all_of_it
+            *speeds, pairs // part, one, all_of_it
         ),
     )
     recorder.add(replace(whole, notes=note))
 
 
-def _measure(comm: Comm, pairs: int, recorder: Recorder) -> Measurement:
+def _measure(comm: Comm, pairs: int, part: int, recorder: Recorder) -> Measurement:
     # ssl and rec as large as they are with one part, whatever the number of pairs.
-    config = configured(PRESET, PART, *SMALLER, f"batch.clip={pairs}", f"system.clip.micro_batches={pairs // PART}")
+    config = configured(PRESET, part, *SMALLER, f"batch.clip={pairs}", f"system.clip.micro_batches={pairs // part}")
     step = stepper(assembled(config, comm), random_batch(config), config)
-    workload = f"{PRESET}, {pairs} pairs in {pairs // PART} parts, {precision_label()}, a whole step"
+    workload = f"{PRESET}, {pairs} pairs in {pairs // part} parts, {precision_label()}, a whole step"
     return recorder.measure("grad_cache", workload, {"engine": step}, "engine", warmups=1)

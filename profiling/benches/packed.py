@@ -22,16 +22,13 @@ from profiling.machine import device, precision_label, sized, training_dtype
 from profiling.measurement import Recorder
 from profiling.step.three_pass import SeparateTrunk
 
-DRY = (
-    "batch={clip: 4, ssl: 2, rec: 0}", "objectives.rec.weight=0", "model.trunk.depth=2",
-    "views.image_size=64", "views.global_size=64", "views.local_size=32",
-)  # fmt: skip
+DRY = ("study_mini", 8)
 PRESET, IMAGES = sized(cuda=("vtp_b", 128), cpu=("vtp_s", 8))
 
 
 def run(recorder: Recorder) -> None:
     """bf16, eager and compiled."""
-    config = configured(PRESET, IMAGES, *(DRY if recorder.is_dry else ()))
+    config = configured(*(DRY if recorder.is_dry else (PRESET, IMAGES)))
     crops = _crops(config)
     backend = resolve("auto", device(), training_dtype()).name
     towers = {}
@@ -47,7 +44,7 @@ def run(recorder: Recorder) -> None:
     assert max(values.values()) - min(values.values()) < 0.02 * abs(values["packed, eager"]), values  # bf16
     layout = towers["packed, eager"].layout(crops)
     words = " + ".join(f"{group.segments} x {group.length}" for group in layout.groups)
-    workload = f"trunk of {PRESET}, {words} tokens, {precision_label()}, attention {backend}, forward and backward"
+    workload = f"trunk of {config.name}, {words} tokens, {precision_label()}, attention {backend}, forward and backward"
     variants = {name: step_of(tower, crops) for name, tower in towers.items()}
     found = recorder.measure("packed", workload, variants, "a pass each, eager")
     times = {row.variant: row.median_ms for row in found.rows}

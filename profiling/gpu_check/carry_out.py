@@ -87,6 +87,7 @@ def unpack(archive: Path) -> Path:
     """The folder of the compilers' caches, always the same, with what `archive` holds if it is there."""
     folder = Path(tempfile.gettempdir()) / "vtp_engine_compiler_caches"
     folder.mkdir(exist_ok=True)
+    archive.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is an error now, not at the end
     if archive.is_file():
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")

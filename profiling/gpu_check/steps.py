@@ -72,10 +72,8 @@ def _tests(
 
 KERNEL_FILES = (
     "tests/kernels/test_varlen.py", "tests/kernels/test_contrastive_kernel.py", "tests/kernels/test_fp8_gpu.py",
-    "tests/profiling/test_phases.py", "tests/profiling/test_energy.py",
+    "tests/profiling/test_phases.py", "tests/profiling/test_energy.py", "tests/kernels/test_prototypes_triton.py",
 )  # fmt: skip
-PROTOTYPE_FILE = "tests/kernels/test_prototypes_triton.py"
-FP32_PROTOTYPES = f"{PROTOTYPE_FILE}::test_compiled_kernels_equal_the_oracle_on_the_gpu[fp32]"
 ENGINE_FILES = ("tests/engine/test_host_sync.py", "tests/engine/test_gpu.py")
 FIRST_OF_THE_ENGINE = "sync or golden or zero1"
 OTHER_ENGINE_FILES = (
@@ -89,18 +87,16 @@ LOADER_FILES = (
 STEPS = (
     Step("doctor", "what is here, and what a run would use of it",
          ("-m", "profiling.doctor", "--quick"), 30, 120, needs=(), good=(0, 1)),  # 1: a run from shards lacks something
-    _tests("kernels", "attention, contrastive tiles, FP8, prototypes in fp32, events, energy: right on the device?", 90,
-           (*KERNEL_FILES, FP32_PROTOTYPES), run=1,
+    _tests("kernels", "attention, contrastive tiles, FP8, events, energy, prototypes: right on the device?", 90,
+           KERNEL_FILES, run=1,
            extra=("triton", "torchao", "transformer_engine", "pynvml")),
     _bench("train", "MFU of VTP-L's whole step: at least 40 %; where the time goes", 160, rounds=10, run=1),
     _bench("attention", "every attention backend that is here", 30, rounds=10, run=1,
            extra=("flash_attn_interface",)),
     _bench("fp8_blocks", "FP8 against bf16 at VTP-L's width: 1.15 x", 90, rounds=10, run=2,
            extra=("torchao", "transformer_engine")),
-    _tests("prototype_kernels", "the prototype loss in Triton in bf16: right on the device?", 30,
-           (PROTOTYPE_FILE, "--deselect", FP32_PROTOTYPES), run=2, extra=("triton",)),
-    _bench("prototypes", "prototype loss of 65,536: memory and time", 20, rounds=5, run=2, extra=("triton",)),
-    _tests("engine", "no host sync, the golden run, ZeRO-1 against AdamW: right on the device?", 80,
+    _bench("prototypes", "prototype loss of 65,536: memory and time", 40, rounds=5, run=2, extra=("triton",)),
+    _tests("engine", "no host sync, the golden run, ZeRO-1 against AdamW: right on the device?", 90,
            (*ENGINE_FILES, "-k", FIRST_OF_THE_ENGINE), run=2),
     _bench("overlap", "VTP-L's step with and without overlap_comm", 50, rounds=5, run=2),
     _bench("step", "a shared pass against three, VTP-L: eager, then compiled", 50, rounds=3, run=2),
