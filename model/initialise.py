@@ -70,10 +70,21 @@ def initialise_parameter(name: str, tensor: Tensor, config: Config) -> None:
     std = _std(name, tensor.shape, config)
     drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
     if std is None:
-        nn.init.trunc_normal_(drawn, std=0.02, a=-0.04, b=0.04, generator=generator)
+        _truncated_normal(drawn, 0.02, generator)
     else:
         drawn.normal_(0.0, std, generator=generator)
     tensor.copy_(drawn)
+
+
+def _truncated_normal(drawn: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill with normal numbers, drawn again until none is beyond two standard deviations.
+
+    As nn.init.trunc_normal_ does from torch 2.13 on; older versions invert the distribution and give other weights.
+    """
+    bound = drawn.new_tensor(2 * std).item()
+    drawn.normal_(0.0, std, generator=generator)
+    while (is_beyond := drawn.abs() > bound).any():
+        drawn.copy_(torch.where(is_beyond, torch.empty_like(drawn).normal_(0.0, std, generator=generator), drawn))
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
