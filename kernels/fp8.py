@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -260,9 +259,8 @@ def _transformer_engine() -> ModuleType:
 
 @contextmanager
 def _without_start_up_talk() -> Iterator[None]:
-    """torchao 0.18 logs each of its kernels that does not fit this machine, torch 2.13 logs how torchao registers an
-    enum, and Python warns of a backslash in one of its strings when it compiles it, as an error where warnings are
-    errors; none concerns float8 training."""
+    """torchao 0.18 logs each of its kernels that does not fit this machine, and torch 2.13 logs how torchao registers
+    an enum; neither concerns float8 training."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
 
     def is_news(record: logging.LogRecord) -> bool:
@@ -272,10 +270,7 @@ def _without_start_up_talk() -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(is_news)
     try:
-        with warnings.catch_warnings():
-            for kind in (SyntaxWarning, DeprecationWarning):  # until Python 3.11 the latter
-                warnings.filterwarnings("ignore", "invalid escape sequence", kind)
-            yield
+        yield
     finally:
         for logger in loggers:
             logger.removeFilter(is_news)

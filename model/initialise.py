@@ -76,17 +76,6 @@ def initialise_parameter(name: str, tensor: Tensor, config: Config) -> None:
     tensor.copy_(drawn)
 
 
-def _truncated_normal(drawn: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill with normal numbers, drawn again until none is beyond two standard deviations.
-
-    As nn.init.trunc_normal_ does from torch 2.13 on; older versions invert the distribution and give other weights.
-    """
-    bound = drawn.new_tensor(2 * std).item()
-    drawn.normal_(0.0, std, generator=generator)
-    while (is_beyond := drawn.abs() > bound).any():
-        drawn.copy_(torch.where(is_beyond, torch.empty_like(drawn).normal_(0.0, std, generator=generator), drawn))
-
-
 def generator_of(seed: int, name: str) -> torch.Generator:
     """The random numbers of one parameter, on the CPU."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -115,3 +104,14 @@ def _std(name: str, shape: torch.Size, config: Config) -> float | None:
     if config.model.conv is not None:
         stds[r"^(trunk|decoder)\."] = (3 * fan_in) ** -0.5
     return next((std for pattern, std in stds.items() if re.search(pattern, name)), None)
+
+
+def _truncated_normal(drawn: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill with normal numbers, drawn again until none is beyond two standard deviations.
+
+    As nn.init.trunc_normal_ does from torch 2.13 on; older versions invert the distribution and give other weights.
+    """
+    bound = drawn.new_tensor(2 * std).item()
+    drawn.normal_(0.0, std, generator=generator)
+    while (is_beyond := drawn.abs() > bound).any():
+        drawn.copy_(torch.where(is_beyond, torch.empty_like(drawn).normal_(0.0, std, generator=generator), drawn))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kernels import fp8
 from kernels.fp8 import E4M3, E5M2, SMALL, Linears, reference, resolve, to_torchao, torchao_linear
 from tests.float8_count import float8_products
 
@@ -136,16 +134,3 @@ def test_the_library_comes_in_without_talk_or_is_named_with_its_extra(prelude: s
     assert done.stderr == ""
     assert done.stdout.startswith("fp8_torchao needs torchao (" if prelude else "fp8_torchao\n")
     assert ("pip install -e '.[gpu]'" in done.stdout) == bool(prelude)
-
-
-def test_a_backslash_in_a_string_of_the_library_is_no_error_where_warnings_are(
-    recwarn: pytest.WarningsRecorder,
-) -> None:
-    source = r"'fully qualified names: \.weight'"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(SyntaxError, match="invalid escape sequence"):
-            compile(source, "library.py", "exec")
-        with fp8._without_start_up_talk():
-            compile(source, "library.py", "exec")
-    assert not recwarn.list
