@@ -13,6 +13,7 @@ stands in for the rest. It serves training only: no weights that are loaded to b
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.architecture import Model
@@ -68,5 +69,5 @@ class PixelDecoder(nn.Module):
 
 def _shuffle(x_TF: Tensor, count: int, grid: tuple[int, int], size: int) -> Tensor:
     """(R*P, 3*size*size) -> (R, 3, height, width); a patch's numbers run over channel, row, column."""
-    x = x_TF.reshape(count, *grid, 3, size, size)
-    return torch.permute(x, (0, 3, 1, 4, 2, 5)).reshape(count, 3, grid[0] * size, grid[1] * size)
+    x_RFhw = x_TF.reshape(count, *grid, -1).permute(0, 3, 1, 2)
+    return F.pixel_shuffle(x_RFhw, size).contiguous()  # on CPU it keeps the input's memory format

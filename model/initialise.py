@@ -71,7 +71,7 @@ def initialise_parameter(name: str, tensor: Tensor, config: Config, device: Devi
     std = _std(name, tensor.shape, config)
     drawn = torch.empty(tensor.shape, dtype=torch.float32, device=device)
     if std is None:
-        nn.init.trunc_normal_(drawn, std=0.02, a=-0.04, b=0.04, generator=generator)
+        _truncated_normal(drawn, 0.02, generator)
     else:
         drawn.normal_(0.0, std, generator=generator)
     tensor.copy_(drawn)
@@ -105,3 +105,14 @@ def _std(name: str, shape: torch.Size, config: Config) -> float | None:
     if config.model.conv is not None:
         stds[r"^(trunk|decoder)\."] = (3 * fan_in) ** -0.5
     return next((std for pattern, std in stds.items() if re.search(pattern, name)), None)
+
+
+def _truncated_normal(drawn: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill with normal numbers, drawn again until none is beyond two standard deviations.
+
+    As nn.init.trunc_normal_ does from torch 2.13 on; older versions invert the distribution and give other weights.
+    """
+    bound = drawn.new_tensor(2 * std).item()
+    drawn.normal_(0.0, std, generator=generator)
+    while (is_beyond := drawn.abs() > bound).any():
+        drawn.copy_(torch.where(is_beyond, torch.empty_like(drawn).normal_(0.0, std, generator=generator), drawn))

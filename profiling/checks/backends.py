@@ -48,7 +48,7 @@ def attention(plan: Plan, answers: Mapping[str, Answer]) -> Iterator[Finding]:
     for name, need in NEEDS.items():
         obstacle, answer = missing(name, plan.device, dtype), answers.get(need.module, UNASKED)
         said, _, remedy = (obstacle or "").partition("; ")
-        remedy = remedy or (f"{GPU} of compute capability {need.capability[0]}.{need.capability[1]}")
+        remedy = remedy or f"{GPU}: {'Hopper' if name == 'flash3' else 'Ampere or newer'}"
         if answer.state == "broken":
             yield Finding(f"attention {name}", "broken", answer.said, f"install it anew: {need.remedy}")
         elif obstacle is not None:
