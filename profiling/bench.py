@@ -26,6 +26,7 @@ BENCHES = (
     "attention",
     "text",
     "compile",
+    "block_kernels",
     "depth",
     "masked",
     "prototypes",
