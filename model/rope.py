@@ -83,5 +83,7 @@ def turn(x_THE: Tensor, rope_2TE: Tensor) -> Tensor:
     """
     cos_T1Q, sin_T1Q = rope_2TE.chunk(2, dim=-1)[0].unsqueeze(2)  # the table has every angle twice
     first, second = x_THE.to(rope_2TE.dtype).chunk(2, dim=-1)
-    turned = (first * cos_T1Q - second * sin_T1Q, second * cos_T1Q + first * sin_T1Q)
-    return torch.cat(turned, dim=-1).to(x_THE.dtype)
+    turned_THE = torch.cat((first * cos_T1Q - second * sin_T1Q, second * cos_T1Q + first * sin_T1Q), dim=-1)
+    # Not a cast to the same dtype: it gives the same tensor, and torch 2.11 loses the gradient of a compiled autograd
+    # function's result that is also one of its intermediates (model/block_backward.py).
+    return turned_THE if turned_THE.dtype == x_THE.dtype else turned_THE.to(x_THE.dtype)
