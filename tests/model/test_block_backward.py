@@ -122,7 +122,11 @@ def test_a_compiled_block_takes_them_in_one_graph(qk_norm: bool, monkeypatch: py
 def test_on_hopper_each_bias_is_summed_by_the_kernel_that_makes_its_gradient() -> None:
     """Inductor's own code for sm_90, at VTP-L's width: kernels beside products, with the bytes that a token needs."""
     layout = Layout((Group("clip", 64, 257, (16, 16)),), pad=0)
-    found = block_kernels(Vit(width=1024, depth=1, heads=16), layout, "sm_90").found
+    table = block_kernels(Vit(width=1024, depth=1, heads=16), layout, "sm_90")
+    found = table.found
+    assert table.as_table().row_count == len(found.forward.kernels) + len(found.backward.kernels)
+    assert table.as_dict()["source"]["backward"].count("@triton.jit") > 5
+    assert f"{found.kept_bytes / layout.tokens:,.0f} are kept" in table.notes[-1]
     hidden, per_token = 2736, layout.tokens * 2  # bf16
     backward = {kernel.name: kernel for kernel in found.backward.kernels if not kernel.is_library}
     [gates] = [kernel for name, kernel in backward.items() if "sigmoid" in name]
