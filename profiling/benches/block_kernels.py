@@ -103,6 +103,8 @@ def block_kernels(vit: Vit, layout: Layout, target: Target) -> BlockKernels:
 
     segments = " + ".join(f"{count} x {length}" for count, length in layout.segments)
     workload = f"a block of width {vit.width}, {segments} tokens, bf16, {target}, attention {backend}"
-    used = {"is_used": lambda _: target != "cpu"}  # by what it is traced for: it is traced on the CPU for either
+    used: dict[str, Any] = {
+        "is_used": lambda _: target != "cpu"
+    }  # by what it is traced for: it is traced on the CPU for either
     with mock.patch.multiple(block_backward, **used):
         return BlockKernels(workload, target, layout.tokens, generated(make, target))

@@ -235,7 +235,9 @@ def _pretended_gpu() -> Iterator[None]:
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda *_: None,
     }
-    copied = {name: staticmethod(answers[name]) for name in ("get_device_properties", "current_device", "device_count")}
+    copied: dict[str, Any] = {
+        name: staticmethod(answers[name]) for name in ("get_device_properties", "current_device", "device_count")
+    }
     try:
         with (
             mock.patch.multiple(torch.cuda, **answers),
