@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from configs.architecture import Vit
 from kernels.attention import attend
 from kernels.dense_attention import Segments
+from model import block_backward
 from model.drop_path import subset
 from model.reads import Reads
 from model.rope import turn
@@ -72,7 +73,7 @@ class Attention(nn.Module):
 
     def __init__(self, vit: Vit, backend: str) -> None:
         super().__init__()
-        self.heads, self.backend = vit.heads, backend
+        self.heads, self.backend, self.has_norms = vit.heads, backend, vit.qk_norm
         self.qkv = nn.Linear(vit.width, 3 * vit.width)
         self.proj = nn.Linear(vit.width, vit.width)
         head_width = vit.width // vit.heads
@@ -82,10 +83,14 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, rope_2TE: Tensor | None, segments: Segments) -> Tensor:
         """(T, D) normed tokens -> (T, D), each from the tokens of its own segment; `rope_2TE` holds their positions,
         None where the tokens themselves do."""
-        q_THE, k_THE, v_THE = self.qkv(x_TD).unflatten(1, (3, self.heads, -1)).unbind(1)
-        q_THE, k_THE = self.q_norm(q_THE), self.k_norm(k_THE)
-        if rope_2TE is not None:
-            q_THE, k_THE = turn(q_THE, rope_2TE), turn(k_THE, rope_2TE)
+        if rope_2TE is not None and not self.has_norms and block_backward.is_used(x_TD):
+            y_TN, bias_N = block_backward.product(self.qkv, x_TD)
+            q_THE, k_THE, v_THE = block_backward.turned(y_TN, bias_N, rope_2TE, self.heads)
+        else:
+            q_THE, k_THE, v_THE = self.qkv(x_TD).unflatten(1, (3, self.heads, -1)).unbind(1)
+            q_THE, k_THE = self.q_norm(q_THE), self.k_norm(k_THE)
+            if rope_2TE is not None:
+                q_THE, k_THE = turn(q_THE, rope_2TE), turn(k_THE, rope_2TE)
         return self.proj(attend(q_THE, k_THE, v_THE, segments, backend=self.backend).flatten(1))
 
 
@@ -100,6 +105,8 @@ class SwiGlu(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D), each token by itself."""
+        if block_backward.is_used(x_TD):
+            return self.w3(block_backward.swiglu(*block_backward.product(self.w12, x_TD)))
         gate_TF, value_TF = self.w12(x_TD).chunk(2, dim=-1)
         return self.w3(F.silu(gate_TF) * value_TF)
 

@@ -81,8 +81,9 @@ def turn(x_THE: Tensor, rope_2TE: Tensor) -> Tensor:
     With a bf16 table even float32 queries and keys are rounded to bf16 here: the released weights were
     trained so, and only so do their outputs agree to 1e-4.
     """
-    cos_T1E, sin_T1E = rope_2TE.unsqueeze(2)
-    turned_THE = x_THE.to(rope_2TE.dtype)
-    first, second = turned_THE.chunk(2, dim=-1)
-    turned_THE = turned_THE * cos_T1E + torch.cat((-second, first), dim=-1) * sin_T1E
-    return turned_THE.to(x_THE.dtype)
+    cos_T1Q, sin_T1Q = rope_2TE.chunk(2, dim=-1)[0].unsqueeze(2)  # the table has every angle twice
+    first, second = x_THE.to(rope_2TE.dtype).chunk(2, dim=-1)
+    turned_THE = torch.cat((first * cos_T1Q - second * sin_T1Q, second * cos_T1Q + first * sin_T1Q), dim=-1)
+    # Not a cast to the same dtype: it gives the same tensor, and torch 2.11 loses the gradient of a compiled autograd
+    # function's result that is also one of its intermediates (model/block_backward.py).
+    return turned_THE if turned_THE.dtype == x_THE.dtype else turned_THE.to(x_THE.dtype)

@@ -26,6 +26,7 @@ BENCHES = {  # name: file in profiling/benches, and its function where it is not
     "attention": "attention",
     "text": "text",
     "compile": "compile",
+    "block_kernels": "block_kernels",
     "depth": "depth",
     "masked": "masked",
     "prototypes": "prototypes",

@@ -103,7 +103,7 @@ class _Step:
     def _blocks(self, component: Component, part: Vit | Text, tokens: float, is_first: bool) -> Work:
         """`tokens` of one pass decide what FP8 pays for; 0 keeps it off, as in the teacher."""
         linear = component.forward - component.scores
-        traffic = block_traffic(part, self._precision, self.build.is_compiled)
+        traffic = block_traffic(part, self._precision, self.build.device if self.build.is_compiled else None)
         passes = self._passes(component)
         share, cast = self._fp8(part, tokens)
         all_scores = component.scores * (passes.forward + 2 * passes.backward)

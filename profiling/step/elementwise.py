@@ -1,13 +1,13 @@
 """What a transformer block moves through memory beside its products, and what it keeps of that for its backward.
 
-    block_traffic(config.model.trunk, "bf16", is_compiled=False).forward  # Traffic(bytes=61489.9, operations=37)
+    block_traffic(config.model.trunk, "bf16", compiled_for=None).forward  # Traffic(bytes=59953.9, operations=41)
     kept_bytes(config.model.trunk, "bf16", is_compiled=True)              # 13824 a token, from forward to backward
 
 Norms, RoPE, gates, residual sums and casts compute little and move much; on most devices they cost a third of a step.
 Eager: the block runs once, forward and backward, on tensors without memory, and every operation's operands and results
-are added up, so that no formula falls behind the model. Compiled: inductor keeps intermediates of fused operations in
-registers and recomputes what is cheap; the numbers below are its own count (its log of metrics, and what it saves for
-the backward), which a test repeats. Operands of products, and all
+are added up, so that no formula falls behind the model. Compiled: Inductor keeps intermediates of fused operations in
+registers and recomputes what is cheap; the numbers below are counted in the code that it generates for a CPU and for
+sm_90 (profiling/step/generated_code.py), which a test repeats. Operands of products, and all
 that attention does between q, k, v and its result, are not in it: they belong to the time of those.
 """
 
@@ -47,12 +47,17 @@ class Fused:
         return self.width * width + self.hidden * hidden
 
 
-# Counted by inductor (torch 2.13, CPU), the same in bf16 and fp32, RMSNorm and LayerNorm: forward, backward.
-FUSED = {Vit: (Fused(23, 3, 19), Fused(35, 7, 20)), Text: (Fused(10, 2, 12), Fused(25, 4, 14))}
+# Counted in generated code (torch 2.11 and 2.13, RMSNorm; LayerNorm's backward on a GPU has 2 widths more): forward,
+# backward.
+FUSED = {
+    "cpu": {Vit: (Fused(14, 3, 5), Fused(33.5, 5, 13)), Text: (Fused(9, 2, 5), Fused(28, 3, 12))},
+    "cuda": {Vit: (Fused(14, 3, 6), Fused(19, 5.1, 13)), Text: (Fused(9, 2, 4), Fused(27.3, 3, 16))},
+}
+BACKENDS = {"cpu": "sdpa", "cuda": "varlen"}  # attention in the blocks that were counted
 
 
 # Kept for the backward, in the same units: (width, hidden).
-FUSED_KEEPS = {Vit: (10, 3), Text: (8.6, 2)}
+FUSED_KEEPS = {Vit: (10, 3), Text: (8.1, 2)}
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,11 @@ class BlockTraffic:
 
 
 @cache
-def block_traffic(part: Vit | Text, precision: str, is_compiled: bool) -> BlockTraffic:
-    """Of a block of trunk, decoder or text tower, with fused attention."""
-    if is_compiled:
-        size = DTYPES[precision].itemsize
-        moved = (Traffic(each.elements(part.width, _hidden(part)) * size, each.kernels) for each in FUSED[type(part)])
-        return BlockTraffic(*moved)
+def block_traffic(part: Vit | Text, precision: str, compiled_for: str | None) -> BlockTraffic:
+    """Of a block of trunk, decoder or text tower, with fused attention; compiled for "cpu" or "cuda", or eager."""
+    if compiled_for is not None:
+        size, fused = DTYPES[precision].itemsize, FUSED[compiled_for][type(part)]
+        return BlockTraffic(*(Traffic(each.elements(part.width, _hidden(part)) * size, each.kernels) for each in fused))
     tokens = SEGMENTS * LENGTH
     return BlockTraffic(*(Traffic(each.bytes / tokens, each.operations) for each in _count(part, DTYPES[precision])))
 
@@ -142,15 +146,15 @@ def _count(part: Vit | Text, dtype: torch.dtype) -> tuple[Moved, Moved]:
     return forward, backward
 
 
-def _block(part: Vit | Text) -> tuple[Callable[[Tensor], Tensor], Tensor, list[Tensor]]:
+def _block(part: Vit | Text, backend: str = "sdpa") -> tuple[Callable[[Tensor], Tensor], Tensor, list[Tensor]]:
     """A block's forward, its input, and what is held without it: its parameters, and RoPE or the spans."""
     x_TD = torch.empty(SEGMENTS * LENGTH, part.width, requires_grad=True)
     segments = ((SEGMENTS, LENGTH),)
     if isinstance(part, Vit):
         rope_2TE = torch.empty(2, SEGMENTS * LENGTH, part.width // part.heads)
-        block = Block(part.model_copy(update={"drop_path": 0.0}), "sdpa")
+        block = Block(part.model_copy(update={"drop_path": 0.0}), backend)
         return lambda x: block(x, rope_2TE, segments), x_TD, [rope_2TE, *block.parameters()]
-    text = TextBlock(part, "sdpa")
+    text = TextBlock(part, backend)
     ids_RC = torch.zeros(SEGMENTS, LENGTH, dtype=torch.int32)
     spans = Spans(ids_RC, torch.arange(0, SEGMENTS * LENGTH + 1, LENGTH, dtype=torch.int32))
     return lambda x: text(x, segments, spans), x_TD, [*spans, *text.parameters()]
