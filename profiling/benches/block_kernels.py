@@ -1,8 +1,9 @@
 """Kernels that torch.compile generates for a block of VTP-L's trunk, and the bytes that each moves for a token.
 
 Counted on the packed sequence of a training step, forward and backward, for this CPU's backend and for a Hopper GPU,
-which need not be there: Inductor writes the code and nothing runs, so the number of rounds changes nothing. *generated* kernels are
-what lies between products and attention; bytes over the bandwidth of a device are the least time that they take.
+which need not be there: Inductor writes the code and nothing runs, so the number of rounds changes nothing. *generated*
+kernels are what lies between products and attention; bytes over the bandwidth of a device are the least time that they
+take.
 """
 
 from __future__ import annotations
