@@ -7,8 +7,9 @@
 
 Nothing is compiled to machine code and nothing runs: tensors have no memory, and the GPU need not be there. Autograd
 cannot trace CUDA tensors without a driver, so the function is traced on the CPU, and the two graphs that come out of it
-are moved to the GPU just before Inductor lowers them. Written against torch 2.11 to 2.13; what is not public there is
-used in this file only.
+are moved to the GPU just before Inductor lowers them. A CPU build of torch cannot follow writes into slices there, as
+of blocks with stochastic depth; a CUDA build can. Written against torch 2.11 to 2.13; what is not public there is used
+in this file only.
 
 Bytes are Inductor's own estimate: every buffer that a kernel reads or writes counts once, as far as it is used, and
 those of a slice as the whole buffer where a kernel reads it twice. Registers and caches are taken to be perfect.
