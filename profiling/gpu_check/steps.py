@@ -72,7 +72,8 @@ def _tests(
 
 KERNEL_FILES = (
     "tests/kernels/test_varlen.py", "tests/kernels/test_contrastive_kernel.py", "tests/kernels/test_fp8_gpu.py",
-    "tests/profiling/test_phases.py", "tests/profiling/test_energy.py", "tests/kernels/test_prototypes_triton.py",
+    "tests/model/test_block_backward.py", "tests/profiling/test_phases.py", "tests/profiling/test_energy.py",
+    "tests/kernels/test_prototypes_triton.py",
 )  # fmt: skip
 ENGINE_FILES = ("tests/engine/test_host_sync.py", "tests/engine/test_gpu.py")
 FIRST_OF_THE_ENGINE = "sync or golden or zero1"
