@@ -40,8 +40,8 @@ GRAIN = 32  # clip images; ssl takes a quarter of them, rec an eighth
 # Clip images of a step that is predicted to take FITS of so many GiB, by the command above.
 IMAGES = {
     "vtp_l": {79: 64, 139: 160},
-    "vtp_b": {79: 256, 139: 480},
-    "vtp_s": {79: 480, 139: 864},
+    "vtp_b": {79: 224, 139: 448},
+    "vtp_s": {79: 448, 139: 832},
 }
 WARM_UP = 3  # steps: graphs, moments, the allocator's blocks
 WORST = 3  # phases that the notes name
