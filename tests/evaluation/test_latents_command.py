@@ -87,7 +87,7 @@ def test_a_second_run_does_nothing_and_another_is_refused(
     assert latents.main([str(trained), "--out", str(store.directory)]) == 0
     assert "30 pictures of 5 classes as torch.float32 latents" in capsys.readouterr().out
     assert latents.main([str(trained), "--out", str(store.directory), "--limit", "4"]) == 2
-    assert "pictures: 30 there, 4 asked" in capsys.readouterr().err
+    assert "pictures: 30 there, 4 requested" in capsys.readouterr().err
 
 
 def test_limit_and_dtype_hold(trained: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kernels import fp8
 from kernels.fp8 import E4M3, E5M2, SMALL, Linears, reference, resolve, to_torchao, torchao_linear
 from tests.float8_count import float8_products
 
