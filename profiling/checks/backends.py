@@ -76,7 +76,9 @@ def products(plan: Plan, answers: Mapping[str, Answer]) -> Iterator[Finding]:
 def _product(name: str, device: torch.device, answer: Answer) -> Finding:
     from kernels import fp8
 
-    remedy = f"{fp8.INSTALL_COMMANDS[name]}; {GPU} of compute capability 8.9 or newer"
+    remedy = f"{GPU} of compute capability 8.9 or newer"
+    if answer.state != "ok":
+        remedy = f"{fp8.INSTALL_COMMANDS[name]}; {remedy}"
     if answer.state == "broken":
         return Finding(f"linear {name}", "broken", answer.said, remedy)
     try:

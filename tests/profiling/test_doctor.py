@@ -140,6 +140,15 @@ def test_every_page_names_the_same_command_for_a_package() -> None:
         assert f'"{command.split("[")[1].split("]")[0]}": [' in setup
 
 
+def test_a_library_that_is_installed_is_not_advised_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = backends.Plan(load_config(ROOT / "configs/vtp_l.yaml"), {})
+    for answer, is_advised in ((Answer("ok", "2.20"), False), (Answer("absent", "not installed"), True)):
+        [found] = [one for one in backends.products(plan, {"transformer_engine": answer}) if "fp8_te" in one.name]
+        assert ("pip install" in found.remedy) == is_advised
+        assert "NVIDIA GPU" in found.remedy
+
+
 def test_the_exit_code_is_that_of_what_is_needed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
