@@ -9,7 +9,7 @@ kernels, each of them a matrix product whose tile is used up before it would be 
 
 dz is written, CHUNK_BYTES of it at a time, because both gradients are plain products of it, which cuBLAS computes:
 student = dz @ prototypes, prototypes = dz^T @ student. Per pair and prototype that is six products and not the eight
-which a kernel takes that computes the logits again for each gradient (docs/decisions/hopper_triton.md). Sinkhorn's
+which a kernel takes that computes the logits again for each gradient (docs/decisions/triton_kernels.md). Sinkhorn's
 sums over rows for each prototype are _logsumexp with the sides exchanged.
 
 No size is a compile-time constant, so a dtype is compiled once, whatever the batch; only divisibility by 16 of the

@@ -1,6 +1,6 @@
 """What Triton makes of every kernel for Hopper, compiled without a GPU: registers, spills, shared memory, instructions.
 
-    python -m tests.kernels.test_triton_code            # the table of docs/decisions/hopper_triton.md
+    python -m tests.kernels.test_triton_code            # the table of docs/decisions/triton_kernels.md
 
 The kernels' own Python code runs, at the sizes of VTP-L, on tensors without memory; only the launch is left out. So
 what is compiled is what a GPU would compile: the same specialisation, tiles and options.
