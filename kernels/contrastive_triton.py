@@ -5,7 +5,7 @@ would read and write a tile in GPU memory eight times. Import it only where Trit
 
 A product of two float32 matrices would run on CUDA cores, at a fifteenth of the rate of the tensor cores. So each
 number is split into two bf16 ones, x = high + low + 2^-18 x, and a product is three of bf16 summed in float32,
-high high + high low + low high: relative errors of 1e-5 (docs/decisions/triton_kernels.md), at most a third of the rate.
+high high + high low + low high: relative errors of 1e-5 (docs/decisions/triton_kernels.md), at a third of the rate.
 
     TritonTiles().softmax_gradient(tile_RC, (best_R, total_R), (best_C, total_C), diagonal=0)
 """
