@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+
+from profiling.torch_profiler import recording
 
 IDLE, OTHER = "idle", "other"
 KINDS = {  # the first pattern that is found in a name decides
@@ -58,8 +59,7 @@ def kind_of(name: str) -> str:
 def kernel_time(call: Callable[[], object]) -> KernelTime:
     """Runs `call` once under the profiler, which slows the host down; call it before, to compile and allocate."""
     is_cuda = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
-    with profile(activities=activities, acc_events=True) as record:  # torch 2.11 warns without
+    with recording() as record:
         begin = time.perf_counter_ns()
         call()
         if is_cuda:

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.profiler import ProfilerActivity, profile
+
+from profiling.torch_profiler import recording
 
 STATM = Path("/proc/self/statm")
 
@@ -28,7 +29,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     """The most bytes held at one moment during `call`, beyond those held before."""
     if torch.cuda.is_available():
         return _cuda_peak(call)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+    with recording(profile_memory=True) as record:
         result = call()
     del result
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]

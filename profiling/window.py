@@ -20,7 +20,6 @@ and the first ones after it a little; the reports that hold them say so in their
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,10 +27,11 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 from configs import Run
 from profiling.phases import Phases
+from profiling.torch_profiler import recording
 
 ROWS = 40  # of the operator table
 
@@ -82,14 +82,9 @@ class Window:
             self._range = None
 
     def _open(self, step: int) -> None:
-        on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-        if on_gpu:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()  # what is queued belongs to steps before the window
-        else:  # the profiler of torch's CUDA build prints "ERROR: gpuGetDeviceCount failed" where there is no GPU
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        activities = [ProfilerActivity.CPU, *on_gpu]
-        self._record = profile(activities=activities, record_shapes=True, acc_events=True)  # torch 2.11 warns without
-        self._opened = step
+        self._record, self._opened = recording(record_shapes=True), step
         self._record.start()
         self._phases.is_traced = True
 

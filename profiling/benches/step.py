@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from configs import Config
 from configs.learning import Objectives
@@ -37,6 +36,7 @@ from profiling.machine import device, matmul_peak, precision_label, training_dty
 from profiling.measurement import Recorder, print_now
 from profiling.step.flops import step_flops
 from profiling.step.three_pass import ThreePass, padded_inputs, written_out_loss
+from profiling.torch_profiler import recording
 from profiling.workload import random_batch, small_step
 
 TEMPERATURE, MOMENTUM = 0.07, 0.999
@@ -106,7 +106,7 @@ def in_products(name: str, step: Callable[[], object]) -> str:
     if device().type != "cpu":
         return f"{name}: products are not told apart on {device().type}"
     step()
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
+    with recording() as seen:
         step()
     events = seen.key_averages()
     products, whole = (
