@@ -64,8 +64,9 @@ def sample_grid(panels: Mapping[str, Tensor], names: Sequence[str], path: Path) 
     """Samples side by side: `panels` (rows, columns, H, W, 3) uint8 under their titles, `names` those of the rows."""
     rows, columns, height, width, _ = next(iter(panels.values())).shape
     gap = max(1, width // 32)
+    for_names = 0.4 + 0.08 * max(map(len, names))  # inches; constrained layout would cut long names off
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(1.2 + len(panels) * columns * 0.75, 0.4 + rows * 0.75)
+        figure = _figure(for_names + len(panels) * columns * 0.75, 0.4 + rows * 0.75)
         for axes, (title, images) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
         ):

@@ -19,7 +19,7 @@ from configs.generator import DIT, Diffusion, Generator
 from data.latents.store import LatentStore
 from engine.checkpoint.directory import name_of
 from engine.world import Ranks
-from evaluation import generate
+from evaluation import figures, generate
 from evaluation import run as evaluation_run
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
 from evaluation.generation import Generation, Options
@@ -404,3 +404,12 @@ def test_every_mistake_is_one_line(
         assert line.startswith("error: ")
         assert expected in line
     assert not (tmp_path / "out" / "generation.json").exists()
+
+
+@pytest.mark.L0
+def test_names_of_classes_are_whole_beside_the_samples(tmp_path: Path) -> None:
+    panels = {"guidance 1": torch.zeros(8, 4, 64, 64, 3, dtype=torch.uint8)}
+    figures.sample_grid(panels, ["red circle"] * 6 + ["orange square", "yellow triangle"], tmp_path / "grid.png")
+    pixels = np.array(Image.open(tmp_path / "grid.png").convert("L"))
+    assert (pixels[:, :3] == 255).all(), "the left edge is empty"
+    assert (pixels < 128).any()
