@@ -74,8 +74,9 @@ def complete(given: dict[str, Any], config: Run, world_size: int) -> dict[str, A
 
 
 def overlaps(zero: dict[str, Any], world_size: int) -> bool:
-    """Whether gradients are reduced on a stream of their own while backward goes on: as `overlap_comm` says; where it
-    is "auto" or absent, unless one rank under ZeRO-1 or 2 has nobody to exchange them with.
+    """Resolve `overlap_comm`: whether gradients are reduced on their own stream during backward.
+
+    Where it is "auto" or absent they are, unless one rank under ZeRO-1 or 2 has nobody to exchange them with.
 
     Under ZeRO-3 also on one rank: without streams of their own for gathers, the host would stay within three modules of
     the device.
@@ -85,7 +86,7 @@ def overlaps(zero: dict[str, Any], world_size: int) -> bool:
 
 
 def overlap_summary(ds_config: dict[str, Any], world_size: int) -> str:
-    """Where gradients are reduced, and why, of a DeepSpeed dictionary as `complete` gives it."""
+    """Return one line on whether gradient reduction overlaps backward, and why; takes what `complete` returns."""
     stage, is_on = zero_stage(ds_config), ds_config["zero_optimization"][OVERLAP]
     reason = f"zero_optimization.{OVERLAP}={json.dumps(is_on)}"
     if is_on == overlaps({"stage": stage}, world_size):

@@ -15,11 +15,11 @@ Windows are cut at whole pixels. Every operator works picture by picture, so the
 what else is in the batch.
 
 On a GPU all of it is queued on a stream of the decoder's own, beside the one that trains. Whoever asks for crops gets
-them ordered before what it queues next; a loader that works ahead asks inside `ahead` and hands on an event:
+them ordered before what it queues next; a loader that works ahead asks inside `on_own_stream` and hands on an event:
 
-    with decoder.ahead():
+    with decoder.on_own_stream():
         crops = decoder.render(pictures, numbers)                # queued, and nobody waits
-    ready = decoder.event()                                      # for data.to_device.wait_until
+    ready = decoder.record_event()                               # for data.to_device.wait_until
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from data.to_device import to_device
 from data.views import ViewNumbers, whole_pixels
 
 
-class _Lazy:
-    """A module of DALI, imported when something of it is first used: the engine trains on other batches without it."""
+class _LazyModule:
+    """Import a module of DALI at its first use, so that everything but decoding works where DALI is missing."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -72,8 +72,8 @@ def _imported(name: str) -> ModuleType:
         ) from None
 
 
-types: Any = _Lazy("nvidia.dali.types")
-dali: Any = _Lazy("nvidia.dali.experimental.dynamic")
+types: Any = _LazyModule("nvidia.dali.types")
+dali: Any = _LazyModule("nvidia.dali.experimental.dynamic")
 _UNDECODABLE = "undecodable image"
 
 
@@ -133,11 +133,11 @@ class Decoder:
     def tensor(self, picture: Picture) -> torch.Tensor:
         """Return (height, width, 3) uint8 on the decoder's device, of a picture without alpha."""
         assert picture.alpha_HW1 is None
-        with self.ahead(), self._lock:
+        with self.on_own_stream(), self._lock:
             pixels_HW3 = torch.from_dlpack(picture.pixels)
             if self._stream is not None:  # DALI takes its own memory back without asking who reads it
                 pixels_HW3 = pixels_HW3.clone()
-        return self._handed_over(pixels_HW3)
+        return self._to_current_stream(pixels_HW3)
 
     def render(self, pictures: Sequence[Picture], numbers: ViewNumbers) -> torch.Tensor:
         """(n, 3, size, size) uint8 RGB: row i shows view i of `numbers` on picture i mod len(pictures).
@@ -161,7 +161,7 @@ class Decoder:
 
     def render_with_dali(self, pixels: Sequence[Any], windows: NDArray[np.int64], numbers: ViewNumbers) -> torch.Tensor:
         """What Renderer.render does, in DALI's operators: the way on a GPU, and on CPU the oracle of data/render.py."""
-        with self._queued():
+        with self._dali():
             rows = self._cut(pixels, windows, numbers.size)
             rows = _change(rows, numbers.jitter, lambda some, idx: _jitter(some, numbers, idx))
             rows = _change(rows, numbers.blur_sigma > 0, lambda some, idx: _blur(some, numbers, idx))
@@ -172,14 +172,14 @@ class Decoder:
                 mirror=_per_row(numbers.flip, np.int32),
             ).torch(copy=True)
             crops = _solarise(_grey(crops, numbers.grey), numbers.solarise)
-        return self._handed_over(crops)
+        return self._to_current_stream(crops)
 
-    def ahead(self) -> AbstractContextManager[Any]:
-        """Inside, the decoder's stream is the current one, and crops are not ordered before anything else."""
+    def on_own_stream(self) -> AbstractContextManager[Any]:
+        """Make the decoder's CUDA stream current inside the `with`; other streams do not wait for its work."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def event(self) -> torch.cuda.Event | None:
-        """When all that was asked of this decoder so far is done; None on the CPU, where it is."""
+    def record_event(self) -> torch.cuda.Event | None:
+        """Return a CUDA event that fires when all crops requested so far are ready; None on the CPU, where they are."""
         return None if self._stream is None else self._stream.record_event()
 
     def close(self) -> None:
@@ -194,7 +194,7 @@ class Decoder:
 
     def _decode_with_dali(self, encoded: Sequence[bytes], idx: Sequence[int]) -> dict[int, Picture | str | None]:
         """Decode the items of these indices."""
-        with self._queued():
+        with self._dali():
             return dict(zip(idx, self._decode([np.frombuffer(encoded[i], np.uint8) for i in idx]), strict=True))
 
     def _decode_with_pillow(self, data: bytes, failed_dali: bool = False) -> Picture | str | None:
@@ -207,7 +207,7 @@ class Decoder:
             return None if not failed_dali and has_16_bit_alpha(data) else self._to_picture(image.convert("RGB"))
         if self._background != "random":
             return self._to_picture(blend_on_colour(image, self._background))
-        with self.ahead():
+        with self.on_own_stream():
             alpha_HW1 = to_device(torch.from_numpy(np.array(image.getchannel("A")))[:, :, None], self._device)
         return replace(self._to_picture(image.convert("RGB")), alpha_HW1=alpha_HW1)
 
@@ -216,7 +216,7 @@ class Decoder:
         if self.device == "cpu":
             pixels = torch.from_numpy(pixels)
         else:
-            with self._queued():
+            with self._dali():
                 pixels = dali.as_tensor(pixels, device="gpu", layout="HWC")
         return Picture(pixels, image.height, image.width)
 
@@ -243,18 +243,18 @@ class Decoder:
         alpha_HW1, colour_3 = picture.alpha_HW1[top:bottom, left:right], torch.from_numpy(colour)
         if self.device == "cpu":
             return blend(picture.pixels[top:bottom, left:right], alpha_HW1, colour_3)
-        with self._queued():
+        with self._dali():
             pixels_HW3 = torch.from_dlpack(picture.pixels)[top:bottom, left:right]
             return dali.as_tensor(blend(pixels_HW3, alpha_HW1, to_device(colour_3, self._device)), layout="HWC")
 
     @contextmanager
-    def _queued(self) -> Iterator[None]:
-        """Inside, it is this thread's turn with DALI, and all work goes to the decoder's stream."""
-        with self.ahead(), self._lock, self._context, dali.EvalMode.sync_cpu:
+    def _dali(self) -> Iterator[None]:
+        """Hold the lock on DALI inside the `with`, and queue its work on the decoder's stream."""
+        with self.on_own_stream(), self._lock, self._context, dali.EvalMode.sync_cpu:
             yield
 
-    def _handed_over(self, made: torch.Tensor) -> torch.Tensor:
-        """A tensor of the decoder's stream for the current one, which waits for it where it is another."""
+    def _to_current_stream(self, made: torch.Tensor) -> torch.Tensor:
+        """Make the current stream wait for a tensor of the decoder's stream, and return the tensor."""
         if self._stream is not None and (current := torch.cuda.current_stream(self._device)) != self._stream:
             current.wait_stream(self._stream)
             made.record_stream(current)

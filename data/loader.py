@@ -111,9 +111,9 @@ class Loader:
         self.reader.close()
 
     def _made_ahead(self, step: int) -> Batch:
-        with self.reader.ahead():
+        with self.reader.on_own_stream():
             batch = self.batch(step)
-        return replace(batch, ready=self.reader.event()).pinned() if torch.cuda.is_available() else batch
+        return replace(batch, ready=self.reader.record_event()).pinned() if torch.cuda.is_available() else batch
 
     def _captions(self, rows: Sequence[Row]) -> torch.Tensor:
         if _caption(self.config) is None:

@@ -85,9 +85,9 @@ class PictureLoader:
         self.reader.close()
 
     def _made_ahead(self, step: int) -> PictureBatch:
-        with self.reader.ahead():
+        with self.reader.on_own_stream():
             batch = self.batch(step)
         if not torch.cuda.is_available():
             return batch
         images = batch.images.pin_memory() if batch.images.is_cpu else batch.images
-        return replace(batch, images=images, ready=self.reader.event())
+        return replace(batch, images=images, ready=self.reader.record_event())

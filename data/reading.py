@@ -141,13 +141,13 @@ class SampleReader:
         drawn = [views.draw(name, config, self.seed, keys, epochs, height, width) for name in names]
         return self._decoder.render(pictures, views.concatenate(drawn))
 
-    def ahead(self) -> AbstractContextManager[Any]:
-        """Inside, what is rendered is not ordered before anything else: for batches made ahead of a step."""
-        return self._decoder.ahead()
+    def on_own_stream(self) -> AbstractContextManager[Any]:
+        """Render on the decoder's CUDA stream inside the `with`, for batches made ahead of a step."""
+        return self._decoder.on_own_stream()
 
-    def event(self) -> torch.cuda.Event | None:
-        """When all that was rendered so far is there; None where it is."""
-        return self._decoder.event()
+    def record_event(self) -> torch.cuda.Event | None:
+        """Return a CUDA event that fires when all crops rendered so far are ready; None on the CPU."""
+        return self._decoder.record_event()
 
     def summary(self) -> str:
         """Return a line about the corpus: shards, samples, and how many the index left out, by reason."""

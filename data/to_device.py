@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def to_device(value: T, device: torch.device) -> T:
-    """A tensor, None, or a (named) tuple of such, on `device` for the stream that is current there."""
+    """Move a tensor, or a (named) tuple of tensors and None, to `device`, for use on the current stream."""
     if isinstance(value, torch.Tensor):
         return _moved(value, device)  # type: ignore[return-value]
     if isinstance(value, tuple):
@@ -30,7 +30,7 @@ def to_device(value: T, device: torch.device) -> T:
 
 
 def wait_until(ready: torch.cuda.Event | None) -> None:
-    """What is queued on the current stream from now on runs after the event."""
+    """Make the current CUDA stream wait for the event; None: nothing to wait for."""
     if ready is not None:
         torch.cuda.current_stream().wait_event(ready)
 

@@ -192,7 +192,7 @@ def activate(name: str) -> None:
 
 @contextmanager
 def activated(name: str) -> Iterator[None]:
-    """Within it the kernel of backend `name` lies under torch's flash operators; after it what lay there before."""
+    """Activate the kernel of backend `name` inside the `with`; restore the previous one afterwards."""
     before = current_flash_attention_impl()
     activate(name)
     try:
@@ -231,7 +231,7 @@ def _attend_varlen(
 def _attend_flash2(
     q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments, offsets: Tensor | None, causal: bool
 ) -> Tensor:
-    """The flash-attn package's varlen attention."""
+    """Call the flash-attn package's varlen attention."""
     from flash_attn import flash_attn_varlen_func
 
     offsets = begins(segments, q_THE.device) if offsets is None else offsets

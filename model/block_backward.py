@@ -31,7 +31,7 @@ GROUP = 32  # tokens at most; Inductor reduces 32 rows of 128 columns in one til
 
 
 def is_used(x: Tensor) -> bool:
-    """Whether blocks should take these instead of the plain expressions: on a GPU, compiled, with a gradient."""
+    """Return whether a block uses this file instead of plain expressions: compiled, on a GPU, with a gradient."""
     return torch.compiler.is_compiling() and torch.is_grad_enabled() and x.is_cuda
 
 

@@ -1,4 +1,4 @@
-"""Let the host run ahead of the device: DeepSpeed's host waits become waits between streams, and norms one call.
+"""Replace DeepSpeed's host-device synchronisation by waits between CUDA streams, and its many norms by one call.
 
     let_host_run_ahead(engine)         # once, after deepspeed.initialize
 
@@ -114,7 +114,7 @@ def let_host_run_ahead(engine: Any) -> None:
 
 
 def check_known() -> None:
-    """Raise UserError where DeepSpeed's functions are not those that this file is written for."""
+    """Raise UserError if the source of a replaced DeepSpeed function differs from that of 0.19.8."""
     for (owner, name), digest in KNOWN.items():
         if (found := source_digest(owner, name)) != digest:
             raise UserError(
@@ -126,7 +126,7 @@ def check_known() -> None:
 
 @functools.cache
 def source_digest(owner: type, name: str) -> str:
-    """The first twelve digits of the sha256 of a method's source."""
+    """Return the first twelve digits of the sha256 of a method's source."""
     method = inspect.unwrap(inspect.getattr_static(owner, name))
     while inner := inspect.getclosurevars(method).nonlocals.get("func"):  # DeepSpeed's decorator for NVTX ranges
         method = inspect.unwrap(inner)
@@ -134,18 +134,18 @@ def source_digest(owner: type, name: str) -> str:
 
 
 def _wait_on_stream(stream: Any) -> None:
-    """From now on `stream.synchronize()` makes the current stream wait for it, and not the host."""
+    """Redefine `stream.synchronize()`: the current stream waits for `stream`, the host does not."""
     stream.synchronize = lambda: get_accelerator().current_stream().wait_stream(stream)
 
 
 def _without_host_wait(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call` without its wait: what it leaves is read on the stream it was queued on."""
+    """Wrap `call` so that it skips its host wait; its results are read on the stream that makes them."""
     if hasattr(call, "is_without_host_wait"):
         return call
 
     @functools.wraps(call)
     def queued(*arguments: Any, **options: Any) -> Any:
-        with _answering(resolves_data_dependency=lambda: True):
+        with _overriding_accelerator(resolves_data_dependency=lambda: True):
             return call(*arguments, **options)
 
     queued.is_without_host_wait = True  # type: ignore[attr-defined]
@@ -153,7 +153,7 @@ def _without_host_wait(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _order_gathers(engine: Any, gathers: Any) -> None:
-    """Make the stream that gathers wait for shards to be written: whole ones, and the copies that a host keeps."""
+    """Make the gather stream wait until shards are written, those of hierarchical partitioning (hpZ) included."""
 
     def wait(*_: Any) -> None:
         gathers.wait_stream(get_accelerator().current_stream())
@@ -166,7 +166,7 @@ def _order_gathers(engine: Any, gathers: Any) -> None:
     @functools.wraps(write)
     def queued(init: Any, param: Any, buffer: Any = None, has_been_updated: bool = False) -> None:
         is_there = param.ds_secondary_tensor is not None and not has_been_updated
-        with _answering(resolves_data_dependency=lambda: True):
+        with _overriding_accelerator(resolves_data_dependency=lambda: True):
             write(init, param, buffer, has_been_updated)
         if not is_there:
             wait()
@@ -175,7 +175,7 @@ def _order_gathers(engine: Any, gathers: Any) -> None:
 
 
 def _without_device_wait(call: Callable[..., Any], reductions: Any) -> Callable[..., Any]:
-    """`call`, in which the stream that computes and the one that reduces wait for each other, and not the host."""
+    """Wrap `call` so that the compute and the reduction stream wait for each other instead of the host for both."""
 
     def wait() -> None:
         current = get_accelerator().current_stream()
@@ -184,15 +184,15 @@ def _without_device_wait(call: Callable[..., Any], reductions: Any) -> Callable[
 
     @functools.wraps(call)
     def queued(*arguments: Any, **options: Any) -> Any:
-        with _answering(synchronize=wait):
+        with _overriding_accelerator(synchronize=wait):
             return call(*arguments, **options)
 
     return queued
 
 
 @contextmanager
-def _answering(**methods: Callable[[], Any]) -> Iterator[None]:
-    """Inside, the accelerator has these methods. Calls nest."""
+def _overriding_accelerator(**methods: Callable[[], Any]) -> Iterator[None]:
+    """Override methods of DeepSpeed's accelerator inside the `with`; may be nested."""
     accelerator = get_accelerator()
     before = {name: vars(accelerator).get(name) for name in methods}
     vars(accelerator).update(methods)
@@ -235,5 +235,5 @@ def _norm_of_shards(zero: Any, gradients: Sequence[Tensor], params: Sequence[Ten
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
-    """Of all elements, in float64."""
+    """Return the sum of squares of all elements, in float64."""
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).pow(2).sum()

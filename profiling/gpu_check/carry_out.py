@@ -65,7 +65,7 @@ def carry_out(step: Step, out: Path, limit_seconds: float, is_dry: bool = False,
 
 
 def begun(step: Step) -> Record:
-    """The record of a step that runs, which is all there is if the check is ended meanwhile."""
+    """Return the record of a step that is running: what is left if the check is killed meanwhile."""
     return {"step": step.name, "question": step.question, "without": missing(step.extra), "state": "running"}
 
 
@@ -84,7 +84,7 @@ def forget(step: Step, out: Path) -> None:
 
 
 def unpack(archive: Path) -> Path:
-    """The folder of the compilers' caches, always the same, with what `archive` holds if it is there."""
+    """Unpack `archive`, if it exists, into the folder of the compilers' caches; return that folder."""
     folder = Path(tempfile.gettempdir()) / "vtp_engine_compiler_caches"
     folder.mkdir(exist_ok=True)
     archive.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is an error now, not at the end

@@ -28,7 +28,7 @@ def pytest_configure(config: Any) -> None:
 
 
 class Outcomes:
-    """Writes to `file`, which is flushed after every line."""
+    """Pytest plugin: write one JSON line to `file` as each test starts and ends."""
 
     def __init__(self, file: Path) -> None:
         self._file = file.open("w")

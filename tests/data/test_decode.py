@@ -383,9 +383,9 @@ def test_crops_are_made_while_the_stream_that_trains_is_busy() -> None:
     expected = made().cpu()  # first: what is loaded at the first call waits for the device
     torch.cuda._sleep(2_000_000_000)  # clock cycles, about a second
     is_past = torch.cuda.current_stream().record_event()
-    with on_gpu.ahead():
+    with on_gpu.on_own_stream():
         crops = made()
-    ready = on_gpu.event()
+    ready = on_gpu.record_event()
     assert ready is not None
     ready.synchronize()
     assert not is_past.query(), "decoding waited for what was queued before it"

@@ -100,9 +100,9 @@ def test_whoever_asks_for_crops_queues_behind_them(decoder: Decoder) -> None:
 def test_crops_made_ahead_hold_up_the_stream_of_the_event_s_consumer_alone(decoder: Decoder) -> None:
     caller, consumer, own = Stream(), Stream(), decoder._stream
     with torch.cuda.stream(caller):  # type: ignore[arg-type]
-        with decoder.ahead():
+        with decoder.on_own_stream():
             rendered(decoder)
-        ready: Any = decoder.event()
+        ready: Any = decoder.record_event()
         assert caller.seen[own] == 0
     with torch.cuda.stream(consumer):  # type: ignore[arg-type]
         wait_until(ready)
@@ -111,8 +111,8 @@ def test_crops_made_ahead_hold_up_the_stream_of_the_event_s_consumer_alone(decod
 
 def test_a_decoder_of_the_cpu_has_no_stream_and_no_event() -> None:
     decoder = Decoder("cpu", threads=1)
-    with decoder.ahead():
+    with decoder.on_own_stream():
         assert rendered(decoder).shape == (1, 3, 16, 16)
-    assert decoder.event() is None
+    assert decoder.record_event() is None
     wait_until(None)
     assert np.array_equal(rendered(decoder).numpy(), rendered(decoder).numpy())

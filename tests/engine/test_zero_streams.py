@@ -90,11 +90,11 @@ def test_an_answer_of_the_accelerator_is_taken_back() -> None:
     accelerator = get_accelerator()
 
     def fail() -> None:
-        with streams._answering(resolves_data_dependency=lambda: "inner"):
+        with streams._overriding_accelerator(resolves_data_dependency=lambda: "inner"):
             assert accelerator.resolves_data_dependency() == "inner"
             raise KeyError
 
-    with streams._answering(resolves_data_dependency=lambda: "outer"):
+    with streams._overriding_accelerator(resolves_data_dependency=lambda: "outer"):
         with pytest.raises(KeyError):
             fail()
         assert accelerator.resolves_data_dependency() == "outer"
