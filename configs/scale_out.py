@@ -8,7 +8,7 @@
 
     check(given, config, world_size=256)      # UserError for a size or a company that cannot be
 
-Rules are those of deepspeed 0.19.8; docs/decisions.md has where each was found. What needs the device is refused by
+Rules are those of deepspeed 0.19.8; docs/decisions/zero.md has the source of each. What needs the device is refused by
 engine/zero/scale_out.py.
 """
 

@@ -12,7 +12,7 @@ world size.
     engine = zero.start(model, optimizer, ds_config, is_left_out=judge)
     [f] = [f for f in zero.fragments(engine) if f.name == "trunk.norm.weight"]
 
-What each file says it measured was measured with deepspeed 0.19.8; docs/decisions.md has the story.
+What each file says it measured was measured with deepspeed 0.19.8; docs/decisions/zero.md has the story.
 """
 
 from engine.zero.build import DTYPES, construction, gathered, mark_leaves, one_reduction, start

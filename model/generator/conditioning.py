@@ -3,7 +3,7 @@
     condition_BD = TimeEmbedding(768)(time_B) + ClassEmbedding(1000, 768)(labels_B)     # label 1000: no class
 
 The time goes in as it is: 0 to 1 on the straight path, as in SiT and LightningDiT, 0 to 999 with DDPM's steps [C]. With
-generator.time_scale=1000 it is 0 to 1000 on both, which short runs learn from faster (docs/decisions.md).
+generator.time_scale=1000 it is 0 to 1000 on both, which short runs learn from faster (docs/decisions/generators.md).
 """
 
 from __future__ import annotations

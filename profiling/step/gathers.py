@@ -78,7 +78,7 @@ class Settings:
 
 class Gathers:
     """One rank's gathered parameters over any number of passes. `most_live` is the most elements held at once, without
-    the buffers in which several travel: counted whole, they are too much (docs/decisions.md)."""
+    the buffers in which several travel: counted whole, they are too much (docs/decisions/planner.md)."""
 
     def __init__(self, sizes: Mapping[str, int], settings: Settings) -> None:
         self._sizes, self._settings = sizes, settings
