@@ -120,14 +120,17 @@ def test_every_launch_command_has_options_and_settings_that_exist() -> None:
     assert seen >= 10, "the pages show launch commands: are they still found?"
 
 
-def test_every_option_of_a_command_exists() -> None:
-    """Looked for in the source of the command's package and in the parser that all commands share."""
+def test_every_option_and_subcommand_of_a_command_exists() -> None:
+    """Searched in the source of the command's package and in the parser that all commands share."""
     wrong = []
     for page in PAGES:
         for command in commands(page):
             if (module := MODULE.search(command)) is None:
                 continue
             known = options_in(module[1].split(".")[0])
+            subcommand = re.match(r" ([a-z][a-z0-9_]*)(?= |$)", command[module.end() :])
+            if subcommand and f'"{subcommand[1]}"' not in source_of(module[1].split(".")[0]):
+                wrong.append(f"{page.relative_to(ROOT)}: {module[1]} {subcommand[1]}")
             options = re.findall(r"(?<=[ \[])--[a-z][\w-]*", command[module.end() :].split("#")[0])
             wrong += [f"{page.relative_to(ROOT)}: {module[1]} {option}" for option in options if option not in known]
     assert not wrong, "\n".join(wrong)
@@ -174,7 +177,7 @@ def test_the_checks_find_what_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_
         test_every_name_given_with_its_file_is_defined_there,
         test_every_module_named_exists,
         test_every_make_target_named_exists,
-        test_every_option_of_a_command_exists,
+        test_every_option_and_subcommand_of_a_command_exists,
     ):
         with pytest.raises(AssertionError, match=r"docs/nowhere\.md"):
             check()
@@ -233,8 +236,12 @@ def is_program(module: str) -> bool:
 
 @lru_cache
 def options_in(package: str) -> frozenset[str]:
-    """Every string like --option in a package's source, in the configs' and in the harness of its tests."""
-    files = (path for folder in {package, "configs"} for path in (ROOT / folder).rglob("*.py"))
-    return frozenset(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", "\n".join(path.read_text() for path in files))) | {
-        "--help"
-    }
+    """Every string like "--option" in a package's source and in that of `configs`."""
+    source = source_of(package) + source_of("configs")
+    return frozenset(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", source)) | {"--help"}
+
+
+@lru_cache
+def source_of(package: str) -> str:
+    """All modules of a package, one after the other."""
+    return "\n".join(path.read_text() for path in sorted((ROOT / package).rglob("*.py")))
