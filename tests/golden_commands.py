@@ -36,6 +36,7 @@ from tests.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 Tree = dict[str, Any]
+HAS_ONNX = bool(find_spec("onnx") and find_spec("onnxscript"))  # an optional extra
 # Of log lines and reports: what a clock, a counter of the kernel or the machine gives.
 MEASURED = ("speed/", "phase/", "memory/", "energy/", "straggler/", "comm/", "checkpoint/", "time")
 
@@ -178,6 +179,19 @@ def pretraining(work: Path) -> Tree:
     return run_of(run, work) | {"archived.safetensors": archived, "first rank's file": first}
 
 
+def other_views(work: Path) -> Tree:
+    """The log of two steps on other crops, colours, masks and another order than the defaults."""
+    other = (
+        "optim.steps=2", "data.streams=2", "data.block_shards=1", "data.background=random", "seed=5", "views.flip=1",
+        "views.image_scale=[0.3, 0.5]", "views.global_scale=[0.5, 0.6]", "views.local_scale=[0.1, 0.2]",
+        "views.jitter=1", "views.brightness=0.8", "views.contrast=0.1", "views.saturation=0.9", "views.hue=0.3",
+        "views.grey=0.5", "views.blur=[0, 1, 0]", "views.blur_sigma=[1, 1.5]", "views.solarise=1", "views.num_locals=3",
+        "masks={share_of_crops: 1, ratio: [0.3, 0.6]}", "batch.layout=disjoint", "system.report_every=1",
+    )  # fmt: skip
+    launch(1, ROOT / "tests/tiny.yaml", work / "other", *of_corpus(work), *other, "system.compile=off", stage="zero1")
+    return log(work / "other")
+
+
 def run_of(run: Path, work: Path) -> Tree:
     """What a run directory holds."""
     [latest] = [path for path in (run / "checkpoints").iterdir() if path.name == latest_of(run)]
@@ -307,7 +321,7 @@ def exports(work: Path) -> Tree:
     found["programs"]["conventions"] = tidy(conventions, work, lambda key: key == "fingerprint")  # paths are in it
     for path in sorted((work / "programs").glob("*.pt2")):
         found["programs"][path.name] = program(path)
-    if find_spec("onnx") and find_spec("onnxscript"):
+    if HAS_ONNX:
         command("model.interchange", "programs", work / "run", "--out", work / "onnx", "--onnx")
         found["onnx"] = {path.name: onnx_file(path) for path in sorted((work / "onnx").glob("*.onnx"))}
     return found
@@ -395,6 +409,7 @@ def block(tree: Tree) -> Any:
 PRODUCTS: dict[str, Callable[[Path], Tree]] = {
     "corpora": corpora,
     "pretraining": pretraining,
+    "other_views": other_views,
     "evaluation": evaluation,
     "latents": latents,
     "generators": generators,
@@ -406,7 +421,7 @@ PRODUCTS: dict[str, Callable[[Path], Tree]] = {
 }
 ON_THE_RUN = {"evaluation", "latents", "generators", "stage_2", "exports", "report"}
 NEEDED_BY = {
-    "corpora": {"pretraining", *ON_THE_RUN},
+    "corpora": {"pretraining", "other_views", *ON_THE_RUN},
     "pretraining": ON_THE_RUN,
     "evaluation": {"generators"},  # its network
     "latents": {"generators"},

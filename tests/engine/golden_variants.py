@@ -53,7 +53,7 @@ class Variant:
     @property
     def kind(self) -> str:
         """Whose golden file it is in; what g++ makes has a file of its own."""
-        if COMPILED in self.overrides or DEEPSPEED_CPU in self.overrides:
+        if {COMPILED, DEEPSPEED, DEEPSPEED_CPU} & set(self.overrides):
             return "compiled"
         return "generators" if self.preset in GENERATORS else DECODER if self.preset == DECODER else "pretraining"
 
@@ -76,7 +76,8 @@ class Variant:
 
 TINY, DECODER = "tiny", "decoder_gan"
 GENERATORS = ("lightningdit_b", "sit_b", "dit_b", "mar_b", "generator_mini")
-EAGER, COMPILED, DEEPSPEED_CPU = "system.compile=off", "system.compile=on", "system.optimizer=deepspeed_cpu"
+EAGER, COMPILED = "system.compile=off", "system.compile=on"
+DEEPSPEED, DEEPSPEED_CPU = "system.optimizer=deepspeed", "system.optimizer=deepspeed_cpu"
 BF16, FP32 = "optim.precision=bf16", "optim.precision=fp32"
 TEN = (f"optim.steps={STEPS}",)
 NO_CLIP = ("objectives.clip.weight=0",)
@@ -157,6 +158,7 @@ VARIANTS: dict[str, Variant] = {
     "zero3_3ranks": tiny(ranks=3, stage="zero3"),
     "zero3_hpz": tiny(*FOUR, ds={**FREED, "zero_hpz_partition_size": 2}, **HOSTS, stage="zero3"),
     "zero3_qwz": tiny(*FOUR, ds={**FREED, "zero_quantized_weights": True}, is_coarse=True, **HOSTS, stage="zero3"),
+    "zero3_offload": alone(stage="zero3_offload"),
     "gather_by_host": tiny(*FOUR, "system.gather=by_host", **HOSTS, stage="zero3"),
     # Which objectives there are, and how each is computed.
     "clip_only": tiny(*NO_SSL, *NO_REC),
@@ -218,6 +220,7 @@ VARIANTS: dict[str, Variant] = {
     "attention_matmul": alone("system.attention=matmul"),
     "attention_sdpa": alone("system.attention=sdpa"),
     "optimizer_torch": alone("system.optimizer=torch"),
+    "optimizer_deepspeed": alone(DEEPSPEED, is_slow=True),
     "optimizer_deepspeed_cpu": alone(DEEPSPEED_CPU, is_slow=True),
     "looked_at_nothing": alone("system.phases=false", "system.checks={shares_every: 0, replicas_every: 0}"),
     "fp8_torchao": alone(BF16, "system.linear=fp8_torchao", is_coarse=True, stage="zero3"),

@@ -97,9 +97,7 @@ def test_ten_steps_reproduce_the_golden_run(found: dict[str, Steps], name: str) 
 @pytest.mark.L0
 def test_every_variant_is_written_down_and_no_other() -> None:
     for kind in {variant.kind for variant in VARIANTS.values()}:
-        written = golden(kind)[1]
-        assert list(written) == [name for name, each in VARIANTS.items() if each.kind == kind and name in written]
-        assert {name for name, each in VARIANTS.items() if each.kind == kind and not each.is_slow} <= written.keys()
+        assert list(golden(kind)[1]) == [name for name, each in VARIANTS.items() if each.kind == kind]
 
 
 def write(kind: str, steps: dict[str, Steps]) -> None:
