@@ -140,7 +140,7 @@ class System(Section):
 
 
 class Profile(Section):
-    """A window of steps under torch's profiler (profiling/window.py)."""
+    """A window of steps under torch's profiler (profiling/instruments/profiler.py)."""
 
     steps: StepSpan | None = None  # FIRST:END, counted from 0 over the whole run: 10:13 are the steps 10, 11 and 12
     ranks: tuple[Count, ...] = (0,)  # which ranks record

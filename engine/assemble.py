@@ -54,7 +54,7 @@ from model.objectives.total import Centres
 from model.pretrainer import Pretrainer, teacher_pairs
 from model.rows import Rows
 from model.text import TextBlock
-from profiling.phases import Phases, clock_of
+from profiling.instruments.phases import PhaseTimer, clock_of
 
 MOST_GRAPHS = 32  # of one block kind; captions meet a few shapes a run (model/captions.py), torch's own limit is 8
 LEAVES: tuple[type[nn.Module], ...] = (Block, TextBlock, ResBlock)
@@ -88,7 +88,7 @@ class Assembly:
     drop_path: DropPath | None
     corruptor: Corruptor | None
     device: torch.device
-    phases: Phases
+    phases: PhaseTimer
     choices: dict[str, str]  # what every "auto" became, and why
 
     def kept(self, centres: Centres | None) -> Kept:
@@ -215,10 +215,10 @@ def timed(
     engine: Any,
     children: Mapping[str, str],
     calls: Mapping[str, tuple[object, str]],
-) -> Phases:
+) -> PhaseTimer:
     """The run's phases: the forward of the model's `children` (name -> phase), what the engine does, and `calls`
     (phase -> owner and method). Nothing is timed with system.phases off, unless a profiler window wants the names."""
-    phases = Phases(clock_of(device) if config.system.phases else None)
+    phases = PhaseTimer(clock_of(device) if config.system.phases else None)
     if config.system.phases or config.profile.steps is not None:
         time_children(phases, engine.module, children)
         time_calls(phases, engine)

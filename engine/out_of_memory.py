@@ -5,7 +5,7 @@
         train_step(...)
 
 A run that asks for more than there is ends with one error instead of a traceback into a kernel: every change that would
-lower the peak and leave the results alone, the largest saving first, predicted (profiling/step/savings.py). Beside the
+lower the peak and leave the results alone, the largest saving first, predicted (profiling/cost/peak_memory.py). Beside the
 run
 
     runs/NAME/out_of_memory/rank3.json       what was held, predicted, advised
@@ -28,10 +28,8 @@ from configs.load import one_line
 from engine.zero import DTYPES
 from kernels.attention import resolve
 from kernels.dense_attention import DENSE
-from profiling.memory import held
-from profiling.step.footprint import Footprint
-from profiling.step.peak import predict_peak
-from profiling.step.savings import Saving, largest_parts, savings
+from profiling.cost.peak_memory import MemoryFootprint, Saving, largest_parts, predict_peak, savings
+from profiling.instruments.memory import memory_in_use
 
 # torch's allocator on the host, the kernel, CUDA and NCCL outside torch's allocator, cuBLAS.
 WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -67,7 +65,7 @@ class Memory:
             raise UserError(self._account(moment, error)) from error
 
     def _account(self, moment: str, error: Exception) -> str:
-        found = held()
+        found = memory_in_use()
         said = f"memory ran out on rank {self.rank} of {self.world_size}, {moment}: {one_line(error)}"
         try:
             predicted, advice = self._predict()
@@ -83,7 +81,7 @@ class Memory:
             lines.append("no system setting lowers it: a smaller batch or model is another run")
         return "\n".join([*lines, details])
 
-    def _predict(self) -> tuple[Footprint, list[Saving]]:
+    def _predict(self) -> tuple[MemoryFootprint, list[Saving]]:
         if not isinstance(self.config, Config):
             raise UserError(f"memory is predicted for pre-training, this run is of kind {self.config.kind}")
         system, dtype = self.config.system, DTYPES[self.config.optim.precision]
@@ -93,7 +91,12 @@ class Memory:
         return predict_peak(*case), savings(*case)
 
     def _write(
-        self, moment: str, error: Exception, found: dict[str, int], predicted: Footprint | None, advice: list[Saving]
+        self,
+        moment: str,
+        error: Exception,
+        found: dict[str, int],
+        predicted: MemoryFootprint | None,
+        advice: list[Saving],
     ) -> str:
         """Says where the details are, or why they are nowhere: that must not hide what happened."""
         components = [] if predicted is None else [asdict(part) for part in predicted.components]

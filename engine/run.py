@@ -49,7 +49,7 @@ from engine.trainings import kinds
 from engine.watch.place import Place
 from engine.watch.watch import watched
 from model.objectives.comm import Comm
-from profiling.memory import process_peak_bytes
+from profiling.instruments.memory import process_peak_bytes
 
 LOCK_FILE = "lock"  # in the run's directory
 NFS_LEASE_SECONDS = 90.0  # how long an NFS server keeps the lock of a host that is gone

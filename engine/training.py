@@ -22,8 +22,8 @@ from data.lines import Lines
 from engine.checkpoint.pieces import Piece, Pieces
 from engine.health.judge import Judge
 from model.objectives.comm import Comm
-from profiling.flops import StepFlops
-from profiling.phases import Phases
+from profiling.cost.flops import StepFlops
+from profiling.instruments.phases import PhaseTimer
 
 N = TypeVar("N", bound="Numbered")
 
@@ -114,7 +114,7 @@ class Training(Protocol):
         ...
 
     @property
-    def phases(self) -> Phases:
+    def phases(self) -> PhaseTimer:
         """The recorder of where this rank's time goes."""
         ...
 

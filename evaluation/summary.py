@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import UserError
-from profiling.report.data import read_run
+from profiling.report.run_record import read_run
 
 LOSSES = ("clip", "ssl", "rec")
 

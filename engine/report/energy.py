@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from engine import world
-from profiling.energy import EnergyMeter, Reading, over_ranks
+from profiling.instruments.energy import EnergyMeter, EnergyReading, combine_ranks
 
 
 class Energy:
@@ -26,10 +26,10 @@ class Energy:
     def read(self, num_steps: int) -> dict[str, float]:
         """`energy/*` of the `num_steps` steps since the last read; nothing where it is not measured. A collective."""
         own = None if self._meter is None else self._meter.read()
-        readings: list[Reading] = [reading for reading in world.gather_objects(own) if reading is not None]
+        readings: list[EnergyReading] = [reading for reading in world.gather_objects(own) if reading is not None]
         for trouble in dict.fromkeys(reading.trouble for reading in readings if reading.trouble):
             self._say(trouble)
-        values = over_ranks([reading.values for reading in readings])
+        values = combine_ranks([reading.values for reading in readings])
         if "energy/joules" in values:
             values["energy/joules_per_sample"] = values["energy/joules"] / (num_steps * self._samples_per_step)
         return values

@@ -27,8 +27,8 @@ from engine.report.traffic import Traffic, counting
 from engine.report.utilisation import Utilisation, utilisation
 from engine.training import Training
 from model.objectives.comm import Comm
-from profiling.phases import Phases
-from profiling.window import Window
+from profiling.instruments.phases import PhaseTimer
+from profiling.instruments.profiler import ProfilerWindow
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Instruments:
     """Of one rank. `use` is read by the meter, which knows how long the steps took."""
 
     comm: Comm
-    phases: Phases
-    window: Window
+    phases: PhaseTimer
+    window: ProfilerWindow
     use: Utilisation
     energy: Energy
     traffic: Traffic
@@ -57,7 +57,7 @@ def watching(training: Training, run_dir: Path, reporter: Reporter) -> Iterator[
     machine = use.machine(comm.world_size, resolve_compile(config, training.device)[0])
     reporter.keep(run_dir / "machine.json", json.dumps(machine, indent=2) + "\n")
     with (
-        Window(config, phases, run_dir, comm.rank, reporter.say if comm.rank == 0 else complain) as window,
+        ProfilerWindow(config, phases, run_dir, comm.rank, reporter.say if comm.rank == 0 else complain) as window,
         metered(training.device, config.samples_per_step, reporter.say) as energy,
         counting() as traffic,
     ):

@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 
 from model.objectives.comm import Comm
-from profiling.memory import peak_and_now
+from profiling.instruments.memory import peak_and_current_bytes
 
 
 def report(comm: Comm) -> dict[str, float]:
     """The same on every rank. A collective between hosts, of three numbers a rank."""
-    held = peak_and_now()
+    held = peak_and_current_bytes()
     shared = torch.zeros(len(held), comm.world_size, dtype=torch.float64)
     shared[:, comm.rank] = torch.tensor(list(held.values()), dtype=torch.float64)
     values: dict[str, float] = {}

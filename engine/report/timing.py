@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from engine import zero
 from model.objectives.comm import Comm
-from profiling.phases import PHASES, Phases
+from profiling.instruments.phases import PHASES, PhaseTimer
 
 NOT_OWN = ("all_gather", "reduce_scatter", "all_reduce", "report")
 
@@ -42,7 +42,7 @@ NOT_OWN = ("all_gather", "reduce_scatter", "all_reduce", "report")
 class TimedComm:
     """A Comm whose collectives are phases."""
 
-    def __init__(self, comm: Comm, phases: Phases) -> None:
+    def __init__(self, comm: Comm, phases: PhaseTimer) -> None:
         self._comm, self._phases = comm, phases
 
     @property
@@ -69,7 +69,7 @@ class TimedComm:
             return self._comm.all_max(x)
 
 
-def time_children(phases: Phases, model: nn.Module, children: Mapping[str, str]) -> None:
+def time_children(phases: PhaseTimer, model: nn.Module, children: Mapping[str, str]) -> None:
     """Makes phases of the forwards of the model's children: name -> phase.
 
     After `zero.start`: its hooks, which gather a child's parameters, stay outside ours; compiled blocks get none.
@@ -80,7 +80,7 @@ def time_children(phases: Phases, model: nn.Module, children: Mapping[str, str])
             _time_forward(phases, phase, child)
 
 
-def time_calls(phases: Phases, engine: Any) -> None:
+def time_calls(phases: PhaseTimer, engine: Any) -> None:
     """Makes phases of what an engine does: backward, step, and the collectives in them."""
     phases.wrap("backward", engine, "backward")
     phases.wrap("optimizer", engine, "step")
@@ -88,7 +88,7 @@ def time_calls(phases: Phases, engine: Any) -> None:
         phases.wrap(phase, owner, method)
 
 
-def report(phases: Phases, comm: Comm) -> dict[str, float]:
+def report(phases: PhaseTimer, comm: Comm) -> dict[str, float]:
     """Of the steps since the last report, the same on every rank. A collective between hosts."""
     reading = phases.read()
     if not reading.ms:
@@ -114,7 +114,7 @@ def straggler(own_ms: list[float], step_ms: float) -> dict[str, float]:
     return {"straggler/rank": float(slowest), "straggler/excess_share": excess / step_ms}
 
 
-def _time_forward(phases: Phases, phase: str, child: nn.Module) -> None:
+def _time_forward(phases: PhaseTimer, phase: str, child: nn.Module) -> None:
     def enter(*_: Any) -> None:
         phases.begin(phase)
 

@@ -5,7 +5,7 @@
     traffic.bytes["all_gather"], traffic.calls["all_gather"]          # 579272, 107
 
 A message is counted as the whole tensor, the convention of NCCL's own tests: the output of an all-gather, the input of
-a reduce-scatter, the tensor of an all-reduce. What a rank sends is less or more; profiling/step/communication.py has
+a reduce-scatter, the tensor of an all-reduce. What a rank sends is less or more; profiling/cost/communication.py has
 the factors. Pickled objects (data health at reports) are not counted.
 """
 

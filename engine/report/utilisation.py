@@ -23,8 +23,8 @@ import torch
 
 from configs import Run
 from engine.training import Training
-from profiling.flops import StepFlops
-from profiling.peaks import Bandwidth, Peak, bandwidth, measured_bandwidth, measured_peak, peak
+from profiling.cost.flops import StepFlops
+from profiling.instruments.machine import MemoryBandwidth, PeakFlops, bandwidth, measured_bandwidth, measured_peak, peak
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Utilisation:
     precision: str  # of the blocks' products
     backend: str  # of attention, resolved
     flops: Callable[[Mapping[str, float]], StepFlops]  # Training.flops
-    peak: Peak | None
-    bandwidth: Bandwidth | None
+    peak: PeakFlops | None
+    bandwidth: MemoryBandwidth | None
     device_name: str
 
     def values(self, seconds: float, counted: Mapping[str, float]) -> dict[str, float]:

@@ -41,8 +41,8 @@ from model.objectives.comm import Comm
 from model.objectives.perceptual import Perceptual
 from model.tokenizer import pixels_of
 from model.weights import opened
-from profiling.flops import StepFlops
-from profiling.step.decoder_gan_flops import decoder_gan_flops
+from profiling.cost.flops import StepFlops
+from profiling.cost.step_flops import decoder_gan_flops
 
 DISCRIMINATOR = "discriminator"
 SHOWN = 8  # pictures

@@ -35,7 +35,7 @@ from model.objectives.comm import Comm
 from model.objectives.decoder_losses import decoder_losses
 from model.objectives.perceptual import Perceptual
 from model.objectives.pixels import to_signed
-from profiling.phases import Phases
+from profiling.instruments.phases import PhaseTimer
 
 LISTENS, JUDGES = "gan/decoder_listens", "gan/discriminator_steps"  # reported: shares of the steps
 
@@ -51,7 +51,7 @@ class DecoderAssembly:
     comm: Comm
     perceptual: Perceptual | None
     device: torch.device
-    phases: Phases
+    phases: PhaseTimer
 
 
 @dataclass(frozen=True)

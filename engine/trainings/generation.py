@@ -36,9 +36,8 @@ from model.generator.draws import Draws, draw
 from model.generator.initialise import initialise_parameter
 from model.generator.shape import LatentShape
 from model.objectives.comm import Comm
-from profiling.flops import Component, StepFlops
-from profiling.phases import Phases
-from profiling.step.generator_flops import generator_flops
+from profiling.cost.flops import FlopsComponent, StepFlops, generator_flops
+from profiling.instruments.phases import PhaseTimer
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class GeneratorTraining:
         self.config, self.comm, self.device, self.choices = config, comm, device, started.choices
         self._store, self._engine = store, started.engine
         self._average, self.judges = Average(self._engine, MAIN), (started.judge,)
-        self.phases: Phases = assemble.timed(
+        self.phases: PhaseTimer = assemble.timed(
             config, device, self._engine, _children(self._engine.module), {"ema": (self._average, "follow")}
         )
         samples = config.batch.samples
@@ -139,7 +138,7 @@ class GeneratorTraining:
         shape, classes = LatentShape(*self._store.shape), self._store.num_classes
         forward = generator_flops(self.config.generator, shape, classes, samples)
         again = forward if self.config.system.activation_checkpointing == "full" else 0.0
-        return StepFlops.of([Component("generator", "shared", forward, 2 * forward, again)], savings={})
+        return StepFlops.of([FlopsComponent("generator", "shared", forward, 2 * forward, again)], savings={})
 
     def wait_seconds(self) -> float:
         """Of the step for latents and their numbers."""

@@ -29,8 +29,8 @@ from model.objectives.comm import Comm
 from model.objectives.total import Centres
 from model.outputs import RecOutputs
 from model.rows import Rows
-from profiling.flops import StepFlops
-from profiling.step.flops import step_flops
+from profiling.cost.flops import StepFlops
+from profiling.cost.step_flops import step_flops
 
 SAVED = "speed/caption_tokens_saved"
 

@@ -10,7 +10,7 @@ place.at("consolidating")           # after the last step
 
 from __future__ import annotations
 
-from profiling.phases import Phases
+from profiling.instruments.phases import PhaseTimer
 
 
 class Place:
@@ -19,7 +19,7 @@ class Place:
 
     def __init__(self) -> None:
         self.step = 0
-        self._stage, self._phases = "starting up", Phases(clock=None)
+        self._stage, self._phases = "starting up", PhaseTimer(clock=None)
 
     @property
     def phase(self) -> str:
@@ -30,6 +30,6 @@ class Place:
         """What is done from now on, outside of steps."""
         self._stage = stage
 
-    def follow(self, phases: Phases) -> None:
+    def follow(self, phases: PhaseTimer) -> None:
         """From now on the rank is in the phases of its steps."""
         self._phases, self._stage = phases, ""

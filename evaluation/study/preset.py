@@ -2,7 +2,7 @@
 
     cells(PRESETS["mini"])[0]          # Cell(objective=rec, budget 0, 2.0e12 FLOPs, 250 steps)
 
-The axis is compute, so a budget is a number of training FLOPs of the tokenizer (profiling/step/flops.py: forward and
+The axis is compute, so a budget is a number of training FLOPs of the tokenizer (profiling/cost/step_flops.py: forward and
 backward, each product once) and not a number of steps: a step of the joint objective costs nearly twice one of
 reconstruction alone, and an equal number of steps would credit the joint objective with compute that the others never
 had. Each objective takes as many steps as the budget buys, so a column of the study compares like with like.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from configs import Config, load_config
 from model.rows import Rows
-from profiling.step.flops import step_flops
+from profiling.cost.step_flops import step_flops
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -22,7 +22,7 @@ from evaluation.study.known import Known, corpus_digest, science_of
 from evaluation.study.preset import Cell
 from evaluation.study.stages import Layout
 from evaluation.study.work import failure
-from profiling.machine import describe
+from profiling.instruments.machine import describe
 
 Row = dict[str, Any]
 

@@ -1,1 +1,1 @@
-"""One file a bench, each with `run(rounds) -> list[Measurement]`."""
+"""Benches: functions `bench_NAME(recorder)`, listed in profiling/bench.py."""

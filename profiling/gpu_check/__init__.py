@@ -1,1 +1,1 @@
-"""python -m profiling.gpu_check: everything that is to be shown on a GPU, in one command. Standard library alone."""
+"""python -m profiling.gpu_check: all tests and benches for GPUs in one command. Standard library alone."""

@@ -1,13 +1,13 @@
-"""python -m profiling.gpu_check --out DIR [--run 1|2|3] [--only NAMES]: what was built for GPUs, shown to work on one.
+"""python -m profiling.gpu_check --out DIR [--run 1|2|3] [--only NAMES]: run all GPU tests and benches.
 
 Tests marked `gpu` and benches at a GPU's sizes, the most telling first, in three runs: the first two take five and a
-half minutes each, the third what is left. Needs no network and no installation beyond the packages that are there,
-tells which are missing, and goes on with the rest. DIR gets a log and the figures of every step, summary.json and
-page.md, all of them rewritten whenever something is known. Without a GPU it is a dry run: every step runs on the CPU
-at a small size, tests that need a GPU are skipped, and no figure says anything of a GPU.
+half minutes each, the third the rest. Needs no network and no installation beyond the packages that are there, names
+those that are missing, and goes on with the rest. DIR gets a log and the figures of every step, summary.json and
+page.md, all rewritten whenever something is known. Without a GPU it is a dry run: every step runs on the CPU at a small
+size, tests that need a GPU are skipped, and no figure is of a GPU.
 
-Exit code 0: every step ended well or was left out, with its reason; 1: one failed or took too long; 2: a mistake in
-what was asked.
+Exit code 0: every step ended well or was left out, with its reason; 1: one failed or took too long; 2: a mistake in the
+command line.
 """
 
 from __future__ import annotations
@@ -27,46 +27,54 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from data.whole_file import write_whole
-from profiling.gpu_check.carry_out import Record, begun, carry_out, forget, outcome, pack, unpack
-from profiling.gpu_check.page import figures, page
-from profiling.gpu_check.steps import RUNS, STEPS, Step, steps_of
+from profiling.gpu_check.page import bench_tables, page
+from profiling.gpu_check.runner import (
+    Record,
+    pack_caches,
+    remove_old_files,
+    run_step,
+    running_record,
+    summary,
+    unpack_caches,
+)
+from profiling.gpu_check.steps import RUNS, STEPS, CheckStep, steps_of
 
-LEAST_SECONDS = 15.0  # a step with less time than this is not begun
+MIN_SECONDS = 15.0  # a step with less time than this is not started
 PACKAGES = ("torch", "triton", "deepspeed", "torchao", "transformer-engine", "flash-attn-3", "nvidia-dali-cuda130")
 CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total,temperature.gpu"
 
 
 def main(arguments: list[str]) -> int:
-    """Command line of this module; the exit code."""
+    """Run the command line; return the exit code."""
     given = _parser().parse_args(arguments)
-    if said := _mistake(given):
-        print(f"error: {said}", file=sys.stderr)
+    if mistake := _mistake(given):
+        print(f"error: {mistake}", file=sys.stderr)
         return 2
     chosen = [step for step in steps_of(given.run) if given.only is None or step.name in given.only.split(",")]
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the step that runs, too
     out = given.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     for step in chosen:
-        forget(step, out)
+        remove_old_files(step, out)
     gpu = _gpu()
-    print(f"on {gpu}" if gpu else "no GPU here: a dry run on the CPU, whose figures say nothing of a GPU", flush=True)
+    print(f"on {gpu}" if gpu else "no GPU here: a dry run on the CPU, whose figures are not of a GPU", flush=True)
     seconds = 60 * given.minutes if given.minutes else sum(step.seconds for step in chosen) if gpu else math.inf
     deadline = time.monotonic() + seconds
-    caches = None if given.caches is None else unpack(given.caches)
+    caches = None if given.caches is None else unpack_caches(given.caches)
     records: list[Record] = []
     for idx, step in enumerate(chosen):
-        _write(out, gpu, [*records, begun(step)])  # at once: what is there is there, whatever ends this command
+        _write(out, gpu, [*records, running_record(step)])  # now: whatever ends this command, this is known
         limit = step.dry if gpu is None else _limit(chosen[idx:], deadline - time.monotonic())
         records.append(_record(step, out, min(limit, deadline - time.monotonic()), gpu is None, caches))
         _write(out, gpu, records)
-        print(f"{step.name}: {outcome(records[-1])}", figures(records[-1], out), sep="\n", flush=True)
+        print(f"{step.name}: {summary(records[-1])}", bench_tables(records[-1], out), sep="\n", flush=True)
     if caches is not None:
-        print(f"compiler caches: {pack(caches, given.caches) / 2**20:.1f} MiB in {given.caches}", flush=True)
+        print(f"compiler caches: {pack_caches(caches, given.caches) / 2**20:.1f} MiB in {given.caches}", flush=True)
     return 1 if any(record["state"] in ("failed", "late") for record in records) else 0
 
 
-def _limit(steps: list[Step], left: float) -> float:
-    """Seconds of the first of `steps`: its own, and what the steps before it have not used."""
+def _limit(steps: list[CheckStep], left: float) -> float:
+    """Seconds for the first of `steps`: its own, and what the steps before it have not used."""
     return max(steps[0].seconds, left - sum(step.seconds for step in steps[1:]))
 
 
@@ -80,20 +88,20 @@ def _mistake(given: argparse.Namespace) -> str | None:
     return None
 
 
-def _record(step: Step, out: Path, limit: float, is_dry: bool, caches: Path | None) -> Record:
-    if limit < LEAST_SECONDS:
+def _record(step: CheckStep, out: Path, limit: float, is_dry: bool, caches: Path | None) -> Record:
+    if limit < MIN_SECONDS:
         return {"step": step.name, "question": step.question, "state": "left out", "why": "no time was left"}
-    return carry_out(step, out, limit, is_dry, caches)
+    return run_step(step, out, limit, is_dry, caches)
 
 
 def _write(out: Path, gpu: str | None, records: list[Record]) -> None:
-    summary = {"gpu": gpu, "packages": dict(_versions()), "records": records}
-    write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n", is_synced=False)
-    write_whole(out / "page.md", page(summary, out), is_synced=False)
+    facts = {"gpu": gpu, "packages": dict(_versions()), "records": records}
+    write_whole(out / "summary.json", json.dumps(facts, indent=2) + "\n", is_synced=False)
+    write_whole(out / "page.md", page(facts, out), is_synced=False)
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    """Of Python and of those packages that figures depend on, as installed."""
+    """Versions of Python and of the installed packages that figures depend on."""
     yield "Python", platform.python_version()
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -101,13 +109,13 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _gpu() -> str | None:
-    """Name, driver, clocks and power limit of the first GPU as its driver tells them; None where there is none."""
+    """Name, driver, clocks and power limit of the first GPU, by nvidia-smi; None if there is none."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
-    asked = [command, f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"]
+    query = [command, f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"]
     try:
-        found = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     except subprocess.TimeoutExpired:
         return None
     if found.returncode:

@@ -1,7 +1,7 @@
-"""The page of a GPU check: what was asked, what came of it, every figure with the command that made it.
+"""The Markdown page of a GPU check: each step's question and outcome, and every figure that the benches measured.
 
-page(summary, folder)        # Markdown; `folder` holds the JSON that the benches wrote
-figures(record, folder)      # of one step
+page(summary, folder)        # `folder` holds the JSON that the benches wrote
+bench_tables(record, folder)      # of one step
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from profiling.gpu_check.carry_out import Record, outcome
+from profiling.gpu_check.runner import Record
+from profiling.gpu_check.runner import summary as step_summary
 
 COLUMNS = ("variant", "median ms", "rounds", "spread", "times the reference", "peak MiB", "MFU", "warm-up s")
 FIGURES = ("variant", "median_ms", "rounds", "spread", "speedup", "peak_mib", "mfu", "warm_up_s")  # of a bench's row
 
 
 def page(summary: Mapping[str, Any], folder: Path) -> str:
-    """Written from summary.json and from what lies beside it."""
+    """The page, from summary.json and the files beside it."""
     gpu, records = summary["gpu"], summary["records"]
     title = f"# On {gpu.split(',')[0]}" if gpu else "# Dry run on a CPU: nothing here is a figure of a GPU"
     machine = f"{gpu}." if gpu else "Every step ran at a small size to show that it runs."
@@ -30,22 +31,22 @@ def page(summary: Mapping[str, Any], folder: Path) -> str:
 
 
 def _overview(records: list[Record]) -> str:
-    rows = [f"| {record['step']} | {record['question']} | {outcome(record)} |" for record in records]
+    rows = [f"| {record['step']} | {record['question']} | {step_summary(record)} |" for record in records]
     return "\n".join(("| step | asks | came to |", "|---|---|---|", *rows))
 
 
 def _section(record: Record, figures: Path) -> Iterator[str]:
-    shown = [*_trouble(record), *_measured(figures)]
+    shown = [*_test_outcomes(record), *_measured(figures)]
     if shown:
         yield from (f"## {record['step']}", "", *shown)
 
 
-def figures(record: Record, folder: Path) -> str:
-    """The tables of one step's bench; "" where there is none."""
+def bench_tables(record: Record, folder: Path) -> str:
+    """The tables of one step's bench; "" if there is none."""
     return "\n".join(_measured(folder / f"{record['step']}.json"))
 
 
-def _trouble(record: Record) -> Iterator[str]:
+def _test_outcomes(record: Record) -> Iterator[str]:
     for kind in ("failed", "skipped"):
         if tests := record.get(f"{kind}_tests"):
             yield from (*(f"- {kind}: `{name}`: {why}" for name, why in tests.items()), "")
@@ -59,7 +60,7 @@ def _trouble(record: Record) -> Iterator[str]:
 
 
 def _measured(path: Path) -> Iterator[str]:
-    """A table for each measurement, its notes below."""
+    """A table for each measurement, with its notes."""
     if not path.is_file():
         return
     found = json.loads(path.read_text())
@@ -84,7 +85,7 @@ def _table(measurement: dict[str, Any]) -> Iterator[str]:
 
 
 def _curves(losses: dict[str, list[float]]) -> Iterator[str]:
-    """Every tenth or so of the steps."""
+    """Losses of about every tenth step."""
     steps = len(next(iter(losses.values())))
     yield from ("| step | " + " | ".join(losses) + " |", "|---:|" + "---:|" * len(losses))
     for step in sorted({0, steps - 1, *range(0, steps, max(1, steps // 10))}):

@@ -1,68 +1,132 @@
-"""Every way to lay a run over a cluster, each with its memory, time and cost: what the planner chooses from.
+"""All ways to distribute a run over a cluster, each with its memory, time and cost: what the planner chooses from.
 
-    cluster = Cluster(gpus=256, rates=rates_of("h100"), links=parse_links("nvlink,ib400", "h100"))
+    cluster = Cluster(gpus=256, rates=rates_of("h100"), links=parse_links("nvlink,ib400", "h100"), mode=mode)
     plans = search(config, cluster, samples=1.1e9)
     plans[0].variant, plans[0].samples_per_second         # the fastest that fits; those that do not fit come last
+    plans[0].variant.overrides                            # ["system.clip.micro_batches=2", ...], for the command line
+    plans[0].variant.ds_json()                            # what --ds_config reads
 
-All variants are system: none changes what is learnt. ZeRO 1, 2 and 3 as configs/deepspeed has them, ZeRO-3 also without
-small parameters that stay whole (each of them is a message of its own after every step), and with a second copy on each
-host (zero_hpz_partition_size) where communication shows; micro-batches of the gradient cache; activation checkpointing;
-FP8 in the blocks where the GPU has it. What changes the numbers that travel (int8 weights, int4 gradients) is left out.
+Variants change the system, not what is learnt: ZeRO 1, 2 and 3 as configs/deepspeed has them, ZeRO-3 also without small
+parameters that stay whole (each is a message of its own after every step), and with a second copy on each host
+(zero_hpz_partition_size) where the step waits for communication; micro-batches of the gradient cache; activation
+checkpointing; FP8 in the blocks where the GPU has it. What rounds the numbers that are sent (int8 weights, int4
+gradients) is left out.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from configs import Config, UserError
-from configs.architecture import Text, Vit
-from configs.scale_out import SHARDED
-from model.rows import Rows
-from profiling.flops import StepFlops
-from profiling.plan.rates import Links, Rates
-from profiling.plan.step_time import StepTime, step_time
-from profiling.plan.variant import Variant
-from profiling.plan.work import Build, fp8_pays, step_work
-from profiling.step.communication import Collective, predict
-from profiling.step.elementwise import kept_bytes
-from profiling.step.flops import step_flops
-from profiling.step.footprint import Footprint
-from profiling.step.peak import predict_peak
+from pydantic import ValidationError
 
-CAPTIONS_FILLED = 0.3  # share of the slots that packed captions take [assumed: captions of the web]
+import configs
+from configs import Config, UserError
+from configs.ds import complete
+from configs.scale_out import HPZ, SHARDED
+from model.rows import Rows
+from profiling.cost.communication import Collective, predict_collectives
+from profiling.cost.flops import StepFlops
+from profiling.cost.peak_memory import MemoryFootprint, predict_peak
+from profiling.cost.step_flops import step_flops
+from profiling.plan.rates import DeviceRates, NetworkLinks
+from profiling.plan.step_time import ExecutionMode, StepTime, fp8_pays, step_time, step_work
+
+DEEPSPEED = Path(configs.__file__).parent / "deepspeed"
+CAPTIONS_FILLED = 0.3  # fraction of the slots that packed captions take [assumed: captions of the web]
 Stage = tuple[int, int | None]  # of ZeRO, and the persistence threshold
 STAGES: tuple[Stage, ...] = ((1, None), (2, None), (3, None), (3, 0))
-PARTS = (1, 2, 4, 8, 16, 32, 64)
-MODES = ("off", "selective", "full")
-SHOWS = 0.01  # of a step that waits for communication, from which a second copy is tried
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+CHECKPOINTING = ("off", "selective", "full")
+WAITS = 0.01  # fraction of the step exposed to communication, from which a second copy is tried
 HELPS = 0.95  # of the memory with half the micro-batches, at most: less is no help
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """`gpus` equal devices. `build` is what the engine makes of blocks there."""
+class LayoutVariant:
+    """Settings that distribute a run: keys of --ds_config, then of --config.
 
-    gpus: int
-    rates: Rates
-    links: Links | None
-    build: Build
+    `persistence`: stage3_param_persistence_threshold; None as the JSON has it.
+    """
+
+    stage: int
+    persistence: int | None
+    micro_batches: int
+    checkpointing: str
+    linear: str
+    hpz: int = 1  # zero_hpz_partition_size: the GPUs of a host, or none
+
+    @property
+    def overrides(self) -> list[str]:
+        """For the command line of a run."""
+        return [
+            f"system.clip.micro_batches={self.micro_batches}",
+            f"system.activation_checkpointing={self.checkpointing}",
+            f"system.linear={self.linear}",
+        ]
+
+    @property
+    def name(self) -> str:
+        """The ZeRO part in words: "ZeRO-3 all sharded, a copy a host of 8"."""
+        second = "" if self.hpz == 1 else f", a copy a host of {self.hpz}"
+        return f"ZeRO-{self.stage}" + ("" if self.persistence is None else " all sharded") + second
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether configs/deepspeed has it."""
+        return self.persistence is None and self.hpz == 1
+
+    def ds_json(self) -> dict[str, Any]:
+        """What --ds_config reads: the shipped file of the stage, changed."""
+        found: dict[str, Any] = json.loads((DEEPSPEED / f"zero{self.stage}.json").read_text())
+        if self.persistence is not None:
+            found["zero_optimization"]["stage3_param_persistence_threshold"] = self.persistence
+        if self.hpz > 1:
+            found["zero_optimization"][HPZ] = self.hpz
+        return found
+
+    def ds_config(self, config: Config, world_size: int) -> dict[str, Any]:
+        """What DeepSpeed gets: the JSON completed from the config."""
+        return complete(self.ds_json(), config, world_size)
+
+    def apply(self, config: Config) -> Config:
+        """The config with these settings. Raises UserError where its rules refuse them."""
+        given = config.model_dump()
+        given["system"]["clip"]["micro_batches"] = self.micro_batches
+        given["system"]["activation_checkpointing"] = self.checkpointing
+        given["system"]["linear"] = self.linear
+        try:
+            return Config.model_validate(given)
+        except ValidationError as error:
+            raise UserError(str(error)) from None
 
 
 @dataclass(frozen=True)
-class Plan:
+class Cluster:
+    """`gpus` equal devices, and how the engine runs blocks there."""
+
+    gpus: int
+    rates: DeviceRates
+    links: NetworkLinks | None
+    mode: ExecutionMode
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
     """A variant on a cluster: per rank and step, and for the whole run of `samples`."""
 
-    variant: Variant
+    variant: LayoutVariant
     cluster: Cluster
     rows: Rows
-    footprint: Footprint
+    footprint: MemoryFootprint
     time: StepTime
     flops: StepFlops
     wire_bytes: float
-    latency: float  # seconds of the communication that no bandwidth would save
+    latency: float  # seconds of communication that messages of no size would take
     samples: float
 
     @property
@@ -72,7 +136,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether that is within what a device has for it."""
+        """Whether a device has that much."""
         return self.memory <= self.cluster.rates.memory_bytes
 
     @property
@@ -89,22 +153,22 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """The run's, without a pause: steps and nothing else."""
+        """Of the run, steps alone."""
         return self.samples / self.samples_per_second / 86_400
 
     @property
     def gpu_hours(self) -> float:
-        """The run's days on all GPUs."""
+        """Of the run on all GPUs."""
         return 24 * self.days * self.cluster.gpus
 
     @property
     def kilowatt_hours(self) -> float:
-        """Of the GPUs alone; without hosts, network and cooling. NaN where their power is not known."""
+        """Of the GPUs alone, without hosts, network and cooling. NaN where their power is not known."""
         watts = self.cluster.rates.watts
         return self.gpu_hours * watts / 1000 if watts else float("nan")
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for other programs."""
+        """For JSON."""
         return {
             "variant": vars(self.variant),
             "fits": self.fits,
@@ -120,125 +184,85 @@ class Plan:
         }
 
 
-def search(config: Config, cluster: Cluster, samples: float, is_exhaustive: bool = False) -> list[Plan]:
-    """Plans, those that fit by speed, then those that do not by memory.
+def search(config: Config, cluster: Cluster, samples: float, is_exhaustive: bool = False) -> list[LayoutPlan]:
+    """Return plans: those that fit by speed, then those that do not by memory.
 
     Micro-batches and activation checkpointing buy memory with time: unless `is_exhaustive`, more of them is tried only
     where it could help. Raises UserError where the GPUs do not divide the config's batches and streams.
     """
     config.check_world(cluster.gpus)
-    planner = _Planner(config, cluster, samples)
-    plans = [plan for stage in STAGES for plan in planner.climb(stage, is_exhaustive)]
+    search = _LayoutSearch(config, cluster, samples)
+    plans = [plan for stage in STAGES for plan in search.of_stage(stage, is_exhaustive)]
     return sorted(plans, key=lambda plan: (not plan.fits, plan.time.seconds if plan.fits else plan.memory))
 
 
-def as_compiled(footprint: Footprint, config: Config) -> Footprint:
-    """The footprint, which knows eager blocks, with what compiled ones keep without checkpointing; with it the two keep
-    alike."""
-    parts: dict[str, Vit | Text] = {
-        "activations: trunk": config.model.trunk,
-        "activations: decoder": config.model.decoder,
-        "activations: text": config.model.text,
-    }
-    shares = {
-        name: kept_bytes(part, config.optim.precision, True) / kept_bytes(part, config.optim.precision, False)
-        for name, part in parts.items()
-    }
-    scaled = (replace(each, bytes=round(each.bytes * shares.get(each.name, 1))) for each in footprint.components)
-    return Footprint(tuple(scaled))
-
-
-def _latency(collectives: list[Collective], cluster: Cluster) -> float:
-    """Seconds that messages of no size would take."""
-    if cluster.links is None:
-        return 0.0
-    return sum(cluster.links.seconds(0, each.num_messages, each.ranks(cluster.gpus)) for each in collectives)
-
-
 @dataclass(frozen=True)
-class _Planner:
+class _LayoutSearch:
     config: Config
     cluster: Cluster
     samples: float
 
-    def climb(self, stage: Stage, is_exhaustive: bool) -> Iterator[Plan]:
+    def of_stage(self, stage: Stage, is_exhaustive: bool) -> Iterator[LayoutPlan]:
         """Variants of a stage, each with less memory and more time than the one before: down to the first that fits
         without checkpointing, or until more micro-batches no longer help; one alone where the states do not fit."""
-        least = math.inf
-        for parts in (parts for parts in PARTS if self._admits(parts)):
-            for mode in MODES:
-                plans = list(self.plans(stage, parts, mode))
+        least, memory_bytes = math.inf, self.cluster.rates.memory_bytes
+        for parts in (parts for parts in MICRO_BATCHES if self._divides(parts)):
+            for checkpointing in CHECKPOINTING:
+                plans = list(self._with_second_copies(LayoutVariant(*stage, parts, checkpointing, "bf16")))
                 yield from plans
                 if is_exhaustive:
                     continue
                 plan = plans[0]
-                if mode == MODES[0]:
-                    if plan.fits or plan.memory > HELPS * least or plan.footprint.static_bytes > self._memory:
+                if checkpointing == CHECKPOINTING[0]:
+                    if plan.fits or plan.memory > HELPS * least or plan.footprint.static_bytes > memory_bytes:
                         return
                     least = plan.memory
                 if plan.fits:
                     break
 
-    @property
-    def _memory(self) -> float:
-        return self.cluster.rates.memory_bytes
-
-    def _admits(self, parts: int) -> bool:
+    def _divides(self, micro_batches: int) -> bool:
         try:
-            Rows.per_rank(Variant(1, None, parts, "off", "bf16").apply(self.config), self.cluster.gpus)
+            Rows.per_rank(LayoutVariant(1, None, micro_batches, "off", "bf16").apply(self.config), self.cluster.gpus)
         except UserError:
-            if parts == 1:
+            if micro_batches == 1:
                 raise
             return False
         return True
 
-    def plans(self, stage: Stage, parts: int, mode: str) -> Iterator[Plan]:
-        """A layout with every kind of product that blocks can have; and with a second copy on each host where the step
-        waits for communication and something is gathered twice."""
-        variant = Variant(*stage, parts, mode, "bf16")
+    def _with_second_copies(self, variant: LayoutVariant) -> Iterator[LayoutPlan]:
+        """Also with a second copy on each host, where the step waits for communication and gathers something twice."""
         found = list(self._with_products(variant))
         yield from found
         links, gpus = self.cluster.links, self.cluster.gpus
-        if links is None or stage[0] != SHARDED or gpus <= links.per_node or gpus % links.per_node:
+        if links is None or variant.stage != SHARDED or gpus <= links.per_node or gpus % links.per_node:
             return
-        if any(plan.time.exposed > SHOWS * plan.time.seconds for plan in found):
+        if any(plan.time.exposed > WAITS * plan.time.seconds for plan in found):
             second = self._with_products(replace(variant, hpz=links.per_node))
             yield from (copy for copy, plan in zip(second, found, strict=True) if copy.time.exposed < plan.time.exposed)
 
-    def _with_products(self, variant: Variant) -> Iterator[Plan]:
-        config, mode = variant.apply(self.config), variant.checkpointing
-        ds_config = variant.ds_config(config, self.cluster.gpus)
-        footprint = predict_peak(config, ds_config, self.cluster.gpus, self._attention, self.cluster.build.device)
-        if self.cluster.build.is_compiled and mode == "off":
-            footprint = as_compiled(footprint, config)
-        collectives = predict(config, ds_config, self.cluster.gpus)
-        for linear in self._linears(config):
+    def _with_products(self, variant: LayoutVariant) -> Iterator[LayoutPlan]:
+        """In bf16, and in FP8 where device and precision have it and a product is large enough."""
+        config, cluster = variant.apply(self.config), self.cluster
+        ds_config = variant.ds_config(config, cluster.gpus)
+        attention = "matmul" if cluster.mode.attention == "matmul" else "sdpa"
+        footprint = predict_peak(config, ds_config, cluster.gpus, attention, cluster.mode.device)
+        if cluster.mode.is_compiled and variant.checkpointing == "off":  # with it compiled and eager blocks keep alike
+            footprint = footprint.as_compiled(config)
+        collectives = predict_collectives(config, ds_config, cluster.gpus)
+        has_fp8 = "fp8" in cluster.rates.peaks and config.optim.precision == "bf16"
+        pays = has_fp8 and fp8_pays(config, Rows.per_rank(config, cluster.gpus))
+        for linear in ["bf16", "fp8_torchao"] if pays else ["bf16"]:
             yield self._plan(replace(variant, linear=linear), footprint, collectives)
 
-    def _plan(self, variant: Variant, footprint: Footprint, collectives: list[Collective]) -> Plan:
-        config, cluster = variant.apply(self.config), self.cluster
+    def _plan(self, variant: LayoutVariant, footprint: MemoryFootprint, collectives: list[Collective]) -> LayoutPlan:
+        config, cluster, mode = variant.apply(self.config), self.cluster, self.cluster.mode
         rows = Rows.per_rank(config, cluster.gpus)
         captions = CAPTIONS_FILLED * rows.clip * config.model.text.context
-        work = step_work(config, rows, cluster.build, captions, shards=cluster.gpus)
-        return Plan(
-            variant,
-            cluster,
-            rows,
-            footprint,
-            step_time(work, cluster.rates, collectives, cluster.links, cluster.gpus),
-            step_flops(config, rows, captions, backend=cluster.build.attention, device=cluster.build.device),
-            sum(each.wire_bytes(cluster.gpus) for each in collectives),
-            _latency(collectives, cluster),
-            self.samples,
-        )
-
-    def _linears(self, config: Config) -> list[str]:
-        """FP8 where the device and the run's precision have it, and where a product is large enough to become so."""
-        has_fp8 = "fp8" in self.cluster.rates.peaks and config.optim.precision == "bf16"
-        pays = has_fp8 and fp8_pays(config, Rows.per_rank(config, self.cluster.gpus))
-        return ["bf16", "fp8_torchao"] if pays else ["bf16"]
-
-    @property
-    def _attention(self) -> str:
-        """As profiling.step.peak names it: fused kernels keep no scores."""
-        return "matmul" if self.cluster.build.attention == "matmul" else "sdpa"
+        flops = step_flops(config, rows, captions, backend=mode.attention, device=mode.device)
+        work = step_work(config, rows, mode, flops, captions, shards=cluster.gpus)
+        time = step_time(work, cluster.rates, collectives, cluster.links, cluster.gpus)
+        wire_bytes = sum(each.wire_bytes(cluster.gpus) for each in collectives)
+        latency = 0.0
+        if cluster.links is not None:
+            latency = sum(cluster.links.seconds(0, c.num_messages, c.ranks(cluster.gpus)) for c in collectives)
+        return LayoutPlan(variant, cluster, rows, footprint, time, flops, wire_bytes, latency, self.samples)

@@ -1,1 +1,1 @@
-"""A run as one page: `python -m profiling.report`."""
+"""Report on a run, or on two side by side, as one HTML page: `python -m profiling.report`."""

@@ -1,6 +1,6 @@
-"""What a report is made of. The page and report.json are two views of the same blocks, so they cannot disagree.
+"""Blocks that a report consists of. The page and report.json are two views of the same blocks, so they cannot disagree.
 
-Section("losses", "Losses", [Plots([Plot("loss/clip", [Line("demo", [10, 20], [4.5, 3.9])])])])
+ReportSection("losses", "Losses", [PlotGrid([LinePlot("loss/clip", [PlotLine("demo", [10, 20], [4.5, 3.9])])])])
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Cell = str | int | float | None
 
 
 @dataclass(frozen=True)
-class Sentence:
+class Paragraph:
     """A paragraph."""
 
     text: str
@@ -23,8 +23,8 @@ class Sentence:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Each row's first cell is its header. None: the run has no such figure."""
+class ReportTable:
+    """A table; each row's first cell is its header. None: the run has no such value."""
 
     caption: str
     header: list[str]
@@ -33,8 +33,8 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One run's part of a plot."""
+class PlotLine:
+    """One run's line in a plot."""
 
     label: str  # the run
     steps: list[int]
@@ -42,25 +42,25 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Plot:
-    """One figure over the steps, one line a run."""
+class LinePlot:
+    """One metric over the steps, one line for each run."""
 
     title: str
-    lines: list[Line]
+    lines: list[PlotLine]
     is_from_zero: bool = False  # else from the smallest value
 
 
 @dataclass(frozen=True)
-class Plots:
-    """Plots that stand beside one another and share a legend."""
+class PlotGrid:
+    """Plots beside one another with one legend."""
 
-    plots: list[Plot]
+    plots: list[LinePlot]
     kind: str = "plots"
 
 
 @dataclass(frozen=True)
-class Stack:
-    """One bar a run, cut into named parts."""
+class StackedBars:
+    """One bar for each run, divided into named parts."""
 
     title: str
     unit: str
@@ -70,8 +70,8 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Roofline:
-    """What a machine can do at most at every number of FLOPs a byte, and where the parts of a step are below it."""
+class RooflinePlot:
+    """A machine's roof over FLOPs a byte, and the parts of a step below it."""
 
     title: str
     flops_per_second: float
@@ -81,8 +81,8 @@ class Roofline:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """PNG files, inlined into the page; report.json names them."""
+class ImageGallery:
+    """PNG files, embedded in the page; report.json has their paths."""
 
     title: str
     captions: list[str]
@@ -91,8 +91,8 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Listing:
-    """Text as it is. In a difference, lines begin with +, - or a blank."""
+class TextListing:
+    """Preformatted text. In a difference, lines begin with +, - or a blank."""
 
     title: str
     lines: list[str]
@@ -100,26 +100,26 @@ class Listing:
     kind: str = "listing"
 
 
-Block = Sentence | Table | Plots | Stack | Roofline | Pictures | Listing
+ReportBlock = Paragraph | ReportTable | PlotGrid | StackedBars | RooflinePlot | ImageGallery | TextListing
 
 
 @dataclass(frozen=True)
-class Section:
-    """A heading and what stands below it."""
+class ReportSection:
+    """A heading and the blocks below it."""
 
     name: str  # the anchor on the page
     title: str
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[ReportBlock] = field(default_factory=list)
 
 
-def as_json(title: str, sections: list[Section]) -> str:
-    """Strict JSON: NaN and infinities, which JSON has no signs for, are the words "NaN", "Infinity", "-Infinity"."""
+def as_json(title: str, sections: list[ReportSection]) -> str:
+    """Strict JSON: NaN and infinities, which JSON does not have, become "NaN", "Infinity", "-Infinity"."""
     tree = {"title": title, "sections": [asdict(section) for section in sections]}
     return json.dumps(_strict(tree), indent=1, allow_nan=False) + "\n"
 
 
 def shown(cell: Cell) -> str:
-    """A cell as the page writes it: four digits, thousands apart, an absent figure as a dash."""
+    """Format a cell for the page: four digits, thousands separated, a missing value as a dash."""
     if cell is None:
         return "–"
     if isinstance(cell, str):

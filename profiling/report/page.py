@@ -1,7 +1,7 @@
-"""python -m profiling.report RUN [--compare RUN2] [--out FILE]: what a run did, as one page.
+"""python -m profiling.report RUN [--compare RUN2] [--out FILE]: report on a run as one HTML page.
 
-Writes RUN/report.html, which needs nothing beside it (no network, no script, pictures and plots inside), and the same
-facts as RUN/report.json. With --compare two runs stand side by side.
+Writes RUN/report.html, self-contained (no network, no script, pictures and plots inside), and the same facts as
+RUN/report.json. With --compare two runs are put side by side.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from markupsafe import Markup, escape
 
 from configs import UserError
 from configs.command_line import CommandParser, output_file
-from profiling.report.blocks import Line, Plot, Roofline, Section, Stack, as_json, shown
-from profiling.report.data import read_run
-from profiling.report.figures import labels
-from profiling.report.plots import line_plot, part_colour, part_sign, roofline_plot, stacked_bars
+from profiling.report.blocks import LinePlot, PlotLine, ReportSection, as_json, shown
+from profiling.report.metrics import labels
+from profiling.report.plots import line_plot, part_colour, part_marker, roofline_plot, stacked_bars
+from profiling.report.run_record import read_run
 from profiling.report.sections import sections
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write_report(run: Path, compare: Path | None = None, out: Path | None = None) -> Path:
-    """Writes the page to `out` (RUN/report.html) and its facts beside it, as .json; gives the page's path.
+    """Write the page to `out` (default: RUN/report.html) and its facts beside it as .json; return the page's path.
 
     Raises UserError for a directory that is no run, and where the page cannot be written.
     """
@@ -45,8 +45,8 @@ def write_report(run: Path, compare: Path | None = None, out: Path | None = None
     return page
 
 
-def render(title: str, content: list[Section]) -> str:
-    """The page. Everything a run wrote is escaped; the plots' SVG holds no word of it."""
+def render(title: str, content: list[ReportSection]) -> str:
+    """Render the page. Everything that a run wrote is escaped; the plots' SVG holds none of it."""
     environment = Environment(
         loader=PackageLoader("profiling.report", "."),
         autoescape=True,
@@ -56,13 +56,13 @@ def render(title: str, content: list[Section]) -> str:
     )
     environment.filters |= {
         "shown": shown,
-        "line_plot": _line_plot,
-        "stacked_bars": _stacked_bars,
-        "roofline_plot": _roofline_plot,
+        "line_plot": lambda plot: Markup(line_plot(plot)),
+        "stacked_bars": lambda bars: Markup(stacked_bars(bars)),
+        "roofline_plot": lambda roofline: Markup(roofline_plot(roofline)),
         "inlined": inlined,
         "breakable": breakable,
     }
-    environment.globals |= {"part_colour": part_colour, "part_sign": part_sign, "told": told}
+    environment.globals |= {"part_colour": part_colour, "part_marker": part_marker, "alt_text": alt_text}
     return environment.get_template("report.html.j2").render(title=title, sections=content)
 
 
@@ -80,12 +80,12 @@ def breakable(name: str) -> Markup:
     return Markup(re.sub(r"(?<=\w{3})([/_])(?=\w{3})", r"\1<wbr>", str(escape(name))))
 
 
-def told(plot: Plot) -> str:
-    """The plot in words, for whoever does not see it."""
+def alt_text(plot: LinePlot) -> str:
+    """Describe the plot for screen readers."""
     return f"{plot.title} over steps. {'; '.join(_ends(line) for line in plot.lines)}"
 
 
-def _ends(line: Line) -> str:
+def _ends(line: PlotLine) -> str:
     seen = [(step, value) for step, value in zip(line.steps, line.values, strict=True) if value is not None]
     if not seen:
         return f"{line.label}: no figures"
@@ -93,26 +93,14 @@ def _ends(line: Line) -> str:
     return f"{line.label}: {shown(first)} at step {first_step:,}, {shown(last)} at step {last_step:,}"
 
 
-def _line_plot(plot: Plot) -> Markup:
-    return Markup(line_plot(plot))
-
-
-def _stacked_bars(stack: Stack) -> Markup:
-    return Markup(stacked_bars(stack))
-
-
-def _roofline_plot(roofline: Roofline) -> Markup:
-    return Markup(roofline_plot(roofline))
-
-
 def main(arguments: list[str]) -> int:
-    """Command line of this module; the exit code."""
-    parser = CommandParser(prog="python -m profiling.report", description="What a run did, as one self-contained page.")
+    """Run the command line; return the exit code."""
+    parser = CommandParser(prog="python -m profiling.report", description="Report on a run as one self-contained page.")
     parser.add_argument("run", type=Path, help="a run directory with log.jsonl, finished or not")
     parser.add_argument("--compare", type=Path, metavar="RUN2", help="a second run, put beside the first")
     parser.add_argument("--out", type=output_file, metavar="FILE", help="the page (default: RUN/report.html)")
     parsed = parser.parse_args(arguments)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says here that it has found no GPU; nothing runs
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed prints that it has found no GPU; nothing runs
     try:
         page = write_report(parsed.run, parsed.compare, parsed.out)
     except UserError as error:

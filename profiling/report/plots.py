@@ -1,9 +1,9 @@
-"""Plots as SVG text to stand inside a page: matplotlib's one door. The same figures give the same bytes.
+"""Draw plots as SVG text for a page; the one door to matplotlib. The same figures give the same bytes.
 
     svg = line_plot(Plot("loss/clip", [Line("demo", [10, 20], [4.5, 3.9])]))     # '<svg viewBox=...'
 
-Titles and the names of runs are the page's to write: no word of the run gets into the SVG. Text and axes are drawn in
-two colours that stand for the page's own, so that a plot is readable on light and on dark.
+The page writes titles and names of runs: none of the run's words get into the SVG. Text and axes are drawn in two
+placeholder colours for the page's own, so that a plot is readable on light and on dark.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from profiling.report.blocks import Plot, Roofline, Stack
+from profiling.report.blocks import LinePlot, RooflinePlot, StackedBars
 
 COLOURS = (
     "#2f7ebc", "#d9762b", "#3d9a5f", "#a565b8", "#c2485a", "#8a7a2e", "#4aa3a8", "#8c6d5a", "#7a86c2", "#9aa0a6",
     "#b8862f", "#5b8f3a", "#d07aa0", "#5f6f86", "#3c6e71", "#b0543c",
 )  # fmt: skip
-MOST_DRAWN = 1e30  # beyond, axes cannot be divided any more
+MAX_DRAWN = 1e30  # beyond, axes cannot be divided any more
 _INK, _RULE = "#010203", "#010204"  # become currentColor and the page's rule
-_SUPERFLUOUS = tuple(
+_REMOVED = tuple(
     re.compile(pattern, re.DOTALL)
     for pattern in (
         r"<style.*?</style>",
@@ -36,7 +36,7 @@ _SUPERFLUOUS = tuple(
     )
 )
 _MARKERS = {"●": "o", "■": "s", "▲": "^", "◆": "D", "▼": "v", "✚": "P", "★": "*", "✖": "X"}  # legend -> plot
-_FEW = 12  # up to so many points get a dot each; beyond, only isolated ones
+_MAX_DOTS = 12  # up to so many points get a dot each; beyond, only isolated ones
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -57,13 +57,13 @@ _STYLE = {
 }
 
 
-def line_plot(plot: Plot) -> str:
-    """The plot's lines over the steps."""
+def line_plot(plot: LinePlot) -> str:
+    """Draw lines over steps."""
     with matplotlib.rc_context(_style(plot.title)):
         figure, axes = _canvas(height=2.4)
         for line, colour, dashes in zip(plot.lines, COLOURS, ("-", (0, (4, 1.5))), strict=False):
             drawn = _drawable(line.values)
-            dots = list(range(len(drawn))) if len(drawn) <= _FEW else _isolated(drawn)
+            dots = list(range(len(drawn))) if len(drawn) <= _MAX_DOTS else _isolated(drawn)
             axes.plot(
                 line.steps,
                 drawn,
@@ -83,8 +83,8 @@ def line_plot(plot: Plot) -> str:
         return _svg(figure)
 
 
-def stacked_bars(stack: Stack) -> str:
-    """One horizontal bar a run; its parts in the order and the colours of the legend."""
+def stacked_bars(stack: StackedBars) -> str:
+    """Draw one horizontal bar for each run; its parts in the order and colours of the legend."""
     with matplotlib.rc_context(_style(stack.title)):
         figure, axes = _canvas(height=0.75 + 0.45 * len(stack.labels), width=6.4)
         left = [0.0] * len(stack.labels)
@@ -97,8 +97,8 @@ def stacked_bars(stack: Stack) -> str:
         return _svg(figure)
 
 
-def roofline_plot(roofline: Roofline) -> str:
-    """The roof over FLOPs a byte, both axes in decades; a point a part, in the order and the colours of the legend."""
+def roofline_plot(roofline: RooflinePlot) -> str:
+    """Draw the roof over FLOPs a byte, both axes logarithmic, and a point for each part, as in the legend."""
     ridge = roofline.flops_per_second / roofline.bytes_per_second
     found = [each for each, _ in roofline.points.values()]
     low, high = min([ridge / 8, *found]) / 1.5, max([ridge * 8, *found]) * 1.5
@@ -107,7 +107,7 @@ def roofline_plot(roofline: Roofline) -> str:
         roof = [min(roofline.flops_per_second, each * roofline.bytes_per_second) / 1e9 for each in (low, ridge, high)]
         axes.plot((low, ridge, high), roof, color=_INK, linewidth=1.4)
         for idx, (intensity, speed) in enumerate(roofline.points.values()):
-            axes.plot(intensity, speed / 1e9, marker=_MARKERS[part_sign(idx)], color=part_colour(idx), markersize=7)
+            axes.plot(intensity, speed / 1e9, marker=_MARKERS[part_marker(idx)], color=part_colour(idx), markersize=7)
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
@@ -120,23 +120,23 @@ def roofline_plot(roofline: Roofline) -> str:
 
 
 def part_colour(part_idx: int) -> str:
-    """The colour of a stack's part."""
+    """The colour of a bar's part."""
     return COLOURS[part_idx % len(COLOURS)]
 
 
-def part_sign(part_idx: int) -> str:
-    """The legend's sign for a roofline's point: colours alone do not tell points apart to everybody."""
+def part_marker(part_idx: int) -> str:
+    """The legend's marker of a roofline's point: not everybody can distinguish points by colour."""
     return list(_MARKERS)[part_idx % len(_MARKERS)]
 
 
 def _style(title: str) -> dict[str, object]:
-    """Ids are the page's, so each plot has its own, and always the same: they come from its title."""
+    """Ids must differ between plots of a page and never change: they come from the title."""
     return _STYLE | {"svg.hashsalt": "plot " + title.encode(errors="replace").decode()}
 
 
 def _drawable(values: list[float | None]) -> list[float]:
-    """NaN, which is drawn as a gap, for what an axis has no place for."""
-    return [math.nan if value is None or not abs(value) < MOST_DRAWN else value for value in values]
+    """Replace what does not fit an axis with NaN, which is drawn as a gap."""
+    return [math.nan if value is None or not abs(value) < MAX_DRAWN else value for value in values]
 
 
 def _isolated(values: list[float]) -> list[int]:
@@ -156,11 +156,11 @@ def _canvas(height: float, width: float = 4.2) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure without what belongs to a file of its own: XML header, size, fonts, styles, names of groups."""
+    """SVG without what only a file of its own needs: XML header, size, fonts, styles, names of groups."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg ") :].strip()
-    for superfluous in _SUPERFLUOUS:
-        svg = superfluous.sub("", svg)
+    for removed in _REMOVED:
+        svg = removed.sub("", svg)
     return svg.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")

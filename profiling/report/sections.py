@@ -1,28 +1,37 @@
-"""From runs to sections: what a report says, in the order in which it says it.
+"""Sections of a report on one run or on two, in their order.
 
-    sections([run])             # one run: first, median and last of every figure
-    sections([run, other])      # two: the same plots with two lines, last figures with their ratio, configs' difference
+    sections([run])             # first, median and last of every metric
+    sections([run, other])      # the same plots with two lines, last values with their ratio, the configs' difference
 
-Every figure of the log has a place: by the first prefix below that fits, else among the other figures. What a run is
-without is said in a sentence.
+Every metric of the log is in the section of the first prefix below that fits, else among the other figures. What a run
+lacks is stated in a sentence.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from profiling.report.blocks import Block, Cell, Listing, Pictures, Section, Sentence, Stack, Table
-from profiling.report.data import Run
-from profiling.report.figures import figures, labels, plots, remarks
-from profiling.report.flops_table import flops_table
-from profiling.report.predictions import memory_tables, traffic_table
-from profiling.report.roofline_section import rooflines
-from profiling.report.summary import summary
+from profiling.report.blocks import (
+    Cell,
+    ImageGallery,
+    Paragraph,
+    ReportBlock,
+    ReportSection,
+    ReportTable,
+    StackedBars,
+    TextListing,
+)
+from profiling.report.cost_sections import flops_table, memory_tables, rooflines, traffic_table
+from profiling.report.metrics import labelled, labels, metric_plots, metric_table, remarks, side_by_side
+from profiling.report.run_record import RunRecord, number
 
-FIRST_BAD_SAMPLES = 20
+MAX_BAD_SAMPLES = 20
 # Title and explanation of pictures, by the name of their files in a run's directory (engine/trainings/).
 PICTURE_KINDS = {
     "latents": (
@@ -37,168 +46,135 @@ PICTURE_KINDS = {
     ),
 }
 STAGE_2_ROWS = ": by the decoder of stage 1, then by the decoder in training"
-MOST_LINES = 300  # of log.txt
-_AN_ESTIMATE = "speed/seconds_left"  # of use while the run goes on, and told to the person who watches it
+MAX_LINES = 300  # of log.txt
+_ESTIMATE = "speed/seconds_left"  # of use only while the run goes on
 
 
 @dataclass(frozen=True)
-class Group:
-    """A section about the figures whose names begin with one of the prefixes."""
+class MetricSection:
+    """A section on the metrics whose names begin with one of the prefixes."""
 
     name: str
     title: str
     prefixes: tuple[str, ...]
-    absent: str  # what is said where no run has any
+    absent: str  # the sentence where no run has any
     is_from_zero: bool = True  # the axis of its plots
 
 
-GROUPS = (
-    Group("losses", "Losses", ("loss/",), "The log has no losses (loss/*).", False),
-    Group(
-        "flops",
-        "FLOPs",
-        ("speed/mfu", "speed/hfu", "speed/tflops", "flops/"),
-        "The log has no utilisation (speed/mfu, speed/hfu, speed/tflops_per_rank).",
-    ),
-    Group("throughput", "Throughput", ("speed/",), "The log has no speeds (speed/*)."),
-    Group(
-        "phases",
-        "Phases of a step",
-        ("phase/", "straggler/"),
-        "The log has no phases (phase/*): the run did not time them.",
-    ),
-    Group("memory", "Memory", ("memory/",), "The log has no memory figures (memory/*)."),
-    Group("communication", "Communication", ("comm/",), "The log has no bytes of collectives (comm/*)."),
-    Group("energy", "Energy", ("energy/",), "The log has no energy (energy/*): nothing measured it beside the run."),
-    Group("health", "Learning health", ("health/", "optim/"), "The log has no health/* or optim/* figures.", False),
-    Group("data", "Data health", ("data/",), "The log counts no bad samples (data/bad/*)."),
-    Group("other", "Other figures", ("",), "Every figure of the log is in a section of its own."),
-)
+METRIC_SECTIONS = (
+    MetricSection("losses", "Losses", ("loss/",), "The log has no losses (loss/*).", False),
+    MetricSection("flops", "FLOPs", ("speed/mfu", "speed/hfu", "speed/tflops", "flops/"),
+                  "The log has no utilisation (speed/mfu, speed/hfu, speed/tflops_per_rank)."),
+    MetricSection("throughput", "Throughput", ("speed/",), "The log has no speeds (speed/*)."),
+    MetricSection("phases", "Phases of a step", ("phase/", "straggler/"),
+                  "The log has no phases (phase/*): the run did not time them."),
+    MetricSection("memory", "Memory", ("memory/",), "The log has no memory figures (memory/*)."),
+    MetricSection("communication", "Communication", ("comm/",), "The log has no bytes of collectives (comm/*)."),
+    MetricSection("energy", "Energy", ("energy/",), "The log has no energy (energy/*): it was not measured."),
+    MetricSection("health", "Learning health", ("health/", "optim/"),
+                  "The log has no health/* or optim/* figures.", False),
+    MetricSection("data", "Data health", ("data/",), "The log counts no bad samples (data/bad/*)."),
+    MetricSection("other", "Other figures", ("",), "Every figure of the log is in a section of its own."),
+)  # fmt: skip
 ORDER = (
     "losses", "throughput", "phases", "flops", "roofline", "memory", "communication", "energy", "health", "data",
     "other", "pictures", "choices", "configuration",
 )  # fmt: skip
 
 
-def sections(runs: list[Run]) -> list[Section]:
+def sections(runs: list[RunRecord]) -> list[ReportSection]:
     """The whole report on one run, or on two."""
-    keys = [key for key in dict.fromkeys(key for run in runs for key in run.keys) if key != _AN_ESTIMATE]
-    found = {group.name: _of_group(group, runs, keys_of(group, keys)) for group in GROUPS}
-    found["roofline"] = Section("roofline", "Roofline", rooflines(runs))
-    found["pictures"] = Section("pictures", "Reconstructions and latents", _pictures(runs))
-    found["choices"] = Section("choices", "Chosen backends", _choices(runs))
-    found["configuration"] = Section("configuration", "Configuration", _configuration(runs))
-    return [Section("summary", "Summary", summary(runs)), *(found[name] for name in ORDER)]
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.keys) if key != _ESTIMATE]
+    found = {section.name: _metric_section(section, runs, _keys_of(section, keys)) for section in METRIC_SECTIONS}
+    found["roofline"] = ReportSection("roofline", "Roofline", rooflines(runs))
+    found["pictures"] = ReportSection("pictures", "Reconstructions and latents", _pictures(runs))
+    found["choices"] = ReportSection("choices", "Chosen backends", _choices(runs))
+    found["configuration"] = ReportSection("configuration", "Configuration", _configuration(runs))
+    return [ReportSection("summary", "Summary", summary(runs)), *(found[name] for name in ORDER)]
 
 
-def keys_of(group: Group, keys: list[str]) -> list[str]:
-    """The keys that no earlier group has; totals first."""
-    own = [key for key in keys if next(other for other in GROUPS if key.startswith(other.prefixes)) is group]
+def _keys_of(section: MetricSection, keys: list[str]) -> list[str]:
+    """The keys that no earlier section has; totals first."""
+    own = [key for key in keys if next(each for each in METRIC_SECTIONS if key.startswith(each.prefixes)) is section]
     return sorted(own, key=lambda key: not key.endswith("/total"))
 
 
-def _of_group(group: Group, runs: list[Run], keys: list[str]) -> Section:
-    special = {
-        "phases": _phases,
-        "flops": _flops,
-        "memory": _memory,
-        "communication": _communication,
-        "data": _bad_samples,
-    }.get(group.name, _nothing_special)
-    blocks: list[Block] = [*special(runs, keys)]
+def _metric_section(section: MetricSection, runs: list[RunRecord], keys: list[str]) -> ReportSection:
+    blocks: list[ReportBlock] = []
+    if section.name == "phases":
+        blocks += _phases(runs, keys)
+    tables = {"flops": flops_table, "memory": memory_tables, "communication": traffic_table, "data": _bad_samples}
+    if section.name in tables:
+        blocks += [block for run, label in labelled(runs) for block in tables[section.name](run, label)]
+    # A sentence that is true of both runs is written once.
+    blocks = [each for idx, each in enumerate(blocks) if not isinstance(each, Paragraph) or each not in blocks[:idx]]
     if keys:
-        blocks += [*plots(runs, keys, group.is_from_zero), figures(runs, keys), *remarks(runs, keys)]
+        blocks += [*metric_plots(runs, keys, section.is_from_zero), metric_table(runs, keys), *remarks(runs, keys)]
     else:
-        blocks.append(Sentence(group.absent))
-    return Section(group.name, group.title, blocks)
+        blocks.append(Paragraph(section.absent))
+    return ReportSection(section.name, section.title, blocks)
 
 
-def _nothing_special(runs: list[Run], keys: list[str]) -> list[Block]:
-    return []
-
-
-def _phases(runs: list[Run], keys: list[str]) -> list[Block]:
-    """A bar a run: the median milliseconds of each phase."""
+def _phases(runs: list[RunRecord], keys: list[str]) -> list[ReportBlock]:
+    """A bar for each run: the median milliseconds of each phase."""
     timed = [key for key in keys if key.endswith("_ms")]
     if not timed:
         return []
     parts = {key.removeprefix("phase/").removesuffix("_ms"): [run.median(key) or 0.0 for run in runs] for key in timed}
-    return [Stack("Where a step's time goes (medians)", "ms a step", labels(runs), parts)]
+    return [StackedBars("Where a step's time goes (medians)", "ms a step", labels(runs), parts)]
 
 
-def _flops(runs: list[Run], keys: list[str]) -> list[Block]:
-    return [block for run, label in zip(runs, labels(runs), strict=True) for block in flops_table(run, label)]
+def _bad_samples(run: RunRecord, label: str) -> list[ReportBlock]:
+    if run.bad_samples is None:
+        return [Paragraph(f"{label} has no bad_samples.jsonl, which a run begins when it meets a bad sample.")]
+    first = run.bad_samples[:MAX_BAD_SAMPLES]
+    rows: list[list[Cell]] = [[str(bad.get(name, "")) for name in ("key", "reason", "position")] for bad in first]
+    caption = f"Bad samples of {label}: the first {len(first)} of {len(run.bad_samples):,}"
+    return [ReportTable(caption, ["sample", "reason", "met at position"], rows)]
 
 
-def _memory(runs: list[Run], keys: list[str]) -> list[Block]:
-    return _once([block for run, label in zip(runs, labels(runs), strict=True) for block in memory_tables(run, label)])
-
-
-def _communication(runs: list[Run], keys: list[str]) -> list[Block]:
-    return _once([block for run, label in zip(runs, labels(runs), strict=True) for block in traffic_table(run, label)])
-
-
-def _once(blocks: list[Block]) -> list[Block]:
-    """Without sentences that were said of the run before already."""
-    return [block for idx, block in enumerate(blocks) if not isinstance(block, Sentence) or block not in blocks[:idx]]
-
-
-def _bad_samples(runs: list[Run], keys: list[str]) -> list[Block]:
-    blocks: list[Block] = []
-    for run, label in zip(runs, labels(runs), strict=True):
-        if run.bad_samples is None:
-            blocks.append(Sentence(f"{label} has no bad_samples.jsonl, which a run begins when it meets a bad sample."))
-            continue
-        first = run.bad_samples[:FIRST_BAD_SAMPLES]
-        rows: list[list[Cell]] = [[str(bad.get(name, "")) for name in ("key", "reason", "position")] for bad in first]
-        caption = f"Bad samples of {label}: the first {len(first)} of {len(run.bad_samples):,}"
-        blocks.append(Table(caption, ["sample", "reason", "met at position"], rows))
-    return blocks
-
-
-def _pictures(runs: list[Run]) -> list[Block]:
+def _pictures(runs: list[RunRecord]) -> list[ReportBlock]:
     """Of each kind the first, the middle and the last."""
-    blocks: list[Block] = []
-    for run, label in zip(runs, labels(runs), strict=True):
+    blocks: list[ReportBlock] = []
+    for run, label in labelled(runs):
         if not run.pictures:
-            blocks.append(Sentence(f"{label} has no pictures."))
+            blocks.append(Paragraph(f"{label} has no pictures."))
         for kind, paths in run.pictures.items():
             shown = [paths[idx] for idx in sorted({0, len(paths) // 2, len(paths) - 1})]
             title, text = PICTURE_KINDS.get(kind, (kind, ""))
             if kind == "reconstructions" and run.config is not None and run.config.kind == "decoder_gan":
                 text += STAGE_2_ROWS
             captions = [f"{title}{_step_suffix(path)}" for path in shown]
-            blocks += [Sentence(f"{title} of {label}. {text}.")] * bool(text)
-            blocks.append(Pictures(f"{title} of {label}", captions, shown))
+            blocks += [Paragraph(f"{title} of {label}. {text}.")] * bool(text)
+            blocks.append(ImageGallery(f"{title} of {label}", captions, shown))
     return blocks
 
 
 def _step_suffix(path: Path) -> str:
-    """Return the step in a picture's file name in words: reconstructions-00000300.png -> " after 300 steps"."""
-    number = path.stem.rpartition("-")[2]
-    return f" after {int(number):,} step{'s' * (int(number) != 1)}" if number.isdecimal() else ""
+    """The step in a picture's file name, in words: reconstructions-00000300.png -> " after 300 steps"."""
+    digits = path.stem.rpartition("-")[2]
+    return f" after {int(digits):,} step{'s' * (int(digits) != 1)}" if digits.isdecimal() else ""
 
 
-def _choices(runs: list[Run]) -> list[Block]:
-    blocks: list[Block] = []
+def _choices(runs: list[RunRecord]) -> list[ReportBlock]:
+    blocks: list[ReportBlock] = []
     known = [run for run in runs if run.choices]
     if known:
         names = dict.fromkeys(name for run in known for name in run.choices or {})
         rows: list[list[Cell]] = [[name, *((run.choices or {}).get(name) for run in runs)] for name in names]
-        blocks.append(Table("What every automatic setting became, and why", ["", *labels(runs)], rows))
-    for run, label in zip(runs, labels(runs), strict=True):
+        blocks.append(ReportTable("What every automatic setting became, and why", ["", *labels(runs)], rows))
+    for run, label in labelled(runs):
         if not run.choices:
-            blocks.append(
-                Sentence(f"{label} has no choices.json; what it said at its start is below, where log.txt has it.")
-            )
-        if run.said:
-            blocks.append(Listing(f"What {label} said (log.txt without reports)", run.said[:MOST_LINES]))
+            text = f"{label} has no choices.json; what it printed at its start is below, where log.txt has it."
+            blocks.append(Paragraph(text))
+        if run.messages:
+            blocks.append(TextListing(f"Messages of {label} (log.txt without reports)", run.messages[:MAX_LINES]))
     return blocks
 
 
-def _configuration(runs: list[Run]) -> list[Block]:
-    blocks: list[Block] = []
-    files: tuple[tuple[str, Callable[[Run], str | None]], ...] = (
+def _configuration(runs: list[RunRecord]) -> list[ReportBlock]:
+    blocks: list[ReportBlock] = []
+    files: tuple[tuple[str, Callable[[RunRecord], str | None]], ...] = (
         ("config.yaml", lambda run: run.config_text),
         ("ds_config.json", lambda run: run.ds_config_text),
     )
@@ -206,16 +182,102 @@ def _configuration(runs: list[Run]) -> list[Block]:
         texts = [read(run) for run in runs]
         for text, label in zip(texts, labels(runs), strict=True):
             if text is None:
-                blocks.append(Sentence(f"{label} has no {name}."))
+                blocks.append(Paragraph(f"{label} has no {name}."))
             elif len(runs) == 1:
-                blocks.append(Listing(name, text.splitlines()))
+                blocks.append(TextListing(name, text.splitlines()))
         if len(runs) == 2 and None not in texts:
             blocks.append(_difference(name, [(text or "").splitlines() for text in texts], labels(runs)))
     return blocks
 
 
-def _difference(name: str, texts: list[list[str]], names: list[str]) -> Block:
+def _difference(name: str, texts: list[list[str]], names: list[str]) -> ReportBlock:
     lines = list(difflib.unified_diff(texts[0], texts[1], names[0], names[1], n=2, lineterm=""))
     if not lines:
-        return Sentence(f"{name} is the same in both.")
-    return Listing(f"{name}: {names[0]} (-) against {names[1]} (+)", lines, is_difference=True)
+        return Paragraph(f"{name} is the same in both.")
+    return TextListing(f"{name}: {names[0]} (-) against {names[1]} (+)", lines, is_difference=True)
+
+
+# --- the summary ------------------------------------------------------------------------------------------------------
+
+
+def summary(runs: list[RunRecord]) -> list[ReportBlock]:
+    """What ran, what it took, what it reached, how it ended: tables with a column for each run, and sentences on
+    resumes and stops, what is missing and what could not be read."""
+    blocks: list[ReportBlock] = []
+    for caption, facts_of in (("What ran", _facts), ("What it took and reached", _totals), ("Evaluation", _results)):
+        facts = [facts_of(run) for run in runs]
+        names = dict.fromkeys(name for fact in facts for name in fact)
+        if names:
+            blocks.append(side_by_side(caption, runs, {name: [fact.get(name) for fact in facts] for name in names}))
+    for run, label in labelled(runs):
+        if run.evaluation is None:
+            blocks.append(Paragraph(f"{label} is not evaluated: python -m evaluation.run {run.directory}"))
+        elif run.evaluation.get("steps") not in (None, run.steps[-1]):
+            blocks.append(Paragraph(f"{label} was evaluated with the weights of step {run.evaluation['steps']}."))
+        sentences = [
+            f"{label} was resumed: after step {last:,} its log goes on with step {after:,}; the later figures hold."
+            for last, after in run.steps_back
+        ]
+        sentences += [f"{label} was asked to stop at step {step:,}, saved and left." for step in run.stops]
+        blocks += [Paragraph(text) for text in (*sentences, *(f"{label}: {note}" for note in run.notes))]
+    return blocks
+
+
+def _facts(run: RunRecord) -> dict[str, Cell]:
+    return {
+        "directory": str(run.directory),
+        "preset": run.config.name if run.config else None,
+        "first report": _clock(run.times, min),
+        "last report": _clock(run.times, max),
+        "end": _end(run),
+    }
+
+
+def _totals(run: RunRecord) -> dict[str, Cell]:
+    last_step = run.steps[-1]
+    return {
+        "steps": last_step,
+        "samples": last_step * run.config.samples_per_step if run.config else None,
+        "minutes in steps": _minutes(run),
+        "samples/s (median)": run.median("speed/samples_per_second"),
+        "ms a step (median)": run.median("speed/step_ms"),
+        "peak memory of the first rank, GiB": run.peak_gib,
+        "peak memory of the rank with the most, GiB": run.last("memory/peak_max_gib"),
+        **{f"loss {name} (last)": run.last(f"loss/{name}") for name in ("total", "clip", "ssl", "rec")},
+    }
+
+
+def _results(run: RunRecord) -> dict[str, Cell]:
+    """Every figure of evaluation.json, by task."""
+    tasks = {task: results for task, results in (run.evaluation or {}).items() if isinstance(results, dict)}
+    return {
+        f"{task} {name}": value if isinstance(value, str) else number(value)
+        for task, results in tasks.items()
+        for name, value in results.items()
+    }
+
+
+def _end(run: RunRecord) -> str:
+    last_step = run.steps[-1]
+    if run.config is None:
+        return f"at step {last_step:,}; without config.yaml the number of steps is not known"
+    if last_step >= run.config.optim.steps:
+        return "finished"
+    if last_step in run.stops:
+        return f"stopped when asked to, at step {last_step:,} of {run.config.optim.steps:,}"
+    return f"the log ends at step {last_step:,} of {run.config.optim.steps:,}: still running, killed or failed"
+
+
+def _minutes(run: RunRecord) -> float | None:
+    """Time spent in steps, without pauses between a stop and a resume."""
+    durations = [
+        (step - before) * step_ms / 60_000
+        for (before, step), step_ms in zip(pairwise([0, *run.steps]), run.series("speed/step_ms"), strict=True)
+        if step_ms is not None and math.isfinite(step_ms)
+    ]
+    return sum(durations) if durations else None
+
+
+def _clock(times: list[float], which: Callable[[list[float]], float]) -> str | None:
+    known = [moment for moment in times if 0 <= moment < 2**36]
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(which(known))) if known else None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs.command_line import CommandParser, output_file, seed
-from profiling.plan import command as plan
+from profiling.plan import __main__ as plan
 
 pytestmark = pytest.mark.L0
 ROOT = Path(__file__).resolve().parents[2]

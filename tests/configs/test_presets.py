@@ -16,9 +16,8 @@ from model.describe import count_parameters, step_layout
 from model.generator.build import build
 from model.generator.shape import LatentShape
 from model.rows import Rows
-from profiling.step.decoder_gan_flops import decoder_gan_flops
-from profiling.step.flops import step_flops
-from profiling.step.generator_flops import generator_flops
+from profiling.cost.flops import generator_flops
+from profiling.cost.step_flops import decoder_gan_flops, step_flops
 
 pytestmark = pytest.mark.L0
 

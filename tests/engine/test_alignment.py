@@ -13,9 +13,9 @@ from engine.initial import pinned
 from engine.step import train_step
 from model.frozen import FrozenEncoder, load_frozen
 from model.objectives.comm import Comm
-from profiling.step.communication import by_kind
-from profiling.step.communication import predict as communication
-from profiling.step.footprint import predict as footprint
+from profiling.cost.communication import by_kind
+from profiling.cost.communication import predict_collectives as communication
+from profiling.cost.peak_memory import predict_states as footprint
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.model.dinov2_files import write_transformers

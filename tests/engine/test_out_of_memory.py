@@ -20,9 +20,8 @@ from engine.out_of_memory import Memory
 from engine.watch.place import Place
 from engine.world import RankError
 from model.objectives.comm import Solo
-from profiling.phases import Phases
-from profiling.step.peak import predict_peak
-from profiling.step.savings import Saving, savings
+from profiling.cost.peak_memory import Saving, predict_peak, savings
+from profiling.instruments.phases import PhaseTimer
 from tests.engine.ranks import DEEPSPEED
 from tests.tiny import tiny_config
 
@@ -113,7 +112,7 @@ def test_a_step_of_a_run_is_explained(tmp_path: Path) -> None:
     window = SimpleNamespace(before=lambda step: None)
     instruments = SimpleNamespace(use=None, window=window, phases=lambda name: nullcontext())
     nobody: Any = SimpleNamespace()
-    phases = Phases(clock=None)
+    phases = PhaseTimer(clock=None)
     batches = lambda first, skipped, offset: iter([None])  # noqa: E731
     training: Any = SimpleNamespace(config=CONFIG, comm=Solo(), step=no_memory, batches=batches, phases=phases)
     parts: Any = (training, nobody, nobody, instruments, memory(tmp_path), nobody, Place(), Rollbacks(1), nobody)

@@ -16,7 +16,7 @@ from model.objectives.comm import Comm
 from model.pack import Group, Layout
 from model.rope import Rope
 from model.text import TextBlock
-from profiling.memory import peak_bytes
+from profiling.instruments.memory import peak_bytes
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config

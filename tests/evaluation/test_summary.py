@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from evaluation import summary
-from profiling.report.data import read_run
-from profiling.report.summary import summary as report_summary
+from profiling.report.run_record import read_run
+from profiling.report.sections import summary as report_summary
 
 pytestmark = pytest.mark.L0
 

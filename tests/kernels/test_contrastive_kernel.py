@@ -21,7 +21,7 @@ from kernels.contrastive import (
     tiles_of,
 )
 from kernels.contrastive_tiles import TorchTiles
-from profiling.memory import peak_bytes
+from profiling.instruments.memory import peak_bytes
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
 KINDS: dict[str, tuple[Loss, Loss]] = {

@@ -181,7 +181,7 @@ def test_column_sums_of_enormous_logits_are_finite() -> None:
 
 
 def test_no_matrix_of_all_rows_and_all_prototypes_is_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    from profiling.memory import peak_bytes
+    from profiling.instruments.memory import peak_bytes
 
     rows, num, width = 512, 2048, 32
     monkeypatch.setitem(prototypes.CHUNK_BYTES, "cpu", 16 * 4 * num)  # chunks of 16 rows

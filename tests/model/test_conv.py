@@ -21,7 +21,7 @@ from model.pretrainer import Pretrainer
 from model.programs import write_programs
 from model.rows import Rows
 from model.tokenizer import VisualTokenizer
-from profiling.plan import command as plan
+from profiling.plan import __main__ as plan
 from tests.model.tiny_weights import build, tokenizer_of, write_run
 from tests.tiny import CONV, model_inputs, random_batch, tiny_config
 

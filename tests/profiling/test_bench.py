@@ -1,4 +1,4 @@
-"""Every bench runs, checks its variants against each other and writes what it found."""
+"""Every bench runs, checks its variants against each other and writes its figures."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torch.nn.attention import current_flash_attention_impl
 from kernels.attention import NEEDS, missing
 from kernels.dense_attention import DENSE
 from model.pack import Group
-from profiling import bench, machine
-from profiling.benches import attention, compile, depth, fp8, loader, prototypes, step, text
-from profiling.benches.one_rank import configured
-from profiling.machine import describe, device, matmul_peak
-from profiling.measurement import Measurement, Recorder
-from profiling.workload import random_batch, random_captions, small_step
+from profiling import bench
+from profiling.benches import blocks, fp8, loader, losses, step
+from profiling.benches.recorder import BenchRecorder, BenchResult
+from profiling.benches.workload import configured, random_batch, random_captions, small_step
+from profiling.instruments import machine
+from profiling.instruments.machine import describe, device, matmul_peak
 from tests.harness import run_ranks
 from tests.kernels.flash_stand_ins import flash_stand_ins
 from tests.tiny import tiny_config
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.L0
 def test_the_attention_bench_tells_every_backend(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "SEGMENTS", ((2, 17), (3, 5)))
+    monkeypatch.setattr(blocks, "SEGMENTS", ((2, 17), (3, 5)))
     out = tmp_path / "attention.json"
     assert bench.main(["attention", "--rounds", "1", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
@@ -51,8 +51,8 @@ def test_the_attention_bench_tells_every_backend(
 
 def test_the_attention_bench_times_each_kernel_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "training_dtype", lambda: torch.float32)
-    monkeypatch.setattr(attention, "SEGMENTS", ((2, 5), (3, 2)))
-    monkeypatch.setattr(attention, "missing", lambda name, device, dtype: None)
+    monkeypatch.setattr(blocks, "SEGMENTS", ((2, 5), (3, 2)))
+    monkeypatch.setattr(blocks, "missing", lambda name, device, dtype: None)
     out = tmp_path / "attention.json"
     with flash_stand_ins(monkeypatch) as calls:
         assert bench.main(["attention", "--rounds", "2", "--json", str(out)]) == 0
@@ -67,7 +67,7 @@ def test_where_bf16_is_emulated_benches_use_float32_and_name_it(
 ) -> None:
     """As on a processor with no more than AVX2, where an emulated product takes about thirty times as long."""
     monkeypatch.setattr(machine, "training_dtype", lambda: torch.float32)
-    monkeypatch.setattr(attention, "SEGMENTS", ((2, 17), (3, 5)))
+    monkeypatch.setattr(blocks, "SEGMENTS", ((2, 17), (3, 5)))
     out = tmp_path / "attention.json"
     assert bench.main(["attention", "--rounds", "1", "--json", str(out)]) == 0
     [measurement] = json.loads(out.read_text())
@@ -86,7 +86,7 @@ def test_every_variant_is_printed_as_it_is_measured(capsys: pytest.CaptureFixtur
         seen.append((name, capsys.readouterr().out))
 
     calls = {name: partial(variant, name) for name in "ab"}
-    Recorder(rounds=1).measure("sums", "small", calls, "a", with_memory=False, warmups=1)
+    BenchRecorder(rounds=1).measure("sums", "small", calls, "a", with_memory=False, warmups=1)
     lines = [line for _, printed in seen for line in printed.splitlines()] + capsys.readouterr().out.splitlines()
     assert [re.sub(r"[\d.,]+ m?s", "N", line) for line in lines] == [
         "sums: a: N to warm up",
@@ -98,16 +98,16 @@ def test_every_variant_is_printed_as_it_is_measured(capsys: pytest.CaptureFixtur
     assert "sums: a: " in seen[-1][1], "the time of a is printed before b runs"
 
 
-def recorded(run: Callable[[Recorder], None], rounds: int = 1) -> list[Any]:
-    recorder = Recorder(rounds)
+def recorded(run: Callable[[BenchRecorder], None], rounds: int = 1) -> list[Any]:
+    recorder = BenchRecorder(rounds)
     run(recorder)
     return recorder.results
 
 
 def test_a_bench_that_is_ended_leaves_what_it_had_measured(tmp_path: Path) -> None:
     out = tmp_path / "sums.json"
-    recorder = Recorder(rounds=2, file=out)
-    recorder.add(Measurement("sums", "smaller", "a", ()))
+    recorder = BenchRecorder(rounds=2, file=out)
+    recorder.add(BenchResult("sums", "smaller", "a", ()))
     calls: list[str] = []
 
     def dies() -> None:
@@ -128,7 +128,7 @@ def test_a_bench_that_is_ended_leaves_what_it_had_measured(tmp_path: Path) -> No
 
 def test_a_variant_has_a_figure_before_the_next_compiles() -> None:
     """The last warm-up call's; of a single one, which compiles, none."""
-    recorder, seen = Recorder(rounds=1), []
+    recorder, seen = BenchRecorder(rounds=1), []
 
     def note() -> None:
         rows = recorder.results[-1].as_dict()["rows"] if recorder.results else []
@@ -136,27 +136,28 @@ def test_a_variant_has_a_figure_before_the_next_compiles() -> None:
 
     recorder.measure("sums", "small", {"a": int, "b": note}, "a", with_memory=False)
     assert seen[0] == [("a", 0, 1.0)]
-    alone, seen = Recorder(rounds=1), []
+    alone, seen = BenchRecorder(rounds=1), []
     recorder = alone
     alone.measure("sums", "small", {"a": int, "b": note}, "a", with_memory=False, warmups=1)
     assert seen[0] == []
 
 
-def run_small() -> dict[str, Measurement]:
+def run_small() -> dict[str, BenchResult]:
     """The benches that compile, at a size for tests; traced and differentiated, but no code is generated: that takes a
     minute. In a process of their own, which may change torch."""
     torch.compile = partial(torch.compile, backend="aot_eager")
-    for module in (step, text, compile):
+    for module in (step, blocks):
         vars(module)["small_step"] = tiny_config
     step.matmul_peak = lambda dtype: 1e12  # measuring it takes longer than the benches here
-    compile.CROPS = {"clip": (2, 32), "ssl_local": (2, 16)}
-    return {module.__name__: found for module in (step, text, compile) for found in recorded(module.run)}
+    blocks.CROPS = {"clip": (2, 32), "ssl_local": (2, 16)}
+    benches = (step.bench_step, blocks.bench_text, blocks.bench_compile)
+    return {run.__name__: found for run in benches for found in recorded(run)}
 
 
 @pytest.mark.L2
 def test_the_benches_that_compile_run_small() -> None:
     found = run_ranks(run_small, 1, timeout=300.0, join=False)[0]
-    ways = found["profiling.benches.step"].rows
+    ways = found["bench_step"].rows
     assert [row.variant for row in ways] == [
         "three passes, eager",
         "shared, eager",
@@ -164,9 +165,9 @@ def test_the_benches_that_compile_run_small() -> None:
         "shared, compiled",
     ]
     assert all(row.mfu is not None and 0 < row.mfu < 1 for row in ways)
-    assert "of the token slots" in found["profiling.benches.text"].notes[0]
-    assert [row.variant for row in found["profiling.benches.compile"].rows] == ["eager", "compiled"]
-    assert ", 0 breaks" in found["profiling.benches.compile"].notes[0]
+    assert "of the token slots" in found["bench_text"].notes[0]
+    assert [row.variant for row in found["bench_compile"].rows] == ["eager", "compiled"]
+    assert ", 0 breaks" in found["bench_compile"].notes[0]
 
 
 def test_the_benches_step_is_the_one_the_docs_name() -> None:
@@ -180,9 +181,9 @@ def test_the_benches_step_is_the_one_the_docs_name() -> None:
 
 
 def test_the_depth_bench_compares_the_rate_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depth, "GROUPS", (Group("clip", 4, 17, (4, 4)), Group("ssl_local", 3, 5, (2, 2))))
-    monkeypatch.setattr(depth, "VIT", {"width": 32, "depth": 2, "heads": 2})
-    for measurement in recorded(depth.run):
+    monkeypatch.setattr(blocks, "GROUPS", (Group("clip", 4, 17, (4, 4)), Group("ssl_local", 3, 5, (2, 2))))
+    monkeypatch.setattr(blocks, "VIT", {"width": 32, "depth": 2, "heads": 2})
+    for measurement in recorded(blocks.bench_depth):
         assert [row.variant for row in measurement.rows] == ["rate 0", "rate 0.3"]
         assert measurement.notes[0].startswith("73% of the tokens stay: ideally 1.36 times the speed")
 
@@ -190,9 +191,9 @@ def test_the_depth_bench_compares_the_rate_with_none(monkeypatch: pytest.MonkeyP
 def test_the_prototype_bench_tells_time_and_memory_of_both(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prototypes, "ROWS", 256)
-    monkeypatch.setattr(prototypes, "PROTOTYPES", 512)
-    monkeypatch.setattr(prototypes, "WIDTH", 16)
+    monkeypatch.setattr(losses, "ROWS", 256)
+    monkeypatch.setattr(losses, "PROTOTYPES", 512)
+    monkeypatch.setattr(losses, "PROTOTYPE_WIDTH", 16)
     assert bench.main(["prototypes", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
     assert out.count("x lower") == 2
@@ -204,11 +205,11 @@ def test_the_prototype_bench_tells_time_and_memory_of_both(
 def test_the_loader_bench_makes_the_same_tensors_with_both_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own check, that batches agree in types and shapes, runs here too; so do both corpora."""
     pytest.importorskip("skimage")
-    chains = tuple(replace(chain, batch=4, images=8) for chain in loader.CHAINS)
-    monkeypatch.setattr(loader, "CHAINS", chains)
+    pipelines = tuple(replace(each, batch=4, images=8) for each in loader.PIPELINES)
+    monkeypatch.setattr(loader, "PIPELINES", pipelines)
     monkeypatch.setattr(loader, "CORES", (1,))
-    found = recorded(loader.run)
-    assert [measurement.workload.partition(":")[0] for measurement in found] == [chain.name for chain in chains]
+    found = recorded(loader.bench_loader)
+    assert [measurement.workload.partition(":")[0] for measurement in found] == [each.name for each in pipelines]
     for measurement in found:
         assert {row.variant for row in measurement.rows} == {"pil", "ours, 1 rank of 1 thread(s)"}
         assert all(row.median_ms > 0 for row in measurement.rows)
@@ -218,7 +219,7 @@ def test_the_loader_bench_makes_the_same_tensors_with_both_loaders(monkeypatch: 
 def test_the_fp8_bench_tells_errors_and_what_the_rule_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8, "SHAPES", {device: {"small": (40, 64, 96)} for device in ("cpu", "cuda")})
     monkeypatch.setattr(fp8, "matmul_peak", lambda dtype: 1e12)
-    [found] = recorded(fp8.run)
+    [found] = recorded(fp8.bench_fp8)
     assert {row.variant for row in found.rows} >= {"bf16", "fp8_torchao"}
     assert found.workload.startswith("small: 40 x 64 by 64 x 96")
     assert any(note.startswith("fp8_torchao: off float32 by 3") for note in found.notes)
@@ -238,14 +239,14 @@ def test_a_dry_run_has_one_round_and_takes_no_number(capsys: pytest.CaptureFixtu
         bench.main(["attention", "--dry", "--rounds", "3"])
     assert refusal.value.code == 2
     assert "not allowed with argument --dry" in capsys.readouterr().err
-    recorder = Recorder(rounds=1, is_dry=True)
-    prototypes.run(recorder)
+    recorder = BenchRecorder(rounds=1, is_dry=True)
+    losses.bench_prototypes(recorder)
     assert all(shown.as_dict()["workload"].startswith("512 rows, 1024 prototypes") for shown in recorder.results)
 
 
 def test_mfu_is_flops_over_time_over_peak() -> None:
     x = torch.ones(64, 64)
-    recorder = Recorder(rounds=3)
+    recorder = BenchRecorder(rounds=3)
     found = recorder.measure("product", "64 x 64", {"a": lambda: x @ x}, "a", flops=2 * 64**3, peak=1e12)
     (row,) = found.rows
     assert row.mfu == pytest.approx(2 * 64**3 / (row.median_ms / 1000) / 1e12)
@@ -256,3 +257,25 @@ def test_the_machine_is_named_and_its_peak_measured() -> None:
     assert describe()["threads"] == torch.get_num_threads()
     assert "family" in str(describe()["device"]) or torch.cuda.is_available()
     assert matmul_peak(torch.float32, sizes=(128, 256)) > 1e9
+
+
+def test_the_contrastive_bench_tells_tiles_and_the_whole_matrix(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "PAIRS", (5, 33))
+    monkeypatch.setattr(losses, "WIDTH", 8)
+    assert bench.main(["contrastive", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    for words in ("softmax, 5 pairs of 8", "sigmoid, 33 pairs of 8", "whole matrix", "tiles", "peak MiB"):
+        assert words in out
+
+
+def test_the_masked_bench_runs_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = blocks.SECTION.model_copy(update={"width": 32, "depth": 2, "heads": 2, "buffer": 4})
+    monkeypatch.setattr(blocks, "SECTION", section)
+    monkeypatch.setattr(blocks, "TOKENS", 30)
+    recorder = BenchRecorder(rounds=1)
+    blocks.bench_masked(recorder)
+    found: list[Any] = recorder.results
+    assert [row.variant for row in found[0].rows] == ["exact", "filled", "full"]
+    assert "4 + 4 (exact), 4 + 9 (filled), 4 + 30 (full)" in found[0].workload

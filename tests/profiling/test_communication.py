@@ -13,7 +13,7 @@ from engine.assemble import assemble
 from engine.report.traffic import counting
 from engine.step import train_step
 from model.objectives.comm import Comm
-from profiling.step.communication import Collective, by_kind, predict, table
+from profiling.cost.communication import Collective, by_kind, collectives_table, predict_collectives
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import random_batch, tiny_config
@@ -76,7 +76,7 @@ def cases(world_size: int) -> dict[str, tuple[Config, dict[str, Any]]]:
 
 def num_messages(case: tuple[Config, dict[str, Any]], world_size: int) -> dict[str, int]:
     found: Counter[str] = Counter()
-    for each in predict(*case, world_size):
+    for each in predict_collectives(*case, world_size):
         found[each.kind] += each.num_messages
     return dict(found)
 
@@ -90,7 +90,7 @@ def test_what_is_predicted_is_what_two_ranks_send() -> None:
             calls.pop("broadcast", None),
         )  # ZeRO-3 comparing orders after a micro-batch: 8 messages of some 200 bytes
         # Exact but for the mask token, which has no gradient in clip alone: 6e-4 of that case's reduce-scatters.
-        assert found == pytest.approx(by_kind(predict(*tried[name], 2)), rel=1e-3), name
+        assert found == pytest.approx(by_kind(predict_collectives(*tried[name], 2)), rel=1e-3), name
         # One gather of 96 is a message of its own where DeepSpeed's prefetch stops ("some kept").
         assert calls == pytest.approx(num_messages(tried[name], 2), abs=1 if name == "zero3, some kept" else 0), name
 
@@ -102,7 +102,7 @@ def test_what_is_predicted_is_what_three_ranks_send_with_their_padding() -> None
     }
     for name, (found, _) in zip(tried, run_ranks(counted, 3, list(tried.values()))[0], strict=True):
         found.pop("broadcast", None)
-        assert found == by_kind(predict(*tried[name], 3)), name
+        assert found == by_kind(predict_collectives(*tried[name], 3)), name
 
 
 @pytest.mark.L0
@@ -110,7 +110,7 @@ def test_sharing_saves_gathers_where_blocks_are_freed_and_none_where_they_are_ke
     config = tiny()
 
     def gathered(zero: dict[str, Any], is_separate: bool) -> int:
-        return by_kind(predict(config, ds_of(config, "zero3", 2, zero), 2, is_separate))["all_gather"]
+        return by_kind(predict_collectives(config, ds_of(config, "zero3", 2, zero), 2, is_separate))["all_gather"]
 
     freed = [gathered(NOTHING_KEPT, is_separate) for is_separate in (False, True)]
     kept = [gathered(SPLIT, is_separate) for is_separate in (False, True)]
@@ -123,8 +123,8 @@ def test_sharing_saves_gathers_where_blocks_are_freed_and_none_where_they_are_ke
 def test_the_wire_carries_a_rings_share() -> None:
     assert Collective("all_gather", "x", 800).wire_bytes(8) == 700
     assert Collective("all_reduce", "x", 800).wire_bytes(8) == 1400
-    assert predict(tiny(), ds_of(tiny(), "zero3", 1), 1) == []
-    assert "sum with separate passes" in table(tiny(), ds_of(tiny(), "zero3", 2), 2)
+    assert predict_collectives(tiny(), ds_of(tiny(), "zero3", 1), 1) == []
+    assert "sum with separate passes" in collectives_table(tiny(), ds_of(tiny(), "zero3", 2), 2)
 
 
 @pytest.mark.L1
@@ -133,14 +133,16 @@ def test_int8_weights_are_predicted_to_a_part_of_their_scales() -> None:
     case = config, ds_of(config, "zero3", 2, NOTHING_KEPT | {"zero_quantized_weights": True})
     found, calls = run_ranks(counted, 2, [case])[0][0]
     # A shard that 64 does not divide has more scales or fewer: seen 0.12 %.
-    assert found["all_gather"] == pytest.approx(by_kind(predict(*case, 2))["all_gather"], rel=0.01)
+    assert found["all_gather"] == pytest.approx(by_kind(predict_collectives(*case, 2))["all_gather"], rel=0.01)
     assert calls == num_messages(case, 2)
 
 
 @pytest.mark.L0
 def test_a_second_copy_keeps_the_second_gather_of_a_step_inside_the_host() -> None:
     config = tiny()
-    plain, second = (predict(config, ds_of(config, "zero3", 6, NOTHING_KEPT | more), 6) for more in ({}, HPZ))
+    plain, second = (
+        predict_collectives(config, ds_of(config, "zero3", 6, NOTHING_KEPT | more), 6) for more in ({}, HPZ)
+    )
     assert by_kind(second) == by_kind(plain)
     inside = {each.purpose: each for each in second if each.among == 2}
     assert set(inside) == {"parameters, backward, inside the host"}, (
@@ -154,6 +156,6 @@ def test_a_second_copy_keeps_the_second_gather_of_a_step_inside_the_host() -> No
 def test_a_setting_that_changes_what_is_sent_is_refused() -> None:
     config = tiny()
     with pytest.raises(UserError, match="zero_quantized_gradients"):
-        predict(config, ds_of(config, "zero3", 2, {"zero_quantized_gradients": True}), 2)
+        predict_collectives(config, ds_of(config, "zero3", 2, {"zero_quantized_gradients": True}), 2)
     with pytest.raises(UserError, match=r"system.gather=by_host .* knows no hosts"):
-        predict(tiny("system.gather=by_host"), ds_of(config, "zero3", 2), 2)
+        predict_collectives(tiny("system.gather=by_host"), ds_of(config, "zero3", 2), 2)

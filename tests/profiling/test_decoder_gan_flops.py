@@ -16,8 +16,8 @@ from model.objectives.adversarial import discriminator_loss
 from model.objectives.comm import Solo
 from model.objectives.decoder_losses import decoder_losses
 from model.objectives.pixels import to_signed
-from profiling.step.decoder_gan_flops import decoder_gan_flops
-from profiling.step.pretend import perceptual_network
+from profiling.cost.step_flops import decoder_gan_flops
+from profiling.cost.step_trace import perceptual_network
 from tests.engine.trainings.decoder_gan_runs import stage_config
 from tests.model.tiny_weights import write_run
 from tests.tiny import tiny_config

@@ -19,13 +19,9 @@ from engine import optim
 from kernels import fp8
 from kernels.attention import NEEDS, Backend
 from kernels.dense_attention import DENSE
-from profiling import doctor
-from profiling.checks import backends, devices, imports, speed
-from profiling.checks import limits as system
-from profiling.checks.backends import UNASKED
-from profiling.checks.finding import Finding, carefully
-from profiling.checks.imports import Answer, ask
-from profiling.checks.packages import PACKAGES, packages
+from profiling.doctor import __main__, checks, packages
+from profiling.doctor.checks import PART_OF_TORCH
+from profiling.doctor.packages import PACKAGES, CheckResult, ImportResult, run_check, try_imports
 
 pytestmark = pytest.mark.L0
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +87,7 @@ def test_without_torch_the_doctor_still_speaks_and_says_that_no_run_is_possible(
     assert "torch" in json.loads(done.stdout)["missing"]
     assert found["tokenizers"]["state"] == "ok", "what needs no torch is still told"
     assert found["disk"]["said"]
-    assert found["CPU"]["said"] == "not looked at: torch cannot be imported"
+    assert found["CPU"]["said"] == "not checked: torch cannot be imported"
 
 
 def test_a_package_that_takes_its_process_along_is_broken_and_the_next_is_asked(
@@ -101,31 +97,31 @@ def test_a_package_that_takes_its_process_along_is_broken_and_the_next_is_asked(
     fake_package(tmp_path, "leaving", "raise SystemExit('no licence')")
     fake_package(tmp_path, "sound", "__version__ = '1.2'; print('welcome')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    answers = ask(["crashing", "leaving", "no_such_package", "sound"])
+    answers = try_imports(["crashing", "leaving", "no_such_package", "sound"])
     assert answers["crashing"].state == "broken"
-    assert answers["crashing"].said == "importing it ended the process (exit code -6): loading"
-    assert answers["leaving"] == Answer("broken", "SystemExit: no licence")
-    assert answers["no_such_package"] == Answer("absent", "not installed")
-    assert answers["sound"] == Answer("ok", "1.2")
+    assert answers["crashing"].detail == "importing it ended the process (exit code -6): loading"
+    assert answers["leaving"] == ImportResult("broken", "SystemExit: no licence")
+    assert answers["no_such_package"] == ImportResult("absent", "not installed")
+    assert answers["sound"] == ImportResult("ok", "1.2")
 
 
 def test_a_package_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_package(tmp_path, "hanging", "import time; time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(imports, "TIMEOUT_SECONDS", 0.2)
-    assert "took more than" in ask(["hanging"])["hanging"].said
+    monkeypatch.setattr(packages, "TIMEOUT_SECONDS", 0.2)
+    assert "took more than" in try_imports(["hanging"])["hanging"].detail
 
 
 def test_a_needed_package_that_is_missing_is_needed_and_has_a_remedy() -> None:
-    answers = {package.module: Answer("absent", "not installed") for package in PACKAGES}
-    found = {finding.name: finding for finding in packages(answers)}
+    answers = {package.module: ImportResult("absent", "not installed") for package in PACKAGES}
+    found = {finding.name: finding for finding in packages.check_packages(answers)}
     assert found["deepspeed"].is_needed
     assert found["deepspeed"].remedy.startswith("pip install")
     assert not found["torchao"].is_needed
 
 
 def test_every_page_names_the_same_command_for_a_package() -> None:
-    """The doctor's list of packages, the doors of the libraries, docs/performance.md and the extras of setup.py."""
+    """The doctor's list of packages, the doors of the libraries, the README and the extras of setup.py."""
     remedies = {package.module: package.remedy for package in PACKAGES}
     assert remedies["flash_attn_interface"] == NEEDS["flash3"].remedy
     assert remedies["flash_attn"] == NEEDS["flash2"].remedy
@@ -133,18 +129,18 @@ def test_every_page_names_the_same_command_for_a_package() -> None:
     assert remedies["torchao"] == fp8.INSTALL_COMMANDS["fp8_torchao"]
     assert remedies["transformer_engine"] == fp8.INSTALL_COMMANDS["fp8_te"]
     assert remedies["apex.optimizers"] == optim.APEX_INSTALL
-    page, setup = (ROOT / "docs/performance.md").read_text().replace('"', "'"), (ROOT / "setup.py").read_text()
+    readme, setup = (ROOT / "README.md").read_text().replace('"', "'"), (ROOT / "setup.py").read_text()
     for command in fp8.INSTALL_COMMANDS.values():
         command = command.split(" (")[0]
-        assert command in page
+        assert command in readme
         assert f'"{command.split("[")[1].split("]")[0]}": [' in setup
 
 
 def test_a_library_that_is_installed_is_not_advised_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    plan = backends.Plan(load_config(ROOT / "configs/vtp_l.yaml"), {})
-    for answer, is_advised in ((Answer("ok", "2.20"), False), (Answer("absent", "not installed"), True)):
-        [found] = [one for one in backends.products(plan, {"transformer_engine": answer}) if "fp8_te" in one.name]
+    plan = checks.CheckedRun(load_config(ROOT / "configs/vtp_l.yaml"), {})
+    for answer, is_advised in ((ImportResult("ok", "2.20"), False), (ImportResult("absent", "not installed"), True)):
+        [found] = [one for one in checks.linear_backends(plan, {"transformer_engine": answer}) if "fp8_te" in one.name]
         assert ("pip install" in found.remedy) == is_advised
         assert "NVIDIA GPU" in found.remedy
 
@@ -152,34 +148,34 @@ def test_a_library_that_is_installed_is_not_advised_to_be_installed(monkeypatch:
 def test_the_exit_code_is_that_of_what_is_needed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def groups(*found: Finding) -> None:
-        monkeypatch.setattr(doctor, "_groups", lambda options: [("devices", lambda: list(found))])
+    def groups(*found: CheckResult) -> None:
+        monkeypatch.setattr(__main__, "_groups", lambda options: [("devices", lambda: list(found))])
 
-    groups(Finding("GPU 0", "ok", "one"), Finding("torchao", "absent", "not installed", "pip install torchao"))
-    assert doctor.main(["--quick"]) == 0
+    groups(CheckResult("GPU 0", "ok", "one"), CheckResult("torchao", "absent", "not installed", "pip install torchao"))
+    assert __main__.main(["--quick"]) == 0
     shown = capsys.readouterr().out
     assert "A run is possible here, on the GPU." in shown
     assert "-> pip install torchao" in shown
-    groups(Finding("deepspeed", "absent", "not installed", "pip install deepspeed", is_needed=True))
-    assert doctor.main(["--quick"]) == 1
+    groups(CheckResult("deepspeed", "absent", "not installed", "pip install deepspeed", is_needed=True))
+    assert __main__.main(["--quick"]) == 1
     assert "No run is possible yet:\n  deepspeed: pip install deepspeed" in capsys.readouterr().out
 
 
 def test_a_config_that_does_not_load_is_a_finding(tmp_path: Path) -> None:
-    options = doctor._parse(["--config", str(tmp_path / "none.yaml")])
-    [found] = doctor._backends(options, {})
+    options = __main__._parse(["--config", str(tmp_path / "none.yaml")])
+    [found] = __main__._backends(options, {})
     assert (found.name, found.state, found.is_needed) == ("config", "broken", True)
-    assert "none.yaml" in found.said
+    assert "none.yaml" in found.message
 
 
 def test_a_check_that_raises_in_the_midst_keeps_what_it_found() -> None:
-    def check() -> Iterator[Finding]:
-        yield Finding("first", "ok", "found")
+    def check() -> Iterator[CheckResult]:
+        yield CheckResult("first", "ok", "found")
         raise OSError("libcuda.so\nand much more")
 
-    assert carefully("second", check, "mend it") == [
-        Finding("first", "ok", "found"),
-        Finding("second", "broken", "OSError: libcuda.so", "mend it"),
+    assert run_check("second", check, "mend it") == [
+        CheckResult("first", "ok", "found"),
+        CheckResult("second", "broken", "OSError: libcuda.so", "mend it"),
     ]
 
 
@@ -191,9 +187,9 @@ def test_a_gpu_that_tells_nothing_is_explained(monkeypatch: pytest.MonkeyPatch, 
     ):
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "0")
-        [found] = devices.gpus()
+        [found] = checks.gpus()
         assert found.state == "absent"
-        assert reason in found.said
+        assert reason in found.message
 
 
 def test_every_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,9 +199,9 @@ def test_every_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    first, second = devices.gpus()
+    first, second = checks.gpus()
     assert (first.name, second.name) == ("GPU 0", "GPU 1")
-    assert first.said == "NVIDIA H100 80GB HBM3, compute capability 9.0, 79.0 GiB; CUDA 13.0, NCCL 2.28.3"
+    assert first.message == "NVIDIA H100 80GB HBM3, compute capability 9.0, 79.0 GiB; CUDA 13.0, NCCL 2.28.3"
 
 
 @pytest.mark.gpu
@@ -228,59 +224,64 @@ def test_a_gpu_is_found_measured_and_used() -> None:
 
 
 def test_a_check_does_not_import_what_was_seen_to_crash() -> None:
-    answers = {"nvidia.dali": Answer("broken", "importing it ended the process (exit code -11)"), "torch": UNASKED}
+    answers = {
+        "nvidia.dali": ImportResult("broken", "importing it ended the process (exit code -11)"),
+        "torch": PART_OF_TORCH,
+    }
 
-    def check() -> list[Finding]:
+    def check() -> list[CheckResult]:
         raise AssertionError("it must not be called")
 
-    [found] = doctor._careful(answers, "decoding", check, ("torch", "nvidia.dali"))
-    assert found.said == "not looked at: nvidia.dali cannot be imported"
+    [found] = __main__._check(answers, "decoding", check, ("torch", "nvidia.dali"))
+    assert found.message == "not checked: nvidia.dali cannot be imported"
     assert found.is_needed
 
 
 def test_a_chosen_backend_that_does_not_import_makes_a_run_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.attention.resolve", lambda *about: Backend("flash3", "named in the config"))
-    plan = backends.Plan(load_config(ROOT / "configs/vtp_l.yaml"), {})
-    chosen = list(backends.attention(plan, {"flash_attn_interface": Answer("broken", "undefined symbol")}))[-1]
+    plan = checks.CheckedRun(load_config(ROOT / "configs/vtp_l.yaml"), {})
+    chosen = list(
+        checks.attention_backends(plan, {"flash_attn_interface": ImportResult("broken", "undefined symbol")})
+    )[-1]
     assert (chosen.state, chosen.is_needed) == ("broken", True)
     assert "system.attention=sdpa" in chosen.remedy
 
 
 def test_limits_that_are_too_low_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(system.resource, "getrlimit", lambda kind: (256, 4096))
-    monkeypatch.setattr(system.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**26, free=2**25))
-    monkeypatch.setattr(system, "smallest_tick", lambda: 0.015)
-    found = {finding.name: finding for finding in system.limits(tmp_path, shared=tmp_path)}
+    monkeypatch.setattr(checks.resource, "getrlimit", lambda kind: (256, 4096))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**26, free=2**25))
+    monkeypatch.setattr(checks, "smallest_tick", lambda: 0.015)
+    found = {finding.name: finding for finding in checks.limits(tmp_path, shared=tmp_path)}
     assert {finding.state for finding in found.values()} == {"broken"}
     assert "ulimit -n" in found["open files"].remedy
     assert "--shm-size" in found["shared memory"].remedy
-    absent = {finding.name: finding.state for finding in system.limits(tmp_path, shared=tmp_path / "none")}
+    absent = {finding.name: finding.state for finding in checks.limits(tmp_path, shared=tmp_path / "none")}
     assert absent["shared memory"] == "absent"
 
 
 def test_memory_is_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "CGROUP_LIMIT", tmp_path / "memory.max")
-    total, _ = devices.memory_bytes()
+    monkeypatch.setattr(checks, "CGROUP_LIMIT", tmp_path / "memory.max")
+    total, _ = checks.memory_bytes()
     (tmp_path / "memory.current").write_text("1000000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert devices.memory_bytes()[0] == total
+    assert checks.memory_bytes()[0] == total
     (tmp_path / "memory.max").write_text("5000000\n")
-    assert devices.memory_bytes() == (5_000_000, 4_000_000)
+    assert checks.memory_bytes() == (5_000_000, 4_000_000)
 
 
 def test_what_auto_becomes_is_what_a_run_resolves() -> None:
     config = load_config(ROOT / "configs/vtp_l.yaml", ["system.attention=sdpa", "system.optimizer=deepspeed"])
-    plan = backends.Plan(config, {"zero_optimization": {"stage": 3}})
-    chosen = [finding for finding in backends.attention(plan, {}) if finding.name == "attention in this run"]
-    assert chosen[0].said == "sdpa (named in the config)"
-    assert list(backends.optimizers(plan, {}))[-1].said == "adamw by deepspeed (named in the config)"
+    plan = checks.CheckedRun(config, {"zero_optimization": {"stage": 3}})
+    chosen = [finding for finding in checks.attention_backends(plan, {}) if finding.name == "attention in this run"]
+    assert chosen[0].message == "sdpa (named in the config)"
+    assert list(checks.optimizers(plan, {}))[-1].message == "adamw by deepspeed (named in the config)"
 
 
 def test_the_loader_and_the_products_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("profiling.machine.matmul_peak", {torch.bfloat16: 1e11, torch.float32: 2e11}.get)
-    found = {finding.name: finding for finding in speed.products()}
-    assert found["product float32"].said.startswith("0.20 TFLOP/s")
+    monkeypatch.setattr("profiling.instruments.machine.matmul_peak", {torch.bfloat16: 1e11, torch.float32: 2e11}.get)
+    found = {finding.name: finding for finding in checks.matmul_speed()}
+    assert found["product float32"].message.startswith("0.20 TFLOP/s")
     assert "optim.precision=fp32" in found["bf16"].remedy
-    [loader] = speed.loading()
+    [loader] = checks.loader_speed()
     assert loader.is_needed
-    assert "images/s" in loader.said
+    assert "images/s" in loader.message

@@ -15,9 +15,8 @@ import torch
 import engine.report.energy
 from engine.report.energy import Energy, metered
 from model.objectives.comm import Comm
-from profiling import energy as module
-from profiling.energy import EnergyMeter, over_ranks
-from profiling.powercap import NotMeasured, Packages
+from profiling.instruments import energy as module
+from profiling.instruments.energy import EnergyMeter, EnergyUnavailable, RaplPackages, combine_ranks
 from tests.harness import run_ranks
 from tests.profiling import fake_nvml
 from tests.profiling.fake_nvml import FakeNvml
@@ -69,12 +68,12 @@ def test_the_fake_has_the_signatures_of_the_real_library() -> None:
         "hardware_thermal": real.nvmlClocksEventReasonHwThermalSlowdown,
         "power_brake": real.nvmlClocksEventReasonHwPowerBrakeSlowdown,
     }
-    assert {name: bit for bit, name in module.SLOWED_BY.items()} == named
+    assert {name: bit for bit, name in module.THROTTLE_REASONS.items()} == named
 
 
 def test_joules_are_the_difference_of_the_gpus_counter(nvml: FakeNvml) -> None:
     with still() as meter:
-        assert meter.said.startswith("NVML's energy counter of the GPU; the host is not counted, sampled every")
+        assert meter.description.startswith("NVML's energy counter of the GPU; the host is not counted, sampled every")
         nvml.answers["nvmlDeviceGetTotalEnergyConsumption"] = 5_700_000
         values = meter.read().values
         assert values["energy/joules"] == pytest.approx(700)
@@ -89,8 +88,8 @@ def test_joules_are_the_difference_of_the_gpus_counter(nvml: FakeNvml) -> None:
 
 def test_power_is_summed_by_trapezes_where_no_counter_is(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml.fail("nvmlDeviceGetTotalEnergyConsumption", "NVMLError_NotSupported")
-    source = module.Gpu(GPU)
-    assert "summed over time" in source.said
+    source = module.NvmlGpu(GPU)
+    assert "summed over time" in source.description
     moments = iter((0.0, 2.0, 3.0))
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(moments)))
     joules = []
@@ -129,7 +128,7 @@ def test_what_a_gpu_does_not_tell_is_left_out(nvml: FakeNvml) -> None:
     for name in ("TotalEnergyConsumption", "PowerUsage", "UtilizationRates"):
         nvml.fail(f"nvmlDeviceGet{name}", "NVMLError_NotSupported")
     with still() as meter:
-        assert "neither energy nor power" in meter.said
+        assert "neither energy nor power" in meter.description
         values = meter.read().values
     assert "energy/temperature_c" in values
     assert not {"energy/joules", "energy/watts", "energy/gpu_utilisation"} & values.keys()
@@ -158,19 +157,19 @@ def test_a_failure_in_the_midst_is_told_once_and_ends_the_sampling(nvml: FakeNvm
         calls = nvml.calls["nvmlDeviceGetTotalEnergyConsumption"]
         meter.read()
     assert first.values == second.values == {}
-    assert first.trouble == "energy is no longer measured: NVMLError_GpuIsLost: GpuIsLost"
-    assert second.trouble == ""
+    assert first.error == "energy is no longer measured: NVMLError_GpuIsLost: GpuIsLost"
+    assert second.error == ""
     assert nvml.calls["nvmlDeviceGetTotalEnergyConsumption"] == calls
 
 
 def test_a_driver_that_hangs_holds_nobody_up(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(module, "TIMEOUT_SECONDS", 0.05)
     release = threading.Event()
     with still() as meter:
         nvml.answers["nvmlDeviceGetTotalEnergyConsumption"] = lambda: release.wait(60)
         reading = meter.read()
         assert reading.values == {}
-        assert "did not answer within" in reading.trouble
+        assert "did not answer within" in reading.error
         release.set()
 
 
@@ -179,13 +178,13 @@ def test_without_driver_or_library_there_are_no_values_and_a_reason(
 ) -> None:
     nvml.fail("nvmlInit", "NVMLError_DriverNotLoaded")
     with still() as meter:
-        assert meter.said == "not measured: NVMLError_DriverNotLoaded: DriverNotLoaded"
+        assert meter.description == "not measured: NVMLError_DriverNotLoaded: DriverNotLoaded"
         assert meter.read().values == {}
         assert not meter.is_measuring
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with still() as meter:
-        assert "pip install nvidia-ml-py" in meter.said
-        assert meter.read() == module.Reading({})
+        assert "pip install nvidia-ml-py" in meter.description
+        assert meter.read() == module.EnergyReading({})
 
 
 def test_packages_alone_are_counted(tmp_path: Path) -> None:
@@ -196,7 +195,7 @@ def test_packages_alone_are_counted(tmp_path: Path) -> None:
         zone(tmp_path, "intel-rapl:2", "psys", 0),
         zone(tmp_path, "intel-rapl-mmio:0", "package-0", 0),
     ]
-    packages = Packages(tmp_path)
+    packages = RaplPackages(tmp_path)
     for other in others:
         (other / "energy_uj").write_text("9000000")
     (first / "energy_uj").write_text("3500000")
@@ -207,7 +206,7 @@ def test_packages_alone_are_counted(tmp_path: Path) -> None:
 
 def test_a_counter_that_wraps_goes_on(tmp_path: Path) -> None:
     folder = zone(tmp_path, "intel-rapl:0", "package-0", 9_000_000, span=10_000_000)
-    packages = Packages(tmp_path)
+    packages = RaplPackages(tmp_path)
     for now, total in ((9_500_000, 0.5), (1_000_000, 2.0), (500_000, 11.5)):
         (folder / "energy_uj").write_text(str(now))
         assert packages.joules() == pytest.approx(total)
@@ -216,7 +215,7 @@ def test_a_counter_that_wraps_goes_on(tmp_path: Path) -> None:
 def test_a_run_without_gpu_reads_the_packages(tmp_path: Path) -> None:
     folder = zone(tmp_path, "intel-rapl:0", "package-0", 0)
     with EnergyMeter(torch.device("cpu"), interval=1000.0, powercap=tmp_path) as meter:
-        assert meter.said.startswith("RAPL of 1 processor package(s)")
+        assert meter.description.startswith("RAPL of 1 processor package(s)")
         (folder / "energy_uj").write_text("2000000")
         values = meter.read().values
     assert values["energy/joules"] == pytest.approx(2.0)
@@ -227,7 +226,7 @@ def test_a_tree_that_is_missing_or_closed_is_told_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with EnergyMeter(torch.device("cpu"), powercap=tmp_path / "none") as meter:
-        assert "shows no processor package" in meter.said
+        assert "shows no processor package" in meter.description
         assert meter.read().values == {}
 
     zone(tmp_path, "intel-rapl:0", "package-0", 0)
@@ -239,24 +238,26 @@ def test_a_tree_that_is_missing_or_closed_is_told_with_the_way_out(
         return read_text(self)
 
     monkeypatch.setattr(Path, "read_text", closed)
-    with pytest.raises(NotMeasured, match="sudo chmod a\\+r"):
-        Packages(tmp_path)
+    with pytest.raises(EnergyUnavailable, match="sudo chmod a\\+r"):
+        RaplPackages(tmp_path)
     with EnergyMeter(torch.device("cpu"), powercap=tmp_path) as meter:
-        assert "may be read by root alone" in meter.said
+        assert "may be read by root alone" in meter.description
         assert meter.read().values == {}
 
 
 def test_joules_of_ranks_add_up_and_the_worst_is_shown() -> None:
     one = {"energy/joules": 10.0, "energy/watts": 5.0, "energy/gpu_utilisation": 0.5, "energy/temperature_c": 40.0}
     two = {"energy/joules": 20.0, "energy/watts": 6.0, "energy/gpu_utilisation": 1.0, "energy/temperature_c": 70.0}
-    assert over_ranks([one, two]) == {
+    assert combine_ranks([one, two]) == {
         "energy/joules": 30.0,
         "energy/watts": 11.0,
         "energy/gpu_utilisation": 0.75,
         "energy/temperature_c": 70.0,
     }
-    assert over_ranks([one, {}]).keys() == {"energy/gpu_utilisation", "energy/temperature_c"}, "part of a sum is no sum"
-    assert over_ranks([]) == {}
+    assert combine_ranks([one, {}]).keys() == {"energy/gpu_utilisation", "energy/temperature_c"}, (
+        "part of a sum is no sum"
+    )
+    assert combine_ranks([]) == {}
 
 
 def test_joules_per_sample_are_of_the_steps_since_the_last_report(nvml: FakeNvml) -> None:
@@ -300,7 +301,7 @@ def test_ranks_that_share_a_processor_count_it_once(tmp_path: Path) -> None:
 def test_a_busy_gpu_uses_more_than_nothing_and_its_memory_is_seen() -> None:
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     with EnergyMeter(torch.device("cuda"), interval=0.1) as meter:
-        assert meter.is_measuring, meter.said
+        assert meter.is_measuring, meter.description
         begin = module.time.monotonic()
         while module.time.monotonic() - begin < 2:
             x @ x

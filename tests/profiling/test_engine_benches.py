@@ -11,11 +11,11 @@ import torch
 
 from configs import Config
 from profiling import bench
-from profiling.benches import fp8_blocks, fp8_losses, grad_cache, packed, train
-from profiling.benches.one_rank import configured, layout_of
-from profiling.measurement import Recorder
-from profiling.peaks import Bandwidth, Peak
-from profiling.step.peak import predict_peak
+from profiling.benches import fp8, step, train
+from profiling.benches.recorder import BenchRecorder
+from profiling.benches.workload import configured, layout_of
+from profiling.cost.peak_memory import predict_peak
+from profiling.instruments.machine import MemoryBandwidth, PeakFlops
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
 
@@ -30,19 +30,18 @@ def tiny(name: str, clip: int, *overrides: str) -> Config:
 def run_small(name: str) -> list[Any]:
     """In a process of its own, which may change torch: traced, and no code generated, which takes a minute."""
     torch.compile = partial(torch.compile, backend="aot_eager")
-    for module in (train, packed, grad_cache, fp8_losses):
+    for module in (train, step, fp8):
         vars(module)["configured"] = tiny
     train.MAIN, train.SMALLER, train.GRAIN = "tiny", ("tiny",), 8
-    train.measured_peak = lambda precision: Peak(1e12, "made up")
-    train.measured_bandwidth = lambda: Bandwidth(1e10, "made up")
-    packed.IMAGES = 8
-    grad_cache.PAIRS, grad_cache.PART = 32, 8
-    fp8_losses.CLIP, fp8_losses.SHORT = 8, ("optim.steps=6", "model.trunk.depth=1")
-    fp8_blocks.L = {"L": fp8_blocks.L["tiny"]}
-    fp8_blocks.matmul_peak = lambda dtype: 1e12
-    module, _, function = bench.BENCHES[name].partition(":")
-    recorder = Recorder(rounds=2)
-    getattr(sys.modules[f"profiling.benches.{module}"], function or "run")(recorder)
+    train.measured_peak = lambda precision: PeakFlops(1e12, "made up")
+    train.measured_bandwidth = lambda: MemoryBandwidth(1e10, "made up")
+    step.IMAGES = 8
+    train.PAIRS, train.PART = 32, 8
+    fp8.CLIP, fp8.SHORT = 8, ("optim.steps=6", "model.trunk.depth=1")
+    fp8.L = {"L": fp8.L["tiny"]}
+    fp8.matmul_peak = lambda dtype: 1e12
+    recorder = BenchRecorder(rounds=2)
+    getattr(sys.modules[f"profiling.benches.{bench.BENCHES[name]}"], f"bench_{name}")(recorder)
     return recorder.results
 
 
@@ -66,7 +65,7 @@ def test_training_steps_tell_speed_kernels_and_the_worst_phases() -> None:
     assert row.warm_up_s > 0
     assert "products" in kernels
     assert "aten::" in slowest
-    assert len(gaps) == train.WORST
+    assert len(gaps) == train.NUM_WORST
     assert all(gap.startswith("phase ") and gap.endswith("is lost there") for gap in gaps)
 
 
@@ -103,7 +102,7 @@ def test_the_gradient_cache_is_held_against_a_part_of_its_batch() -> None:
 def test_the_losses_of_fp8_stand_beside_those_of_bf16() -> None:
     [found] = ran("fp8_losses")
     plain, other = found.losses["bf16"], found.losses["fp8_torchao"]
-    assert len(plain) == len(other) == fp8_losses.STEPS
+    assert len(plain) == len(other) == fp8.STEPS
     assert plain != other
     assert other == pytest.approx(plain, rel=0.02)
     assert any(note.startswith("without fp8_te: ") for note in found.notes)

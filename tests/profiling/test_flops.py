@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs import Config, load_config, load_run
 from data.to_device import to_device
+from engine.assemble import CHILDREN
 from engine.corruption import corruptor
 from engine.drop_path import drop_path
 from engine.grad_cache import GradientCache
@@ -33,10 +34,9 @@ from model.pretrainer import Pretrainer
 from model.rows import Rows
 from model.text import TextBlock
 from model.tokenizer import VisualTokenizer
-from profiling.flops import StepFlops
-from profiling.step.flops import step_flops
-from profiling.step.layer_flops import forward_flops_of_tokenizer
-from profiling.step.pretend import frozen_encoder, perceptual_network
+from profiling.cost.flops import StepFlops, tokenizer_flops
+from profiling.cost.step_flops import flops_by_phase, step_flops
+from profiling.cost.step_trace import frozen_encoder, perceptual_network
 from tests.tiny import CONV, model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
@@ -142,20 +142,34 @@ class Counted:
         self.unseen = self.disturbs.hidden(0) if self.disturbs else 0
         self.caption_tokens = 0
 
-    def take(self) -> tuple[float, float]:
-        """FLOPs of the forward passes, the losses' not among them, and of the whole step."""
+    def take(self) -> dict[str, float]:
+        """FLOPs of each phase that a run times; "backward" is all that comes after the losses but replayed forwards."""
+        phases: dict[str, float] = {}
         ssl, rec = self.config.objectives.ssl, self.config.objectives.rec
         centres = Centres.zeros(self.config.model.prototypes.num, self.device) if ssl.targets == "centering" else None
         network = perceptual(str(self.device)) if rec.weight and rec.perceptual else None
-        with Counter() as whole:
-            with Counter() as forward:
-                cache = GradientCache(self.batch, self.rows, self._clip)
-                kept = None if self.draws is None else self.draws.draw(0, self.unseen).to(self.device)
-                disturbed = to_device(self.disturbs and self.disturbs.draw(0), self.device)
-                outputs = cache.complete(self.model(**self._inputs(cache.shared), kept_idx=kept, corruption=disturbed))
-            compute(outputs, self.config.objectives, 0.07, Solo(), centres, network, self.frozen).total.backward()
+        with Counter() as counter:
+            self._count_children(counter, phases)
+            cache = GradientCache(self.batch, self.rows, self._clip)
+            kept = None if self.draws is None else self.draws.draw(0, self.unseen).to(self.device)
+            disturbed = to_device(self.disturbs and self.disturbs.draw(0), self.device)
+            outputs = cache.complete(self.model(**self._inputs(cache.shared), kept_idx=kept, corruption=disturbed))
+            losses = compute(outputs, self.config.objectives, 0.07, Solo(), centres, network, self.frozen)
+            phases["objectives"] = counter.get_total_flops() - sum(phases.values())
+            losses.total.backward()
             cache.replay(Tensor.backward)
-        return forward.get_total_flops(), whole.get_total_flops()
+        return phases | {"backward": counter.get_total_flops() - sum(phases.values())}
+
+    def _count_children(self, counter: FlopCounterMode, phases: dict[str, float]) -> None:
+        begins: list[int] = []
+
+        def end(phase: str) -> None:
+            phases[phase] = phases.get(phase, 0) + counter.get_total_flops() - begins.pop()
+
+        for name, phase in CHILDREN.items():
+            if (child := getattr(self.model, name)) is not None:
+                child.register_forward_pre_hook(lambda *_: begins.append(counter.get_total_flops()))
+                child.register_forward_hook(lambda *_, phase=phase: end(phase))
 
     def _clip(self, part: Any) -> ClipOutputs:
         clip = self.model(**self._inputs(part), clip_only=True).clip
@@ -170,8 +184,8 @@ class Counted:
         return {"captions": captions} | {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def expected(self) -> StepFlops:
-        hidden = len(self.batch.masked_idx)
-        return step_flops(self.config, self.rows, self.caption_tokens, hidden, backend="matmul", hidden=self.unseen)
+        masked = len(self.batch.masked_idx)
+        return step_flops(self.config, self.rows, self.caption_tokens, masked, backend="matmul", num_unseen=self.unseen)
 
 
 @pytest.fixture
@@ -180,29 +194,14 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(total, "_without_autocast", lambda outputs: nullcontext())
 
 
-LOSSES = (
-    "contrastive logits",
-    "prototype logits",
-    "prototype logits, teacher",
-    "koleo",
-    "perceptual",
-    "frozen encoder",
-    "patch cosines",
-)
-
-
-def forward_of_model(flops: StepFlops) -> float:
-    """Of all rows, without the losses: with micro-batches too every row goes forward once before them."""
-    return sum(component.forward for component in flops.components if component.name not in LOSSES)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_count_is_torchs_own(variant: str) -> None:
     counted = Counted(tiny_config(*VARIANTS[variant]))
-    forward, whole = counted.take()
+    by_phase = counted.take()
     expected = counted.expected()
-    assert expected.hardware_flops == pytest.approx(whole, rel=1e-12)
-    assert forward_of_model(expected) == pytest.approx(forward, rel=1e-12)
+    assert expected.hardware_flops == pytest.approx(sum(by_phase.values()), rel=1e-12)
+    predicted = {phase: flops for phase, flops in flops_by_phase(expected).items() if flops}
+    assert predicted == pytest.approx({phase: flops for phase, flops in by_phase.items() if flops}, rel=1e-12)
 
 
 @pytest.mark.usefixtures("on_meta")
@@ -213,14 +212,14 @@ def test_a_presets_count_is_torchs_own(name: str) -> None:
     if name in ("ae_only", "va_vae", "ldm_kl", "ldetok_b"):
         few = ("data.streams=1", "batch.clip=1", "batch.rec=1")
     counted = Counted(load_config(FOLDER / f"{name}.yaml", (*few, "optim.precision=fp32")), "meta")
-    _, whole = counted.take()
+    whole = sum(counted.take().values())
     assert counted.expected().hardware_flops == pytest.approx(whole, rel=1e-12)
 
 
 def test_a_masked_runs_count_is_the_mean_of_its_steps() -> None:
     config = tiny_config("objectives.rec.mask=[-0.1,0.7]")
     rows, shares = Rows.per_rank(config, 1), hidden_shares((-0.1, 0.7), 16)
-    steps = {hidden: step_flops(config, rows, hidden=hidden) for hidden in shares}
+    steps = {unseen: step_flops(config, rows, num_unseen=unseen) for unseen in shares}
     for key in ("forward", "backward", "saved"):
         mean = sum(share * steps[hidden].total(key) for hidden, share in shares.items())
         assert step_flops(config, rows).total(key) == pytest.approx(mean, rel=1e-12)
@@ -241,7 +240,7 @@ def test_teacher_logits_too_many_to_keep_are_counted_in_every_iteration() -> Non
     """65,536 prototypes: 32 MiB are 128 rows. The CPU's count is held against torch's with few and with many."""
     config = tiny_config("model.prototypes.num=65536", "batch.ssl=72", "batch.clip=72", "batch.rec=6", *NO_CLIP)
     counted = Counted(config, "meta")
-    _, whole = counted.take()
+    whole = sum(counted.take().values())
     assert counted.expected().hardware_flops == pytest.approx(whole, rel=1e-12)
     on_gpu, made = step_flops(config, counted.rows, device="cuda"), counted.expected()
     for name in ("prototype logits", "prototype logits, teacher"):  # a kernel there keeps none
@@ -283,7 +282,7 @@ PUBLISHED = {"vtp_b": (87.7, 92.6), "vtp_l": (311.1, 324.1)}
 def test_a_tokenizer_costs_what_was_published(name: str) -> None:
     config = load_config(FOLDER / f"{name}.yaml")
     for with_attention, gflop in zip((False, True), PUBLISHED[name], strict=True):
-        ours = forward_flops_of_tokenizer(config, 256, with_attention_products=with_attention)
+        ours = tokenizer_flops(config, 256, with_attention_products=with_attention)
         assert ours / 1e9 == pytest.approx(gflop, rel=0.0015)
 
 
@@ -293,7 +292,7 @@ def test_a_tokenizers_count_is_torchs_own(overrides: tuple[str, ...]) -> None:
     tokenizer = VisualTokenizer(config.model, frozenset({"bottleneck", "decoder"}), attention="matmul")
     with Counter() as counter, torch.no_grad():
         tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, 48, 48)))
-    assert forward_flops_of_tokenizer(config, 48) == counter.get_total_flops()
+    assert tokenizer_flops(config, 48) == counter.get_total_flops()
 
 
 # GFLOP a sample, forward and backward: clip, ssl and rec as 1 : 1/4 : 1/8, 2 x 256 and 8 x 96 px crops, captions of 77

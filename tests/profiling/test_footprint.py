@@ -10,8 +10,8 @@ from configs import Config
 from configs.ds import load_ds_config
 from engine.assemble import assemble
 from model.objectives.comm import Comm
-from profiling.memory import tensor_bytes
-from profiling.step.footprint import predict
+from profiling.cost.peak_memory import predict_states
+from profiling.instruments.memory import tensor_bytes
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
@@ -55,16 +55,16 @@ def test_what_an_engine_holds_between_steps_is_what_was_predicted(
     case = (config, ds_of(config, stage, world_size))
     # Worst seen 21 bytes in 800,000; without the EMA teacher it is 71,000 off, without a moment 145,000.
     assert run_ranks(held, world_size, *case)[0] == pytest.approx(
-        predict(*case, world_size).static_bytes, abs=STRAY_BYTES
+        predict_states(*case, world_size).static_bytes, abs=STRAY_BYTES
     )
 
 
 @pytest.mark.L0
 def test_shards_shrink_with_the_ranks_and_offloaded_states_leave_the_device() -> None:
     config = tiny()
-    alone, shared = (predict(config, ds_of(config, "zero3", size), size) for size in (1, 6))
+    alone, shared = (predict_states(config, ds_of(config, "zero3", size), size) for size in (1, 6))
     optimizer = [next(each.bytes for each in f.components if each.name == "optimizer") for f in (alone, shared)]
     assert optimizer[1] == pytest.approx(optimizer[0] / 6, rel=0.01)
-    offloaded = predict(config, ds_of(config, "zero3_offload", 6), 6)
+    offloaded = predict_states(config, ds_of(config, "zero3_offload", 6), 6)
     assert shared.device_bytes - offloaded.device_bytes == optimizer[1]
     assert "on the host" in offloaded.table()

@@ -16,10 +16,9 @@ import pytest
 
 from profiling.bench import BENCHES
 from profiling.gpu_check import __main__ as gpu_check
-from profiling.gpu_check.carry_out import carry_out
-from profiling.gpu_check.outcomes import read
 from profiling.gpu_check.page import page
-from profiling.gpu_check.steps import OUT, PYTEST, RUN_SECONDS, STEPS, Step, steps_of
+from profiling.gpu_check.runner import read_outcomes, run_step
+from profiling.gpu_check.steps import OUT, PYTEST, RUN_SECONDS, STEPS, CheckStep, steps_of
 
 pytestmark = pytest.mark.L0
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +35,8 @@ MEASURED = [
 ]  # fmt: skip
 
 
-def python(name: str, code: str, **others: object) -> Step:
-    return Step(name, f"does it {name}?", ("-c", code), seconds=60, dry=60, needs=(), **others)  # type: ignore[arg-type]
+def python(name: str, code: str, **others: object) -> CheckStep:
+    return CheckStep(name, f"does it {name}?", ("-c", code), seconds=60, dry=60, needs=(), **others)  # type: ignore[arg-type]
 
 
 def is_gone(pid: int) -> bool:
@@ -58,9 +57,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
     write = f"import json, pathlib; pathlib.Path('{OUT}/work.json').write_text(json.dumps({MEASURED!r}))"
     found = (
         python("crash", "import os; print('illegal access', flush=True); os.abort()"),
-        python("need", "", extra=("no_such_module",)),
-        Step("lack", "is it there?", ("-c", ""), 60, 60, needs=("no.such.module",)),
-        python("work", write, extra=("json", "nor_this_one")),
+        python("need", "", optional=("no_such_module",)),
+        CheckStep("lack", "is it there?", ("-c", ""), 60, 60, needs=("no.such.module",)),
+        python("work", write, optional=("json", "nor_this_one")),
     )
     monkeypatch.setattr(gpu_check, "steps_of", lambda run: list(found))
 
@@ -114,7 +113,7 @@ def test_a_step_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
     code = (
         f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); {child}"
     )
-    record = carry_out(python("hang", code), tmp_path, limit_seconds=10)
+    record = run_step(python("hang", code), tmp_path, limit_seconds=10)
     assert (record["state"], record["why"]) == ("late", "took longer than 10 s")
     assert is_gone(int(record["last_lines"][0]))
 
@@ -123,7 +122,7 @@ def test_ended_from_outside_it_leaves_no_step_behind(tmp_path: Path) -> None:
     hangs = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     code = (
         "from profiling.gpu_check import __main__ as m, steps; import sys; "
-        f"m.steps_of = lambda run: [steps.Step('hang', '?', ('-c', {hangs!r}), 600, 600, needs=())]; "
+        f"m.steps_of = lambda run: [steps.CheckStep('hang', '?', ('-c', {hangs!r}), 600, 600, needs=())]; "
         f"sys.exit(m.main(['--out', {str(tmp_path)!r}]))"
     )
     check = subprocess.Popen([sys.executable, "-c", code])
@@ -154,16 +153,16 @@ def test_deadly(): os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def pytest_of(folder: Path, name: str, *chosen: str) -> Step:
+def pytest_of(folder: Path, name: str, *chosen: str) -> CheckStep:
     """A step of tests in a folder of its own, far from this house's settings."""
     (folder / "test_it.py").write_text(TESTS)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     words = (*PYTEST, "--outcomes", f"{OUT}/{name}.tests", "--rootdir", str(folder), "-c", str(folder / "pytest.ini"))
-    return Step(name, "?", (*words, str(folder / "test_it.py"), *chosen), 60, 60, needs=())
+    return CheckStep(name, "?", (*words, str(folder / "test_it.py"), *chosen), 60, 60, needs=())
 
 
 def test_a_record_of_tests_says_which_passed_failed_and_were_skipped(tmp_path: Path) -> None:
-    record = carry_out(pytest_of(tmp_path, "tests", "-k", "not deadly"), tmp_path, limit_seconds=60)
+    record = run_step(pytest_of(tmp_path, "tests", "-k", "not deadly"), tmp_path, limit_seconds=60)
     assert (record["state"], record["tests"]) == ("failed", {"passed": 1, "failed": 1, "skipped": 1})
     assert list(record["passed_tests"]) == ["test_it.py::test_good"]
     assert "no sum" in record["failed_tests"]["test_it.py::test_bad"]
@@ -174,7 +173,7 @@ def test_a_record_of_tests_says_which_passed_failed_and_were_skipped(tmp_path: P
 
 
 def test_tests_that_are_ended_leave_what_they_had_shown(tmp_path: Path) -> None:
-    record = carry_out(pytest_of(tmp_path, "tests", "-k", "good or deadly"), tmp_path, limit_seconds=60)
+    record = run_step(pytest_of(tmp_path, "tests", "-k", "good or deadly"), tmp_path, limit_seconds=60)
     assert record["why"] == "exit code -9 in test_it.py::test_deadly"
     assert list(record["passed_tests"]) == ["test_it.py::test_good"]
     assert "test_good PASSED" in (tmp_path / "tests.log").read_text()
@@ -187,9 +186,9 @@ def test_a_line_cut_short_and_a_failure_after_the_test_are_read_right(tmp_path: 
         {"test": "b", "outcome": "running", "seconds": 0, "why": ""},
     ]
     (tmp_path / "x.tests").write_text("\n".join(map(json.dumps, lines)) + '\n{"test": "c", "outc')
-    found = read(tmp_path / "x.tests")
+    found = read_outcomes(tmp_path / "x.tests")
     assert (found["failed_tests"], found["running"]) == ({"a": "at its end"}, "b")
-    assert read(tmp_path / "none") == {}
+    assert read_outcomes(tmp_path / "none") == {}
 
 
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,8 +204,8 @@ def test_the_steps_are_benches_that_exist_and_fit_in_their_order() -> None:
     assert len({step.name for step in STEPS}) == len(STEPS)
     assert [step.run for step in STEPS] == sorted(step.run for step in STEPS)
     of_train = next(step for step in STEPS if step.name == "train")
-    assert of_train.words("out", is_dry=False)[2:] == ["train", "--rounds=10", "--json", "out/train.json"]
-    assert of_train.words("out", is_dry=True)[3] == "--dry"
+    assert of_train.command_line("out", is_dry=False)[2:] == ["train", "--rounds=10", "--json", "out/train.json"]
+    assert of_train.command_line("out", is_dry=True)[3] == "--dry"
     for run in (1, 2):
         assert sum(step.seconds for step in steps_of(run)) <= RUN_SECONDS
 
@@ -222,7 +221,7 @@ def test_every_test_marked_gpu_belongs_to_a_step() -> None:
 
 
 def test_what_a_step_does_not_use_the_steps_after_it_may() -> None:
-    first, second = (Step(name, "?", (), seconds, 0, needs=()) for name, seconds in (("a", 60.0), ("b", 30.0)))
+    first, second = (CheckStep(name, "?", (), seconds, 0, needs=()) for name, seconds in (("a", 60.0), ("b", 30.0)))
     assert gpu_check._limit([first, second], 90) == 60
     assert gpu_check._limit([first, second], 70) == 60, "the order is that of worth: the last ones give way"
     assert gpu_check._limit([second], 75) == 75
@@ -231,12 +230,12 @@ def test_what_a_step_does_not_use_the_steps_after_it_may() -> None:
 def test_a_run_takes_its_steps_and_their_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: dict[str, float] = {}
 
-    def recorded(step: Step, out: Path, limit: float, *others: object) -> dict[str, Any]:
+    def recorded(step: CheckStep, out: Path, limit: float, *others: object) -> dict[str, Any]:
         limits[step.name] = limit
         return {"step": step.name, "question": "?", "state": "done"}
 
     monkeypatch.setattr(gpu_check, "_gpu", lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(gpu_check, "carry_out", recorded)
+    monkeypatch.setattr(gpu_check, "run_step", recorded)
     assert gpu_check.main(["--out", str(tmp_path), "--run", "1"]) == 0
     assert list(limits) == [step.name for step in steps_of(1)]
     assert limits["doctor"] == pytest.approx(30, abs=1)

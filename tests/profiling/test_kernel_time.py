@@ -9,7 +9,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from profiling.kernel_time import kernel_spans, kind_of, own_nanoseconds
+from profiling.instruments.profiler import kernel_spans, kind_of, own_nanoseconds
 
 pytestmark = pytest.mark.L0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from profiling.memory import peak_bytes, process_peak_bytes
+from profiling.instruments.memory import peak_bytes, process_peak_bytes
 
 pytestmark = [pytest.mark.L0, pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's counter")]
 MIB = 2**20

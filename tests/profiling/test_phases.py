@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from profiling.phases import CudaClock, HostClock, Phases, clock_of
+from profiling.instruments.phases import CudaClock, HostClock, PhaseTimer, clock_of
 from tests.cuda_waits import sync_debug_mode
 
 pytestmark = pytest.mark.L0
@@ -36,7 +36,7 @@ class Device:
         self.released += 1
 
 
-def step(phases: Phases, device: Device) -> None:
+def step(phases: PhaseTimer, device: Device) -> None:
     """trunk 10 + 5 with a gather of 3 between, 2 in no phase, backward 20 of which 4 in a gather within a gather."""
     phases.next_step()
     with phases("trunk"):
@@ -53,7 +53,7 @@ def step(phases: Phases, device: Device) -> None:
 
 def test_a_phase_has_its_own_time_and_all_together_the_whole() -> None:
     device = Device()
-    phases = Phases(device)
+    phases = PhaseTimer(device)
     step(phases, device)
     step(phases, device)
     reading = phases.read()
@@ -66,7 +66,7 @@ def test_a_phase_has_its_own_time_and_all_together_the_whole() -> None:
 
 def test_a_phase_that_fails_is_left() -> None:
     device = Device()
-    phases = Phases(device)
+    phases = PhaseTimer(device)
 
     def fail() -> None:
         with phases("trunk"):
@@ -81,7 +81,7 @@ def test_a_phase_that_fails_is_left() -> None:
 
 def test_wrapped_calls_are_regions_and_give_what_they_gave() -> None:
     device = Device()
-    phases = Phases(device)
+    phases = PhaseTimer(device)
 
     class Engine:
         def step(self, ms: float, *, twice: bool) -> float:
@@ -97,7 +97,7 @@ def test_wrapped_calls_are_regions_and_give_what_they_gave() -> None:
 
 def test_steps_take_in_what_the_device_is_past_and_only_a_read_waits() -> None:
     device = Device()
-    phases = Phases(device)
+    phases = PhaseTimer(device)
     device.past = 4  # the mark of the start and three of the first step's eight cuts
     step(phases, device)
     phases.next_step()
@@ -107,14 +107,14 @@ def test_steps_take_in_what_the_device_is_past_and_only_a_read_waits() -> None:
 
 
 def test_without_a_clock_nothing_is_recorded() -> None:
-    phases = Phases(None)
+    phases = PhaseTimer(None)
     with phases("trunk"):
         phases.next_step()
     assert phases.read().ms == {}
 
 
 def test_while_traced_phases_are_ranges_of_the_profiler_whether_timed_or_not() -> None:
-    for phases in (Phases(None), Phases(HostClock())):
+    for phases in (PhaseTimer(None), PhaseTimer(HostClock())):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as record:
             with phases("before"):
                 torch.ones(1)
@@ -137,7 +137,7 @@ def test_the_host_is_timed_in_milliseconds() -> None:
 def test_events_time_the_device_and_are_used_again() -> None:
     clock = clock_of(torch.device("cuda"))
     assert isinstance(clock, CudaClock)
-    phases = Phases(clock)
+    phases = PhaseTimer(clock)
     x = torch.randn(2048, 2048, device="cuda")
     for _ in range(2):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -10,17 +10,16 @@ import pytest
 from configs import load_config
 from configs.ds import load_ds_config
 from profiling import scaling
-from profiling.benches import plan as bench
-from profiling.clock import Comparison, Times
-from profiling.measurement import Recorder
-from profiling.plan import command as plan
+from profiling.benches import predictions as bench
+from profiling.benches.recorder import BenchRecorder
+from profiling.cost.peak_memory import predict_peak
+from profiling.instruments.machine import PairedTimes, VariantTimes
+from profiling.plan import __main__ as plan
 from profiling.plan import rates
 from profiling.plan import search as plan_search
-from profiling.plan.rates import Gpu, Links, parse_links, rates_of
-from profiling.plan.search import Cluster, Plan, as_compiled, search
-from profiling.plan.variant import Variant
-from profiling.plan.work import Build
-from profiling.step.peak import predict_peak
+from profiling.plan.rates import ClusterGpu, NetworkLinks, parse_links, rates_of
+from profiling.plan.search import Cluster, LayoutPlan, LayoutVariant, search
+from profiling.plan.step_time import ExecutionMode
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -58,13 +57,15 @@ def test_a_small_gpu_pushes_the_search_to_checkpointing_and_parts_and_then_refus
     preset: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan_search, "STAGES", ((3, None),))
-    monkeypatch.setattr(plan_search, "PARTS", (1, 2))
+    monkeypatch.setattr(plan_search, "MICRO_BATCHES", (1, 2))
     config = tiny_config("optim.precision=bf16", "batch.clip=48")
-    cluster = Cluster(1, rates_of("h100"), parse_links("nvlink,ib400", "h100"), Build("flash3", is_compiled=True))
+    cluster = Cluster(
+        1, rates_of("h100"), parse_links("nvlink,ib400", "h100"), ExecutionMode("flash3", is_compiled=True)
+    )
     roomy = search(config, cluster, samples=1e6)
     assert {each.variant.checkpointing for each in roomy} == {"off"}, "nothing else was needed"
     monkeypatch.setitem(rates.GPUS, "h100", tight(min(each.memory for each in roomy)))
-    tightened = Cluster(1, rates_of("h100"), cluster.links, cluster.build)
+    tightened = Cluster(1, rates_of("h100"), cluster.links, cluster.mode)
     plans = search(config, tightened, samples=1e6)
     assert any(each.fits for each in plans)
     assert any(each.variant.checkpointing == "selective" for each in plans)
@@ -79,9 +80,9 @@ def test_a_small_gpu_pushes_the_search_to_checkpointing_and_parts_and_then_refus
     assert "nothing fits" in printed.err
 
 
-def tight(num_bytes: int) -> Gpu:
+def tight(num_bytes: int) -> ClusterGpu:
     """An H100 on which what needs a byte less than `num_bytes` fits."""
-    return Gpu("NVIDIA H100 80GB HBM3", (num_bytes - 1) / (1 - rates.RESERVED) / 1e9, 450e9, 700)
+    return ClusterGpu("NVIDIA H100 80GB HBM3", (num_bytes - 1) / (1 - rates.RESERVED) / 1e9, 450e9, 700)
 
 
 @pytest.mark.parametrize(
@@ -108,17 +109,17 @@ def test_a_copy_a_host_is_advised_where_weights_are_gathered_twice_and_the_link_
 ) -> None:
     monkeypatch.setattr(plan_search, "STAGES", ((3, 0),))
     freed = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    ds_json = Variant.ds_json
+    ds_json = LayoutVariant.ds_json
     config = tiny_config("optim.precision=bf16", "batch.clip=16", "batch.ssl=16", "batch.rec=16", "data.streams=16")
 
-    def plans(gpus: int) -> dict[int, Plan]:
-        slow = Links(intra=450e9, inter=1e6)
-        cluster = Cluster(gpus, rates_of("h100"), slow, Build("flash3", is_compiled=True))
+    def plans(gpus: int) -> dict[int, LayoutPlan]:
+        slow = NetworkLinks(intra=450e9, inter=1e6)
+        cluster = Cluster(gpus, rates_of("h100"), slow, ExecutionMode("flash3", is_compiled=True))
         return {each.variant.hpz: each for each in search(config, cluster, samples=1e6)}
 
     assert set(plans(16)) == {1}, "the tiny student stays whole from forward to backward"
     monkeypatch.setattr(
-        Variant,
+        LayoutVariant,
         "ds_json",
         lambda self: {**ds_json(self), "zero_optimization": ds_json(self)["zero_optimization"] | freed},
     )
@@ -151,9 +152,9 @@ def test_a_dry_run_builds_the_largest_preset_on_1024_gpus(
 
 def test_compiled_blocks_keep_less_than_eager_ones_of_the_same_components() -> None:
     config = tiny_config("optim.precision=bf16")
-    ds_config = Variant(3, None, 1, "off", "bf16").ds_config(config, 1)
+    ds_config = LayoutVariant(3, None, 1, "off", "bf16").ds_config(config, 1)
     eager = predict_peak(config, ds_config, 1)
-    compiled = as_compiled(eager, config)
+    compiled = eager.as_compiled(config)
     assert [each.name for each in compiled.components] == [each.name for each in eager.components]
     trunk = {each.name: each.bytes for each in eager.components}["activations: trunk"]
     assert compiled.device_bytes < eager.device_bytes
@@ -188,17 +189,19 @@ def test_the_scaling_tables_end_with_the_rows_and_name_what_breaks(
 
 
 def test_the_bench_puts_a_prediction_over_a_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = bench.Case("tiny", tiny_config("data.streams=1"))
+    case = bench.PlanCase("tiny", tiny_config("data.streams=1"))
     monkeypatch.setattr(bench, "cases", lambda: [case])
-    monkeypatch.setattr(bench, "published", lambda: ["as published"])
-    recorder = Recorder(rounds=1)
-    bench.run(recorder)
+    monkeypatch.setattr(bench, "published_notes", lambda: ["as published"])
+    recorder = BenchRecorder(rounds=1)
+    bench.bench_plan(recorder)
     [found] = recorder.results
     assert found.rows[0].median_ms > 0
     assert found.notes[0].startswith("tiny: predicted over measured ")
     assert found.notes[1] == "as published"
-    monkeypatch.setattr(bench, "alternate", lambda steps, **_: Comparison(dict.fromkeys(steps, Times((4.0,)))))
-    monkeypatch.setattr(bench.Case, "predicted", lambda self, captions: 3.0)
+    monkeypatch.setattr(
+        bench, "time_variants", lambda steps, **_: PairedTimes(dict.fromkeys(steps, VariantTimes((4.0,))))
+    )
+    monkeypatch.setattr(bench.PlanCase, "predicted", lambda self, captions: 3.0)
     row, note = bench.compare(case, rounds=2)
     assert row.median_ms == 4000
     assert note == "tiny: predicted over measured 0.75 (rounds: 0.75, 0.75)"

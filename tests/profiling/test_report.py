@@ -16,13 +16,13 @@ from configs import UserError, to_yaml
 from engine.report.pictures import png
 from engine.report.sinks import Log
 from model.rows import Rows
-from profiling.report.blocks import Line, Plot, Stack, as_json, shown
-from profiling.report.data import read_run
-from profiling.report.figures import MOST_POINTS, labels, thinned
+from profiling.cost.step_flops import step_flops
+from profiling.report.blocks import LinePlot, PlotLine, StackedBars, as_json, shown
+from profiling.report.metrics import MAX_POINTS, labels, thinned
 from profiling.report.page import breakable, main, write_report
 from profiling.report.plots import line_plot, stacked_bars
+from profiling.report.run_record import read_run
 from profiling.report.sections import sections
-from profiling.step.flops import step_flops
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -329,7 +329,7 @@ def test_a_figure_of_every_tenth_report_is_plotted_as_a_line(tmp_path: Path) -> 
 
 def test_a_value_between_two_gaps_gets_a_dot() -> None:
     def marks(values: list[float | None]) -> int:
-        return line_plot(Plot("loss", [Line("demo", list(range(len(values))), values)])).count("<use ")
+        return line_plot(LinePlot("loss", [PlotLine("demo", list(range(len(values))), values)])).count("<use ")
 
     gaps: list[float | None] = [math.nan, 1.0] * 20
     ticks = marks([1.0, 2.0] * 20)
@@ -338,7 +338,7 @@ def test_a_value_between_two_gaps_gets_a_dot() -> None:
 
 def test_every_phase_of_a_step_has_a_colour_of_its_own() -> None:
     parts = {f"phase {number}": [1.0] for number in range(16)}
-    svg = stacked_bars(Stack("phases", "ms a step", ["demo"], parts))
+    svg = stacked_bars(StackedBars("phases", "ms a step", ["demo"], parts))
     assert len(set(re.findall(r"fill: (#[0-9a-f]{6})", svg))) == 16
 
 
@@ -411,16 +411,16 @@ def test_the_command_writes_the_same_page_every_time_and_says_where(
 
 def test_a_long_line_is_thinned_and_keeps_its_end() -> None:
     steps = list(range(10_001))
-    line = thinned(Line("long", steps, [float(step) for step in steps]))
-    assert len(line.steps) <= MOST_POINTS
+    line = thinned(PlotLine("long", steps, [float(step) for step in steps]))
+    assert len(line.steps) <= MAX_POINTS
     assert line.steps[-1] == 10_000
     assert line.values == [float(step) for step in line.steps]
     assert len({after - before for before, after in zip(line.steps, line.steps[1:], strict=False)}) == 1
 
 
 def test_no_word_of_a_run_gets_into_an_svg() -> None:
-    svg = line_plot(Plot(HOSTILE, [Line(HOSTILE, [1, 2], [1.0, None])]))
-    svg += stacked_bars(Stack(HOSTILE, "ms a step", [HOSTILE], {HOSTILE: [1.0]}))
+    svg = line_plot(LinePlot(HOSTILE, [PlotLine(HOSTILE, [1, 2], [1.0, None])]))
+    svg += stacked_bars(StackedBars(HOSTILE, "ms a step", [HOSTILE], {HOSTILE: [1.0]}))
     assert "evil" not in svg
     assert "alert" not in svg
     assert re.findall(r'(?:href|src)="(?!#)[^"]*"', svg) == []

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 from configs.ds import load_ds_config
-from model.rows import Rows
-from profiling.report.blocks import Roofline
+from profiling.cost.communication import by_kind, predict_collectives
+from profiling.cost.peak_memory import predict_peak
+from profiling.cost.roofline import phase_work
+from profiling.report.blocks import RooflinePlot
 from profiling.report.page import write_report
 from profiling.report.plots import roofline_plot
-from profiling.step.communication import by_kind, predict
-from profiling.step.peak import predict_peak
-from profiling.step.phase_work import phase_work
 from tests.engine.ranks import DEEPSPEED
 from tests.profiling.test_report import blocks, facts_of, figures, make_run, read, sentences
 from tests.tiny import tiny_config
@@ -36,7 +35,10 @@ MEASURED = {
 def whole_run(directory: Path, **machine: Any) -> Path:
     """With everything a roofline and the predictions need."""
     ds_config = load_ds_config(DEEPSPEED / "zero3.json", CONFIG, 2)
-    sent = {f"comm/{kind}_mb": 1.01 * count / 1e6 for kind, count in by_kind(predict(CONFIG, ds_config, 2)).items()}
+    sent = {
+        f"comm/{kind}_mb": 1.01 * count / 1e6
+        for kind, count in by_kind(predict_collectives(CONFIG, ds_config, 2)).items()
+    }
     reports = [(step, figures(step, **MEASURED, **sent)) for step in (1, 2, 3)]
     run = make_run(directory, reports)
     (run / "ds_config.json").write_text(json.dumps(ds_config))
@@ -53,7 +55,7 @@ def test_the_roofline_puts_a_phases_work_over_its_time_under_the_roof(tmp_path: 
     facts = facts_of(whole_run(tmp_path / "run"))
     rows = rows_of(facts, "roofline", "What run reached")
     assert list(rows) == ["trunk", "objectives", "backward"]  # what is timed and computes
-    work = phase_work(CONFIG, Rows.per_rank(CONFIG, 2), 2, "sdpa")["trunk"]
+    work = phase_work(CONFIG, 2, "sdpa")["trunk"]
     trunk = rows["trunk"]
     counts = rows_of(facts, "roofline", "Work in one step of one rank of run")["trunk"]
     assert (counts["MB moved"], counts["MB of products"]) == (work.bytes / 1e6, work.product_bytes / 1e6)
@@ -71,7 +73,7 @@ def test_the_roofline_puts_a_phases_work_over_its_time_under_the_roof(tmp_path: 
 
 def test_compiled_phases_are_held_against_what_fused_products_move(tmp_path: Path) -> None:
     rows = rows_of(facts_of(whole_run(tmp_path / "run", is_compiled=True)), "roofline", "What run reached")
-    work = phase_work(CONFIG, Rows.per_rank(CONFIG, 2), 2, "sdpa")["trunk"]
+    work = phase_work(CONFIG, 2, "sdpa")["trunk"]
     assert rows["trunk"]["FLOP/byte"] == pytest.approx(work.flops / work.product_bytes)
 
 
@@ -82,7 +84,7 @@ def test_the_page_draws_one_roof_a_run_and_compares_the_shares(tmp_path: Path) -
     assert page.tags.count("svg") > 2
     shares = rows_of(facts, "roofline", "Share of its roof")
     assert shares["backward"]["second"] > shares["backward"]["first"]
-    svg = roofline_plot(Roofline("<b>", 1e11, 1e10, {"<i>": (0.1, 1e8), "other": (1e4, 9e10)}))
+    svg = roofline_plot(RooflinePlot("<b>", 1e11, 1e10, {"<i>": (0.1, 1e8), "other": (1e4, 9e10)}))
     assert "<i>" not in svg
     assert "<b>" not in svg
 

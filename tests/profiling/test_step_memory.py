@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from profiling.benches.step_memory import Case, run
-from profiling.measurement import Recorder
+from profiling.benches.predictions import MemoryCase, bench_step_memory
+from profiling.benches.recorder import BenchRecorder
 
 TOWERS = tuple(
     f"model.{tower}.{name}={value}"
@@ -19,8 +19,8 @@ SMALL = ("views.image_size=64", "views.global_size=64", "views.local_size=32", "
 
 @pytest.mark.L1
 def test_the_memory_bench_runs_small() -> None:
-    recorder = Recorder(rounds=1)
-    run(recorder, cases=(Case("zero3", 1, SMALL),))
+    recorder = BenchRecorder(rounds=1)
+    bench_step_memory(recorder, cases=(MemoryCase("zero3", 1, SMALL),))
     (peaks,) = recorder.results
     (row,) = peaks.as_dict()["rows"]
     assert 0.9 < row["ratio"] < 1.1
@@ -31,5 +31,5 @@ def test_the_memory_bench_runs_small() -> None:
 
 @pytest.mark.L0
 def test_cases_are_named_by_what_differs() -> None:
-    names: list[Any] = [str(Case("zero2", 2)), str(Case("zero3", 2, ("system.clip.micro_batches=2",)))]
+    names: list[Any] = [str(MemoryCase("zero2", 2)), str(MemoryCase("zero3", 2, ("system.clip.micro_batches=2",)))]
     assert names == ["zero2, 2 ranks", "zero3, 2 ranks, clip.micro_batches=2"]

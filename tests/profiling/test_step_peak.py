@@ -13,8 +13,8 @@ from configs.ds import load_ds_config
 from engine.assemble import assemble
 from engine.step import train_step
 from model.objectives.comm import Comm
-from profiling.memory import peak_bytes, tensor_bytes
-from profiling.step.peak import predict_peak
+from profiling.cost.peak_memory import predict_peak
+from profiling.instruments.memory import peak_bytes, tensor_bytes
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import random_batch, tiny_config

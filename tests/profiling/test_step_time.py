@@ -8,28 +8,35 @@ import pytest
 
 from configs import Config, UserError, load_config
 from model.rows import Rows
-from profiling.plan.rates import LAUNCH, OF_BF16, Links, Rates, parse_links, rates_of
-from profiling.plan.step_time import HIDDEN_BY, seconds, step_time
-from profiling.plan.work import Build, Work, step_work
-from profiling.step.communication import Collective
-from profiling.step.flops import step_flops
+from profiling.cost.communication import Collective
+from profiling.cost.step_flops import step_flops
+from profiling.plan.rates import LAUNCH, OF_BF16, DeviceRates, NetworkLinks, parse_links, rates_of
+from profiling.plan.step_time import HIDDEN_BY, ComponentWork, ExecutionMode, component_seconds, step_time, step_work
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
 
-BUILD = Build("flash3", is_compiled=True)
-UNIT = Rates("unit", {"bf16": 4.0, "fp8": 8.0}, attention=2.0, memory=1.0, operation=1.0, block_hooks=10.0,
+MODE = ExecutionMode("flash3", is_compiled=True)
+UNIT = DeviceRates("unit", {"bf16": 4.0, "fp8": 8.0}, attention=2.0, memory=1.0, operation=1.0, block_hooks=10.0,
              is_asynchronous=True, memory_bytes=1.0, watts=None)  # fmt: skip
-WORK = Work("one", {"bf16": 8.0, "fp8": 8.0}, scores=2.0, bytes=3.0, operations=2.0, blocks=0.1)
-RING = Links(intra=10.0, inter=1.0, per_node=2, base=1.0, hop=0.1, node_hop=0.5)
+WORK = ComponentWork("one", {"bf16": 8.0, "fp8": 8.0}, scores=2.0, bytes=3.0, operations=2.0, blocks=0.1)
+RING = NetworkLinks(intra=10.0, inter=1.0, per_node=2, base=1.0, hop=0.1, node_hop=0.5)
 
 
 def large(*overrides: str) -> Config:
     return load_config("configs/vtp_l.yaml", ["objectives.rec.lpips_weights=none", *overrides])
 
 
+def work_of(
+    config: Config, world_size: int, captions: float | None = None, shards: int = 1, mode: ExecutionMode = MODE
+) -> list[ComponentWork]:
+    rows = Rows.per_rank(config, world_size)
+    flops = step_flops(config, rows, captions, backend=mode.attention, device=mode.device)
+    return step_work(config, rows, mode, flops, captions, shards)
+
+
 def test_products_attention_and_memory_add_up() -> None:
-    assert seconds(WORK, UNIT) == pytest.approx(8 / 4 + 8 / 8 + 2 / 2 + 3 / 1)
+    assert component_seconds(WORK, UNIT) == pytest.approx(8 / 4 + 8 / 8 + 2 / 2 + 3 / 1)
     time = step_time([WORK, WORK], UNIT, [], None, 1)
     assert (time.compute, time.host, time.seconds) == pytest.approx((14, 6, 14))
 
@@ -52,10 +59,10 @@ def test_computing_hides_what_does_not_wait() -> None:
     beside = Collective("all_gather", "x", 1600, waits=False)  # 1,200 on the wire of 4: 750 s and a latency of 2.2
     waiting = Collective("all_gather", "y", 16)
     compute = 1000.0
-    work = [Work("all", {"bf16": 4 * compute})]
+    work = [ComponentWork("all", {"bf16": 4 * compute})]
     time = step_time(work, UNIT, [beside, waiting], RING, 4)
     assert time.exposed == pytest.approx(RING.seconds(12, 1, 4)), "the large one fits behind 800 s of computing"
-    short = step_time([Work("all", {"bf16": 4.0})], UNIT, [beside, waiting], RING, 4)
+    short = step_time([ComponentWork("all", {"bf16": 4.0})], UNIT, [beside, waiting], RING, 4)
     assert short.exposed == pytest.approx(RING.seconds(1200, 1, 4) - HIDDEN_BY + RING.seconds(12, 1, 4))
     assert short.limit == "communication"
 
@@ -64,9 +71,9 @@ def test_computing_hides_what_does_not_wait() -> None:
 def test_all_flops_of_a_step_are_worked_off(overrides: tuple[str, ...]) -> None:
     config = large(*overrides)
     rows = Rows.per_rank(config, 128)
-    work = step_work(config, rows, BUILD, 3000, shards=128)
-    done = sum(sum(each.products.values()) + each.scores for each in work)
     flops = step_flops(config, rows, 3000, backend="flash3", device="cuda")
+    work = step_work(config, rows, MODE, flops, 3000, shards=128)
+    done = sum(sum(each.products.values()) + each.scores for each in work)
     contrastive = flops["contrastive logits"]  # three bf16 products on a GPU for each of float32
     more = 2 * (contrastive.forward + contrastive.backward + contrastive.recompute)
     assert done == pytest.approx(flops.hardware_flops + more, rel=1e-9)
@@ -74,9 +81,9 @@ def test_all_flops_of_a_step_are_worked_off(overrides: tuple[str, ...]) -> None:
 
 def test_twice_the_rows_take_twice_the_time_and_keep_the_updates() -> None:
     config = large()
-    once, twice = (step_work(config, Rows.per_rank(config, n), BUILD, shards=128) for n in (128, 64))
+    once, twice = (work_of(config, n, shards=128) for n in (128, 64))
     rates = rates_of("h100")
-    of = lambda work, name: sum(seconds(each, rates) for each in work if each.name.startswith(name))  # noqa: E731
+    of = lambda work, name: sum(component_seconds(each, rates) for each in work if each.name.startswith(name))  # noqa: E731
     for name in ("trunk", "teacher", "decoder", "perceptual"):
         assert of(twice, name) == pytest.approx(2 * of(once, name), rel=0.01), name  # padding differs
     assert of(twice, "optimizer") == of(once, "optimizer") > 0
@@ -87,8 +94,8 @@ def test_checkpointing_costs_a_forward_and_fp8_saves_where_products_are_large() 
 
     def compute(preset: str, *overrides: str) -> float:
         config = load_config(f"configs/{preset}.yaml", ["objectives.rec.lpips_weights=none", *overrides])
-        work = step_work(config, Rows.per_rank(config, 256), BUILD, 1000, shards=256)
-        return sum(seconds(each, rates) for each in work)
+        work = work_of(config, 256, 1000, shards=256)
+        return sum(component_seconds(each, rates) for each in work)
 
     assert 1.2 < compute("vtp_l", "system.activation_checkpointing=full") / compute("vtp_l") < 1.35
     assert 1 < compute("vtp_l", "system.activation_checkpointing=selective") / compute("vtp_l") < 1.2
@@ -112,7 +119,7 @@ def test_a_gpu_is_its_data_sheet_and_one_share_of_it() -> None:
 
 def test_a_model_without_clip_is_worked_off_too() -> None:
     config = tiny_config("objectives.clip.weight=0", "objectives.rec.weight=0", "batch.rec=0")
-    work = step_work(config, Rows.per_rank(config, 1), Build("sdpa", False, "cpu"))
+    work = work_of(config, 1, mode=ExecutionMode("sdpa", False, "cpu"))
     names = [each.name for each in work]
     assert not any("clip" in name or name in ("text", "decoder") for name in names)
     assert sum(each.operations for each in work) > 0

@@ -17,10 +17,9 @@ from model.objectives.perceptual import GROUPS, Perceptual
 from model.objectives.total import Centres, compute
 from model.pretrainer import Pretrainer
 from model.rows import Rows
-from profiling.step.layer_flops import VGG_CHANNELS, perceptual_parameters
-from profiling.step.live_bytes import Event, LiveBytes, peak
-from profiling.step.memory_trace import step_events
-from profiling.step.pretend import frozen_encoder
+from profiling.cost.flops import VGG_CHANNELS, perceptual_parameters
+from profiling.cost.operator_trace import OperatorTrace, TraceEvent, peak
+from profiling.cost.step_trace import frozen_encoder, trace_step
 from tests.tiny import CONV, corruption, model_inputs, random_batch, step_that_hides, tiny_config
 
 pytestmark = pytest.mark.L0
@@ -48,22 +47,22 @@ def real_peak(config: Config, attention: str) -> int:
     finally:
         torch.set_default_dtype(torch.float32)
     recompute_blocks(model, config.system.activation_checkpointing, tuple(LEAVES))
-    live, network = LiveBytes(), perceptual() if config.objectives.rec.perceptual else None
+    trace, network = OperatorTrace(), perceptual() if config.objectives.rec.perceptual else None
     centres = Centres.zeros(config.model.prototypes.num) if config.objectives.ssl.targets == "centering" else None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)
-    live.known([*model.parameters(), *([] if network is None else network.state_dict().values())])
-    live.known([] if network is None else network.buffers())
-    live.known([] if frozen is None else [*frozen.parameters(), *frozen.buffers()])
+    trace.ignore([*model.parameters(), *([] if network is None else network.state_dict().values())])
+    trace.ignore([] if network is None else network.buffers())
+    trace.ignore([] if frozen is None else [*frozen.parameters(), *frozen.buffers()])
     inputs = model_inputs(random_batch(config, 0))
     longest = longest_layout(config, Rows.per_rank(config, 1))
     inputs["corruption"] = corruption(config, step_that_hides(config, longest))
-    with live.on("step"):
+    with trace.phase("step"):
         outputs = model(**inputs)
         losses = compute(outputs, config.objectives, 0.05, Solo(), centres, network, frozen)
         losses.total.backward()
-    return peak(live.events)
+    return peak(trace.events)
 
 
 def _drop(parameter: Tensor) -> None:
@@ -94,7 +93,7 @@ CASES: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize(("case", "attention"), [(case, "sdpa") for case in CASES] + [("plain", "matmul")])
 def test_a_step_without_memory_needs_what_the_real_one_needs(case: str, attention: str) -> None:
     config = tiny_config(*CASES[case])
-    traced = peak(step_events(config, 1, attention, by_leaf=False, batch=random_batch(config, 0)))
+    traced = peak(trace_step(config, 1, attention, by_leaf=False, batch=random_batch(config, 0)))
     # Worst seen 400 bytes of 2.5 million: names that this test holds longer. Without one block's norm it is 73,728 off.
     assert traced == pytest.approx(real_peak(config, attention), abs=512)
 
@@ -107,9 +106,9 @@ MODES: tuple[tuple[str, ...], ...] = (
 )
 
 
-def traced(mode: tuple[str, ...], run: int = 3) -> tuple[Event, ...]:
+def traced(mode: tuple[str, ...], run: int = 3) -> tuple[TraceEvent, ...]:
     """Of five blocks a tower, `run` of them run."""
-    return step_events(deep(5, *mode), 2, "sdpa", run=run)
+    return trace_step(deep(5, *mode), 2, "sdpa", num_blocks=run)
 
 
 @pytest.mark.parametrize("mode", MODES)

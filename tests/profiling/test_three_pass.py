@@ -9,8 +9,7 @@ from torch import Tensor
 from model.initialise import initialise
 from model.pretrainer import Pretrainer
 from model.rows import Rows
-from profiling.benches.step import shared_loss
-from profiling.step.three_pass import ThreePass, padded_inputs, written_out_loss
+from profiling.benches.step import ThreePass, padded_inputs, reference_loss, shared_loss
 from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
@@ -24,7 +23,7 @@ def test_three_passes_give_the_losses_and_gradients_of_the_shared_one(ae_only: s
     found = []
     for model, inputs, total in (
         (Pretrainer(config, rows), model_inputs(batch), shared_loss),
-        (ThreePass(config, rows), padded_inputs(batch, torch.device("cpu")), written_out_loss),
+        (ThreePass(config, rows), padded_inputs(batch, torch.device("cpu")), reference_loss),
     ):
         initialise(model, config)
         passes = count_calls(model)

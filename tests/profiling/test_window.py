@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from configs import UserError
-from profiling.phases import Phases
-from profiling.window import Window
+from profiling.instruments.phases import PhaseTimer
+from profiling.instruments.profiler import ProfilerWindow
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
 CLOCK_TICK_US = 0.002  # times are written in thousandths
 
 
-def steps(window: Window, phases: Phases, first: int, end: int) -> None:
+def steps(window: ProfilerWindow, phases: PhaseTimer, first: int, end: int) -> None:
     """Every step takes a product whose width names the step: 100 + step."""
     with window:
         for step in range(first, end):
@@ -54,8 +54,8 @@ def recorded(path: Path) -> tuple[set[int], set[str]]:
 def test_the_window_is_written_with_its_steps_and_phases(
     tmp_path: Path, first: int, end: int, name: str, inside: set[int]
 ) -> None:
-    phases = Phases(None)
-    window = Window(tiny_config("profile.steps=2:4", "profile.ranks=[1]"), phases, tmp_path, rank=1)
+    phases = PhaseTimer(None)
+    window = ProfilerWindow(tiny_config("profile.steps=2:4", "profile.ranks=[1]"), phases, tmp_path, rank=1)
     steps(window, phases, first, end)
     found, names = recorded(tmp_path / "profile" / f"rank1-{name}.json.gz")
     assert found == inside
@@ -72,10 +72,10 @@ def test_the_window_is_written_with_its_steps_and_phases(
 def test_without_a_gpu_the_profiler_prints_no_error_about_its_absence(tmp_path: Path) -> None:
     """In a process of its own: the profiler reads its log level once."""
     code = (
-        "import sys; from pathlib import Path; from profiling.phases import Phases;"
-        "from profiling.window import Window; from tests.tiny import tiny_config;"
-        "from tests.profiling.test_window import steps; phases = Phases(None);"
-        "steps(Window(tiny_config('profile.steps=0:1'), phases, Path(sys.argv[1]), rank=0), phases, 0, 1)"
+        "import sys; from pathlib import Path; from profiling.instruments.phases import PhaseTimer;"
+        "from profiling.instruments.profiler import ProfilerWindow; from tests.tiny import tiny_config;"
+        "from tests.profiling.test_window import steps; phases = PhaseTimer(None);"
+        "steps(ProfilerWindow(tiny_config('profile.steps=0:1'), phases, Path(sys.argv[1]), rank=0), phases, 0, 1)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
     done = subprocess.run(
@@ -94,8 +94,8 @@ def test_a_window_that_the_profiler_cannot_write_is_one_log_line(
         raise RuntimeError("no trace")
 
     monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fail)
-    phases, lines = Phases(None), list[str]()
-    steps(Window(tiny_config("profile.steps=2:3"), phases, tmp_path, rank=0, say=lines.append), phases, 0, 4)
+    phases, lines = PhaseTimer(None), list[str]()
+    steps(ProfilerWindow(tiny_config("profile.steps=2:3"), phases, tmp_path, rank=0, log=lines.append), phases, 0, 4)
     assert lines == [f"could not write {tmp_path}/profile/rank0-steps2-3: RuntimeError: no trace"]
     assert list((tmp_path / "profile").iterdir()) == []
 
@@ -103,8 +103,8 @@ def test_a_window_that_the_profiler_cannot_write_is_one_log_line(
 def test_a_window_is_what_viewers_of_chromes_format_read(tmp_path: Path) -> None:
     """The rules Perfetto's documentation gives for JSON: ranges of a thread nest, flows have both ends, times are
     numbers; and what TensorBoard's plugin looks for: steps by name, in order, that hold the operators."""
-    phases = Phases(None)
-    with Window(tiny_config("profile.steps=1:4"), phases, tmp_path, rank=0) as window:
+    phases = PhaseTimer(None)
+    with ProfilerWindow(tiny_config("profile.steps=1:4"), phases, tmp_path, rank=0) as window:
         for step in range(5):
             window.before(step)
             with phases("trunk"):
@@ -150,8 +150,8 @@ def assert_ranges_nest(ranges: list[dict[str, Any]]) -> None:
     ids=["not asked for", "another rank", "resumed behind it"],
 )
 def test_else_nothing_is_written(tmp_path: Path, overrides: tuple[str, ...], first: int) -> None:
-    phases = Phases(None)
-    steps(Window(tiny_config(*overrides), phases, tmp_path, rank=0), phases, first, 6)
+    phases = PhaseTimer(None)
+    steps(ProfilerWindow(tiny_config(*overrides), phases, tmp_path, rank=0), phases, first, 6)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,7 +25,7 @@ from engine.report.event_file import EventFile
 from engine.report.pictures import png
 from engine.report.reporter import open_reporter
 from model.weights import read_weights
-from profiling.report.data import read_run
+from profiling.report.run_record import read_run
 from tests.engine.small_runs import arguments, differing_weights, launch_here, reported, write_shards
 from tests.harness import run_ranks
 

@@ -8,7 +8,7 @@ import torch
 from engine import world
 from engine.report.rank_memory import report, spread
 from model.objectives.comm import Comm, Solo
-from profiling.memory import peak_and_now
+from profiling.instruments.memory import peak_and_current_bytes
 from tests.harness import run_ranks
 
 HELD_BYTES = 512 * 2**20
@@ -26,7 +26,7 @@ def with_more_on_rank_1(comm: Comm) -> tuple[dict[str, float], list[tuple[str, i
 def test_the_rank_with_the_most_memory_is_named_on_every_rank() -> None:
     (first, sent), (second, _) = run_ranks(with_more_on_rank_1, 2)
     assert first == second
-    assert sent == [("all_reduce", 8 * 2 * len(peak_and_now()))], "float64, a rank and figure"
+    assert sent == [("all_reduce", 8 * 2 * len(peak_and_current_bytes()))], "float64, a rank and figure"
     for name in ("peak", "now"):
         assert first[f"memory/{name}_rank"] == 1.0
         apart = first[f"memory/{name}_max_gib"] - first[f"memory/{name}_min_gib"]
@@ -41,7 +41,7 @@ def test_a_spread_is_least_mean_most_and_whose() -> None:
 
 @pytest.mark.L0
 def test_one_rank_reports_what_it_holds() -> None:
-    held = peak_and_now()
+    held = peak_and_current_bytes()
     values = report(Solo())
     assert set(values) == {
         f"memory/{name}_{key}" for name in held for key in ("min_gib", "mean_gib", "max_gib", "rank")

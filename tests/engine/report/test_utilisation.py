@@ -16,9 +16,9 @@ from engine.step import StepRecord
 from model.objectives.comm import Solo
 from model.outputs import Outputs
 from model.rows import Rows
-from profiling.flops import StepFlops
-from profiling.peaks import Peak
-from profiling.step.flops import step_flops
+from profiling.cost.flops import StepFlops
+from profiling.cost.step_flops import step_flops
+from profiling.instruments.machine import PeakFlops
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -32,13 +32,13 @@ def flops(counted: Mapping[str, float]) -> StepFlops:
     return step_flops(CONFIG, ROWS, tokens)
 
 
-def use(peak: Peak | None) -> Utilisation:
+def use(peak: PeakFlops | None) -> Utilisation:
     return Utilisation("fp32", "sdpa", flops, peak, None, "NVIDIA Unheard Of")
 
 
 def test_the_share_is_flops_over_seconds_over_peak() -> None:
     flops = step_flops(CONFIG, ROWS, caption_tokens=0.5 * ROWS.clip * CONFIG.model.text.context)
-    values = use(Peak(1e12, "a test")).values(seconds=0.25, counted={"saved": 0.5})
+    values = use(PeakFlops(1e12, "a test")).values(seconds=0.25, counted={"saved": 0.5})
     assert values["speed/tflops_per_rank"] == pytest.approx(4 * flops.model_flops / 1e12)
     assert values["speed/mfu"] == pytest.approx(4 * flops.model_flops / 1e12)
     assert values["speed/hfu"] == pytest.approx(4 * flops.hardware_flops / 1e12)
@@ -51,7 +51,7 @@ def test_an_unknown_gpu_has_no_share_and_the_run_says_so() -> None:
 
 
 def test_a_report_has_the_share_of_its_own_steps() -> None:
-    meter = Meter(Solo(), total_steps=4, samples_per_step=8, utilisation=use(Peak(1e12, "a test")))
+    meter = Meter(Solo(), total_steps=4, samples_per_step=8, utilisation=use(PeakFlops(1e12, "a test")))
     for saved in (0.2, 0.6):
         counted, nothing = {"saved": saved}, Outputs(None, None, None)
         meter.add(StepRecord({"total": torch.tensor(1.0)}, {}, torch.tensor(1.0), counted, nothing, None))
@@ -71,6 +71,6 @@ def test_a_cpu_is_held_against_its_own_products() -> None:
 
 
 def test_what_a_report_must_know_of_the_machine_is_plain_json() -> None:
-    known = use(Peak(1e12, "a test")).machine(world_size=2, is_compiled=False)
+    known = use(PeakFlops(1e12, "a test")).machine(world_size=2, is_compiled=False)
     assert json.loads(json.dumps(known)) == known
     assert (known["flops_per_second"], known["flops_source"], known["bytes_per_second"]) == (1e12, "a test", None)

@@ -19,7 +19,7 @@ from engine import failures, run, world
 from engine.health.failure import TrainingFailed
 from engine.watch import watch
 from model.objectives.comm import Comm
-from profiling.phases import HostClock, Phases
+from profiling.instruments.phases import HostClock, PhaseTimer
 from tests.engine.small_runs import wait_until
 from tests.harness import RanksFailed, run_ranks
 from tests.tiny import tiny_config
@@ -31,7 +31,7 @@ QUICK = ("system.watch.silent_seconds=2", "system.watch.stuck_seconds=5")
 
 def run_until(comm: Comm, config: Config, run_dir: Path, fate: str, lost: int = 1) -> str:
     """Two ranks make steps; after the third, one meets its fate while the other waits for it in a collective."""
-    phases = Phases(HostClock())
+    phases = PhaseTimer(HostClock())
     with watch.watched(config, run_dir) as place:
         place.follow(phases)
         for step in range(1, 6):

@@ -1,0 +1,1 @@
+"""python -m profiling.doctor: what this machine has, what a run would use of it, what is missing."""

@@ -1,1 +1,0 @@
-"""What a step computes, holds and moves: counted and predicted, without running it."""
