@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.10,<3.15",  # 3.15 brings a standard module called `profiling`
     packages=[
         "configs", "kernels", "data", "data.emoji", "data.latents", "data.synthetic", "data.tars",
-        "model", "model.generator", "model.objectives",
+        "model", "model.generator", "model.losses",
         "engine", "engine.checkpoint", "engine.health", "engine.report", "engine.trainings",
         "engine.watch", "engine.zero",
         "evaluation", "evaluation.study",

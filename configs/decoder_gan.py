@@ -47,7 +47,7 @@ class DecoderBatch(Section):
 
 
 class Discriminator(Section):
-    """The PatchGAN (model/discriminator.py) and its AdamW; steps, warm-up, eps and precision are the decoder's."""
+    """The PatchGAN (model/losses/gan.py) and its AdamW; steps, warm-up, eps and precision are the decoder's."""
 
     width: Annotated[int, Field(ge=8, le=8192, multiple_of=8), NotBool] = (
         64  # channels of the first layer; later norms take 16 at a time

@@ -33,7 +33,7 @@ from configs.section import (
 
 
 class Clip(Section):
-    """Images against captions (model/objectives/contrastive.py): softmax is InfoNCE, sigmoid SigLIP's loss."""
+    """Images against captions (model/losses/clip.py): softmax is InfoNCE, sigmoid SigLIP's loss."""
 
     weight: Weight = 1.0
     kind: Literal["softmax", "sigmoid"] = "softmax"

@@ -24,10 +24,9 @@ from engine.checkpoint.pieces import AVERAGE, MASTER, WHOLE, Pieces
 from engine.exits import DONE, FAILED, MISTAKE
 from engine.places import checkpoints, run_directory
 from engine.trainings.frozen_tokenizer import write_with_decoder
-from model.generator.shape import LatentShape
-from model.generator.weights import write_generator
-from model.origin import Origin
-from model.weights import write_weights
+from model.generator.factory import write_generator
+from model.generator.tokens import LatentShape
+from model.weights import WeightsOrigin, write_weights
 
 # Settings that decide names, shapes or meaning of the weights: a resume cannot change them.
 WEIGHT_KEYS = (
@@ -155,7 +154,7 @@ def whole_weights(path: Path, key: str = MASTER) -> dict[str, Tensor]:
 def consolidate(path: Path, out: Path, run: Run | None = None) -> None:
     """What a checkpoint's run is for, as one weights file: of pre-training the student or, with `ema`, its average
     (model/weights.py), of stage 2 the tokenizer with the averaged decoder, of a generator its average
-    (model/generator/weights.py).
+    (model/generator/factory.py).
 
     The file is written whole or not at all. With `run`, a config of the same science, input files are read from its
     paths. Raises OSError where it cannot be written, UserError where stage 2's tokenizer file is missing or another.
@@ -181,7 +180,7 @@ def _write(path: Path, out: Path, run: Run | None) -> None:
         write_with_decoder(config, whole_weights(path, AVERAGE), read_state(path).step, out)
     elif isinstance(config, Config):
         weights = whole_weights(path, MASTER if config.ema is None else AVERAGE)
-        write_weights(out, weights, config.model, Origin.of(config, read_state(path).step))
+        write_weights(out, weights, config.model, WeightsOrigin.of(config, read_state(path).step))
 
 
 def _write_generator(path: Path, out: Path, config: Generation) -> None:

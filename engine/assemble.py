@@ -42,21 +42,20 @@ from engine.recompute import recompute_blocks
 from engine.report.timing import TimedComm, time_calls, time_children
 from engine.teacher import Teacher
 from engine.training import Kept
-from kernels.attention import Backend, resolve
+from kernels.attention import AttentionBackend, resolve_attention
 from model.block import Block
 from model.conv import ResBlock
-from model.dinov2 import Dinov2Block
-from model.frozen import Frozen, load_frozen, said_of_alignment
+from model.frozen import Dinov2Block, FrozenNetwork, describe_alignment, load_frozen
 from model.initialise import initialise_parameter
-from model.objectives.comm import Comm
-from model.objectives.perceptual import Perceptual
-from model.objectives.total import Centres
-from model.pretrainer import Pretrainer, teacher_pairs
-from model.rows import Rows
+from model.losses.comm import Comm
+from model.losses.perceptual import LpipsDistance
+from model.losses.total import TeacherCentres
+from model.packing import RankBatchSizes
+from model.pretrainer import Pretrainer, student_teacher_pairs
 from model.text import TextBlock
 from profiling.instruments.phases import PhaseTimer, clock_of
 
-MOST_GRAPHS = 32  # of one block kind; captions meet a few shapes a run (model/captions.py), torch's own limit is 8
+MOST_GRAPHS = 32  # of one block kind; captions meet a few shapes a run (model/text.py), torch's own limit is 8
 LEAVES: tuple[type[nn.Module], ...] = (Block, TextBlock, ResBlock)
 # Which phase the forward of a child of the Pretrainer is.
 CHILDREN = {"teacher": "teacher", "trunk": "trunk", "text": "text", "decoder": "decoder"}
@@ -82,16 +81,16 @@ class Assembly:
     teacher: Teacher | None
     average: Average | None
     comm: Comm
-    perceptual: Perceptual | None
-    frozen: Frozen | None  # with objectives.rec.align
-    centres: Centres | None
+    perceptual: LpipsDistance | None
+    frozen: FrozenNetwork | None  # with objectives.rec.align
+    centres: TeacherCentres | None
     drop_path: DropPath | None
     corruptor: Corruptor | None
     device: torch.device
     phases: PhaseTimer
     choices: dict[str, str]  # what every "auto" became, and why
 
-    def kept(self, centres: Centres | None) -> Kept:
+    def kept(self, centres: TeacherCentres | None) -> Kept:
         """What a checkpoint holds, with the centres of now."""
         followers = [each for each in (self.teacher, self.average, self.judge) if each is not None]
         return Kept({MAIN: self.engine}, followers, {} if centres is None else vars(centres))
@@ -112,7 +111,7 @@ def assemble(
     device, drops = world.device(), drop_path(config, comm.rank, comm.world_size)
     comm, gathers = across_hosts(comm, config.system.gather, config.system.timeout_minutes)
     disturbs = corruptor(config, comm.rank, comm.world_size)
-    rows = Rows.per_rank(config, comm.world_size)
+    rows = RankBatchSizes.per_rank(config, comm.world_size)
     started = start(
         config,
         ds_config,
@@ -123,7 +122,7 @@ def assemble(
         convert=lambda model: linears.convert(model, config, device),
     )
     engine = started.engine
-    teacher = Teacher(teacher_pairs(engine.module)) if engine.module.teacher is not None else None
+    teacher = Teacher(student_teacher_pairs(engine.module)) if engine.module.teacher is not None else None
     followers = {} if teacher is None else {"ema": (teacher, "follow")}
     phases = timed(config, device, engine, CHILDREN, followers)
     options = {
@@ -133,7 +132,7 @@ def assemble(
         "weights of the run": "the last step's (ema=null)"
         if config.ema is None
         else f"an average (ema={config.ema:g})",
-        "alignment": said_of_alignment(config.objectives.rec.align),
+        "alignment": describe_alignment(config.objectives.rec.align),
     }
     return Assembly(
         engine=engine,
@@ -248,9 +247,9 @@ def fill_parameters(parameters: Iterable[tuple[str, nn.Parameter]], fill: Callab
                 fill(name, parameter.data)
 
 
-def _attention(config: Run, device: torch.device) -> Backend:
+def _attention(config: Run, device: torch.device) -> AttentionBackend:
     try:
-        return resolve(
+        return resolve_attention(
             config.system.attention, device, zero.DTYPES[config.optim.precision], config.system.deterministic
         )
     except ValueError as error:
@@ -276,15 +275,15 @@ def compile_blocks(model: nn.Module, kinds: tuple[type[nn.Module], ...] = LEAVES
             module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
 
 
-def _perceptual(config: Config, device: torch.device) -> Perceptual | None:
+def _perceptual(config: Config, device: torch.device) -> LpipsDistance | None:
     rec = config.objectives.rec
     if not (rec.weight and rec.perceptual):
         return None
     assert rec.lpips_weights is not None, "the schema asks for weights"
-    return Perceptual.load(rec.lpips_weights).to(device)
+    return LpipsDistance.load(rec.lpips_weights).to(device)
 
 
-def _frozen(config: Config, device: torch.device) -> Frozen | None:
+def _frozen(config: Config, device: torch.device) -> FrozenNetwork | None:
     align = config.objectives.rec.align
     if align is None:
         return None
@@ -295,8 +294,8 @@ def _frozen(config: Config, device: torch.device) -> Frozen | None:
     return encoder
 
 
-def _centres(config: Config, device: torch.device) -> Centres | None:
+def _centres(config: Config, device: torch.device) -> TeacherCentres | None:
     ssl = config.objectives.ssl
     if not ssl.weight or ssl.targets != "centering":
         return None
-    return Centres.zeros(config.model.prototypes.num, device)
+    return TeacherCentres.zeros(config.model.prototypes.num, device)

@@ -1,4 +1,4 @@
-"""What chance does to a step's rec images (model/corruption.py says what it is): drawn on the host.
+"""What chance does to a step's rec images (model/latent.py says what it is): drawn on the host.
 
 A pure function of (seed, step, place in the step's batch), so a resumed run draws what the first one would have drawn,
 and so do ranks of another number for the same image. How much is hidden is a function of (seed, step) alone: the same
@@ -20,9 +20,16 @@ from torch import Tensor
 
 from configs import Config
 from data.hashing import hash_text, hash_words, uniform
-from model.corruption import STEPS, Corruption, hidden_count, hidden_shares, is_corrupted, num_patches
-from model.generator.draws import Needs, draw
-from model.rows import Rows
+from model.generator.draws import DrawCounts, draw
+from model.latent import (
+    NUM_HIDDEN_FRACTIONS,
+    RecNoise,
+    has_rec_noise,
+    hidden_patch_probabilities,
+    num_hidden_patches,
+    num_patches,
+)
+from model.packing import RankBatchSizes
 
 _SHARE, _PATCHES = hash_text("hidden share"), hash_text("hidden patches")  # what a hash is for
 
@@ -32,19 +39,19 @@ class Corruptor:
     """The draws of one rank."""
 
     config: Config
-    rows: Rows
+    rows: RankBatchSizes
     rank: int
     world_size: int
 
-    def draw(self, step: int) -> Corruption:
+    def draw(self, step: int) -> RecNoise:
         """Of the rank's R rec rows in this step; float32 and int64 tensors on the host."""
         model, rec = self.config.model, self.config.objectives.rec
         num_visible = num_patches(self.config) - self.hidden(step)
         is_drawn, is_noisy = model.latent == "gaussian", rec.noise.kind != "none"
-        needs = Needs(normals=(is_drawn + is_noisy) * num_visible * model.latent_channels, uniforms=int(is_noisy))
+        needs = DrawCounts(normals=(is_drawn + is_noisy) * num_visible * model.latent_channels, uniforms=int(is_noisy))
         drawn = draw(needs, self.config.seed, step, self._places())
         normals_RNVL = drawn.normal_BN.unflatten(1, (is_drawn + is_noisy, num_visible, model.latent_channels))
-        return Corruption(
+        return RecNoise(
             visible_idx_RV=None if rec.mask is None else self._visible(step, num_visible),
             sample_RVL=normals_RNVL[:, 0] if is_drawn else None,
             level_R=drawn.uniform_BU[:, 0] if is_noisy else None,
@@ -57,8 +64,8 @@ class Corruptor:
         if mask is None:
             return 0
         share, above = uniform(hash_words(self.config.seed, _SHARE, step, np.arange(2)))
-        wanted = max(0.0, mask[0] + (mask[1] - mask[0]) * share) * STEPS
-        return hidden_count(min(STEPS - 1, int(wanted + above)), patches)
+        wanted = max(0.0, mask[0] + (mask[1] - mask[0]) * share) * NUM_HIDDEN_FRACTIONS
+        return num_hidden_patches(min(NUM_HIDDEN_FRACTIONS - 1, int(wanted + above)), patches)
 
     def _visible(self, step: int, num_visible: int) -> Tensor:
         """(R, V), ascending."""
@@ -76,7 +83,7 @@ class Corruptor:
         rec, patches = self.config.objectives.rec, num_patches(self.config)
         said = []
         if rec.mask is not None:
-            counts = ", ".join(str(count) for count in hidden_shares(rec.mask, patches))
+            counts = ", ".join(str(count) for count in hidden_patch_probabilities(rec.mask, patches))
             said.append(f"hides {counts} of {patches} patches (objectives.rec.mask)")
         if self.config.model.latent == "gaussian":
             said.append("draws latents (model.latent=gaussian)")
@@ -87,4 +94,8 @@ class Corruptor:
 
 def corruptor(config: Config, rank: int, world_size: int) -> Corruptor | None:
     """The draws that model.latent, objectives.rec.noise and objectives.rec.mask ask for; None without."""
-    return Corruptor(config, Rows.per_rank(config, world_size), rank, world_size) if is_corrupted(config) else None
+    return (
+        Corruptor(config, RankBatchSizes.per_rank(config, world_size), rank, world_size)
+        if has_rec_noise(config)
+        else None
+    )

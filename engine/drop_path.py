@@ -1,4 +1,4 @@
-"""Which segments every residual branch of the trunk sees in a step (model/drop_path.py): drawn on the host.
+"""Which segments every residual branch of the trunk sees in a step (model/packing.py): drawn on the host.
 
 A pure function of (seed, step, block, branch, rank), so a resumed run draws what the first one would have drawn, and
 nothing waits for a device. The kept count is constant per rank; hence another world size draws another subset. Steps
@@ -19,10 +19,9 @@ from torch import Tensor
 
 from configs import Config, UserError
 from data.hashing import hash_text, hash_words
-from kernels.dense_attention import Segments
+from kernels.attention import Segments
 from model.describe import step_layout, step_layouts
-from model.drop_path import subset
-from model.rows import Rows
+from model.packing import RankBatchSizes, kept_segments
 
 BRANCHES = 2  # attention, MLP
 _USE = hash_text("drop_path")  # what a hash is for: no other draw of the run has this word
@@ -43,7 +42,7 @@ class DropPath:
         """(depth, 2, kept segments) int64: numbers within each run of equally long segments, ascending."""
         branch, first, parts = np.arange(self.depth * BRANCHES)[:, None], 0, []
         segments = self.masked[hidden] if hidden else self.segments
-        for (count, _), (kept, _) in zip(segments, subset(segments, self.rate).segments, strict=True):
+        for (count, _), (kept, _) in zip(segments, kept_segments(segments, self.rate).segments, strict=True):
             place = np.arange(first, first + count)[None]
             order = np.argsort(hash_words(self.seed, _USE, step, self.rank, branch, place), axis=1, kind="stable")
             parts.append(np.sort(order[:, :kept], axis=1))
@@ -51,7 +50,7 @@ class DropPath:
         return torch.from_numpy(np.concatenate(parts, axis=1)).unflatten(0, (self.depth, BRANCHES))
 
     def __str__(self) -> str:
-        pairs = zip(self.segments, subset(self.segments, self.rate).segments, strict=True)
+        pairs = zip(self.segments, kept_segments(self.segments, self.rate).segments, strict=True)
         return ", ".join(f"{kept} of {count} segments of {length} tokens" for (count, length), (kept, _) in pairs)
 
 
@@ -63,9 +62,9 @@ def drop_path(config: Config, rank: int, world_size: int) -> DropPath | None:
     trunk = config.model.trunk
     if config.model.conv is not None or trunk.drop_path == 0:
         return None
-    rows = Rows.per_rank(config, world_size)
+    rows = RankBatchSizes.per_rank(config, world_size)
     segments = step_layout(config, rows).segments
-    if subset(segments, trunk.drop_path).segments == segments:
+    if kept_segments(segments, trunk.drop_path).segments == segments:
         counts = ", ".join(str(count) for count, _ in segments)
         raise UserError(
             f"model.trunk.drop_path={trunk.drop_path} drops none of a rank's {counts} segments: round((1 - rate) * "

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from model.outputs import ClipOutputs, Outputs
-from model.rows import Rows
+from model.packing import RankBatchSizes
 
 Run = Callable[[Batch], ClipOutputs]
 
@@ -68,10 +68,10 @@ class Part:
 class GradientCache:
     """One step's batch in `rows.micro_batches` parts. `shared` is the part to run with ssl and rec."""
 
-    def __init__(self, batch: Batch, rows: Rows, run: Run) -> None:
+    def __init__(self, batch: Batch, rows: RankBatchSizes, run: Run) -> None:
         """Runs every part but the shared one without gradient. `run` gives the clip features of a part's rows alone."""
         parts = cut(batch, rows.micro_batches)
-        self.shared, self._place, self._run = parts.pop(rows.shared), rows.shared, run
+        self.shared, self._place, self._run = parts.pop(rows.shared_micro_batch), rows.shared_micro_batch, run
         self._kept = [Part.keep(part, run) for part in parts]
 
     def complete(self, outputs: Outputs) -> Outputs:

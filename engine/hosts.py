@@ -28,11 +28,11 @@ from torch import Tensor
 
 from configs import UserError
 from engine import world
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 
 
 class HostRanks:
-    """model.objectives.comm.Comm over all ranks; building one is a collective. `ranks` does what is not gathering."""
+    """model.losses.comm.Comm over all ranks; building one is a collective. `ranks` does what is not gathering."""
 
     def __init__(self, ranks: Comm, per_host: int, timeout_minutes: float) -> None:
         first_of_host = range(0, ranks.world_size, per_host)

@@ -25,9 +25,9 @@ from configs import Config, UserError
 from configs.architecture import Model
 from configs.learning import Align
 from configs.section import require_digest
-from model.frozen import check
-from model.parts import TRAINING_ALONE
-from model.weights import described_model, digest, opened
+from model.factory import TRAINING_ONLY
+from model.frozen import check_frozen_file
+from model.weights import digest, open_weights, read_model_section
 
 Shape = tuple[int, ...]
 TEACHER = "teacher."
@@ -72,7 +72,7 @@ def perceptual_digest(path: str | None, given: str | None) -> str:
     if path is None or not Path(path).is_file():
         raise UserError(
             f"objectives.rec.lpips_weights={path} is not a file: the perceptual term needs its "
-            "network; make the file with `python -m model.objectives.perceptual --help`, or set "
+            "network; make the file with `python -m model.losses.perceptual --help`, or set "
             "objectives.rec.perceptual=0"
         )
     found = digest(Path(path))
@@ -82,7 +82,7 @@ def perceptual_digest(path: str | None, given: str | None) -> str:
 
 def _pinned_align(config: Config, align: Align) -> Config:
     """A resumed run needs the file too: no checkpoint holds a frozen encoder."""
-    check(align)
+    check_frozen_file(align)
     found = digest(Path(align.weights))
     section = "objectives.rec.align"
     require_digest(f"{section}.weights", align.weights, f"{section}.sha256", align.sha256, found)
@@ -100,11 +100,11 @@ def initial_weights(config: Config, shapes: Mapping[str, Shape], resume: bool = 
         yield Initial(None, {}, f"drawn (seed={config.seed})" if not resume else "the checkpoint's (--resume)")
         return
     path = Path(config.init.weights)
-    with opened(path) as stored:
+    with open_weights(path) as stored:
         held = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118 (not a mapping)
         try:
             sources = match(shapes, held)
-            _check_meaning(described_model(stored, path), config.model, {part(key) for key in sources.values()})
+            _check_meaning(read_model_section(stored, path), config.model, {part(key) for key in sources.values()})
         except UserError as error:
             raise UserError(f"init.weights={path}: {error}") from None
         yield Initial(stored, sources, f"{path}: {_summary(shapes, held, sources)}")
@@ -141,7 +141,7 @@ def match(shapes: Mapping[str, Shape], held: Mapping[str, Shape]) -> dict[str, s
 def part(name: str) -> str:
     """The part of the model a parameter belongs to. What other settings have no use for is one of its own: the sigmoid
     loss's bias, and the token for patches that objectives.rec.mask hides."""
-    return name if name in ("clip.logit_bias", TRAINING_ALONE) else name.split(".")[0]
+    return name if name in ("clip.logit_bias", TRAINING_ONLY) else name.split(".")[0]
 
 
 def _digest(config: Config, resume: bool) -> str | None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from configs import Config, UserError
 from engine import world, zero
 from kernels import fp8
-from kernels.fp8 import Affine, Linears
+from kernels.fp8 import LinearBackend, LinearParameters
 from model.block import Block
 from model.describe import step_layout
 from model.pretrainer import Pretrainer
@@ -39,10 +39,10 @@ class Census:
     converted: int = 0
     kept: Counter[str] = field(default_factory=Counter)
 
-    def admits(self, linears: Linears, tokens: int, *layers: Affine) -> bool:
+    def admits(self, linears: LinearBackend, tokens: int, *layers: LinearParameters) -> bool:
         """Whether `layers`, which one module computes, become FP8: all must fit, and the first must pay."""
-        misfits = [why for layer in layers if (why := linears.misfit(layer.k, layer.n))]
-        obstacle = misfits[0] if misfits else linears.obstacle(layers[0].k, layers[0].n, tokens)
+        misfits = [why for layer in layers if (why := linears.why_not_aligned(layer.k, layer.n))]
+        obstacle = misfits[0] if misfits else linears.why_not_fp8(layers[0].k, layers[0].n, tokens)
         if obstacle is None:
             self.converted += len(layers)
         else:
@@ -71,7 +71,7 @@ def convert_blocks(
 ) -> str:
     """Converts blocks, each given with the tokens one rank sends through it at once; as `convert`."""
     try:
-        linears = fp8.resolve(name, device, dtype, _widths(block for block, _ in blocks))
+        linears = fp8.resolve_linears(name, device, dtype, _widths(block for block, _ in blocks))
     except (ValueError, ImportError) as error:
         raise UserError(f"system.linear={name}: {error}") from None
     census = Census()
@@ -112,7 +112,7 @@ def _linears_of(block: nn.Module) -> tuple[list[nn.Linear], list[TextAttention]]
     return [m for m in modules if isinstance(m, nn.Linear)], [m for m in modules if isinstance(m, TextAttention)]
 
 
-def _with_torchao(block: nn.Module, tokens: int, linears: Linears, census: Census) -> None:
+def _with_torchao(block: nn.Module, tokens: int, linears: LinearBackend, census: Census) -> None:
     layers, attentions = _linears_of(block)
     fp8.to_torchao(block, [layer for layer in layers if census.admits(linears, tokens, _affine(layer))])
     for attention in attentions:
@@ -127,7 +127,7 @@ def _widths(blocks: Iterable[nn.Module]) -> set[int]:
     return {side for affine in found for side in (affine.n, affine.k)}
 
 
-def _with_te(block: Block, tokens: int, linears: Linears, census: Census) -> None:
+def _with_te(block: Block, tokens: int, linears: LinearBackend, census: Census) -> None:
     """norm1 + qkv, proj, norm2 + SwiGLU."""
     qkv, proj, w12, w3 = (_affine(m) for m in (block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3))
     if census.admits(linears, tokens, qkv):
@@ -140,7 +140,7 @@ def _with_te(block: Block, tokens: int, linears: Linears, census: Census) -> Non
         _compute(block.norm2, _identity)
 
 
-def _text_with_te(block: TextBlock, tokens: int, linears: Linears, census: Census) -> None:
+def _text_with_te(block: TextBlock, tokens: int, linears: LinearBackend, census: Census) -> None:
     """ln_1 + in_proj, out_proj, ln_2 + c_fc, c_proj. Not the MLP in one: TE's GELU is the tanh approximation."""
     attn, mlp = block.attn, block.mlp
     in_proj, out_proj, c_fc, c_proj = _in_proj(attn), _affine(attn.out_proj), _affine(mlp.c_fc), _affine(mlp.c_proj)
@@ -166,10 +166,10 @@ def _identity(x_TD: Tensor) -> Tensor:
     return x_TD  # the norm is part of the product that follows
 
 
-def _affine(linear: nn.Linear) -> Affine:
-    return Affine(linear.weight, linear.bias, n=linear.out_features, k=linear.in_features)
+def _affine(linear: nn.Linear) -> LinearParameters:
+    return LinearParameters(linear.weight, linear.bias, n=linear.out_features, k=linear.in_features)
 
 
-def _in_proj(attention: TextAttention) -> Affine:
+def _in_proj(attention: TextAttention) -> LinearParameters:
     n, k = zero.full_shape(attention.in_proj_weight)
-    return Affine(attention.in_proj_weight, attention.in_proj_bias, n, k)
+    return LinearParameters(attention.in_proj_weight, attention.in_proj_bias, n, k)

@@ -26,8 +26,7 @@ import torch
 from configs import Config, Run, UserError
 from configs.load import one_line
 from engine.zero import DTYPES
-from kernels.attention import resolve
-from kernels.dense_attention import DENSE
+from kernels.attention import DENSE_KERNELS, resolve_attention
 from profiling.cost.peak_memory import MemoryFootprint, Saving, largest_parts, predict_peak, savings
 from profiling.instruments.memory import memory_in_use
 
@@ -85,8 +84,8 @@ class Memory:
         if not isinstance(self.config, Config):
             raise UserError(f"memory is predicted for pre-training, this run is of kind {self.config.kind}")
         system, dtype = self.config.system, DTYPES[self.config.optim.precision]
-        backend = resolve(system.attention, self.device, dtype, system.deterministic).name
-        attention = backend if backend in DENSE else "sdpa"
+        backend = resolve_attention(system.attention, self.device, dtype, system.deterministic).name
+        attention = backend if backend in DENSE_KERNELS else "sdpa"
         case = (self.config, self.ds_config, self.world_size, attention, self.device.type)
         return predict_peak(*case), savings(*case)
 

@@ -48,7 +48,7 @@ from engine.training import Training
 from engine.trainings import kinds
 from engine.watch.place import Place
 from engine.watch.watch import watched
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.instruments.memory import process_peak_bytes
 
 LOCK_FILE = "lock"  # in the run's directory

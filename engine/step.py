@@ -25,9 +25,9 @@ from engine.grad_cache import GradientCache
 from engine.optim import set_learning_rate
 from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
 from engine.zero import one_reduction
-from model.captions import pack_captions
-from model.objectives.total import Centres, compute
+from model.losses.total import TeacherCentres, compute_losses
 from model.outputs import ClipOutputs, Outputs
+from model.text import pack_captions
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class StepRecord:
     grad_norm: float | Tensor  # of the averaged gradient before clipping; the same on every rank
     counted: dict[str, float]  # caption_tokens_saved: share of token slots that packing left out; of the shared part
     outputs: Outputs
-    centres: Centres | None  # for the next step
+    centres: TeacherCentres | None  # for the next step
 
 
-def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: Config) -> StepRecord:
+def train_step(parts: Assembly, batch: Batch, centres: TeacherCentres | None, config: Config) -> StepRecord:
     """Takes the optimizer step `batch.step` (counted from 0). A collective."""
     parts.phases.next_step()
     rate = learning_rate(batch.step, config)
@@ -59,10 +59,10 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
         with parts.phases("inputs"):
             inputs = model_inputs(cache.shared, parts.device)
             corruption = to_device(parts.corruptor and parts.corruptor.draw(batch.step), parts.device)
-        outputs = cache.complete(parts.engine(**inputs, kept_idx=kept_idx, corruption=corruption))
-        parts.shares.watch(batch.step, outputs.forks)
+        outputs = cache.complete(parts.engine(**inputs, kept_idx=kept_idx, rec_noise=corruption))
+        parts.shares.watch(batch.step, outputs.branch_features)
         with parts.phases("objectives"):
-            losses = compute(
+            losses = compute_losses(
                 outputs, config.objectives, temperature, parts.comm, centres, parts.perceptual, parts.frozen
             )
         parts.engine.backward(losses.total)
@@ -78,8 +78,8 @@ def train_step(parts: Assembly, batch: Batch, centres: Centres | None, config: C
         losses=losses.named(),
         schedule={"learning_rate": rate, "teacher_momentum": momentum, "teacher_temperature": temperature},
         grad_norm=parts.engine.get_global_grad_norm(),
-        counted={"speed/caption_tokens_saved": inputs["captions"].saved(cache.shared.captions)},
-        outputs=replace(outputs, forks={}),  # the next step needs their memory
+        counted={"speed/caption_tokens_saved": inputs["captions"].saved_fraction(cache.shared.captions)},
+        outputs=replace(outputs, branch_features={}),  # the next step needs their memory
         centres=losses.centres,
     )
 
@@ -90,7 +90,7 @@ def clip_features(parts: Assembly, part: Batch) -> ClipOutputs:
         inputs = model_inputs(part, parts.device)
     outputs: Outputs = parts.engine(**inputs, clip_only=True)
     assert outputs.clip is not None, "micro-batches are parts of the clip batch"
-    parts.shares.watch(part.step, outputs.forks)
+    parts.shares.watch(part.step, outputs.branch_features)
     return outputs.clip
 
 

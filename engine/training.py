@@ -21,7 +21,7 @@ from configs import Run
 from data.lines import Lines
 from engine.checkpoint.pieces import Piece, Pieces
 from engine.health.judge import Judge
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.cost.flops import StepFlops
 from profiling.instruments.phases import PhaseTimer
 

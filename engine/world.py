@@ -52,7 +52,7 @@ def is_of_others(error: BaseException) -> bool:
 
 
 class Ranks:
-    """model.objectives.comm.Comm over all ranks of the run."""
+    """model.losses.comm.Comm over all ranks of the run."""
 
     @property
     def rank(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from configs import UserError
 from evaluation.corpus_network import read_corpus_network
 from evaluation.inception import PUBLISHED_SHA256, read_inception
-from model.objectives.perceptual import Perceptual
+from model.losses.perceptual import LpipsDistance
 
 
 class FeatureNetwork(nn.Module):
@@ -36,7 +36,7 @@ class FeatureNetwork(nn.Module):
 class PerceptualNetwork(nn.Module):
     """LPIPS of (recon, target), (B, 3, H, W) in [-1, 1] each, -> (B,), with a name for results."""
 
-    def __init__(self, network: Perceptual, name: str) -> None:
+    def __init__(self, network: LpipsDistance, name: str) -> None:
         super().__init__()
         self.network, self.name = network, name
 
@@ -46,11 +46,11 @@ class PerceptualNetwork(nn.Module):
 
 
 def open_perceptual(path: str | Path, key: str) -> PerceptualNetwork:
-    """Of a converted file (model/objectives/perceptual.py).
+    """Of a converted file (model/losses/perceptual.py).
 
     Raises UserError, in which `key` names the setting, where it cannot be read.
     """
-    network = Perceptual.load(path, key)
+    network = LpipsDistance.load(path, key)
     return PerceptualNetwork(network, f"vgg16:{_digest(Path(path))[:6]}")
 
 

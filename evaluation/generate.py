@@ -32,7 +32,7 @@ from evaluation.command import check_counts, made, run_command
 from evaluation.generation import Generation, Options
 from evaluation.results import check_numbers, draw_picture, words, write_figures
 from evaluation.samples import PRECISIONS, Pair
-from model.generator.sampling import Method, Sampling
+from model.generator.sampling import Sampling, SamplingMethod
 
 
 def generate(generator: Path, tokenizer: str | Path, out: Path | None, options: Options) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance-interval", default="0,1", help="times between which there is guidance; 0 is noise (%(default)s)")
     add(
         "--sampler",
-        choices=get_args(Method),
+        choices=get_args(SamplingMethod),
         help="how latents are drawn (default: euler; ancestral where noise is predicted)",
     )
     add("--steps", type=int, help="of the sampler (default: the published number; dopri5 chooses its own)")

@@ -73,7 +73,7 @@ class Generation:
         if self._is_corpus_ahead:
             with_one_answer(self._look)
             self._is_corpus_ahead = False
-        described = asdict(self.pair.generator.module.resolved(sampling))
+        described = asdict(self.pair.generator.module.resolve_sampling(sampling))
         made = {"samples": options.num_samples, "precision": options.precision, "evaluations": self._evaluations()}
         row = described | made
         if not self.fids:

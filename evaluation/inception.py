@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import UserError
-from model.torch_file import read_tensors
+from model.weights import read_torch_tensors
 
 PUBLISHED_SHA256 = "6726825d"  # the published file carries the head of its own hash in its name
 SIDE = 299
@@ -191,7 +191,7 @@ def read_inception(path: str | Path) -> Inception:
 
     Raises UserError for a file that is truncated, no state dict, or of another network.
     """
-    stored = read_tensors(path)
+    stored = read_torch_tensors(path)
     with torch.device("meta"):
         network = Inception()
     wanted = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith("num_batches_tracked")}

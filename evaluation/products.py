@@ -22,7 +22,7 @@ from configs import UserError
 from model.conv import ConvEncoder
 from model.imagenet import normalise
 from model.latent import mode
-from model.pack import Layout
+from model.packing import PackedLayout
 from model.pretrainer import image_feature
 from model.tokenizer import VisualTokenizer
 
@@ -84,7 +84,7 @@ class Products:
         return [trunk(crops, {})] if isinstance(trunk, ConvEncoder) else trunk.intermediate(crops, LAST_BLOCKS)
 
     @cached_property
-    def _layout(self) -> Layout:
+    def _layout(self) -> PackedLayout:
         return self.tokenizer.trunk.layout({"clip": self.images})
 
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from configs import UserError
 from evaluation.source import Source, check_finite, open_source
 from model.generator.draws import draw
+from model.generator.factory import LoadedGenerator, read_generator
 from model.generator.sampling import Sampling
-from model.generator.weights import LoadedGenerator, read_generator
 from model.weights import digest, weights_of_run
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,7 +76,7 @@ class Pair:
         """The samples of these numbers, in order; the generator's products in `precision` (PRECISIONS), its sampler's
         sums in float32. Raises UserError for a sampler that is not this generator's."""
         module = self.generator.module
-        needs = module.sampling_needs(sampling)
+        needs = module.sampling_draw_counts(sampling)
         for start in range(0, len(numbers), batch_size):
             own = numbers[start : start + batch_size]
             labels_B = torch.from_numpy(own % self.generator.num_classes).to(self.device)

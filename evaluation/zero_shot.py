@@ -22,7 +22,7 @@ from evaluation.classes import ClassTable
 from evaluation.figures import confusion_matrix
 from evaluation.outcome import Outcome
 from evaluation.products import Products
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from model.tokenizer import VisualTokenizer
 
 MOST_DRAWN = 128  # classes of a confusion matrix that can still be read

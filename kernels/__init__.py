@@ -1,1 +1,1 @@
-"""Fast paths and the plain-PyTorch oracles they are tested against. Imports nothing of ours."""
+"""Fast kernels and the plain-PyTorch oracles they are tested against. Imports nothing of ours."""

@@ -1,16 +1,17 @@
-"""FP8 products for the linear layers of transformer blocks: the one door to torchao and Transformer Engine.
+"""FP8 linear layers of transformer blocks: the one door to torchao and Transformer Engine.
 
-A conversion changes how a module computes, never what it holds: parameters, their names and their values stay, so a
-checkpoint of one kind is a checkpoint of all. Every scale is computed from the tensor at hand (torchao "tensorwise",
+A conversion changes how a module computes and leaves its parameters, their names and their values unchanged, so a
+checkpoint of one kind is a checkpoint of all. Every scale is computed from the current tensor (torchao "tensorwise",
 TE Float8CurrentScaling or MXFP8BlockScaling). TE's DelayedScaling is not offered: its amax history is state outside the
-parameters, and a resumed run would not be the run that never stopped.
+parameters, and a resumed run would differ from an uninterrupted one.
 
-    linears = resolve("fp8_torchao", "cuda")              # Linears(name="fp8_torchao", reason="named in ...", ...)
-    linears.obstacle(k=1024, n=1024, m=16448)             # "too small to pay": this one stays bf16
-    to_torchao(block, [block.attn.qkv, block.mlp.w12])    # now float8 inside, in place
-    te_norm_linear(block.norm1, Affine(qkv.weight, qkv.bias, n=3072, k=1024), linears)     # x -> qkv(norm1(x))
+    linears = resolve_linears("fp8_torchao", "cuda")      # LinearBackend(name="fp8_torchao", reason=..., ...)
+    linears.why_not_fp8(k=1024, n=1024, m=16448)             # "too small to pay": this product stays bf16
+    to_torchao(block, [block.attn.qkv, block.mlp.w12])    # they multiply in float8 from now on
+    layer = LinearParameters(qkv.weight, qkv.bias, n=3072, k=1024)
+    te_norm_linear(block.norm1, layer, linears)           # x -> qkv(norm1(x))
 
-Letters of this file: K inputs, N outputs, M tokens of one product, as in the libraries' own tables.
+Letters in this file: K inputs, N outputs, M tokens of one product, as in the libraries' own tables.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ INSTALL_COMMANDS = {  # of each FP8 kind
 
 
 @dataclass(frozen=True)
-class Linears:
-    """A resolved choice: what multiplies, and why. `recipe` is TE's class name, `multiple` what K and N must divide."""
+class LinearBackend:
+    """A resolved kind of linear layer and why it was chosen. `recipe` is TE's class name; K and N must be multiples of
+    `multiple`."""
 
     name: str
     reason: str
@@ -52,12 +54,12 @@ class Linears:
     is_gated_by_speed: bool = False
     recipe: str = ""
 
-    def misfit(self, k: int, n: int) -> str | None:
-        """Why a weight of (n, k) cannot be multiplied in FP8; None where it can."""
+    def why_not_aligned(self, k: int, n: int) -> str | None:
+        """Return why a weight of (n, k) cannot be multiplied in FP8; None where it can."""
         return f"with a side that is no multiple of {self.multiple}" if k % self.multiple or n % self.multiple else None
 
-    def obstacle(self, k: int, n: int, m: int) -> str | None:
-        """Why the product (m, k) x (k, n) stays bf16; None where it becomes FP8.
+    def why_not_fp8(self, k: int, n: int, m: int) -> str | None:
+        """Return why the product (m, k) x (k, n) stays bf16; None where it becomes FP8.
 
         FP8 pays where the time saved in the products exceeds that of finding maxima and casting (torchao's rule). Per
         H100, forward and backward: 6 MKN FLOPs at about 700 against 1,200 TFLOP/s, and about 6 bytes for each element
@@ -66,22 +68,22 @@ class Linears:
         K <= 4096 with N <= 1024 is left out by torchao's own filter.
         """
         is_small = 1 / k + 1 / n + 1 / m > 1 / 670 or (k <= 4096 and n <= 1024)
-        return self.misfit(k, n) or (SMALL if self.is_gated_by_speed and is_small else None)
+        return self.why_not_aligned(k, n) or (SMALL if self.is_gated_by_speed and is_small else None)
 
 
-def resolve(
+def resolve_linears(
     name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, widths: Collection[int] = ()
-) -> Linears:
-    """What `name` (bf16, fp8_torchao, fp8_te) means for parameters of `dtype` on `device`.
+) -> LinearBackend:
+    """Choose the linear layers that `name` (bf16, fp8_torchao, fp8_te) means for parameters of `dtype` on `device`.
 
     `widths` are all K and N that may become FP8; they decide between TE's recipes. Raises ValueError for an unknown
     name, a dtype or a device that has no FP8; ImportError for a library that is missing.
     """
     kind = torch.device(device).type
     if name == "bf16":
-        return Linears(name, "named in the config")
+        return LinearBackend(name, "named in the config")
     if name not in ("fp8_torchao", "fp8_te"):
-        raise ValueError(f"{name!r} is no kind of linear layer; choose bf16, fp8_torchao or fp8_te")
+        raise ValueError(f"{name!r} is not a kind of linear layer; choose bf16, fp8_torchao or fp8_te")
     if dtype != torch.bfloat16:
         raise ValueError(f"{name} with {dtype} parameters: FP8 products take and give bf16; train in bf16")
     if kind == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -91,12 +93,12 @@ def resolve(
         return _resolve_te(kind, device, widths)
     _torchao()
     if kind == "cuda":
-        return Linears(name, "named in the config; one scale per tensor", is_gated_by_speed=True)
-    return Linears(name, f"named in the config; emulated on {kind}: true float8 values, no gain in speed")
+        return LinearBackend(name, "named in the config; one scale per tensor", is_gated_by_speed=True)
+    return LinearBackend(name, f"named in the config; emulated on {kind}: true float8 values, no gain in speed")
 
 
 def to_torchao(root: nn.Module, linears: Collection[nn.Linear]) -> None:
-    """Makes `linears`, which lie somewhere below `root`, multiply in float8; the token axis may have any length."""
+    """Convert `linears`, modules somewhere below `root`, to float8 products; the token axis may have any length."""
     chosen = {id(linear) for linear in linears}
     _torchao().convert_to_float8_training(
         root, module_filter_fn=lambda module, _: id(module) in chosen, config=_torchao_config()
@@ -119,8 +121,8 @@ def torchao_linear() -> BareProduct:
     return linear
 
 
-def reference(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """The oracle of torchao_linear(): round every operand to float8 under one scale, multiply exactly in float32."""
+def float8_reference(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """Oracle of torchao_linear(): round every operand to float8 under one scale, multiply exactly in float32."""
     y_MN: Tensor = _RoundedLinear.apply(x_MK, weight_NK)
     return y_MN if bias_N is None else y_MN + bias_N
 
@@ -140,14 +142,14 @@ class _RoundedLinear(torch.autograd.Function):
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` as float8 keeps it when its largest magnitude is scaled to the format's largest: float32, same shape."""
+    """Round `x` to float8 with its largest magnitude scaled to the format's largest: float32, same shape."""
     scale = torch.finfo(dtype).max / x.abs().amax().double().clamp(min=1e-12)
     return (x.float() * scale.float()).to(dtype).float() / scale.float()
 
 
 @dataclass(frozen=True)
-class Affine:
-    """The parameters of one linear layer, and the weight's shape: ZeRO-3 leaves an empty tensor to look at."""
+class LinearParameters:
+    """The parameters of one linear layer and the weight's shape, which the tensor itself lacks under ZeRO-3."""
 
     weight: Tensor
     bias: Tensor
@@ -155,14 +157,14 @@ class Affine:
     k: int
 
 
-def te_linear(layer: Affine, linears: Linears) -> Product:
+def te_linear(layer: LinearParameters, linears: LinearBackend) -> Product:
     """Transformer Engine's Linear, computing with the parameters of `layer`."""
     module = _transformer_engine().Linear(layer.k, layer.n, bias=True, **_without_storage(layer))
     return _aligned(_bound(module, weight=layer.weight, bias=layer.bias), linears)
 
 
-def te_norm_linear(norm: nn.Module, layer: Affine, linears: Linears) -> Product:
-    """layer(norm(x)) in one module: the norm writes float8, with nothing in bf16 between them.
+def te_norm_linear(norm: nn.Module, layer: LinearParameters, linears: LinearBackend) -> Product:
+    """layer(norm(x)) in one module: the norm writes float8, without a bf16 tensor in between.
 
     `norm` has `weight` and `eps`; it is a LayerNorm if it has a `bias`, else an RMSNorm.
     """
@@ -172,7 +174,9 @@ def te_norm_linear(norm: nn.Module, layer: Affine, linears: Linears) -> Product:
     return _aligned(_bound(module, weight=layer.weight, bias=layer.bias, **_norm_parameters(norm)), linears)
 
 
-def te_norm_swiglu(norm: nn.Module, gate_and_value: Affine, out: Affine, linears: Linears) -> Product:
+def te_norm_swiglu(
+    norm: nn.Module, gate_and_value: LinearParameters, out: LinearParameters, linears: LinearBackend
+) -> Product:
     """out(silu(gate) * value) in one module, gate above value = gate_and_value(norm(x)). TE has them in this order."""
     module = _transformer_engine().LayerNormMLP(
         out.n, out.k, bias=True, activation="swiglu", **_norm_kind(norm), **_without_storage(out)
@@ -182,8 +186,8 @@ def te_norm_swiglu(norm: nn.Module, gate_and_value: Affine, out: Affine, linears
     return _aligned(_bound(module, **products, **_norm_parameters(norm)), linears)
 
 
-def te_autocast(forward: Callable[..., Any], linears: Linears, group: Any) -> Callable[..., Any]:
-    """`forward` inside TE's FP8 region, with the recipe of `linears`; outside of it TE's modules compute in bf16.
+def te_autocast(forward: Callable[..., Any], linears: LinearBackend, group: Any) -> Callable[..., Any]:
+    """Wrap `forward` in TE's FP8 autocast with the recipe of `linears`; outside of it TE's modules compute in bf16.
 
     `group` is the process group over which maxima are shared by recipes that do so: the data-parallel ranks.
     """
@@ -197,24 +201,24 @@ def te_autocast(forward: Callable[..., Any], linears: Linears, group: Any) -> Ca
     return in_fp8
 
 
-def _resolve_te(kind: str, device: torch.device | str, widths: Collection[int]) -> Linears:
+def _resolve_te(kind: str, device: torch.device | str, widths: Collection[int]) -> LinearBackend:
     if kind != "cuda":
         raise ValueError(f"fp8_te on {kind}: Transformer Engine needs an NVIDIA GPU; use bf16, or fp8_torchao")
     _transformer_engine()
     major, _ = torch.cuda.get_device_capability(device)
     has_blocks = major in (10, 11) and not any(width % MXFP8_MULTIPLE for width in widths)
     recipe, multiple = ("MXFP8BlockScaling", MXFP8_MULTIPLE) if has_blocks else ("Float8CurrentScaling", MULTIPLE)
-    return Linears("fp8_te", f"named in the config; {recipe}", multiple, is_gated_by_speed=True, recipe=recipe)
+    return LinearBackend("fp8_te", f"named in the config; {recipe}", multiple, is_gated_by_speed=True, recipe=recipe)
 
 
 def _bound(module: nn.Module, **parameters: Tensor) -> nn.Module:
-    """`module` of TE, made without storage, computing with parameters that live elsewhere."""
+    """Make `module`, a TE module without storage, compute with the given parameters."""
     for name, parameter in parameters.items():
         setattr(module, name, parameter)
     return module
 
 
-def _without_storage(layer: Affine) -> dict[str, Any]:
+def _without_storage(layer: LinearParameters) -> dict[str, Any]:
     return {"params_dtype": layer.weight.dtype, "device": "meta"}
 
 
@@ -226,8 +230,8 @@ def _norm_parameters(norm: Any) -> dict[str, Tensor]:
     return {"layer_norm_weight": norm.weight} | ({"layer_norm_bias": norm.bias} if hasattr(norm, "bias") else {})
 
 
-def _aligned(product: Product, linears: Linears) -> Product:
-    """`product` for any number of tokens: zero rows fill up to the next multiple, and their results are dropped."""
+def _aligned(product: Product, linears: LinearBackend) -> Product:
+    """Wrap `product` for any number of tokens: pad with zero rows to the next multiple and drop their results."""
 
     def forward(x_MK: Tensor) -> Tensor:
         missing = -x_MK.shape[0] % linears.multiple
@@ -245,7 +249,7 @@ def _torchao_config() -> Any:
 @cache
 def _torchao() -> ModuleType:
     try:
-        with _without_start_up_talk(), warnings.catch_warnings():
+        with _without_import_messages(), warnings.catch_warnings():
             # 0.18 writes "\." in an ordinary string, of which Python warns where there is no .pyc yet.
             warnings.filterwarnings("ignore", r".*invalid escape sequence", module=r".*\btorchao\b")
             return importlib.import_module("torchao.float8")
@@ -261,19 +265,21 @@ def _transformer_engine() -> ModuleType:
 
 
 @contextmanager
-def _without_start_up_talk() -> Iterator[None]:
-    """torchao 0.18 logs each of its kernels that does not fit this machine, and torch 2.13 logs how torchao registers
-    an enum; neither concerns float8 training."""
+def _without_import_messages() -> Iterator[None]:
+    """Hide messages at the import of torchao that do not concern float8 training.
+
+    torchao 0.18 logs each of its kernels that does not fit this machine, torch 2.13 how torchao registers an enum.
+    """
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
 
-    def is_news(record: logging.LogRecord) -> bool:
+    def is_wanted(record: logging.LogRecord) -> bool:
         text = record.getMessage()
         return not (text.startswith("Failed to load") or "is an Enum subclass" in text)
 
     for logger in loggers:
-        logger.addFilter(is_news)
+        logger.addFilter(is_wanted)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(is_news)
+            logger.removeFilter(is_wanted)

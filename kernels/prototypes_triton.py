@@ -1,21 +1,21 @@
 """The prototype cross-entropy and Sinkhorn's passes in Triton: logits live in registers, tile by tile.
 
-Same contracts as kernels.prototypes.chunked and TeacherColumns. Work is laid out in pairs, one student row against one
-target row; of a group of U students and V targets pair p is student p // V and target (p // (U*V)) * V + p % V. Two
-kernels, each of them a matrix product whose tile is used up before it would be written:
+Same contracts as chunked_loss_and_gradients and TeacherColumnSums (kernels/prototypes.py). Work is laid out in pairs,
+one student row against one target row; in a group of U students and V targets pair p is student p // V and
+target (p // (U*V)) * V + p % V. Two kernels, each a matrix product whose tile is used before it would be written:
 
     _logsumexp     rows against prototypes: log-sum-exp of a tile's logits, for the student and for the teacher
     _differences   pairs against prototypes, once both sums are known: dz = weight (p - q) / student_temp, -q . log p
 
-dz is written, CHUNK_BYTES of it at a time, because both gradients are plain products of it, which cuBLAS computes:
+dz is written, `chunk_bytes` of it at a time, because both gradients are plain products of it, which cuBLAS computes:
 student = dz @ prototypes, prototypes = dz^T @ student. Per pair and prototype that is six products and not the eight
 which a kernel takes that computes the logits again for each gradient (docs/decisions/triton_kernels.md). Sinkhorn's
 sums over rows for each prototype are _logsumexp with the sides exchanged.
 
 No size is a compile-time constant, so a dtype is compiled once, whatever the batch; only divisibility by 16 of the
-width and of the number of prototypes, which decides how wide loads and stores are, makes another variant.
+width and of the number of prototypes, which decides how wide loads and stores are, makes a variant of its own.
 
-    loss, grad_student_GUE, grad_KE = loss_and_gradients(student_GUE, student_KE, teacher_GVE, teacher_KE, ...)
+    loss, grad_student_GUE, grad_KE = loss_and_gradients(student_GUE, student_KE, teacher_GVE, ..., chunk_bytes)
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -29,8 +29,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from kernels.prototypes import CHUNK_BYTES, add_product, slices
 
 
 def _tile(itemsize: int, block_k: int) -> dict[str, int]:
@@ -50,7 +48,7 @@ LOG2E = tl.constexpr(1 / math.log(2))  # exp2 is an instruction, exp a multiplic
 
 @triton.jit
 def _load(pointer, rows, columns, E):
-    """Some columns of some rows of an (R, E) matrix; zeros beyond its width."""
+    """Load some columns of some rows of an (R, E) matrix; zeros beyond its width."""
     inside = (columns < E)[None, :]
     return tl.load(pointer + rows[:, None].to(tl.int64) * E + columns[None, :], mask=inside, other=0.0)
 
@@ -62,14 +60,17 @@ def _product(x, x_rows, w, w_rows, E, BLOCK_R: tl.constexpr, BLOCK_K: tl.constex
     for first in range(0, E, BLOCK_E):
         columns = first + tl.arange(0, BLOCK_E)
         x_RE, w_KE = _load(x, x_rows, columns, E), _load(w, w_rows, columns, E)
-        sum_RK = tl.dot(x_RE, tl.trans(w_KE), sum_RK, input_precision="tf32x3")  # says nothing of bf16 inputs
+        sum_RK = tl.dot(x_RE, tl.trans(w_KE), sum_RK, input_precision="tf32x3")  # has no effect on bf16 inputs
     return sum_RK
 
 
 @triton.jit
-def _place(num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows and columns of this program's tile, and the number of its block of columns. Programs at work at a time share
-    GROUP blocks of rows and a few of columns, so that either side is read from memory about once and then from L2."""
+def _tile_indices(num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows and columns of this program's tile, and the number of its block of columns.
+
+    Programs that run at the same time share GROUP blocks of rows and a few of columns, so that either side is read from
+    memory about once and then from L2.
+    """
     row_blocks, column_blocks = tl.cdiv(num_rows, BLOCK_R), tl.cdiv(num_columns, BLOCK_K)
     in_group, first = tl.program_id(0) % (GROUP * column_blocks), tl.program_id(0) // (GROUP * column_blocks) * GROUP
     group = tl.minimum(row_blocks - first, GROUP)
@@ -82,11 +83,11 @@ def _logsumexp(
     x, prototypes, bias, lse, num_rows, K, E, inverse_temp,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile; writes (blocks of prototypes, R) float32."""
-    rows, columns, column_block = _place(num_rows, K, BLOCK_R, BLOCK_K)
+    """One program a tile; writes the tile's log-sum-exps, (blocks of prototypes, R) float32."""
+    rows, columns, column_block = _tile_indices(num_rows, K, BLOCK_R, BLOCK_K)
     row_idx, column_idx = tl.minimum(rows, num_rows - 1), tl.minimum(columns, K - 1)
     z_RK = _product(x, row_idx, prototypes, column_idx, E, BLOCK_R, BLOCK_K, BLOCK_E)
-    bias_K = tl.load(bias + columns, mask=columns < K, other=float("inf"))  # beyond K: infinitely unlikely
+    bias_K = tl.load(bias + columns, mask=columns < K, other=float("inf"))  # beyond K: probability 0
     z_RK = z_RK * (inverse_temp * LOG2E) - (bias_K * LOG2E)[None, :]
     top_R = tl.max(z_RK, 1)
     lse_R = (top_R + tl.log2(tl.sum(tl.exp2(z_RK - top_R[:, None]), 1))) * LN2
@@ -99,9 +100,9 @@ def _differences(
     num_pairs, U, V, K, E, inverse_student_temp, inverse_teacher_temp,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile; writes dz (P, K) = scale (p - q) in its dtype, and the tile's part of the cross-entropy
+    """One program a tile; writes dz (P, K) = scale (p - q) in its dtype, and the tile's part of the cross-entropy
     -q . log p, (blocks of prototypes, P) float32."""
-    pairs, columns, column_block = _place(num_pairs, K, BLOCK_R, BLOCK_K)
+    pairs, columns, column_block = _tile_indices(num_pairs, K, BLOCK_R, BLOCK_K)
     pair_idx, column_idx = tl.minimum(pairs, num_pairs - 1), tl.minimum(columns, K - 1)
     x_idx, t_idx = pair_idx // V, pair_idx // (U * V) * V + pair_idx % V
     z_PK = _product(student, x_idx, student_prototypes, column_idx, E, BLOCK_R, BLOCK_K, BLOCK_E)
@@ -119,7 +120,7 @@ def _differences(
 
 
 def column_logsumexp(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float) -> Tensor:
-    """TeacherColumns.logsumexp: the kernel of rows against prototypes, with the sides exchanged."""
+    """TeacherColumnSums.logsumexp: the kernel of rows against prototypes, with the sides exchanged."""
     if not len(teacher_RE):
         return teacher_RE.new_full((len(prototypes_KE),), torch.finfo(torch.float32).min, dtype=torch.float32)
     no_bias_R = teacher_RE.new_zeros(len(teacher_RE), dtype=torch.float32)
@@ -127,7 +128,7 @@ def column_logsumexp(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float) -> 
 
 
 def column_mass(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float, bias_K: Tensor) -> Tensor:
-    """TeacherColumns.mass: a row's log-sum-exp is its bias when the columns are summed.
+    """TeacherColumnSums.mass: a row's log-sum-exp is its bias when the columns are summed.
 
     sum_r softmax_k(z_r - bias)_k = exp(log sum_r exp(z_rk - lse_r) - bias_k)
     """
@@ -147,8 +148,9 @@ def loss_and_gradients(
     weight_GU: Tensor,
     student_temp: float,
     teacher_temp: float,
+    chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss () float32 and its gradients of `student_GUE` and `student_KE`. Holds CHUNK_BYTES of differences besides."""
+    """Loss () float32 and its gradients of `student_GUE` and `student_KE`; `chunk_bytes` of differences at a time."""
     (num_groups, num_students, width), num_targets = student_GUE.shape, teacher_GVE.shape[1]
     num_prototypes, pairs_of_group = len(student_KE), num_students * num_targets
     loss, no_bias_K = bias_K.new_zeros(()), torch.zeros_like(bias_K)
@@ -156,13 +158,14 @@ def loss_and_gradients(
         return loss, torch.zeros_like(student_GUE), torch.zeros_like(student_KE)
     student_KE, teacher_KE, bias_K = student_KE.contiguous(), teacher_KE.contiguous(), bias_K.contiguous()
     bytes_of_group = student_KE.element_size() * num_prototypes * pairs_of_group
-    num_chunks = triton.cdiv(num_groups, max(1, CHUNK_BYTES["cuda"] // bytes_of_group))
-    step = triton.cdiv(num_groups, num_chunks)  # chunks alike: a short last one would leave a GPU half idle
+    num_chunks = triton.cdiv(num_groups, max(1, chunk_bytes // bytes_of_group))
+    step = triton.cdiv(num_groups, num_chunks)  # equal chunks: a short last one would leave a GPU half idle
     buffer_PK = student_KE.new_empty(step * pairs_of_group, num_prototypes)
     grad_student_GUE = torch.empty_like(student_GUE)
     grad_KE = torch.zeros_like(student_KE, dtype=torch.float32 if step < num_groups else None)
     scale_GU, tile = weight_GU / (student_temp * num_targets), DIFFERENCES[student_KE.element_size()]
-    for groups in slices(num_groups, step):
+    for first in range(0, num_groups, step):
+        groups = slice(first, first + step)
         x_RE, t_RE = (rows_GNE[groups].contiguous().flatten(0, 1) for rows_GNE in (student_GUE, teacher_GVE))
         scale_P = scale_GU[groups].flatten().repeat_interleave(num_targets)
         dz_PK = buffer_PK[: len(scale_P)]
@@ -176,7 +179,11 @@ def loss_and_gradients(
         loss += student_temp * (loss_BP.sum(dim=0) * scale_P).sum()
         grad_UVE = _split_product(dz_PK, student_KE).view(-1, num_students, num_targets, width)
         grad_student_GUE[groups] = grad_UVE.sum(dim=2)
-        add_product(grad_KE, dz_PK.T, x_RE if num_targets == 1 else x_RE.repeat_interleave(num_targets, dim=0))
+        x_PE = x_RE if num_targets == 1 else x_RE.repeat_interleave(num_targets, dim=0)
+        if grad_KE.dtype == dz_PK.dtype:
+            grad_KE.addmm_(dz_PK.T, x_PE)
+        else:  # products of a narrower dtype are summed in float32
+            grad_KE += dz_PK.T @ x_PE
     return loss, grad_student_GUE, grad_KE.to(student_KE.dtype)
 
 
@@ -192,7 +199,7 @@ def _lse(x_RE: Tensor, prototypes_KE: Tensor, bias_K: Tensor, temp: float) -> Te
 
 
 def _split_product(dz_PK: Tensor, prototypes_KE: Tensor) -> Tensor:
-    """dz @ prototypes, (P, E) float32; the long sum over prototypes in parts, so that few rows too fill a GPU."""
+    """dz @ prototypes, (P, E) float32; the sum over prototypes is split into parts, so that few rows fill a GPU."""
     (num_pairs, num_prototypes), width = dz_PK.shape, prototypes_KE.shape[1]
     blocks = triton.cdiv(num_pairs, 128) * triton.cdiv(width, 256)
     parts = math.gcd(num_prototypes, triton.next_power_of_2(triton.cdiv(WANTED_BLOCKS, blocks)))

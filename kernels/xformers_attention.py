@@ -1,7 +1,7 @@
-"""xFormers' block-diagonal attention as an operator that torch.compile knows; the one door to xFormers.
+"""xFormers' block-diagonal attention as a custom operator for torch.compile; the one door to xFormers.
 
-xFormers chooses its kernel in Python, by lengths that it must have as numbers, and torch.compile cannot look through
-that: so forward and backward are operators of our own, with their shapes for tracing.
+xFormers chooses its kernel in Python, from lengths that must be numbers, and torch.compile cannot trace that. So
+forward and backward are custom operators, each with a shape function for tracing.
 
     attend_xformers(q_THE, k_THE, v_THE, lengths=[5, 5, 2, 2, 2])      # (T, H, E); lengths sum to T
 """
@@ -61,16 +61,16 @@ def _(
     return dq, dk, dv
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.lengths, ctx.causal = inputs
     ctx.save_for_backward(*output, q, k, v)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     return *_xformers_backward(grad, *ctx.saved_tensors, ctx.lengths, ctx.causal), None, None
 
 
-_xformers.register_autograd(_differentiate, setup_context=_keep)
+_xformers.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @lru_cache(maxsize=16)

@@ -1,13 +1,13 @@
-"""The tokenizer with the face of diffusers' AutoencoderKL, for pipelines that know that one. Needs no diffusers.
+"""The tokenizer with the interface of diffusers' AutoencoderKL, for pipelines that expect it. Needs no diffusers.
 
     vae = Autoencoder.from_pretrained("DIR", stats="latents/NAME/latents_stats.pt")    # from evaluation.latents
     z = vae.encode(images).latent_dist.sample()                          # images in [-1, 1]
     z = (z - vae.config.shift_factor) * vae.config.scaling_factor        # about zero mean, unit deviation
     images = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
 
-A deterministic latent's `sample` is its `mode`, and the distribution has no width; a Gaussian one's is drawn.
-`scaling_factor` and `shift_factor` pool the channels' statistics into one number each, as diffusers has it;
-`latents_mean` and `latents_std` are those by channel. Without statistics they are 1, 0 and None: nothing is made up.
+A deterministic latent's `sample` is its `mode`, with a standard deviation of 0; a Gaussian one is sampled.
+`scaling_factor` and `shift_factor` pool the channels' statistics into one number each, as in diffusers; `latents_mean`
+and `latents_std` are by channel. Without statistics they are 1, 0 and None: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from configs import UserError
-from model.latent import Gaussian, feature_width
+from model.latent import DiagonalGaussian, feature_width
 from model.tokenizer import VisualTokenizer
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The keys of a diffusers VAE's config that pipelines read; by attribute, by key or by `get`."""
+    """The config keys of a diffusers VAE that pipelines read, as attributes, by key or by `get`."""
 
     latent_channels: int
     block_out_channels: tuple[int, ...]  # pipelines take 2 ** (its length - 1) for pixels per latent
@@ -44,45 +44,45 @@ class AutoencoderConfig:
         return asdict(self)[key]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As of a dictionary: some pipelines ask for keys that only other VAEs have."""
+        """As of a dictionary: some pipelines read keys that only other VAEs have."""
         return asdict(self).get(key, default)
 
 
 @dataclass(frozen=True)
-class Latents:
-    """What `encode` distributes: with a log-variance around the mean, without one at it."""
+class LatentDistribution:
+    """Distribution of latents: Gaussian with a log-variance, else the point `mean`."""
 
     mean: Tensor
     log_variance: Tensor | None = None
 
     def mode(self) -> Tensor:
-        """(B, L, h, w)."""
+        """The most probable latent, (B, L, h, w)."""
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """(B, L, h, w), drawn with `generator`, which may live on the host; of a deterministic latent the mode."""
+        """Draw (B, L, h, w) with `generator`, which may be on the host; of a deterministic latent return the mode."""
         if self.log_variance is None:
             return self.mean
         device = self.mean.device if generator is None else generator.device
         normals = torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean.device)
-        return Gaussian(self.mean, self.log_variance).at(normals)
+        return DiagonalGaussian(self.mean, self.log_variance).sample(normals)
 
     @property
     def std(self) -> Tensor:
-        """(B, L, h, w); zeros of a deterministic latent."""
+        """Standard deviation, (B, L, h, w); zeros of a deterministic latent."""
         if self.log_variance is None:
             return torch.zeros_like(self.mean)
-        return Gaussian(self.mean, self.log_variance).std.to(self.mean.dtype)
+        return DiagonalGaussian(self.mean, self.log_variance).std.to(self.mean.dtype)
 
 
-class Encoded(NamedTuple):
-    """Of `encode`; a tuple too, as diffusers gives with return_dict=False."""
+class EncoderOutput(NamedTuple):
+    """Result of `encode`; also a tuple, as diffusers returns with return_dict=False."""
 
-    latent_dist: Latents
+    latent_dist: LatentDistribution
 
 
-class Decoded(NamedTuple):
-    """Of `decode`: (B, 3, height, width) in [-1, 1]."""
+class DecoderOutput(NamedTuple):
+    """Result of `decode`: (B, 3, height, width) in [-1, 1]."""
 
     sample: Tensor
 
@@ -106,27 +106,27 @@ class Autoencoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; latents and pixels come out in it."""
+        """Dtype of the weights, of latents and of decoded pixels."""
         return self.tokenizer.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return self.tokenizer.device
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> Encoded:
-        """(B, 3, height, width) in [-1, 1] -> latent_dist of (B, L, height/p, width/p)."""
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput:
+        """Encode images (B, 3, height, width) in [-1, 1]; `latent_dist` is of (B, L, height/p, width/p)."""
         images = x.float() / 2 + 0.5
         if self.tokenizer.model.latent == "gaussian":
-            return Encoded(Latents(*self.tokenizer.moments(images)))
-        return Encoded(Latents(self.tokenizer.encode(images)))
+            return EncoderOutput(LatentDistribution(*self.tokenizer.moments(images)))
+        return EncoderOutput(LatentDistribution(self.tokenizer.encode(images)))
 
-    def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Decoded:
-        """(B, L, h, w) -> sample (B, 3, h*p, w*p) in [-1, 1], clamped. `generator` is not read."""
-        return Decoded((self.tokenizer.decode(z.to(self.dtype)) * 2 - 1).to(self.dtype))
+    def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> DecoderOutput:
+        """Decode latents (B, L, h, w); `sample` is (B, 3, h*p, w*p) in [-1, 1], clamped. `generator` is ignored."""
+        return DecoderOutput((self.tokenizer.decode(z.to(self.dtype)) * 2 - 1).to(self.dtype))
 
-    def forward(self, sample: Tensor, return_dict: bool = True) -> Decoded:
-        """Encodes and decodes."""
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput:
+        """Encode, take the mode, decode."""
         return self.decode(self.encode(sample).latent_dist.mode())
 
 
@@ -147,7 +147,7 @@ def _config(tokenizer: VisualTokenizer, mean: Tensor | None, std: Tensor | None)
 
 
 def _normalised(shape: AutoencoderConfig, mean_L: Tensor, std_L: Tensor) -> AutoencoderConfig:
-    """With the statistics by channel, and pooled over channels: all have as many values."""
+    """Add the statistics by channel, and pooled over channels, which have equally many values."""
     for name, values_L in (("mean", mean_L), ("std", std_L)):
         if values_L.numel() != shape.latent_channels:
             raise UserError(
@@ -175,7 +175,7 @@ def _read_stats(path: Path) -> tuple[Tensor, Tensor]:
             f"{path} cannot be read ({error.strerror}): stats names a file of latent statistics, the "
             "latents_stats.pt that `python -m evaluation.latents` writes into --out"
         ) from None
-    except Exception:  # torch.load raises whatever the unpickler met, with advice to unpickle what it should not
+    except Exception:  # torch.load raises errors of many types, with advice to unpickle code
         raise UserError(f"{path} holds no latent statistics, is cut off, or holds more than tensors: {form}") from None
     if not isinstance(stats, dict) or not all(isinstance(stats.get(name), Tensor) for name in ("mean", "std")):
         found = f"the keys {list(stats)[:5]}" if isinstance(stats, dict) else f"a {type(stats).__name__}"

@@ -1,4 +1,4 @@
-"""Convolutions in the place of trunk and decoder: the autoencoder of latent diffusion (arXiv 2112.10752), `model.conv`.
+"""Convolutional encoder and decoder of latent diffusion (arXiv 2112.10752), instead of trunk and decoder: `model.conv`.
 
     encoder = ConvEncoder(config.model, backend="sdpa")     # multipliers 1 1 2 2 4 of 128 channels: patch size 16
     x_TD = encoder({"clip": pixels}, {})                    # (8, 3, 256, 256) -> (8 * 256, D)
@@ -10,9 +10,9 @@
               block; norm, SiLU, 3x3 convolution to D, which is L, and 2L with Gaussian latents
     decoder   1x1 convolution, 3x3 convolution, the same middle, levels upwards with one residual block more each
 
-They have the faces of Trunk and PixelDecoder, so everything between them (bottleneck, objectives, tokenizer) stays what
-it is; what the trunk's face has beyond patches (CLS, several sizes of crops, hidden patches) they have not, and the
-schema refuses the objectives that need it. The bottleneck behind the encoder is latent diffusion's `quant_conv`.
+They have the interfaces of Trunk and PixelDecoder, so everything between them (bottleneck, losses, tokenizer) is
+unchanged; they lack CLS, several sizes of crops and hidden patches, and the schema refuses objectives that need these.
+The bottleneck behind the encoder is latent diffusion's `quant_conv`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from torch import Tensor, nn
 from configs.architecture import Conv, Model
 from kernels.attention import attend
 from model.latent import feature_width
-from model.pack import Layout, pack
-from model.reads import Reads
+from model.packing import PackedLayout, TokenSubset, packed_layout
 
-EPS = 1e-6  # of every norm [C of latent diffusion]
+EPS = 1e-6  # of all norms [C of latent diffusion]
 
 
 class ResBlock(nn.Module):
-    """Twice norm, SiLU, 3x3 convolution, beside a way past; it is a 1x1 convolution where the channels change."""
+    """x + two times (norm, SiLU, 3x3 convolution); the shortcut is a 1x1 convolution where the channels change."""
 
     def __init__(self, channels_in: int, channels: int, groups: int) -> None:
         super().__init__()
@@ -44,17 +43,18 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels_in, h, w) -> (B, channels, h, w)."""
-        past = x if self.shortcut is None else self.shortcut(x)
+        residual = x if self.shortcut is None else self.shortcut(x)
         y = self.conv1(F.silu(self.norm1(x)))
-        return past + self.conv2(F.silu(self.norm2(y)))
+        return residual + self.conv2(F.silu(self.norm2(y)))
 
 
 class PositionAttention(nn.Module):
-    """x + attention of every position of an image over all of them; one head, no position code."""
+    """x + self-attention over the positions of an image; one head, no position embedding."""
 
     def __init__(self, channels: int, groups: int, backend: str) -> None:
         super().__init__()
-        # A head as wide as the level: wider than any fused library takes, so torch's own serves for all of them.
+        # The head is as wide as the level, wider than the libraries' kernels allow: torch's own serves for all
+        # backends.
         self.backend = backend if backend == "matmul" else "sdpa"
         self.norm = nn.GroupNorm(groups, channels, EPS)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -68,8 +68,8 @@ class PositionAttention(nn.Module):
         return x + _pixels(y_TC, count, (height, width))
 
 
-class Down(nn.Module):
-    """Half the resolution: a 3x3 convolution of stride 2, padded below and on the right [C of latent diffusion]."""
+class Downsample(nn.Module):
+    """Halve the resolution: a 3x3 convolution of stride 2, padded below and on the right [C of latent diffusion]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ class Down(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Up(nn.Module):
-    """Twice the resolution: every position four times, then a 3x3 convolution."""
+class Upsample(nn.Module):
+    """Double the resolution: nearest-neighbour upsampling, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -92,9 +92,9 @@ class Up(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
-    """Residual blocks of one resolution, attention behind each where a backend is named, and the step to the next
-    resolution where there is one."""
+class ResolutionLevel(nn.Module):
+    """Residual blocks of one resolution, each followed by attention if a backend is given, then the resolution change
+    `step`, if any."""
 
     def __init__(
         self,
@@ -120,8 +120,8 @@ class Level(nn.Module):
         return x if self.step is None else self.step(x)
 
 
-class Middle(nn.Module):
-    """At the lowest resolution: residual block, attention, residual block."""
+class MiddleBlock(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
 
     def __init__(self, channels: int, conv: Conv, backend: str) -> None:
         super().__init__()
@@ -135,33 +135,33 @@ class Middle(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Trunk's face, for one size of crops: `layout` and `forward`."""
+    """Convolutional encoder with the interface of Trunk, `layout` and `forward`, for one size of crops."""
 
     def __init__(self, model: Model, backend: str) -> None:
         super().__init__()
-        conv, self.patch_size = conv_of(model), model.patch_size
-        widths = channels_of(conv)
+        conv, self.patch_size = conv_section(model), model.patch_size
+        widths = level_channels(conv)
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(
+            ResolutionLevel(
                 before,
                 width,
                 conv.num_res_blocks,
                 conv.groups,
-                step=Down(width) if depth < len(widths) else None,
+                step=Downsample(width) if depth < len(widths) else None,
                 attention=backend if depth > len(widths) - conv.attention_levels else None,
             )
             for depth, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False), 1)
         )
-        self.middle = Middle(widths[-1], conv, backend)
+        self.middle = MiddleBlock(widths[-1], conv, backend)
         self.norm = nn.GroupNorm(conv.groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], feature_width(model), 3, padding=1)
 
-    def layout(self, crops: Mapping[str, Tensor], visible: Mapping[str, Tensor] | None = None) -> Layout:
-        """Where `forward` puts the positions of `crops`: no CLS before them, no padding behind."""
+    def layout(self, crops: Mapping[str, Tensor], visible: Mapping[str, Tensor] | None = None) -> PackedLayout:
+        """The packed layout of `crops`: positions only, no CLS and no padding."""
         assert not visible, "the schema refuses objectives.rec.mask: a convolution sees whole images"
         sizes = {name: (pixels.shape[0], pixels.shape[2], pixels.shape[3]) for name, pixels in crops.items()}
-        return pack(sizes, self.patch_size, prefix=0, align=1)
+        return packed_layout(sizes, self.patch_size, prefix=0, align=1)
 
     def forward(
         self,
@@ -169,10 +169,10 @@ class ConvEncoder(nn.Module):
         masks: dict[str, Tensor],
         *,
         kept_idx: Tensor | None = None,
-        reads: Reads | None = None,
+        read_tokens: TokenSubset | None = None,
         visible: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """(T, D), laid out as `layout(crops)` says. `reads` saves nothing here; the rest is never given."""
+        """(T, D), laid out as `layout(crops)` says. `read_tokens` is ignored; other arguments are never given."""
         assert not masks, "the schema refuses objectives.ssl"
         assert kept_idx is None, "the schema refuses model.trunk"
         assert not visible, "the schema refuses objectives.rec.mask"
@@ -184,22 +184,22 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """PixelDecoder's face."""
+    """Convolutional decoder with the interface of PixelDecoder."""
 
     def __init__(self, model: Model, backend: str) -> None:
         super().__init__()
-        conv = conv_of(model)
-        widths = channels_of(conv)[::-1]
+        conv = conv_section(model)
+        widths = level_channels(conv)[::-1]
         self.proj_in = nn.Linear(model.latent_channels, model.latent_channels)
         self.conv_in = nn.Conv2d(model.latent_channels, widths[0], 3, padding=1)
-        self.middle = Middle(widths[0], conv, backend)
+        self.middle = MiddleBlock(widths[0], conv, backend)
         self.levels = nn.ModuleList(
-            Level(
+            ResolutionLevel(
                 before,
                 width,
                 conv.num_res_blocks + 1,
                 conv.groups,
-                step=Up(width) if depth < len(widths) else None,
+                step=Upsample(width) if depth < len(widths) else None,
                 attention=backend if depth <= conv.attention_levels else None,
             )
             for depth, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False), 1)
@@ -217,14 +217,14 @@ class ConvDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm(x)))
 
 
-def conv_of(model: Model) -> Conv:
-    """The section, which must be there."""
+def conv_section(model: Model) -> Conv:
+    """Return model.conv, which must be set."""
     assert model.conv is not None, "built where model.conv is set"
     return model.conv
 
 
-def channels_of(conv: Conv) -> list[int]:
-    """Of every level, from the highest resolution down."""
+def level_channels(conv: Conv) -> list[int]:
+    """Channels of every level, from the highest resolution down."""
     return [conv.channels * multiplier for multiplier in conv.multipliers]
 
 

@@ -1,6 +1,6 @@
-"""What a config builds: parameters by component, the packed sequence, the latent; without any weights.
+"""Describe the model of a config: parameters by component, the packed sequence, the latent; no weights needed.
 
-    print(describe(config, Rows.per_rank(config, world_size=2)))
+    print(describe(config, RankBatchSizes.per_rank(config, world_size=2)))
 
     component    parameters  width  depth  heads
     trunk             21.6M    384     12      6
@@ -18,27 +18,26 @@ import torch
 
 from configs import Config, DecoderGan
 from configs.architecture import Model, Text, Vit
-from model.conv import channels_of
-from model.corruption import hidden_shares, num_patches
-from model.decoder_stage import DecoderStage
-from model.discriminator import PatchGan
-from model.pack import Layout, pack
+from model.conv import level_channels
+from model.decoder import DecoderStage
+from model.latent import hidden_patch_probabilities, num_patches
+from model.losses.gan import PatchGan
+from model.packing import PackedLayout, RankBatchSizes, packed_layout
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 
 
-def count_parameters(config: Config, rows: Rows) -> dict[str, int]:
-    """Parameters of each component of the Pretrainer, in its order; those of "teacher" are not trained."""
+def count_parameters(config: Config, rows: RankBatchSizes) -> dict[str, int]:
+    """Count the parameters of each component of the Pretrainer, in its order; those of "teacher" are not trained."""
     with torch.device("meta"):
         model = Pretrainer(config, rows)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
 
 
-def step_layout(config: Config, rows: Rows, hidden: int = 0) -> Layout:
-    """The packed sequence that the student's trunk sees on one rank, in every step.
+def step_layout(config: Config, rows: RankBatchSizes, hidden: int = 0) -> PackedLayout:
+    """Return the layout of the packed sequence that the student's trunk sees on one rank.
 
-    In those that hide `hidden` patches of a rec image (objectives.rec.mask) rec has a group of its own, and what is not
-    hidden from it is the last of the sequence.
+    In steps that hide `hidden` patches of each rec image (objectives.rec.mask) rec has a group of its own, at the end
+    of the sequence.
     """
     views, model = config.views, config.model
     num_own = rows.rec if hidden else 0
@@ -51,24 +50,24 @@ def step_layout(config: Config, rows: Rows, hidden: int = 0) -> Layout:
     }
     crops = {name: (count, size, size) for name, (count, size) in sizes.items() if count}
     if model.conv is not None:
-        return pack(crops, model.patch_size, prefix=0, align=1)
-    return pack(crops, model.patch_size, prefix=1 + model.registers, hidden={"rec": hidden})
+        return packed_layout(crops, model.patch_size, prefix=0, align=1)
+    return packed_layout(crops, model.patch_size, prefix=1 + model.registers, hidden={"rec": hidden})
 
 
-def step_layouts(config: Config, rows: Rows) -> dict[int, tuple[Layout, float]]:
-    """Hidden patches of a rec image -> the sequence of the steps that hide so many, and their share of all steps."""
-    shares = hidden_shares(config.objectives.rec.mask if rows.rec else None, num_patches(config))
+def step_layouts(config: Config, rows: RankBatchSizes) -> dict[int, tuple[PackedLayout, float]]:
+    """Map numbers of hidden patches to the layout of steps that hide so many, and the fraction of such steps."""
+    shares = hidden_patch_probabilities(config.objectives.rec.mask if rows.rec else None, num_patches(config))
     return {hidden: (step_layout(config, rows, hidden), share) for hidden, share in shares.items()}
 
 
-def longest_layout(config: Config, rows: Rows) -> int:
-    """How many patches are hidden in the steps of the longest sequence, which take the most memory."""
+def longest_step(config: Config, rows: RankBatchSizes) -> int:
+    """Return the number of hidden patches in steps with the longest sequence, which need the most memory."""
     layouts = step_layouts(config, rows)
     return max(layouts, key=lambda hidden: layouts[hidden][0].tokens)
 
 
-def describe(config: Config, rows: Rows) -> str:
-    """A table for people: what is built, how long the sequence of one rank is, what the latent looks like."""
+def describe(config: Config, rows: RankBatchSizes) -> str:
+    """Return a table: components with parameters, the sequence of one rank, the shape of the latent."""
     model, counts = config.model, count_parameters(config, rows)
     shapes: dict[str, Vit | Text | None] = {
         "trunk": model.trunk,
@@ -82,7 +81,7 @@ def describe(config: Config, rows: Rows) -> str:
         columns = "" if vit is None else f"{vit.width:>7}{vit.depth:>7}{vit.heads:>7}"
         lines.append(f"{name:<12}{_short(count):>12}{columns}")
     if model.conv is not None:
-        conv, levels = model.conv, " ".join(map(str, channels_of(model.conv)))
+        conv, levels = model.conv, " ".join(map(str, level_channels(model.conv)))
         lines.append(f"convolutions of {levels} channels, {conv.num_res_blocks} residual blocks a level of the encoder")
         lines[-1] += f", attention on {conv.attention_levels} of them" if conv.attention_levels else ""
     trained = sum(count for name, count in counts.items() if name != "teacher")
@@ -99,7 +98,7 @@ def describe(config: Config, rows: Rows) -> str:
 
 
 def describe_decoder_gan(config: DecoderGan, model: Model) -> str:
-    """The same for stage 2 on a tokenizer of this model."""
+    """Return the table of stage 2 for a tokenizer of this model."""
     with torch.device("meta"):
         parts = dict(DecoderStage(model).named_children()) | {"discriminator": PatchGan(config.discriminator)}
     lines = [f"{'component':<14}{'parameters':>12}"]
@@ -111,7 +110,7 @@ def describe_decoder_gan(config: DecoderGan, model: Model) -> str:
 
 
 def _short(count: int) -> str:
-    """21623808 -> 21.6M"""
+    """Abbreviate a count: 21623808 -> 21.6M."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             return f"{count / size:.1f}{unit}"

@@ -1,9 +1,9 @@
-"""What turns trunk features into what the objectives compare.
+"""Heads between trunk features and losses: CLIP projection and DINO/iBOT prototypes.
 
     image_BE, text_BE, scale, bias = ClipHeads(384, clip_width=768, has_bias=False)(image_BD, text_BE)
     x_XE, prototypes_KE = PrototypeHead(384, Prototypes(num=65536))(x_XD)   # (X, 384) -> (X, 256), (65536, 256)
 
-Everything that leaves a head has been normalised in float32; temperatures belong to the objectives.
+All outputs are normalised in float32; temperatures belong to the losses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_LOGIT_SCALE = math.log(100)  # [C]
 
 
 class ClipHeads(nn.Module):
-    """Projects image features into the joint space; holds the temperature and the sigmoid loss's bias.
+    """Project image features into the joint image-text space; holds the logit scale and the sigmoid loss's bias.
 
     Both have shape (1,), not (): ZeRO-3 cannot partition a 0-dimensional parameter.
     """
@@ -45,10 +45,10 @@ class ClipHeads(nn.Module):
 
 
 class WeightNormPrototypes(nn.Module):
-    """K vectors g v / |v|, length `weight_g` and direction `weight_v` learned apart, beside the rows they will meet.
+    """K weight-normed prototypes g v / |v|, with length `weight_g` and direction `weight_v` learned separately.
 
-    The vectors leave as an activation, because the objectives multiply and ZeRO-3 has the parameters here only. (For
-    the same reason torch's weight norm does not serve: its hook replaces the parameter by a plain tensor.)
+    They are returned as an activation, because the losses compute the products and ZeRO-3 has the parameters here only.
+    (For the same reason torch's weight norm does not work: its hook replaces the parameter by a plain tensor.)
     """
 
     def __init__(self, width: int, num: int) -> None:
@@ -57,7 +57,7 @@ class WeightNormPrototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(num, width))
 
     def forward(self, x_XE: Tensor) -> tuple[Tensor, Tensor]:
-        """(X, E) -> the same rows L2-normalised, and the (K, E) prototypes, in the dtype of x."""
+        """(X, E) -> the rows L2-normalised, and the (K, E) prototypes, in the dtype of x."""
         prototypes_KE = self.weight_g.float() * F.normalize(self.weight_v.float(), dim=1)
         return F.normalize(x_XE.float(), dim=-1, eps=1e-12).to(x_XE.dtype), prototypes_KE.to(x_XE.dtype)
 

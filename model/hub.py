@@ -6,9 +6,9 @@
 
     DIR/config.json, model.safetensors      the public VTP layout
     DIR/tokenizer.json                      the captions' vocabulary, where there is a text tower and it is available
-    DIR/README.md                           the model card
+    DIR/README.md                           the model card: recorded facts, and metadata for the hub
 
-Where to look, tokens, caches and commits are the mixin's affair; what the files are is model/public_directory.py's.
+The mixin handles paths, tokens, caches and commits; model/public_layout.py defines the files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,14 +27,21 @@ from torch import Tensor
 
 from configs import UserError
 from configs.architecture import Model
-from model.model_card import card_text
-from model.origin import Origin
-from model.public_config import read_key
-from model.public_directory import CONFIG, VOCABULARY, read_config, read_public, write_public
-from model.public_layout import check_exportable
-from model.public_weights import INDEX, WEIGHTS, read_index
+from model.public_config import official_class_note, read_key
+from model.public_layout import (
+    PUBLIC_CONFIG,
+    PUBLIC_WEIGHTS,
+    SHARD_INDEX,
+    VOCABULARY,
+    check_exportable,
+    read_config,
+    read_public,
+    read_shard_index,
+    write_public,
+)
+from model.weights import WeightsOrigin
 
-T = TypeVar("T", bound="OnHub")
+T = TypeVar("T", bound="HubMixin")
 CARD = "README.md"
 _LINK_FIELDS = ("repo_url", "paper_url", "docs_url")  # fields of the mixin's template that are not metadata
 _METADATA_FIELDS = frozenset(inspect.signature(ModelCardData.__init__).parameters) - {
@@ -45,7 +52,7 @@ _METADATA_FIELDS = frozenset(inspect.signature(ModelCardData.__init__).parameter
 _DOWNLOAD_ERRORS = (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError)
 
 
-class OnHub(
+class HubMixin(
     ModelHubMixin,
     library_name="vtp-engine",
     tags=["visual-tokenizer", "vtp"],
@@ -54,15 +61,19 @@ class OnHub(
     """Hub mixin of VisualTokenizer, which provides `model`, `origin`, `vocabulary`, `state_dict`, `from_state`."""
 
     model: Model
-    origin: Origin | None
+    origin: WeightsOrigin | None
     vocabulary: str | None  # the captions' tokenizer.json: its path, or the hub name of a repository with one
 
     @classmethod
     @abstractmethod
     def from_state(
-        cls: type[T], model: Model, state: dict[str, Tensor], attention: str = "sdpa", origin: Origin | None = None
+        cls: type[T],
+        model: Model,
+        state: dict[str, Tensor],
+        attention: str = "sdpa",
+        origin: WeightsOrigin | None = None,
     ) -> T:
-        """A tokenizer of weights under our names, with a resolved backend; `origin` is what saving says of them."""
+        """Build a tokenizer from weights under our names, with a resolved backend; `origin` is written when saving."""
         ...
 
     @abstractmethod
@@ -72,12 +83,13 @@ class OnHub(
 
     @classmethod
     def from_pretrained(cls: type[T], pretrained_model_name_or_path: str | Path, **options: Any) -> T:
-        """From a directory or a hub name. Options: revision, token, cache_dir, local_files_only, force_download of the
-        hub, and `attention`, a backend's name. Raises UserError for what is neither, or cannot be read.
+        """Load from a directory or a hub name. Raises UserError where it is neither, or cannot be read.
+
+        Options: revision, token, cache_dir, local_files_only, force_download of the hub, and `attention`, a backend.
         """
         name = str(pretrained_model_name_or_path)
         if Path(name).is_dir():
-            read_config(Path(name))  # here with our words for what is wrong with it, in the mixin with json's
+            read_config(Path(name))  # raises UserError; the mixin would raise json's error
         try:
             return super().from_pretrained(name, **options)
         except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -104,15 +116,15 @@ class OnHub(
                 f"{card} exists and is not overwritten: model_card_kwargs would have no effect; edit that file, or "
                 "remove it"
             )
-        self.generate_model_card(**(model_card_kwargs or {}))  # raises where they are wrong, before anything is written
+        self.generate_model_card(**(model_card_kwargs or {}))  # raises for unknown fields, before anything is written
         return super().save_pretrained(save_directory, model_card_kwargs=model_card_kwargs, **options)
 
     def generate_model_card(self, *_: Any, **given: Any) -> ModelCard:
         """Make README.md: recorded facts about the weights, and how to use them; `given` are model_card_kwargs."""
         data, links = card_metadata(self._hub_mixin_info.model_card_data, given)
-        text = card_text(
+        text = model_card_text(
             self.model,
-            self._known_origin(),
+            self._require_origin(),
             self._parts(),
             str(data.license),
             self.vocabulary_file() is not None,
@@ -140,7 +152,7 @@ class OnHub(
         return {name.split(".")[0] for name in self.state_dict()}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_public(save_directory, self.state_dict(), self.model, self._known_origin())
+        write_public(save_directory, self.state_dict(), self.model, self._require_origin())
         source, target = self.vocabulary_file(), save_directory / VOCABULARY
         if source is not None and source.resolve() != target.resolve():
             shutil.copyfile(source, target)
@@ -149,7 +161,7 @@ class OnHub(
     def _from_pretrained(cls: type[T], *, model_id: str, attention: str = "sdpa", **hub: Any) -> T:
         directory = Path(model_id)
         if not directory.is_dir():
-            directory = Path(hf_hub_download(model_id, CONFIG, **hub)).parent
+            directory = Path(hf_hub_download(model_id, PUBLIC_CONFIG, **hub)).parent
             hub |= {"revision": directory.name}  # the commit that config.json came from
             _fetch_weights(model_id, directory, hub)
             _fetch_vocabulary(model_id, directory, hub)
@@ -159,11 +171,11 @@ class OnHub(
             tokenizer.vocabulary = str(directory / VOCABULARY)
         return tokenizer
 
-    def _known_origin(self) -> Origin:
+    def _require_origin(self) -> WeightsOrigin:
         if self.origin is None:
             raise UserError(
-                "config.json wants the image size these weights were trained at, which nothing has said: give "
-                "VisualTokenizer.from_state an origin=Origin(image_size=...)"
+                "config.json wants the image size these weights were trained at, which is not known: give "
+                "VisualTokenizer.from_state an origin=WeightsOrigin(image_size=...)"
             )
         return self.origin
 
@@ -186,15 +198,15 @@ def card_metadata(ours: ModelCardData, given: Mapping[str, Any]) -> tuple[ModelC
 
 
 def _fetch_weights(name: str, directory: Path, hub: dict[str, Any]) -> None:
-    """Into the cache's `directory`: the file of weights, or, where the hub has none, the index and what it names."""
+    """Download into the cache's `directory`: the weights file or, where the hub has none, the index and its shards."""
     try:
-        hf_hub_download(name, WEIGHTS, **hub)
+        hf_hub_download(name, PUBLIC_WEIGHTS, **hub)
     except EntryNotFoundError as none:
         try:
-            hf_hub_download(name, INDEX, **hub)
+            hf_hub_download(name, SHARD_INDEX, **hub)
         except EntryNotFoundError:
             raise none from None
-        for file in sorted(set(read_index(directory / INDEX).values())):
+        for file in sorted(set(read_shard_index(directory / SHARD_INDEX).values())):
             hf_hub_download(name, file, **hub)
 
 
@@ -203,3 +215,66 @@ def _fetch_vocabulary(name: str, directory: Path, hub: dict[str, Any]) -> None:
     if read_key(read_config(directory), "train_clip"):
         with suppress(EntryNotFoundError):
             hf_hub_download(name, VOCABULARY, **hub)
+
+
+_METHODS = {"decoder": "decode", "text": "embed_captions", "clip": "embed_images"}
+_CARD = """# {title}
+
+A visual tokenizer of the VTP architecture ([arXiv 2512.13687](https://arxiv.org/abs/2512.13687)): a ViT turns an
+image into latents with {channels} channels at 1/{patch} of the resolution.
+
+| | |
+|---|---|
+{rows}
+
+`config.json` and `model.safetensors` are in the public VTP layout.{note} With vtp-engine:
+
+    from model.tokenizer import VisualTokenizer
+    tokenizer = VisualTokenizer.from_pretrained("PATH OR NAME")
+    latent = tokenizer.encode(images)    # (B, 3, H, W), uint8 or [0, 1] -> (B, {channels}, H/{patch}, W/{patch})
+{decode}
+What these weights reconstruct, classify or generate has not been recorded here.
+"""
+_DECODE = "    pixels = tokenizer.decode(latent)    # (B, 3, H, W) in [0, 1]\n"
+
+
+def model_card_text(
+    model: Model,
+    origin: WeightsOrigin,
+    parts: Set[str],
+    licence: str = "unknown",
+    has_vocabulary: bool = False,
+    links: Mapping[str, str] | None = None,
+) -> str:
+    """Write the card as Markdown without front matter.
+
+    `parts` are those of model.factory.TOKENIZER_PARTS that the weights hold; `has_vocabulary`: tokenizer.json is saved
+    with them.
+    """
+    rows = {
+        "configuration": origin.name or "unknown",
+        "training steps": "unknown" if origin.steps is None else f"{origin.steps:,}",
+        "fingerprint of the settings": origin.fingerprint or "unknown",
+        "trained at": f"{origin.image_size} pixels",
+        "encoder": _vit(model.trunk.width, model.trunk.depth, model.trunk.heads),
+        "methods": ", ".join(["encode", *(_METHODS[part] for part in _METHODS if part in parts)]),
+        "licence": licence,
+    }
+    if "decoder" in parts:
+        rows["decoder"] = _vit(model.decoder.width, model.decoder.depth, model.decoder.heads)
+    if "text" in parts:
+        rows["captions' vocabulary"] = "`tokenizer.json`" if has_vocabulary else "not in this directory"
+    rows |= {key.removesuffix("_url"): url for key, url in (links or {}).items()}
+    note = official_class_note(model, parts)
+    return _CARD.format(
+        title=origin.name or "Visual tokenizer",
+        channels=model.latent_channels,
+        patch=model.patch_size,
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        decode=_DECODE if "decoder" in parts else "",
+        note=f" But {note}." if note else "",
+    )
+
+
+def _vit(width: int, depth: int, heads: int) -> str:
+    return f"width {width}, depth {depth}, {heads} heads"

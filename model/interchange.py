@@ -1,4 +1,4 @@
-"""Weights for programs that are not this one, and theirs for this one.
+"""Exchange weights with other programs: export to and import from the public layout, write standalone programs.
 
 python -m model.interchange export runs/demo --out DIR      # the public VTP layout, vocabulary, model card
 python -m model.interchange import DIR --out FILE           # back: VisualTokenizer.from_file(FILE), init.weights=FILE
@@ -16,7 +16,7 @@ from configs import UserError
 from configs.command_line import CommandParser
 from model.programs import write_onnx, write_programs
 from model.public_config import official_class_note
-from model.public_directory import CONFIG, VOCABULARY, read_public
+from model.public_layout import PUBLIC_CONFIG, VOCABULARY, read_public
 from model.tokenizer import VisualTokenizer
 from model.weights import write_weights
 
@@ -36,14 +36,14 @@ def export(tokenizer: VisualTokenizer, out: Path, licence: str | None) -> None:
 
 
 def import_directory(directory: Path, out: Path) -> None:
-    """DIR in the public layout -> FILE, a weights file of ours."""
+    """Convert a directory in the public layout into a weights file of ours."""
     state, model, origin = read_public(directory)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_weights(out, state, model, origin)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0 when done, 2 for a mistake the user can mend."""
+    """Run the command line; return 0 when done, 2 for a mistake that the user can fix."""
     given = _parser().parse_args(arguments)
     try:
         _check_out(given.out, is_file=given.command == "import")
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_onnx(_tokenizer(given.directory), given.out)
         else:
             write_programs(_tokenizer(given.directory), given.out)
-    except (UserError, OSError) as error:  # of the disk, with the path
+    except (UserError, OSError) as error:  # OSError: of the disk, with the path
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(given.out)
@@ -63,15 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_out(out: Path, is_file: bool) -> None:
-    """Raises UserError where something of another kind has the name."""
+    """Raise UserError where `out` exists and is a directory instead of a file, or the reverse."""
     if out.exists() and out.is_dir() == is_file:
         found, wanted = ("directory", "file") if is_file else ("file", "directory")
         raise UserError(f"--out {out} is a {found}, and what is written is a {wanted}: give another name")
 
 
 def _tokenizer(directory: Path) -> VisualTokenizer:
-    """Of a run, or of a directory in the public layout."""
-    is_public = (directory / CONFIG).is_file()
+    """Load the tokenizer of a run, or of a directory in the public layout."""
+    is_public = (directory / PUBLIC_CONFIG).is_file()
     return VisualTokenizer.from_pretrained(directory) if is_public else VisualTokenizer.from_run(directory)
 
 

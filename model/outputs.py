@@ -1,8 +1,7 @@
-"""What one forward pass hands to the objectives: plain tensors, no parameters.
+"""Outputs of one forward pass, the inputs of the losses: plain tensors, no parameters.
 
-Under ZeRO-3 a parameter is an empty tensor outside the engine's forward, so everything an objective needs,
-the logit scale included, leaves the model through these dataclasses. An objective the run does not train is
-None.
+Under ZeRO-3 a parameter is an empty tensor outside the engine's forward, so everything a loss needs, the logit scale
+included, is in these dataclasses. The field of an objective that the run does not train is None.
 
     S = 3 ssl images with 2 global and N = 4 local crops each, K = 1024 prototypes of E = 256, M = 20 hidden patches:
     outputs.ssl.student_global_GE.shape == (6, 256)   # G = 2S: images 0 1 2 of view 0, then 0 1 2 of view 1
@@ -17,12 +16,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from model.latent import Gaussian
+from model.latent import DiagonalGaussian
 
 
 @dataclass(frozen=True)
 class ClipOutputs:
-    """Image and caption vectors of this rank's B pairs, row i of one belonging to row i of the other."""
+    """Image and caption embeddings of this rank's B pairs, row by row."""
 
     image_BE: Tensor  # (B, E) float32, L2-normalised
     text_BE: Tensor  # (B, E) float32, L2-normalised
@@ -32,10 +31,10 @@ class ClipOutputs:
 
 @dataclass(frozen=True)
 class SslOutputs:
-    """S images and the prototypes they are compared with. Crops are view-major: G = 2S, L = N*S, N may be 0.
+    """Student and teacher features of S images, and the prototypes. Crops are view-major: G = 2S, L = N*S, N may be 0.
 
     Rows (., E) are L2-normalised; a row's logits, no temperature, are its products with the (K, E) prototypes. They
-    are left to the objectives, which compute a chunk of them at a time: all of them are the step's largest tensors.
+    are left to the losses, which compute a chunk of them at a time: together they would be the step's largest tensors.
     """
 
     student_global_GE: Tensor  # (2S, E) CLS of the masked global crops
@@ -43,7 +42,7 @@ class SslOutputs:
     student_patch_ME: Tensor  # (M, E) hidden patches of the global crops, crop by crop
     student_KE: Tensor  # (K, E) the student's prototypes
     teacher_global_GE: Tensor  # (2S, E) CLS of the whole global crops; no gradient
-    teacher_patch_ME: Tensor  # (M, E) the same patches as student_patch_ME, seen by the teacher; no gradient
+    teacher_patch_ME: Tensor  # (M, E) the same patches from the teacher, which sees them; no gradient
     teacher_KE: Tensor  # (K, E) the teacher's prototypes; no gradient
     student_cls_GD: Tensor  # (2S, D) CLS before the prototype head and before any L2 norm, for KoLeo
     patch_weight_M: Tensor  # (M,) float32: 1 / (hidden patches of the crop this patch belongs to)
@@ -51,7 +50,7 @@ class SslOutputs:
 
 @dataclass(frozen=True)
 class AlignOutputs:
-    """The latents of the R images once more, for the comparison with a frozen encoder's features of width W."""
+    """Latents of the R images, to be compared with a frozen encoder's features of width W."""
 
     latent_RPL: Tensor  # (R, P, L)
     projected_RPW: Tensor  # (R, P, W) a linear map of them
@@ -59,21 +58,24 @@ class AlignOutputs:
 
 @dataclass(frozen=True)
 class RecOutputs:
-    """Reconstructions of R images and what they should be, both in ImageNet-normalised space."""
+    """Reconstructions of R images and their targets, both ImageNet-normalised."""
 
     recon: Tensor  # (R, 3, H, W)
     target: Tensor  # (R, 3, H, W)
-    latent: Tensor  # (R, L, h, w) before any noise, 0 where a patch was hidden; for pictures, no objective reads it
-    posterior: Gaussian | None = None  # (R, V, L) each, of the visible patches; with model.latent=gaussian
+    latent: Tensor  # (R, L, h, w) before any noise, 0 where a patch was hidden; for image logs, no loss reads it
+    posterior: DiagonalGaussian | None = None  # (R, V, L) each, of the visible patches; with model.latent=gaussian
     align: AlignOutputs | None = None  # with objectives.rec.align
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """One forward pass of the Pretrainer. `forks` are the features (T, D) that each objective reads, by its name, all
-    alike: the gradient at one of them is that objective's alone (engine/health/shares.py)."""
+    """One forward pass of the Pretrainer.
+
+    `branch_features` are views of the features (T, D), one for each objective by name, equal in value: the gradient at
+    one of them is that objective's alone (engine/health/shares.py).
+    """
 
     clip: ClipOutputs | None
     ssl: SslOutputs | None
     rec: RecOutputs | None
-    forks: dict[str, Tensor] = field(default_factory=dict)
+    branch_features: dict[str, Tensor] = field(default_factory=dict)

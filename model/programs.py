@@ -34,8 +34,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from configs import UserError
-from model.tokenizer import VisualTokenizer, pixels_of
-from model.towers import Decoder
+from model.factory import Decoder
+from model.tokenizer import VisualTokenizer, decode_pixels
 
 CONVENTIONS = "conventions.json"
 ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -44,12 +44,12 @@ COPY_OPERATORS = frozenset(
     ("cat", "chunk", "expand", "flatten", "getitem", "ones", "repeat", "select", "stack", "unbind", "unflatten",
      "unsqueeze", "zeros", "zeros_like")
 )  # fmt: skip
-LEAST_SIDE = 2  # patches
-MOST_SIDE, MOST_IMAGES = 4096, 65_536  # bounds that torch.export asks for; nothing is known to end there
+MIN_SIDE = 2  # patches
+MAX_SIDE, MAX_IMAGES = 4096, 65_536  # torch.export requires bounds; larger sizes are not known to fail
 
 
 class _Encode(nn.Module):
-    """Holds what encode reads and no more: a program stores every weight of its module."""
+    """encode as a module with only the weights that it uses: a program stores every weight of its module."""
 
     def __init__(self, tokenizer: VisualTokenizer) -> None:
         super().__init__()
@@ -61,16 +61,18 @@ class _Encode(nn.Module):
 
 
 class _Decode(nn.Module):
+    """decode as a module."""
+
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
 
     def forward(self, latent: Tensor) -> Tensor:
-        return pixels_of(self.decoder, latent)
+        return decode_pixels(self.decoder, latent)
 
 
 class _Bf16Emulation(fx.Interpreter):
-    """Runs a program with float32 operators only: bf16 results are computed in float32 and rounded to bf16.
+    """Run a program with float32 operators only: bf16 results are computed in float32 and rounded to bf16.
 
     The values are the same, because bf16 operators compute so too. ONNX runtimes lack many bf16 operators (Sin, Cos),
     but have the conversions.
@@ -128,7 +130,7 @@ def write_onnx(tokenizer: VisualTokenizer, directory: Path) -> None:
 
 
 def write_programs(tokenizer: VisualTokenizer, directory: Path) -> None:
-    """encode.pt2, decode.pt2 and conventions.json into `directory`; without a decoder there is no decode.pt2.
+    """Write encode.pt2, decode.pt2 and conventions.json into `directory`; no decode.pt2 without a decoder.
 
     Raises UserError where the weights hold no bottleneck.
     """
@@ -139,20 +141,20 @@ def write_programs(tokenizer: VisualTokenizer, directory: Path) -> None:
 
 
 def encode_program(tokenizer: VisualTokenizer) -> ExportedProgram:
-    """images (B, 3, H, W) float32 in [0, 1] -> latent (B, L, H/p, W/p), for any B and any multiples of p from 2p on."""
+    """Export encode: images (B, 3, H, W) float32 in [0, 1] -> latent (B, L, H/p, W/p), sides multiples of p from 2p."""
     patch = tokenizer.model.patch_size
     example = torch.rand(2, 3, 3 * patch, 5 * patch, device=tokenizer.device)
-    tokenizer.encode(example)  # says what is missing, if anything is; export would wrap it into words of its own
+    tokenizer.encode(example)  # raises UserError where a module is missing; export would wrap it
     return _export(_Encode(tokenizer), example, patch)
 
 
 def decode_program(decoder: Decoder) -> ExportedProgram:
-    """latent (B, L, h, w) in the weights' dtype -> pixels (B, 3, h*p, w*p) float32 in [0, 1]; h and w from 2 on."""
+    """Export decode: latent (B, L, h, w) in the weights' dtype -> pixels (B, 3, h*p, w*p) in [0, 1]; h and w from 2."""
     return _export(_Decode(decoder), decoder.proj_in.weight.new_zeros(2, decoder.proj_in.in_features, 3, 5), 1)
 
 
 def conventions(tokenizer: VisualTokenizer) -> dict[str, Any]:
-    """What goes into the programs and comes out, as JSON."""
+    """Describe inputs and outputs of the programs, for JSON."""
     model, origin = tokenizer.model, tokenizer.origin
     image = {"shape": ["batch", 3, "height", "width"], "dtype": "float32", "range": [0, 1], "colour": "RGB"}
     latent = {
@@ -163,7 +165,7 @@ def conventions(tokenizer: VisualTokenizer) -> dict[str, Any]:
         "encode": {"images": image, "returns": latent},
         "decode": None if tokenizer.decoder is None else {"latent": latent, "returns": image},
         "strides": "contiguous, of inputs and outputs",
-        "sides": f"multiples of {model.patch_size}, from {LEAST_SIDE * model.patch_size} pixels on",
+        "sides": f"multiples of {model.patch_size}, from {MIN_SIDE * model.patch_size} pixels on",
         "origin": None if origin is None else asdict(origin),
         "torch": torch.__version__,
     }
@@ -215,11 +217,11 @@ def _operator_name(node: fx.Node) -> str:
 
 
 def _export(module: nn.Module, example: Tensor, step: int) -> ExportedProgram:
-    """The program of a module of one argument, whose sides are multiples of `step`."""
+    """Export a module of one argument, whose sides are multiples of `step`."""
     batch, down, across = (
-        Dim("batch", max=MOST_IMAGES),
-        Dim("down", min=LEAST_SIDE, max=MOST_SIDE),
-        Dim("across", min=LEAST_SIDE, max=MOST_SIDE),
+        Dim("batch", max=MAX_IMAGES),
+        Dim("down", min=MIN_SIDE, max=MAX_SIDE),
+        Dim("across", min=MIN_SIDE, max=MAX_SIDE),
     )
     with torch.no_grad():
         return torch.export.export(module, (example,), dynamic_shapes=({0: batch, 2: step * down, 3: step * across},))

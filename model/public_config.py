@@ -1,9 +1,9 @@
-"""The public layout's config.json <-> our model section.
+"""Conversion between the public layout's config.json and the model section of our configs.
 
     public_config(model, {"trunk", "bottleneck", "decoder"}, has_bias=False, image_size=256)     # a dictionary for JSON
-    model_of(json.loads(text))                                                                   # back, or one error
+    model_from_config(json.loads(text))                          # back, or a UserError
 
-The keys are those of the official class's VTPConfig, which writes all of them. Each is read, or refused with a remedy.
+The keys are those of the official class's VTPConfig, which writes all of them. Each is read, or rejected with a remedy.
 Keys of transformers' PretrainedConfig are ignored: none of them changes what the model computes.
 """
 
@@ -19,7 +19,7 @@ from configs.architecture import Model, Text, Vit
 from model.block import swiglu_hidden
 
 OFFICIAL_DECODER_PATCH = 16  # pixels a side; the official class builds its decoder for it, ignoring vision_patch_size
-_FIXED: dict[str, Any] = {  # what our modules are, in the layout's words
+_FIXED: dict[str, Any] = {  # keys of which our modules implement one value only
     "vision_ffn_layer": "swiglu",
     "text_ls_init_value": None,
     "text_embed_cls": False,
@@ -63,7 +63,7 @@ _USE_PUBLIC_CODE = "weights of such a model run in the public VTP code, not here
 
 
 def public_config(model: Model, parts: Set[str], has_bias: bool, image_size: int) -> dict[str, Any]:
-    """Return the config.json of weights that hold `parts` (model.parts.PARTS); `image_size` in pixels.
+    """Return the config.json of weights that hold `parts` (model.factory.TOKENIZER_PARTS); `image_size` in pixels.
 
     train_reconstruction is false for a decoder that the official class cannot build: see `official_class_note`.
     """
@@ -98,8 +98,8 @@ def official_class_note(model: Model, parts: Set[str]) -> str | None:
     )
 
 
-def parts_of(described: dict[str, Any], names: Set[str]) -> frozenset[str]:
-    """Return the model.parts.PARTS in weights whose config.json is `described` and whose public tensors are `names`."""
+def tokenizer_parts(described: dict[str, Any], names: Set[str]) -> frozenset[str]:
+    """Return the model.factory.TOKENIZER_PARTS in weights with this config.json and these public tensor names."""
     parts = {"trunk", "bottleneck"}
     parts |= {"text", "clip"} if read_key(described, "train_clip") else set()
     has_decoder = read_key(described, "train_reconstruction") or any(
@@ -124,7 +124,7 @@ def has_scalar_logit_scale(described: dict[str, Any]) -> bool:
     return not nonscalar
 
 
-def image_size_of(described: dict[str, Any]) -> int:
+def read_image_size(described: dict[str, Any]) -> int:
     """Return the side in pixels of the training images. Raises UserError unless it is a positive integer."""
     size = read_key(described, "image_size")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -135,10 +135,10 @@ def image_size_of(described: dict[str, Any]) -> int:
     return size
 
 
-def model_of(described: dict[str, Any]) -> Model:
-    """The model that a config.json describes.
+def model_from_config(described: dict[str, Any]) -> Model:
+    """Return the model section that a config.json describes.
 
-    Raises UserError for another architecture, a key too few or too many, or a value we do not have.
+    Raises UserError for another architecture, a missing or unknown key, or a value that we do not implement.
     """
     _check_known(described)
     feature = read_key(described, "vision_clip_feat")
@@ -151,9 +151,9 @@ def model_of(described: dict[str, Any]) -> Model:
         model = _model(described, next(ours for ours, public in _FEATURES.items() if public == feature))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        location = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"config.json describes no model of ours: {place} {first['input']!r}: {first['msg']}; {_USE_PUBLIC_CODE}"
+            f"config.json describes no model of ours: {location} {first['input']!r}: {first['msg']}; {_USE_PUBLIC_CODE}"
         ) from None
     _check_hidden_width(described, model)
     return model
@@ -210,7 +210,7 @@ def official_hidden_width(vit: Vit, align: int = 8) -> int:
 
 
 def _known_keys() -> Set[str]:
-    vit = Vit(width=4, depth=1, heads=1)  # any model: its keys are those of all
+    vit = Vit(width=4, depth=1, heads=1)  # any model: all have the same keys
     return public_config(Model(trunk=vit, decoder=vit), set(), False, 0).keys() | _TRANSFORMERS_KEYS
 
 

@@ -1,13 +1,13 @@
-"""Axial rotary position embedding: a patch's row turns one half of the angles, its column the other.
+"""Axial rotary position embedding (RoPE): half of the angles encode a patch's row, half its column.
 
 Coordinates are patch centres normalised to [-1, 1] on each axis, so a crop of any size or shape covers the
-same range. CLS, registers and padding are not turned: their rows of the table are cos 1, sin 0.
+same range. CLS, registers and padding are not rotated: their rows of the table are cos 1, sin 0.
 
     rope = Rope(head_width=8, base=100.0, dtype=torch.float32)
     rope.periods()                  # (2,): 1, 10               base^(i / (E/4)) for i = 0 .. E/4 - 1
     rope.table((2, 3))              # (2, 6, 8) cos and sin of 6 patches: 2 row angles, 2 column angles, again
     rope.packed(layout, device)     # (2, T, 8) for all tokens of a step
-    turn(q_THE, rope_2TE)           # q cos + rotate_half(q) sin
+    apply_rope(q_THE, rope_2TE)           # q cos + rotate_half(q) sin
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from configs.architecture import Model, Vit
-from model.pack import Layout
+from model.packing import PackedLayout
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Rope:
-    """`dtype` is that of the periods and of all that follows from them; bf16 in the released weights [C]."""
+    """Rotary tables of one head width. `dtype` is that of the periods and all later values; bf16 in the released
+    weights [C]."""
 
     head_width: int  # a multiple of 4: two axes, and cos/sin pairs
     base: float
@@ -50,10 +51,12 @@ class Rope:
         angles_PE = angles_P2Q.flatten(1).repeat(1, 2)
         return torch.stack((angles_PE.cos(), angles_PE.sin()))
 
-    def packed(self, layout: Layout, device: torch.device | str, visible: Mapping[str, Tensor] | None = None) -> Tensor:
+    def packed(
+        self, layout: PackedLayout, device: torch.device | str, visible: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """(2, T, E): the table of every token of `layout`; identity rows for CLS, registers and padding.
 
-        `visible` has, for groups with hidden patches, the numbers of the others: (segments, V).
+        `visible` holds, for groups with hidden patches, the indices of the visible ones: (segments, V).
         """
         parts = []
         for group in layout.groups:
@@ -70,20 +73,20 @@ class Rope:
         return torch.cat((cos_1NE, torch.zeros_like(cos_1NE)))
 
 
-def rope_of(model: Model, vit: Vit) -> Rope:
-    """The embedding of `vit`, the trunk or the decoder of `model`."""
+def build_rope(model: Model, vit: Vit) -> Rope:
+    """Build the RoPE of `vit`, the trunk or the decoder of `model`."""
     return Rope(vit.width // vit.heads, model.rope_base, _DTYPES[model.rope_dtype])
 
 
-def turn(x_THE: Tensor, rope_2TE: Tensor) -> Tensor:
-    """Rotates every pair (x_i, x_{i + E/2}) of every head by its token's angle, in the table's dtype.
+def apply_rope(x_THE: Tensor, rope_2TE: Tensor) -> Tensor:
+    """Rotate every pair (x_i, x_{i + E/2}) of every head by its token's angle, in the table's dtype.
 
     With a bf16 table even float32 queries and keys are rounded to bf16 here: the released weights were
     trained so, and only so do their outputs agree to 1e-4.
     """
     cos_T1Q, sin_T1Q = rope_2TE.chunk(2, dim=-1)[0].unsqueeze(2)  # the table has every angle twice
     first, second = x_THE.to(rope_2TE.dtype).chunk(2, dim=-1)
-    turned_THE = torch.cat((first * cos_T1Q - second * sin_T1Q, second * cos_T1Q + first * sin_T1Q), dim=-1)
+    rotated_THE = torch.cat((first * cos_T1Q - second * sin_T1Q, second * cos_T1Q + first * sin_T1Q), dim=-1)
     # Not a cast to the same dtype: it gives the same tensor, and torch 2.11 loses the gradient of a compiled autograd
-    # function's result that is also one of its intermediates (model/block_backward.py).
-    return turned_THE if turned_THE.dtype == x_THE.dtype else turned_THE.to(x_THE.dtype)
+    # function's result that is also one of its intermediates (model/block.py).
+    return rotated_THE if rotated_THE.dtype == x_THE.dtype else rotated_THE.to(x_THE.dtype)

@@ -1,4 +1,4 @@
-"""VisualTokenizer: what users of trained weights import.
+"""VisualTokenizer: images to latents and back with trained weights; the class that users import.
 
     tokenizer = VisualTokenizer.from_run("runs/demo")       # or .from_pretrained(a directory or a hub name)
     latent = tokenizer.encode(images)       # (B, 3, 256, 256), uint8 or float in [0, 1] -> (B, 64, 16, 16)
@@ -6,7 +6,7 @@
     scores = tokenizer.embed_images(images) @ tokenizer.embed_captions(captions).T
 
 Any height and width that are multiples of the patch size work. The latent is deterministic: no sampling, no
-noise [P]. Of weights with model.latent=gaussian `encode` gives the mode, `moments` the distribution.
+noise [P]. With model.latent=gaussian `encode` returns the mode, `moments` the distribution.
 
 Returned tensors are contiguous, as safetensors, `.view` and compiled programs need them.
 """
@@ -22,22 +22,20 @@ from torch import Tensor, nn
 
 from configs import Config, UserError, load_run
 from configs.architecture import Model
-from model.captions import pack_captions
-from model.hub import OnHub
+from model.factory import Decoder, TokenizerModules, is_tokenizer_parameter
+from model.hub import HubMixin
 from model.imagenet import denormalise, normalise
-from model.latent import Gaussian, mode
-from model.origin import Origin
-from model.pack import Layout
-from model.parts import Parts, outlives_training
+from model.latent import DiagonalGaussian, mode
+from model.packing import PackedLayout
 from model.pretrainer import image_feature
-from model.towers import Decoder
-from model.weights import read_origin, read_weights, weights_of_run
+from model.text import pack_captions
+from model.weights import WeightsOrigin, read_origin, read_weights, weights_of_run
 
 Part = TypeVar("Part", bound=nn.Module)
 
 
-class VisualTokenizer(Parts, OnHub):
-    """The student's modules under the Pretrainer's names, those that `parts` lists; methods need theirs."""
+class VisualTokenizer(TokenizerModules, HubMixin):
+    """The student's modules that `parts` lists. A method raises UserError where its module is not among them."""
 
     def __init__(
         self,
@@ -45,7 +43,7 @@ class VisualTokenizer(Parts, OnHub):
         parts: frozenset[str],
         has_bias: bool = False,
         attention: str = "sdpa",
-        origin: Origin | None = None,
+        origin: WeightsOrigin | None = None,
     ) -> None:
         super().__init__(model, parts, has_bias, attention)
         self.origin = origin
@@ -53,20 +51,20 @@ class VisualTokenizer(Parts, OnHub):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; latents come out in it."""
+        """Dtype of the weights and of latents."""
         return next(self.trunk.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return next(self.trunk.parameters()).device
 
     @classmethod
     def from_state(
-        cls, model: Model, state: dict[str, Tensor], attention: str = "sdpa", origin: Origin | None = None
+        cls, model: Model, state: dict[str, Tensor], attention: str = "sdpa", origin: WeightsOrigin | None = None
     ) -> VisualTokenizer:
-        """From weights under our names; the teacher's and the prototypes' are left out."""
-        kept = {name: tensor for name, tensor in state.items() if outlives_training(name)}
+        """Build from weights under our names; those of teacher and prototypes are ignored."""
+        kept = {name: tensor for name, tensor in state.items() if is_tokenizer_parameter(name)}
         parts = frozenset(name.split(".")[0] for name in kept)
         with torch.device("meta"):
             tokenizer = cls(model, parts, "clip.logit_bias" in kept, attention, origin)
@@ -85,11 +83,11 @@ class VisualTokenizer(Parts, OnHub):
 
     @classmethod
     def from_file(cls, path: str | Path, attention: str = "sdpa") -> VisualTokenizer:
-        """From a weights file (model/weights.py). Raises UserError where it cannot be read, or holds another model."""
+        """Load a weights file (model/weights.py). Raises UserError where it is unreadable or its tensors do not fit."""
         state, model = read_weights(path)
         try:
             return cls.from_state(model, state, attention, read_origin(path))
-        except RuntimeError as error:  # load_state_dict's list of names and shapes that do not fit
+        except RuntimeError as error:  # load_state_dict's list of mismatched names and shapes
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"{path}: the weights do not fit the model that describes them ({reason}); export them anew"
@@ -97,34 +95,34 @@ class VisualTokenizer(Parts, OnHub):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, height, width), uint8 or float in [0, 1] -> latent (B, L, height/p, width/p)."""
+        """Encode images (B, 3, height, width), uint8 or float in [0, 1], to latents (B, L, height/p, width/p)."""
         return mode(self._encoded(images), self.model, dim=1).contiguous()
 
     @torch.no_grad()
-    def moments(self, images: Tensor) -> Gaussian:
-        """As `encode`, with the variance: of weights with model.latent=gaussian. Raises UserError for others."""
+    def moments(self, images: Tensor) -> DiagonalGaussian:
+        """Mean and variance of the latent, of weights with model.latent=gaussian. Raises UserError for others."""
         if self.model.latent != "gaussian":
             raise UserError(
                 f"these weights have model.latent={self.model.latent}: their latents are points, without a variance; "
                 "call encode"
             )
-        return Gaussian(*(half.contiguous() for half in Gaussian.of(self._encoded(images), dim=1)))
+        return DiagonalGaussian(*(half.contiguous() for half in DiagonalGaussian.of(self._encoded(images), dim=1)))
 
     def _encoded(self, images: Tensor) -> Tensor:
         x_TD, layout = self.features(images)
-        y_BPM = _require(self.bottleneck, "encode", "bottleneck")(layout.patches(x_TD, "clip"))
+        y_BPM = _require_module(self.bottleneck, "encode", "bottleneck")(layout.patches(x_TD, "clip"))
         return y_BPM.transpose(1, 2).unflatten(2, layout.group("clip").grid)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """(B, L, h, w) -> (B, 3, h*p, w*p) float32 in [0, 1], clamped."""
-        return pixels_of(_require(self.decoder, "decode", "decoder"), latent)  # type: ignore[arg-type]
+        """Decode latents (B, L, h, w) to images (B, 3, h*p, w*p), float32 in [0, 1], clamped."""
+        return decode_pixels(_require_module(self.decoder, "decode", "decoder"), latent)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> tuple[Tensor, Layout]:
-        """The trunk's final-normed tokens of `images`, pre-bottleneck, and their layout (group "clip").
+    def features(self, images: Tensor) -> tuple[Tensor, PackedLayout]:
+        """Return the trunk's final-normed tokens of `images`, before the bottleneck, and their layout (group "clip").
 
-        Raises UserError for a tensor that is no batch of RGB images.
+        Raises UserError for a tensor that is not a batch of RGB images.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
             raise UserError(
@@ -137,22 +135,22 @@ class VisualTokenizer(Parts, OnHub):
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """(B, clip_width) float32, L2-normed: images in the joint image-text space."""
+        """Embed images in the joint image-text space: (B, clip_width) float32, L2-normalised."""
         x_TD, layout = self.features(images)
         if not self.model.bottleneck_ae_only:
-            x_TD = mode(_require(self.bottleneck, "embed_images", "bottleneck")(x_TD), self.model)
-        clip = _require(self.clip, "embed_images", "clip")
+            x_TD = mode(_require_module(self.bottleneck, "embed_images", "bottleneck")(x_TD), self.model)
+        clip = _require_module(self.clip, "embed_images", "clip")
         return F.normalize(clip.visual_proj(image_feature(layout, x_TD, self.model.image_feature)).float(), dim=-1)
 
     @torch.no_grad()
     def embed_captions(self, captions: Tensor) -> Tensor:
-        """(B, C) token ids -> (B, clip_width) float32, L2-normed: captions in the joint image-text space."""
+        """Embed captions, (B, C) token ids, in the joint image-text space: (B, clip_width) float32, L2-normalised."""
         packed = pack_captions(captions.cpu()).to(self.device)
-        return F.normalize(_require(self.text, "embed_captions", "text")(packed).float(), dim=-1)
+        return F.normalize(_require_module(self.text, "embed_captions", "text")(packed).float(), dim=-1)
 
 
-def pixels_of(decoder: Decoder, latent: Tensor) -> Tensor:
-    """(B, L, h, w) -> (B, 3, h*p, w*p) float32 in [0, 1], clamped."""
+def decode_pixels(decoder: Decoder, latent: Tensor) -> Tensor:
+    """Decode latents (B, L, h, w) with `decoder` to images (B, 3, h*p, w*p), float32 in [0, 1], clamped."""
     grid = (latent.shape[2], latent.shape[3])
     return denormalise(decoder(latent.flatten(2).transpose(1, 2), grid)).contiguous()
 
@@ -161,12 +159,12 @@ def _vocabulary_of(path: Path) -> str | None:
     """Return data.tokenizer of a pre-training run's config.yaml; None for another kind of run or an unreadable file."""
     try:
         config = load_run(path) if path.is_file() else None
-    except UserError:  # a config of another version; the weights describe their model themselves
+    except UserError:  # a config of another version; the weights file has its own model section
         return None
     return config.data.tokenizer if isinstance(config, Config) else None
 
 
-def _require(part: Part | None, method: str, name: str) -> Part:
+def _require_module(part: Part | None, method: str, name: str) -> Part:
     if part is None:
         raise UserError(f"{method} needs the {name}, which these weights do not hold: train with its objective on")
     return part

@@ -22,10 +22,9 @@ from data.latents.files import STATISTICS, read_statistics
 from data.latents.store import LatentStore
 from engine.checkpoint.pieces import Pieces
 from evaluation.inception import read_inception
-from model.generator.weights import read_generator
-from model.public_directory import read_public
-from model.torch_file import read_tensors
-from model.weights import read_weights
+from model.generator.factory import read_generator
+from model.public_layout import read_public
+from model.weights import read_torch_tensors, read_weights
 from tests.test_layering import ALL, ROOT
 
 pytestmark = pytest.mark.L0
@@ -191,7 +190,7 @@ def latent_store(path: Path) -> object:
 DOORS: dict[str, Callable[[Path], object]] = {
     "latent statistics": lambda path: read_statistics(path.rename(path.with_name(STATISTICS)).parent, 16),
     "latents": latent_store,
-    "perceptual network": read_tensors,
+    "perceptual network": read_torch_tensors,
     "feature network": read_inception,
     "weights": read_weights,
     "generator": read_generator,

@@ -15,8 +15,8 @@ import torch
 from configs import Config, load_config
 from data.batch import Batch
 from engine.corruption import corruptor
-from model.captions import pack_captions
-from model.corruption import Corruption
+from model.latent import RecNoise
+from model.text import pack_captions
 
 T = TypeVar("T")
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -44,7 +44,7 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     return {"captions": pack_captions(batch.captions)} | {name: getattr(batch, name) for name in names}
 
 
-def corruption(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Corruption | None:
+def corruption(config: Config, step: int, rank: int = 0, world_size: int = 1) -> RecNoise | None:
     """What engine.step draws for rec beside `model_inputs`."""
     draws = corruptor(config, rank, world_size)
     return draws and draws.draw(step)

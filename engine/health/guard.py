@@ -29,7 +29,7 @@ from configs.health import Health
 from engine import stop_file, world
 from engine.health.failure import TrainingFailed
 from engine.health.judge import Judge
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)  # Ctrl-C, closed terminal; ignored under nohup and `&`

@@ -27,7 +27,7 @@ from torch import Tensor
 from engine import world, zero
 from engine.health.failure import TrainingFailed
 from engine.training import Kept
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 
 _CHUNK = 1 << 20  # words at a time: 8 MiB of 64-bit products
 _ODD = -0x61C8864680B583EB  # 2^64 divided by the golden ratio, odd, as a signed number

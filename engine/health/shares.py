@@ -1,7 +1,7 @@
 """How much of the trunk's gradient each objective asks for.
 
     shares = GradientShares(every=100, device=device)
-    shares.watch(step, outputs.forks)            # before backward; hooks on one step in a hundred
+    shares.watch(step, outputs.branch_features)            # before backward; hooks on one step in a hundred
     shares.read(comm)                            # {"health/grad_share/clip": 0.7, "health/grad_share/ssl": 0.2, ...}
 
 Looked at is d (weight * objective) / d features where the model forks to its objectives (model/pretrainer.py): behind
@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 
 
 class GradientShares:

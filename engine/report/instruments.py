@@ -26,7 +26,7 @@ from engine.report.timing import report as phase_times
 from engine.report.traffic import Traffic, counting
 from engine.report.utilisation import Utilisation, utilisation
 from engine.training import Training
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.instruments.phases import PhaseTimer
 from profiling.instruments.profiler import ProfilerWindow
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.report.utilisation import Utilisation
 from engine.training import Record
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 
 # Named terms that are no losses.
 _PRETRAINING = ("clip_accuracy", "logit_scale", "logit_bias", "teacher_entropy", "prototype_share")

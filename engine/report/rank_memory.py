@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.instruments.memory import peak_and_current_bytes
 
 

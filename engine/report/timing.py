@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import zero
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.instruments.phases import PHASES, PhaseTimer
 
 NOT_OWN = ("all_gather", "reduce_scatter", "all_reduce", "report")

@@ -33,14 +33,14 @@ from engine.trainings.decoder_step import JUDGES, LISTENS, DecoderAssembly, Deco
 from engine.trainings.frozen_tokenizer import described, initial_decoder
 from engine.trainings.shard_fed import ShardFed
 from model.block import Block
-from model.decoder_stage import DecoderStage, StageOutputs
+from model.decoder import DecoderStage, DecoderStageOutputs
 from model.describe import describe_decoder_gan
-from model.discriminator import PatchGan, initialise_discriminator
 from model.imagenet import denormalise
-from model.objectives.comm import Comm
-from model.objectives.perceptual import Perceptual
-from model.tokenizer import pixels_of
-from model.weights import opened
+from model.losses.comm import Comm
+from model.losses.gan import PatchGan, initialise_discriminator
+from model.losses.perceptual import LpipsDistance
+from model.tokenizer import decode_pixels
+from model.weights import open_weights
 from profiling.cost.flops import StepFlops
 from profiling.cost.step_flops import decoder_gan_flops
 
@@ -62,7 +62,7 @@ class DecoderTraining(ShardFed[PictureBatch]):
         super().__init__(loader)
         self.config, self.model, self.parts, self.choices = config, model, parts, choices
         self.comm, self.device, self.phases = parts.comm, parts.device, parts.phases
-        self._shown: StageOutputs | None = None  # of the last step
+        self._shown: DecoderStageOutputs | None = None  # of the last step
 
     @property
     def backend(self) -> str:
@@ -96,7 +96,7 @@ class DecoderTraining(ShardFed[PictureBatch]):
             return {}
         shown = self._shown
         target, recon, latent = (x.detach()[:SHOWN] for x in (shown.target, shown.recon, shown.latent))
-        before = pixels_of(initial_decoder(self.config, self.model).to(self.device), latent.float())
+        before = decode_pixels(initial_decoder(self.config, self.model).to(self.device), latent.float())
         return {"reconstructions": reconstructions(denormalise(target), before, denormalise(recon))}
 
     def kept(self) -> Kept:
@@ -180,7 +180,7 @@ def assemble(
 
 def _fill_from_file(stage: DecoderStage, config: DecoderGan) -> str:
     path = Path(config.tokenizer.weights)
-    with opened(path) as stored:
+    with open_weights(path) as stored:
 
         def fill(name: str, tensor: Tensor) -> None:
             tensor.copy_(stored.get_tensor(name))
@@ -204,9 +204,9 @@ def _learning(config: DecoderGan) -> Optim:
     return config.optim.model_copy(update=changed)
 
 
-def _perceptual(config: DecoderGan, device: torch.device) -> Perceptual | None:
+def _perceptual(config: DecoderGan, device: torch.device) -> LpipsDistance | None:
     rec = config.objectives.rec
     if not rec.perceptual:
         return None
     assert rec.lpips_weights is not None, "the schema asks for weights"
-    return Perceptual.load(rec.lpips_weights).to(device)
+    return LpipsDistance.load(rec.lpips_weights).to(device)

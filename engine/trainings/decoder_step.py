@@ -29,12 +29,11 @@ from engine.average import Average
 from engine.health.judge import Judge
 from engine.optim import set_learning_rate
 from engine.schedule import learning_rate
-from model.decoder_stage import StageOutputs
-from model.objectives.adversarial import discriminator_loss
-from model.objectives.comm import Comm
-from model.objectives.decoder_losses import decoder_losses
-from model.objectives.perceptual import Perceptual
-from model.objectives.pixels import to_signed
+from model.decoder import DecoderStageOutputs
+from model.losses.comm import Comm
+from model.losses.gan import decoder_losses, discriminator_loss
+from model.losses.perceptual import LpipsDistance
+from model.losses.pixels import to_signed
 from profiling.instruments.phases import PhaseTimer
 
 LISTENS, JUDGES = "gan/decoder_listens", "gan/discriminator_steps"  # reported: shares of the steps
@@ -44,12 +43,12 @@ LISTENS, JUDGES = "gan/decoder_listens", "gan/discriminator_steps"  # reported: 
 class DecoderAssembly:
     """Everything a step of stage 2 needs on this rank."""
 
-    engine: Any  # DeepSpeed's, around model.decoder_stage.DecoderStage
-    discriminator: Any  # DeepSpeed's, around model.discriminator.PatchGan
+    engine: Any  # DeepSpeed's, around model.decoder.DecoderStage
+    discriminator: Any  # DeepSpeed's, around model.losses.gan.PatchGan
     average: Average  # of the decoder
     judges: tuple[Judge, Judge]  # of either engine's steps
     comm: Comm
-    perceptual: Perceptual | None
+    perceptual: LpipsDistance | None
     device: torch.device
     phases: PhaseTimer
 
@@ -62,7 +61,7 @@ class DecoderRecord:
     schedule: dict[str, float]
     grad_norm: float | Tensor
     counted: dict[str, float]
-    outputs: StageOutputs
+    outputs: DecoderStageOutputs
 
 
 def decoder_step(parts: DecoderAssembly, batch: PictureBatch, config: DecoderGan) -> DecoderRecord:
@@ -77,7 +76,7 @@ def decoder_step(parts: DecoderAssembly, batch: PictureBatch, config: DecoderGan
     with parts.phases("inputs"):
         wait_until(batch.ready)
         images = to_device(batch.images, parts.device)
-    outputs: StageOutputs = parts.engine(images)
+    outputs: DecoderStageOutputs = parts.engine(images)
     with parts.phases("objectives"):
         judge = parts.discriminator.module if listens else None
         found = decoder_losses(outputs, config.objectives, parts.comm, parts.perceptual, judge)
@@ -103,7 +102,7 @@ def is_on(start: float, step: int, config: DecoderGan) -> bool:
     return step >= round(start * config.optim.steps)
 
 
-def _discriminator_step(parts: DecoderAssembly, outputs: StageOutputs, config: DecoderGan) -> dict[str, Tensor]:
+def _discriminator_step(parts: DecoderAssembly, outputs: DecoderStageOutputs, config: DecoderGan) -> dict[str, Tensor]:
     """Real and reconstructed pictures in one pass, which no norm of the network mixes."""
     with parts.phases("objectives"):
         pictures = torch.cat((to_signed(outputs.target), to_signed(outputs.recon.detach())))

@@ -22,9 +22,8 @@ from configs.architecture import Model
 from configs.section import require_digest
 from engine.initial import perceptual_digest
 from model.decoder import PixelDecoder
-from model.origin import Origin
-from model.parts import Parts
-from model.weights import described_model, digest, opened, read_weights, write_weights
+from model.factory import TokenizerModules
+from model.weights import WeightsOrigin, digest, open_weights, read_model_section, read_weights, write_weights
 
 NEEDED = ("trunk", "bottleneck", "decoder")
 
@@ -57,8 +56,8 @@ def pinned(config: DecoderGan) -> DecoderGan:
 def described(config: DecoderGan) -> Model:
     """The model of the tokenizer, as its file says."""
     path = Path(config.tokenizer.weights)
-    with opened(path) as stored:
-        return described_model(stored, path)
+    with open_weights(path) as stored:
+        return read_model_section(stored, path)
 
 
 def write_with_decoder(config: DecoderGan, decoder: Mapping[str, Tensor], steps: int, out: Path) -> None:
@@ -72,7 +71,7 @@ def write_with_decoder(config: DecoderGan, decoder: Mapping[str, Tensor], steps:
             "with --resume tokenizer.weights=FILE"
         )
     state, model = read_weights(path)
-    origin = Origin(config.views.image_size, config.name, steps, fingerprint(config))
+    origin = WeightsOrigin(config.views.image_size, config.name, steps, fingerprint(config))
     write_weights(out, {**state, **decoder}, model, origin)
 
 
@@ -80,7 +79,7 @@ def initial_decoder(config: DecoderGan, model: Model) -> PixelDecoder:
     """The decoder as the file has it, on the CPU."""
     with torch.device("meta"):
         decoder = PixelDecoder(model, "sdpa")
-    with opened(Path(config.tokenizer.weights)) as stored:
+    with open_weights(Path(config.tokenizer.weights)) as stored:
         state = {name: stored.get_tensor(f"decoder.{name}").float() for name, _ in decoder.named_parameters()}
     decoder.load_state_dict(state, assign=True)
     return decoder.requires_grad_(False)
@@ -93,7 +92,7 @@ def _check(config: DecoderGan, model: Model) -> None:
             f"tokenizer.weights={path} is an autoencoder of convolutions (model.conv): stage 2 trains decoders "
             "that are transformers; take another tokenizer"
         )
-    with opened(path) as stored:
+    with open_weights(path) as stored:
         held = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118 (not a mapping)
     missing = [part for part in NEEDED if not any(key.startswith(f"{part}.") for key in held)]
     if missing:
@@ -102,7 +101,7 @@ def _check(config: DecoderGan, model: Model) -> None:
             "tokenizer that was trained with the rec objective on"
         )
     with torch.device("meta"):
-        expected = Parts(model, frozenset(NEEDED)).state_dict()
+        expected = TokenizerModules(model, frozenset(NEEDED)).state_dict()
     for name, tensor in expected.items():
         if held.get(name) != tuple(tensor.shape):
             raise UserError(

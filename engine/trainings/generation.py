@@ -31,11 +31,11 @@ from engine.checkpoint.pieces import MAIN
 from engine.optim import set_learning_rate
 from engine.schedule import learning_rate
 from engine.training import Kept, renumbered
-from model.generator.build import build, leaves
-from model.generator.draws import Draws, draw
-from model.generator.initialise import initialise_parameter
-from model.generator.shape import LatentShape
-from model.objectives.comm import Comm
+from model.generator.draws import RandomDraws, draw
+from model.generator.factory import block_classes, build_generator
+from model.generator.tokens import LatentShape
+from model.initialise import initialise_generator_parameter
+from model.losses.comm import Comm
 from profiling.cost.flops import FlopsComponent, StepFlops, generator_flops
 from profiling.instruments.phases import PhaseTimer
 
@@ -55,7 +55,7 @@ class Step:
     """A batch with its random numbers."""
 
     batch: LatentBatch
-    draws: Draws
+    draws: RandomDraws
     step: int
 
 
@@ -175,7 +175,7 @@ class GeneratorTraining:
 
     def _make(self, step: int) -> Step:
         batch = self._loader.batch(step, self._offset)
-        draws = draw(self._engine.module.needs, self.config.seed, step, batch.positions_B)
+        draws = draw(self._engine.module.draw_counts, self.config.seed, step, batch.positions_B)
         if torch.cuda.is_available():
             return Step(batch.pinned(), draws.pinned(), step)  # only from there a copy runs beside the host
         return Step(batch, draws, step)
@@ -185,13 +185,14 @@ def generation(config: Generation, ds_config: dict[str, Any], comm: Comm) -> Gen
     """Assembled on this rank; a collective. Raises UserError for a store that cannot serve the run."""
     store, device = LatentStore(config.latents.train, config.system.loader.tries), world.device()
     shape, section = LatentShape(*store.shape), config.generator
-    make = partial(build, section, shape, store.num_classes)
+    make = partial(build_generator, section, shape, store.num_classes)
     with torch.device("meta"):
-        kinds = tuple(leaves(make("sdpa")))
+        kinds = tuple(block_classes(make("sdpa")))
 
     def fill(model: Any) -> str:
         assemble.fill_parameters(
-            model.named_parameters(), lambda name, tensor: initialise_parameter(name, tensor, section, config.seed)
+            model.named_parameters(),
+            lambda name, tensor: initialise_generator_parameter(name, tensor, section, config.seed),
         )
         return f"drawn (seed={config.seed})"
 

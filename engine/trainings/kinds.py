@@ -14,7 +14,7 @@ from engine.training import Training
 from engine.trainings.decoder_gan import decoder_gan
 from engine.trainings.generation import generation
 from engine.trainings.pretraining import pretraining
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 
 
 def assemble(config: Run, ds_config: dict[str, Any], comm: Comm, run_dir: Path, is_resumed: bool) -> Training:

@@ -25,10 +25,10 @@ from engine.training import Kept
 from engine.trainings.shard_fed import ShardFed
 from model.describe import describe
 from model.imagenet import denormalise
-from model.objectives.comm import Comm
-from model.objectives.total import Centres
+from model.losses.comm import Comm
+from model.losses.total import TeacherCentres
 from model.outputs import RecOutputs
-from model.rows import Rows
+from model.packing import RankBatchSizes
 from profiling.cost.flops import StepFlops
 from profiling.cost.step_flops import step_flops
 
@@ -42,7 +42,7 @@ class Pretraining(ShardFed[Batch]):
         super().__init__(loader)
         self.config, self.parts = config, parts
         self.comm, self.device, self.phases, self.choices = parts.comm, parts.device, parts.phases, parts.choices
-        self.rows: Rows = parts.engine.module.rows
+        self.rows: RankBatchSizes = parts.engine.module.rows
         self._centres = parts.centres
         self._shown: RecOutputs | None = None  # of the last step
 
@@ -95,7 +95,7 @@ class Pretraining(ShardFed[Batch]):
     def restored(self, whole: Mapping[str, Tensor]) -> None:
         """Takes the centres."""
         if whole:
-            self._centres = Centres(**{name: centre.to(self.device) for name, centre in whole.items()})
+            self._centres = TeacherCentres(**{name: centre.to(self.device) for name, centre in whole.items()})
 
 
 def pretraining(config: Config, ds_config: dict[str, Any], comm: Comm, run_dir: Path, is_resumed: bool) -> Pretraining:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import Config, load_config
-from model.rows import Rows
+from model.packing import RankBatchSizes
 from profiling.cost.step_flops import step_flops
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -116,5 +116,5 @@ def config_of(preset: Preset, objective: Objective, overrides: tuple[str, ...] =
 def flops_of_a_step(preset: Preset, objective: Objective) -> float:
     """Training FLOPs of one step over all ranks."""
     config = config_of(preset, objective)
-    rows = Rows.per_rank(config, 1)
+    rows = RankBatchSizes.per_rank(config, 1)
     return step_flops(config, rows, caption_tokens=rows.clip * preset.caption_slots).model_flops

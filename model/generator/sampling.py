@@ -1,6 +1,6 @@
-"""How latents are drawn from a trained generator, and which of the ways fit which generator.
+"""Settings for sampling from a trained generator: method, steps, guidance; and which methods fit which objective.
 
-Sampling()                                                     # as fits the generator; 250 steps, no guidance
+Sampling()                                                     # the generator's default method; 250 steps, no guidance
 Sampling("euler", steps=250, timestep_shift=0.075)             # VTP's figures
 Sampling("dopri5", guidance=4.0, guidance_interval=(0.1, 1.0))
 """
@@ -13,30 +13,30 @@ from typing import Literal, get_args
 
 from configs import UserError
 
-Method = Literal["euler", "heun", "dopri5", "sde", "ddim", "ancestral"]
-# Where none are asked for: 250 evaluations [P].
-STEPS = {"euler": 250, "heun": 125, "sde": 250, "ddim": 250, "ancestral": 250}
-METHODS: dict[str, tuple[Method, ...]] = {  # by objective; the first is taken where none is asked for
+SamplingMethod = Literal["euler", "heun", "dopri5", "sde", "ddim", "ancestral"]
+# Default number of steps: 250 evaluations [P].
+DEFAULT_STEPS = {"euler": 250, "heun": 125, "sde": 250, "ddim": 250, "ancestral": 250}
+METHODS_OF_OBJECTIVE: dict[str, tuple[SamplingMethod, ...]] = {  # by objective; the first is the default
     "velocity": ("euler", "heun", "dopri5", "sde"),
     "noise": ("ancestral", "ddim"),
 }
-RANDOM = ("sde", "ancestral")  # add noise on the way
+STOCHASTIC_METHODS = ("sde", "ancestral")  # methods that add noise
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """`guidance` scales the step from the classless to the class's prediction; 1 is none.
+    """Settings of one way to sample. `guidance` scales the difference that the class makes to a prediction; 1 is none.
 
     Times run from 0, noise, to 1, a latent, whatever the generator's objective. Raises UserError for a setting that is
     out of range or without effect.
     """
 
-    method: Method | None = None  # None: the first of METHODS for the generator's objective
-    steps: int | None = None  # None: STEPS; dopri5 chooses its own, held to rtol and atol
+    method: SamplingMethod | None = None  # None: the first of METHODS_OF_OBJECTIVE
+    steps: int | None = None  # None: DEFAULT_STEPS; dopri5 chooses its own by rtol and atol
     guidance: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which there is guidance
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is applied
     timestep_shift: float = 1.0  # t' = s t / (1 + (s - 1) t): below 1 more of the steps are near the noise
-    temperature: float = 1.0  # of the noise that is added on the way
+    temperature: float = 1.0  # scales the noise that stochastic methods add
     rtol: float = 1e-3
     atol: float = 1e-6
     iterations: int | None = None  # in which an autoregressive generator of order=masked draws all tokens; None: 64
@@ -45,9 +45,9 @@ class Sampling:
         low, high = self.guidance_interval
         for is_right, found, rule in (
             (
-                self.method in (None, *get_args(Method)),
+                self.method in (None, *get_args(SamplingMethod)),
                 f"sampler={self.method}",
-                f"it is one of {', '.join(get_args(Method))}",
+                f"it is one of {', '.join(get_args(SamplingMethod))}",
             ),
             (self.steps is None or self.steps >= 1, f"steps={self.steps}", "there is at least one"),
             (
@@ -73,35 +73,38 @@ class Sampling:
                 f"timestep shift={self.timestep_shift:g} with sampler={self.method}: only euler and heun have a grid "
                 "of times to shift; set it to 1"
             )
-        if self.temperature != 1 and self.method not in (None, *RANDOM):
+        if self.temperature != 1 and self.method not in (None, *STOCHASTIC_METHODS):
             raise UserError(
                 f"temperature={self.temperature:g} with sampler={self.method}: it adds no noise that a temperature "
                 "could scale; set it to 1"
             )
 
     def fitted(self, objective: str, kind: str) -> Sampling:
-        """With a method for `objective`, of `kind` in words. Raises UserError where that of another was asked for."""
+        """Return these settings with a method for `objective`; `kind` names the generator in errors.
+
+        Raises UserError where the method belongs to another objective.
+        """
         if self.method is None:
-            return replace(self, method=METHODS[objective][0])
-        if self.method not in METHODS[objective]:
+            return replace(self, method=METHODS_OF_OBJECTIVE[objective][0])
+        if self.method not in METHODS_OF_OBJECTIVE[objective]:
             raise UserError(
                 f"sampler={self.method} for a {kind} of objective={objective}: it is sampled with "
-                f"{', '.join(METHODS[objective])}; choose one of them, or none"
+                f"{', '.join(METHODS_OF_OBJECTIVE[objective])}; choose one of them, or none"
             )
         return self
 
     @property
     def num_steps(self) -> int:
-        """Steps of a method that has a fixed number of them; `fitted` chose it where nobody did."""
+        """Number of steps of a method that has a fixed number; call `fitted` before."""
         assert self.method is not None
-        return STEPS[self.method] if self.steps is None else self.steps
+        return DEFAULT_STEPS[self.method] if self.steps is None else self.steps
 
     @property
     def num_latents(self) -> int:
-        """How many latents' worth of normals a sample takes: what it starts from, and what is added on the way."""
-        return self.num_steps if self.method in RANDOM else 1
+        """Number of latents' worth of normals that a sample needs: its start, and the noise added later."""
+        return self.num_steps if self.method in STOCHASTIC_METHODS else 1
 
     def guides(self, time: float) -> bool:
-        """Whether there is guidance at `time`."""
+        """Whether guidance is applied at `time`."""
         low, high = self.guidance_interval
         return self.guidance != 1 and low <= time <= high

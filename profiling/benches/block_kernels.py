@@ -35,11 +35,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
 from configs.architecture import Vit
-from model import block_backward
+from model import block
 from model.block import Block
 from model.describe import step_layout
-from model.pack import Layout
-from model.rows import Rows
+from model.packing import PackedLayout, RankBatchSizes
 from profiling.benches.recorder import BenchRecorder
 from profiling.benches.workload import configured
 
@@ -328,12 +327,12 @@ class BlockKernels:
 def bench_block_kernels(recorder: BenchRecorder) -> None:
     """Kernels of a block of VTP-L, one table for each target."""
     config = configured(PRESET, IMAGES, "optim.precision=bf16")
-    layout = step_layout(config, Rows.per_rank(config, 1))
+    layout = step_layout(config, RankBatchSizes.per_rank(config, 1))
     for target in TARGETS:
         recorder.add(block_kernels(config.model.trunk, layout, target))
 
 
-def block_kernels(vit: Vit, layout: Layout, target: Target) -> BlockKernels:
+def block_kernels(vit: Vit, layout: PackedLayout, target: Target) -> BlockKernels:
     """Generate the kernels of one of `vit`'s blocks, with parameters in bf16."""
     backend = TARGETS[target]
 
@@ -346,6 +345,6 @@ def block_kernels(vit: Vit, layout: Layout, target: Target) -> BlockKernels:
     segments = " + ".join(f"{count} x {length}" for count, length in layout.segments)
     workload = f"a block of width {vit.width}, {segments} tokens, bf16, {target}, attention {backend}"
     # By what the block is traced for: it is traced on the CPU for either.
-    used: dict[str, Any] = {"is_used": lambda _: target != "cpu"}
-    with mock.patch.multiple(block_backward, **used):
+    used: dict[str, Any] = {"uses_custom_backward": lambda _: target != "cpu"}
+    with mock.patch.multiple(block, **used):
         return BlockKernels(workload, target, layout.tokens, generated(make, target))

@@ -19,17 +19,22 @@ from configs.architecture import Vit
 from configs.autoregressive import Autoregressive
 from engine.assemble import compile_blocks
 from engine.drop_path import DropPath
-from kernels.attention import NEEDS, activated, attend, missing, resolve
-from kernels.dense_attention import DENSE, reference
+from kernels.attention import (
+    DENSE_KERNELS,
+    REQUIREMENTS,
+    activated,
+    attend,
+    attend_reference,
+    resolve_attention,
+    why_unavailable,
+)
 from model.block import Block
-from model.captions import PackedCaptions, one_a_row, pack_captions
-from model.drop_path import subset
-from model.generator.masked_backbone import MaskedBackbone
-from model.generator.token_order import mean_mask_ratio, most_visible
+from model.generator.autoregressive_networks import MaskedBackbone
+from model.generator.tokens import max_visible, mean_mask_ratio
 from model.initialise import initialise
-from model.pack import Group, Layout
+from model.packing import CropGroup, PackedLayout, kept_segments
 from model.rope import Rope
-from model.text import TextTower
+from model.text import PackedCaptions, TextTower, one_caption_per_row, pack_captions
 from model.trunk import Trunk
 from profiling.benches.recorder import BenchRecorder
 from profiling.benches.workload import small_step
@@ -46,7 +51,7 @@ def bench_attention(recorder: BenchRecorder) -> None:
     """One measurement a dtype; where FlashAttention 3 is installed another, with it instead of torch's kernel."""
     for dtype in compared_dtypes():
         _measure_attention(dtype, "varlen", recorder)
-        if missing("flash3", device(), dtype) is None:
+        if why_unavailable("flash3", device(), dtype) is None:
             _measure_attention(dtype, "flash3", recorder)
 
 
@@ -57,10 +62,10 @@ def _measure_attention(dtype: torch.dtype, kernel: str, recorder: BenchRecorder)
     def step(backend: str) -> tuple[Tensor, ...]:
         return torch.autograd.grad(attend(q, k, v, SEGMENTS, backend=backend).float().sum(), (q, k, v))
 
-    obstacles = {name: missing(name, device(), dtype) for name in NEEDS}
-    named = ("flash3",) if kernel == "flash3" else tuple(name for name in NEEDS if name != "flash3")
-    backends = [*DENSE, *(name for name in named if obstacles[name] is None)]
-    want = reference(q.detach().float(), k.detach().float(), v.detach().float(), SEGMENTS)
+    obstacles = {name: why_unavailable(name, device(), dtype) for name in REQUIREMENTS}
+    named = ("flash3",) if kernel == "flash3" else tuple(name for name in REQUIREMENTS if name != "flash3")
+    backends = [*DENSE_KERNELS, *(name for name in named if obstacles[name] is None)]
+    want = attend_reference(q.detach().float(), k.detach().float(), v.detach().float(), SEGMENTS)
     sizes = " + ".join(f"{count} segments of {length}" for count, length in SEGMENTS)
     workload = f"{sizes} tokens, {HEADS} heads of {HEAD_WIDTH}, {dtype}, forward and backward"
     workload += "; FlashAttention 3 under torch's flash operators" * (kernel == "flash3")
@@ -81,7 +86,7 @@ def bench_text(recorder: BenchRecorder) -> None:
     """The text tower on captions as long as the web's, eager and compiled."""
     text = small_step().model.text
     captions_BC = random_captions(CAPTIONS, text.context, text.vocab, torch.Generator().manual_seed(0))
-    packed, padded = pack_captions(captions_BC).to(device()), one_a_row(captions_BC).to(device())
+    packed, padded = pack_captions(captions_BC).to(device()), one_caption_per_row(captions_BC).to(device())
     eager, compiled = _text_tower(), _text_tower()
     compile_blocks(compiled)
     torch.testing.assert_close(eager(packed), eager(padded), atol=0.05, rtol=0.05)  # bf16
@@ -96,13 +101,15 @@ def bench_text(recorder: BenchRecorder) -> None:
         for mode, tower in (("eager", eager), ("compiled", compiled))
         for layout, captions in (("padded", padded), ("packed", packed))
     }
-    notes = (f"packing leaves out {packed.saved(captions_BC):.0%} of the token slots",)
+    notes = (f"packing leaves out {packed.saved_fraction(captions_BC):.0%} of the token slots",)
     recorder.add(recorder.measure("text", workload, variants, "padded, eager", notes=notes))
 
 
 def _text_tower() -> TextTower:
     config = small_step()
-    tower = TextTower(config.model.text, config.model.clip_width, resolve("auto", device(), training_dtype()).name)
+    tower = TextTower(
+        config.model.text, config.model.clip_width, resolve_attention("auto", device(), training_dtype()).name
+    )
     initialise(nn.ModuleDict({"text": tower}), config)
     return tower.to(device(), training_dtype())
 
@@ -136,7 +143,7 @@ def bench_compile(recorder: BenchRecorder) -> None:
 
 def _trunk() -> Trunk:
     config = small_step()
-    trunk = Trunk(config.model, resolve("auto", device(), training_dtype()).name)
+    trunk = Trunk(config.model, resolve_attention("auto", device(), training_dtype()).name)
     initialise(trunk, config)
     return trunk.to(device(), training_dtype())
 
@@ -154,7 +161,7 @@ def trunk_step(trunk: Trunk, crops: dict[str, Tensor]) -> Callable[[], object]:
 
 # --- depth: stochastic depth does not compute what it drops -----------------------------------------------------------
 
-GROUPS = (Group("clip", 10, 257, (16, 16)), Group("ssl_local", 20, 37, (6, 6)))
+GROUPS = (CropGroup("clip", 10, 257, (16, 16)), CropGroup("ssl_local", 20, 37, (6, 6)))
 VIT = {"width": 384, "depth": 4, "heads": 6}
 RATE = 0.3
 
@@ -167,13 +174,13 @@ def bench_depth(recorder: BenchRecorder) -> None:
 
 def _measure_depth(dtype: torch.dtype, recorder: BenchRecorder) -> None:
     used = sum(group.segments * group.length for group in GROUPS)
-    layout, vit = Layout(GROUPS, pad=-used % 16), Vit(**VIT, drop_path=RATE)
-    backend = resolve("auto", device(), dtype).name
+    layout, vit = PackedLayout(GROUPS, pad=-used % 16), Vit(**VIT, drop_path=RATE)
+    backend = resolve_attention("auto", device(), dtype).name
     blocks = nn.ModuleList(Block(vit, backend) for _ in range(vit.depth)).to(device(), dtype)
     _randomise(blocks)
     rope_2TE = Rope(vit.width // vit.heads, 100.0, torch.bfloat16).packed(layout, device())
     x_TD = torch.randn(layout.tokens, vit.width, device=device()).to(dtype).requires_grad_()
-    kept = subset(layout.segments, RATE)
+    kept = kept_segments(layout.segments, RATE)
     drawn = DropPath(layout.segments, RATE, vit.depth, seed=0, rank=0).draw(0).to(device())
     tokens_L2K = kept.tokens(drawn, layout.segments)
 
@@ -217,7 +224,9 @@ def bench_masked(recorder: BenchRecorder) -> None:
 
 
 def _measure_masked(dtype: torch.dtype, recorder: BenchRecorder) -> None:
-    backbone = MaskedBackbone(SECTION, CHANNELS, TOKENS, 1, resolve("auto", device(), dtype).name).to(device(), dtype)
+    backbone = MaskedBackbone(SECTION, CHANNELS, TOKENS, 1, resolve_attention("auto", device(), dtype).name).to(
+        device(), dtype
+    )
     _randomise(backbone)
     tokens_BNC = torch.randn(SAMPLES, TOKENS, CHANNELS, device=device())
     order_BN = torch.rand(SAMPLES, TOKENS, device=device()).argsort(dim=1)
@@ -230,7 +239,7 @@ def _measure_masked(dtype: torch.dtype, recorder: BenchRecorder) -> None:
     def step(length: int) -> None:
         conditions(length).float().square().mean().backward()
 
-    lengths = {"exact": known, "filled": most_visible(TOKENS, SECTION.mask_ratio), "full": TOKENS}
+    lengths = {"exact": known, "filled": max_visible(TOKENS, SECTION.mask_ratio), "full": TOKENS}
     exact, *others = [conditions(length).detach() for length in lengths.values()]
     for other in others:
         torch.testing.assert_close(exact, other, rtol=0, atol=0.05)

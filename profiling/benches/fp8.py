@@ -34,11 +34,11 @@ from configs.architecture import Vit
 from engine.linears import convert_blocks
 from engine.step import train_step
 from kernels import fp8
-from kernels.attention import resolve
-from kernels.fp8 import Affine, Linears
+from kernels.attention import resolve_attention
+from kernels.fp8 import LinearBackend, LinearParameters
 from model.block import Block
-from model.objectives.comm import Comm
-from model.pack import Group, Layout
+from model.losses.comm import Comm
+from model.packing import CropGroup, PackedLayout
 from model.rope import Rope
 from profiling.benches.recorder import BenchRecorder, print_now
 from profiling.benches.workload import assembled, configured, one_rank, random_batch
@@ -54,7 +54,7 @@ SHAPES = {  # M, K, N
         "7B mlp.w12": (8224, 4096, 21_856),
     },
 }
-RULE = Linears("fp8_torchao", "", is_gated_by_speed=True)
+RULE = LinearBackend("fp8_torchao", "", is_gated_by_speed=True)
 
 
 def bench_fp8(recorder: BenchRecorder) -> None:
@@ -80,7 +80,7 @@ def _measure_fp8(name: str, m: int, k: int, n: int, recorder: BenchRecorder) -> 
     notes += [f"{variant}: off float32 by {out:.1%} (output), {max(rest):.1%} (gradients)"
               for variant, (out, *rest) in errors.items()]  # fmt: skip
     notes.append(
-        f"on a GPU the rule {'leaves this in bf16: ' + why if (why := RULE.obstacle(k, n, m)) else 'takes FP8'}"
+        f"on a GPU the rule {'leaves this in bf16: ' + why if (why := RULE.why_not_fp8(k, n, m)) else 'takes FP8'}"
     )
     where = "emulated on the CPU: slow, not a gain" if device().type == "cpu" else "compiled"
     workload = f"{name}: {m} x {k} by {k} x {n}, forward and backward; float8 {where}"
@@ -96,10 +96,10 @@ def _linears(layer: nn.Linear) -> tuple[dict[str, Callable[..., Tensor]], list[s
     if device().type == "cuda":
         kinds = {kind: torch.compile(linear, fullgraph=True, dynamic=False) for kind, linear in kinds.items()}
     try:
-        choice = fp8.resolve("fp8_te", device(), torch.bfloat16, (layer.in_features, layer.out_features))
+        choice = fp8.resolve_linears("fp8_te", device(), torch.bfloat16, (layer.in_features, layer.out_features))
     except (ValueError, ImportError) as reason:
         return kinds, [f"without fp8_te: {reason}"]
-    product = fp8.te_linear(Affine(layer.weight, layer.bias, layer.out_features, layer.in_features), choice)
+    product = fp8.te_linear(LinearParameters(layer.weight, layer.bias, layer.out_features, layer.in_features), choice)
     in_fp8 = fp8.te_autocast(product, choice, None)
     return kinds | {"fp8_te": lambda x_MK, *_: in_fp8(x_MK)}, [f"fp8_te: {choice.recipe}"]
 
@@ -170,14 +170,14 @@ class BlockTower:
 
     def __init__(self, width: int, heads: int, images: int) -> None:
         used = images * (1 + PATCHES[0] * PATCHES[1])
-        self.layout = Layout((Group("clip", images, 1 + PATCHES[0] * PATCHES[1], PATCHES),), pad=-used % 16)
+        self.layout = PackedLayout((CropGroup("clip", images, 1 + PATCHES[0] * PATCHES[1], PATCHES),), pad=-used % 16)
         self.vit, self.images = Vit(width=width, depth=DEPTH, heads=heads), images
         self.rope_2TE = Rope(width // heads, 100.0, torch.bfloat16).packed(self.layout, device())
         self.x_TD = torch.randn(self.layout.tokens, width, device=device()).bfloat16().requires_grad_()
 
     def blocks(self) -> nn.ModuleList:
         """With random weights."""
-        backend = resolve("auto", device(), torch.bfloat16).name
+        backend = resolve_attention("auto", device(), torch.bfloat16).name
         blocks = nn.ModuleList(Block(self.vit, backend) for _ in range(DEPTH)).to(device(), torch.bfloat16)
         for parameter in blocks.parameters():
             nn.init.normal_(parameter, std=0.02)

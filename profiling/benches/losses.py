@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.contrastive import sigmoid_contrast, sigmoid_reference, softmax_contrast, softmax_reference
-from model.objectives import dense
-from model.objectives.comm import Solo
-from model.objectives.masked_patch import masked_patch_loss
-from model.objectives.targets import Targets, sinkhorn
+from model.losses import targets
+from model.losses.comm import Solo
+from model.losses.ibot import ibot_loss
+from model.losses.targets import Targets, sinkhorn
 from profiling.benches.recorder import BenchRecorder
 from profiling.instruments.machine import by_device, compared_dtypes, device
 
@@ -43,7 +43,7 @@ def bench_contrastive(recorder: BenchRecorder) -> None:
 
 def _measure_contrastive(kind: str, pairs: int, recorder: BenchRecorder) -> None:
     inputs = _inputs(kind, pairs)
-    dense, tiled = KINDS[kind]
+    targets, tiled = KINDS[kind]
 
     def gradients(loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, inputs)
@@ -53,9 +53,9 @@ def _measure_contrastive(kind: str, pairs: int, recorder: BenchRecorder) -> None
     if pairs > MAX_WHOLE:
         recorder.add(recorder.measure("contrastive", workload, variants, "tiles"))
         return
-    for ours, theirs in zip(gradients(tiled(*inputs)[0]), gradients(dense(*inputs)[0]), strict=True):
+    for ours, theirs in zip(gradients(tiled(*inputs)[0]), gradients(targets(*inputs)[0]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
-    variants = {"whole matrix": lambda: gradients(dense(*inputs)[0]), **variants}
+    variants = {"whole matrix": lambda: gradients(targets(*inputs)[0]), **variants}
     recorder.add(recorder.measure("contrastive", workload, variants, "whole matrix"))
 
 
@@ -96,12 +96,12 @@ def _measure_prototypes(dtype: torch.dtype, recorder: BenchRecorder) -> None:
     def in_chunks() -> tuple[Tensor, ...]:
         bias_K = sinkhorn(teacher_ME, teacher_KE, TEACHER_TEMP, Solo())
         targets = Targets(teacher_ME, teacher_KE, bias_K, TEACHER_TEMP)
-        loss = masked_patch_loss(*students, targets, weight_M, STUDENT_TEMP, num_crops=num_rows)
+        loss = ibot_loss(*students, targets, weight_M, STUDENT_TEMP, num_crops=num_rows)
         return torch.autograd.grad(loss, students)
 
     def written_out() -> tuple[Tensor, ...]:
-        target_MK = dense.sinkhorn(teacher_ME @ teacher_KE.T, TEACHER_TEMP, Solo())
-        loss_M = dense.cross_entropy(student_ME @ student_KE.T, target_MK, STUDENT_TEMP)
+        target_MK = targets.dense_sinkhorn(teacher_ME @ teacher_KE.T, TEACHER_TEMP, Solo())
+        loss_M = targets.dense_cross_entropy(student_ME @ student_KE.T, target_MK, STUDENT_TEMP)
         return torch.autograd.grad((weight_M * loss_M).sum() / num_rows, students)
 
     for ours, theirs in zip(in_chunks(), written_out(), strict=True):

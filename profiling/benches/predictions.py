@@ -39,9 +39,9 @@ from engine.host_memory import keep_freed_blocks
 from engine.recompute import recompute_blocks
 from engine.step import model_inputs
 from engine.zero import DTYPES
-from kernels.attention import resolve
+from kernels.attention import resolve_attention
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from profiling.benches.recorder import BenchRecorder, BenchResult, VariantTiming, print_now
 from profiling.benches.step import BenchStep, shared_loss
 from profiling.benches.workload import random_batch, small_step
@@ -77,12 +77,12 @@ class PlanCase:
     @property
     def attention(self) -> str:
         """The backend that auto becomes on this machine, in the config's precision."""
-        return resolve("auto", device(), DTYPES[self.config.optim.precision]).name
+        return resolve_attention("auto", device(), DTYPES[self.config.optim.precision]).name
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RankBatchSizes:
         """One process has the whole batch."""
-        return Rows.per_rank(self.config, 1)
+        return RankBatchSizes.per_rank(self.config, 1)
 
     def step(self) -> BenchStep:
         """The step to be timed, on random pixels and captions."""

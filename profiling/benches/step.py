@@ -30,20 +30,19 @@ from engine.assemble import compile_blocks
 from engine.host_memory import keep_freed_blocks
 from engine.step import model_inputs
 from engine.teacher import Teacher
-from kernels.attention import resolve
+from kernels.attention import resolve_attention
 from kernels.contrastive import softmax_reference
-from model.captions import one_a_row, pack_captions
-from model.corruption import Corruption
 from model.initialise import initialise
-from model.objectives.comm import Solo
-from model.objectives.dense import cross_entropy, sinkhorn
-from model.objectives.koleo import koleo_loss
-from model.objectives.pixels import l1_loss
-from model.objectives.total import compute
+from model.latent import RecNoise
+from model.losses.comm import Solo
+from model.losses.koleo import koleo_loss
+from model.losses.pixels import l1_loss
+from model.losses.targets import dense_cross_entropy, dense_sinkhorn
+from model.losses.total import compute_losses
 from model.outputs import Outputs, RecOutputs, SslOutputs
-from model.pack import Layout
-from model.pretrainer import Pretrainer, teacher_pairs
-from model.rows import Rows
+from model.packing import PackedLayout, RankBatchSizes
+from model.pretrainer import Pretrainer, student_teacher_pairs
+from model.text import one_caption_per_row, pack_captions
 from model.trunk import Trunk
 from profiling.benches.blocks import trunk_step, trunk_value
 from profiling.benches.recorder import BenchRecorder, print_now
@@ -73,7 +72,7 @@ class SeparateTrunk(Trunk):
 class ThreePass(Pretrainer):
     """A Pretrainer with separate trunk passes for clip, ssl and rec images."""
 
-    def __init__(self, config: Config, rows: Rows) -> None:
+    def __init__(self, config: Config, rows: RankBatchSizes) -> None:
         super().__init__(config, rows, "sdpa")
         self.trunk = SeparateTrunk(config.model, "sdpa")
         assert self.teacher is not None, "the reference computes all three objectives"
@@ -81,7 +80,7 @@ class ThreePass(Pretrainer):
         assert rows.rec_start == 0, "rec rows lead the clip rows: batch.layout=nested"
 
     def _rec(
-        self, layout: Layout, x_TD: Tensor, y_TD: Tensor, crops: dict[str, Tensor], corruption: Corruption
+        self, layout: PackedLayout, x_TD: Tensor, y_TD: Tensor, crops: dict[str, Tensor], corruption: RecNoise
     ) -> RecOutputs | None:
         """Reconstruct from a pass of its own."""
         own = {"clip": crops["clip"][self._rec_rows()]}
@@ -92,11 +91,11 @@ class ThreePass(Pretrainer):
 
 def padded_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
     """As engine.step.model_inputs, with every caption padded in a row of its own."""
-    return model_inputs(batch, device) | {"captions": one_a_row(batch.captions).to(device)}
+    return model_inputs(batch, device) | {"captions": one_caption_per_row(batch.captions).to(device)}
 
 
 def reference_loss(outputs: Outputs, objectives: Objectives, teacher_temp: float) -> Tensor:
-    """The total of model.objectives.total.compute: softmax contrast, Sinkhorn targets, no perceptual term."""
+    """The total of model.losses.total.compute_losses: softmax contrast, Sinkhorn targets, no perceptual term."""
     assert outputs.clip is not None
     assert outputs.ssl is not None
     assert outputs.rec is not None
@@ -112,16 +111,16 @@ def _reference_ssl(ssl: SslOutputs, student_temp: float, teacher_temp: float) ->
     num_crops = len(ssl.student_global_GE)
     num_images, num_locals = num_crops // 2, 2 * len(ssl.student_local_LE) // num_crops
     cls_GK, patch_MK = (
-        sinkhorn(rows @ ssl.teacher_KE.T, teacher_temp, Solo())
+        dense_sinkhorn(rows @ ssl.teacher_KE.T, teacher_temp, Solo())
         for rows in (ssl.teacher_global_GE, ssl.teacher_patch_ME)
     )
     global_GK, local_LK, hidden_MK = (
         rows @ ssl.student_KE.T for rows in (ssl.student_global_GE, ssl.student_local_LE, ssl.student_patch_ME)
     )
     both_views_LK = cls_GK.unflatten(0, (2, num_images)).sum(dim=0).repeat(num_locals, 1)
-    local = cross_entropy(local_LK, both_views_LK, student_temp).sum()
-    across = cross_entropy(global_GK, cls_GK.roll(num_images, dims=0), student_temp).sum()
-    hidden = (ssl.patch_weight_M * cross_entropy(hidden_MK, patch_MK, student_temp)).sum()
+    local = dense_cross_entropy(local_LK, both_views_LK, student_temp).sum()
+    across = dense_cross_entropy(global_GK, cls_GK.roll(num_images, dims=0), student_temp).sum()
+    hidden = (ssl.patch_weight_M * dense_cross_entropy(hidden_MK, patch_MK, student_temp)).sum()
     return (local + across) / (num_images * (2 + 2 * num_locals)) + hidden / num_crops
 
 
@@ -135,8 +134,8 @@ def bench_step(recorder: BenchRecorder) -> None:
     """A shared pass against three, eager and then compiled. On a CPU malloc is set as in a run, for all variants."""
     keep_freed_blocks(device())
     config = _config(recorder.is_dry)
-    batch, rows = random_batch(config), Rows.per_rank(config, 1)
-    attention = resolve("auto", device(), training_dtype()).name
+    batch, rows = random_batch(config), RankBatchSizes.per_rank(config, 1)
+    attention = resolve_attention("auto", device(), training_dtype()).name
     losses: dict[str, float] = {}
 
     def build(name: str) -> BenchStep:
@@ -204,7 +203,7 @@ def products_note(name: str, step: Callable[[], object]) -> str:
 
 def shared_loss(outputs: Outputs, objectives: Objectives, teacher_temp: float) -> Tensor:
     """The total loss as the engine computes it."""
-    return compute(outputs, objectives, teacher_temp, Solo()).total
+    return compute_losses(outputs, objectives, teacher_temp, Solo()).total
 
 
 class BenchStep:
@@ -225,7 +224,7 @@ class BenchStep:
             compile_blocks(self.model)
         self.config, self.batch, self.inputs, self.total = config, batch, inputs, total
         self.optimizer = optim.build(self.model, config.optim, "torch_fused")
-        self.teacher = Teacher(teacher_pairs(self.model))
+        self.teacher = Teacher(student_teacher_pairs(self.model))
 
     def loss(self) -> Tensor:
         """The total loss of the batch."""
@@ -247,7 +246,7 @@ def bench_packed(recorder: BenchRecorder) -> None:
     """The packed trunk against a pass for each kind of crop, eager and compiled."""
     config = configured(*(PACKED_DRY if recorder.is_dry else (PRESET, IMAGES)))
     crops = _crops(config)
-    backend = resolve("auto", device(), training_dtype()).name
+    backend = resolve_attention("auto", device(), training_dtype()).name
     towers = {}
     for name, kind in (("a pass each", SeparateTrunk), ("packed", Trunk)):
         for mode in ("eager", "compiled"):

@@ -23,9 +23,9 @@ import torch
 
 from configs import Config
 from engine.assemble import Assembly
-from model.captions import pack_captions
-from model.objectives.comm import Comm
-from model.rows import Rows
+from model.losses.comm import Comm
+from model.packing import RankBatchSizes
+from model.text import pack_captions
 from profiling.benches.recorder import BenchRecorder, BenchResult, print_now
 from profiling.benches.workload import assembled, configured, layout_of, one_rank, random_batch, stepper
 from profiling.cost.peak_memory import predict_peak
@@ -128,7 +128,7 @@ def _timed(config: Config, comm: Comm, recorder: BenchRecorder, halved: str) -> 
     built = time.perf_counter() - begin
     print_now(f"train: {config.name}: {built:.1f} s to build the engine and its batch")
     slots = float(pack_captions(batch.captions).tokens_RC.numel())
-    rows, backend = Rows.per_rank(config, 1), parts.engine.module.trunk.blocks[0].attn.backend
+    rows, backend = RankBatchSizes.per_rank(config, 1), parts.engine.module.trunk.blocks[0].attn.backend
     flops = step_flops(config, rows, slots, backend=backend, device=device().type).model_flops
     best, memory = _peaks()
     workload = f"{_sizes(config)}, {precision_label()}, ZeRO-1, attention {backend}"
@@ -181,7 +181,7 @@ def _phase_ms(parts: Assembly, step: Callable[[], object], rounds: int) -> dict[
     return {phase: ms / reading.steps for phase, ms in reading.ms.items()}
 
 
-def _work(config: Config, rows: Rows, backend: str, slots: float) -> dict[str, PhaseWork]:
+def _work(config: Config, rows: RankBatchSizes, backend: str, slots: float) -> dict[str, PhaseWork]:
     counted = "matmul" if backend == "matmul" else "sdpa"
     return phase_work(config, 1, counted, slots) | update_work(config, layout_of(config), 1)
 

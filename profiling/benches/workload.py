@@ -32,7 +32,7 @@ from data.batch import Batch
 from engine import world
 from engine.assemble import Assembly, assemble
 from engine.step import train_step
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.cost.step_trace import random_captions
 from profiling.instruments.machine import by_device, device, precision_overrides
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs.architecture import Text, Vit
-from kernels.dense_attention import Spans
+from kernels.attention import Spans
 from model.block import Block, swiglu_hidden
 from model.text import TextBlock
 from profiling.cost.operator_trace import OperatorTrace, default_dtype

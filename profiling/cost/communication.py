@@ -37,8 +37,8 @@ from configs.system import System
 from engine.optim import parameter_groups
 from engine.zero.quantise import RUN
 from model.latent import feature_width, head_width, moment_channels
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from profiling.cost.zero3_gathers import INSIDE, steady_gathers
 
 FP32_BYTES = 4
@@ -125,11 +125,11 @@ def collectives_table(config: Config, ds_config: dict[str, Any], world_size: int
 def meta_model(config: Config, world_size: int) -> Pretrainer:
     """The model of one rank on the meta device; shared between configs that build the same, so do not change it."""
     architecture = config.model_copy(update={"system": System()})
-    return _meta_model(architecture, Rows.per_rank(config, world_size))
+    return _meta_model(architecture, RankBatchSizes.per_rank(config, world_size))
 
 
 @lru_cache(maxsize=4)
-def _meta_model(config: Config, rows: Rows) -> Pretrainer:
+def _meta_model(config: Config, rows: RankBatchSizes) -> Pretrainer:
     with torch.device("meta"):
         return Pretrainer(config, rows)
 

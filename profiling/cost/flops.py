@@ -26,16 +26,15 @@ from configs.autoregressive import Autoregressive
 from configs.generator import Diffusion, Generator
 from configs.learning import Align
 from model.block import swiglu_hidden
-from model.conv import channels_of, conv_of
-from model.dinov2 import MLP_RATIO
-from model.generator.autoregressive import head_rows
-from model.generator.conditioning import FREQUENCIES
-from model.generator.shape import LatentShape
-from model.generator.token_order import most_visible
-from model.generator.variance import outputs
+from model.conv import conv_section, level_channels
+from model.frozen import DINOV2_MLP_RATIO
+from model.generator.autoregressive import num_head_rows
+from model.generator.blocks import TIME_FREQUENCIES
+from model.generator.ddpm import outputs_per_number
+from model.generator.tokens import LatentShape, max_visible
 from model.latent import feature_width, moment_channels
-from model.objectives.perceptual import GROUPS
-from model.pack import ALIGN
+from model.losses.perceptual import CONVS_PER_TAP
+from model.packing import ALIGN
 
 PASSES = ("forward", "backward", "recompute", "saved")
 VGG_CHANNELS = (64, 128, 256, 512, 512)  # of each LPIPS tap: VGG-16
@@ -223,7 +222,7 @@ def frozen_encoder_flops(align: Align, rows: int, image_size: int, patches: int)
     tokens, squares = tokens_and_squares(rows, 1 + align.registers + own)
     tokens += -tokens % ALIGN if is_trunk else 0
     block = vit_block(vit, tokens, squares, tokens if is_trunk else 0)
-    forward = block.forward if is_trunk else block.forward + 2 * linear(tokens, vit.width, MLP_RATIO * vit.width)
+    forward = block.forward if is_trunk else block.forward + 2 * linear(tokens, vit.width, DINOV2_MLP_RATIO * vit.width)
     edge = linear(rows * own, 3 * align.patch_size**2, vit.width)
     return FlopsComponent("frozen encoder", "rec", vit.depth * forward + edge, scores=vit.depth * block.scores)
 
@@ -254,7 +253,7 @@ class _ResBlockFlops:
 
 def conv_encoder(model: Model, size: int) -> ConvFlops:
     """The encoder on an image of `size` px; f16 with 128 channels and 64 Gaussian latent channels at 256 px: 269e9."""
-    widths = channels_of(conv_of(model))
+    widths = level_channels(conv_section(model))
     edge = convolution(size**2, 3, widths[0], 3)
     last = convolution((size // model.patch_size) ** 2, widths[-1], feature_width(model), 3)
     levels = list(zip([widths[0], *widths], widths, strict=False))
@@ -263,7 +262,7 @@ def conv_encoder(model: Model, size: int) -> ConvFlops:
 
 def conv_decoder(model: Model, size: int) -> ConvFlops:
     """The decoder to an image of `size` px."""
-    widths, positions = channels_of(conv_of(model))[::-1], (size // model.patch_size) ** 2
+    widths, positions = level_channels(conv_section(model))[::-1], (size // model.patch_size) ** 2
     latents = model.latent_channels
     edge = linear(positions, latents, latents) + convolution(positions, latents, widths[0], 3)
     levels = list(zip([widths[0], *widths], widths, strict=False))[::-1]
@@ -275,7 +274,7 @@ def _conv_tower(
 ) -> ConvFlops:
     """`levels` are (channels in, channels) from the highest resolution down; between two levels is a resampling, a
     convolution at half the upper resolution in the encoder, at the upper one in the decoder (extra_blocks=1)."""
-    conv, lowest = conv_of(model), channels_of(conv_of(model))[-1]
+    conv, lowest = conv_section(model), level_channels(conv_section(model))[-1]
     num_blocks, positions = conv.num_res_blocks + extra_blocks, (size // model.patch_size) ** 2
     blocks = [*_res_blocks(levels, size, num_blocks), *[_res_block(positions, lowest, lowest)] * 2]
     attending = [(positions, lowest), *_attending(levels, size, num_blocks, conv)]
@@ -317,7 +316,7 @@ def _res_block(positions: int, before: int, channels: int) -> _ResBlockFlops:
 def perceptual_parameters() -> int:
     """Parameters of VGG-16's convolutions and LPIPS's heads, all float32: 14.7 million."""
     count, channels_in = sum(VGG_CHANNELS), 3
-    for convolutions, channels in zip(GROUPS, VGG_CHANNELS, strict=True):
+    for convolutions, channels in zip(CONVS_PER_TAP, VGG_CHANNELS, strict=True):
         for _ in range(convolutions):
             count += (9 * channels_in + 1) * channels
             channels_in = channels
@@ -327,7 +326,7 @@ def perceptual_parameters() -> int:
 def perceptual_forward(size: int) -> tuple[float, float]:
     """VGG-16's convolutions on one image of `size` px, and LPIPS's heads on one pair."""
     vgg, heads, channels_in = 0.0, 0.0, 3
-    for tap, (count, channels) in enumerate(zip(GROUPS, VGG_CHANNELS, strict=True)):
+    for tap, (count, channels) in enumerate(zip(CONVS_PER_TAP, VGG_CHANNELS, strict=True)):
         positions = (size // 2**tap) ** 2
         vgg += convolution(positions, channels_in, channels, 3)
         vgg += (count - 1) * convolution(positions, channels, channels, 3)
@@ -384,14 +383,14 @@ def _diffusion(section: Diffusion, shape: LatentShape, batch: int) -> float:
     modulation, projections = linear(batch, width, 6 * width), linear(tokens, width, 4 * width)
     block = modulation + projections + attention(batch * (rows * columns) ** 2, width) + mlp
     ends = linear(tokens, numbers, width) + linear(batch, width, 2 * width)
-    ends += linear(tokens, width, outputs(section) * numbers)
-    time = linear(batch, FREQUENCIES, width) + linear(batch, width, width)
+    ends += linear(tokens, width, outputs_per_number(section) * numbers)
+    time = linear(batch, TIME_FREQUENCIES, width) + linear(batch, width, width)
     return section.depth * block + ends + time
 
 
 def _masked(section: Autoregressive, numbers: int, tokens: int) -> float:
     """MAR's backbone on one sample: the encoder over known tokens, the decoder over all."""
-    known, half = most_visible(tokens, section.mask_ratio), section.depth // 2
+    known, half = max_visible(tokens, section.mask_ratio), section.depth // 2
     encoder, decoder = (_backbone_block(section, section.buffer + held) for held in (known, tokens))
     embeddings = linear(known, numbers, section.width) + linear(section.buffer + known, section.width, section.width)
     return embeddings + half * (encoder + decoder)
@@ -410,8 +409,8 @@ def _backbone_block(section: Autoregressive, length: int) -> float:
 
 def _diffusion_head(section: Autoregressive, numbers: int, tokens: int) -> float:
     """Of one sample: all tokens are conditions, and noisy copies of the predicted ones are denoised."""
-    width, rows = section.head.width, head_rows(section, tokens)
+    width, rows = section.head.width, num_head_rows(section, tokens)
     condition = linear(tokens, section.width, width)
-    time = linear(rows, FREQUENCIES, width) + linear(rows, width, width)
+    time = linear(rows, TIME_FREQUENCIES, width) + linear(rows, width, width)
     blocks = section.head.depth * linear(rows, width, 5 * width)  # two of the MLP, three of the modulation
     return condition + time + blocks + linear(rows, width, 2 * width) + 2 * linear(rows, numbers, width)

@@ -29,7 +29,6 @@ OTHER = "other"  # the phase of what runs in none
 # Loss functions that keep no matrix of their logits, by the file whose code asks for the products.
 LOGITS = {
     "kernels/contrastive": "contrastive logits",
-    "kernels/contrastive_tiles": "contrastive logits",
     "kernels/prototypes": "prototype logits",
 }
 

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from configs import Config
 from configs.ds import offloads_optimizer, zero_stage
-from model.captions import pack_captions, row_width
 from model.describe import step_layouts
-from model.rows import Rows
+from model.packing import RankBatchSizes
+from model.text import pack_captions, packed_row_width
 from profiling.cost.communication import DTYPE_BYTES, FP32_BYTES, meta_model
 from profiling.cost.flops import StepFlops
 from profiling.cost.operator_trace import LOGITS
@@ -86,7 +86,7 @@ def phase_work(
     `attention`: "matmul", or "sdpa" for every fused backend. `caption_slots`: those that packed captions take on a rank
     (default: as many as their contexts have).
     """
-    captions = _captions(config, Rows.per_rank(config, world_size), caption_slots)
+    captions = _captions(config, RankBatchSizes.per_rank(config, world_size), caption_slots)
     flops = flops_by_phase(_flops(config, world_size, attention, captions))
     moved = _moved_bytes(config, world_size, attention, caption_slots)[0]
     return {phase: PhaseWork(flops.get(phase, 0), *each) for phase, each in moved.items()}
@@ -96,15 +96,15 @@ def logits_work(
     config: Config, world_size: int, attention: str, caption_slots: float | None = None
 ) -> dict[str, PhaseWork]:
     """Work, over all phases, of the logits that losses compute without keeping a matrix: a part of the phases."""
-    captions = _captions(config, Rows.per_rank(config, world_size), caption_slots)
+    captions = _captions(config, RankBatchSizes.per_rank(config, world_size), caption_slots)
     flops = logits_flops(_flops(config, world_size, attention, captions))
     moved = _moved_bytes(config, world_size, attention, caption_slots)[1]
     return {name: PhaseWork(flops.get(name, 0), *each) for name, each in moved.items()}
 
 
 def _flops(config: Config, world_size: int, attention: str, captions: Tensor) -> StepFlops:
-    rows = Rows.per_rank(config, world_size)
-    slots = pack_captions(captions[: rows.part]).tokens_RC.numel() * rows.micro_batches
+    rows = RankBatchSizes.per_rank(config, world_size)
+    slots = pack_captions(captions[: rows.clip_per_micro_batch]).tokens_RC.numel() * rows.micro_batches
     return step_flops(config, rows, slots, backend=attention)
 
 
@@ -113,7 +113,7 @@ def _moved_bytes(
     config: Config, world_size: int, attention: str, caption_slots: float | None
 ) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
     """(bytes of products, all bytes) by phase, and by the loss whose code ran the operator."""
-    rows = Rows.per_rank(config, world_size)
+    rows = RankBatchSizes.per_rank(config, world_size)
     batch = meta_batch(config, rows, _captions(config, rows, caption_slots))
     by_phase, by_source = (defaultdict[str, list[float]](lambda: [0.0, 0.0]) for _ in range(2))
     for num_unseen, (_, fraction) in step_layouts(config, rows).items():
@@ -129,10 +129,10 @@ def _moved_bytes(
     }
 
 
-def _captions(config: Config, rows: Rows, slots: float | None) -> Tensor:
+def _captions(config: Config, rows: RankBatchSizes, slots: float | None) -> Tensor:
     """Captions of one rank, of such lengths that they fill as many rows as a run's captions that take `slots`."""
-    context, count = config.model.text.context, rows.part
-    width = row_width(context)
+    context, count = config.model.text.context, rows.clip_per_micro_batch
+    width = packed_row_width(context)
     wanted = count if slots is None else min(count, max(1, round(slots / rows.micro_batches / width)))
     each, more = divmod(count, wanted) if wanted else (0, 0)
     lengths = [width // (each + 1)] * ((each + 1) * more) + [width // max(each, 1)] * (each * (wanted - more))

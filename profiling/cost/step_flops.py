@@ -27,14 +27,12 @@ from configs.architecture import Model
 from configs.decoder_gan import Discriminator
 from data.masking import hidden_patches
 from kernels.prototypes import KEEP_BYTES
-from model.captions import row_width
 from model.describe import step_layout, step_layouts
-from model.discriminator import PatchGan
-from model.drop_path import subset
 from model.latent import feature_width, head_width, moment_channels
-from model.objectives.targets import ITERATIONS
-from model.pack import ALIGN, Group, Layout, pack
-from model.rows import Rows
+from model.losses.gan import PatchGan
+from model.losses.targets import SINKHORN_ITERATIONS
+from model.packing import ALIGN, CropGroup, PackedLayout, RankBatchSizes, kept_segments, packed_layout
+from model.text import packed_row_width
 from profiling.cost.flops import (
     BlockFlops,
     ConvFlops,
@@ -59,7 +57,7 @@ TEACHER = ("teacher", "prototype head, teacher")
 
 def step_flops(
     config: Config,
-    rows: Rows,
+    rows: RankBatchSizes,
     caption_tokens: float | None = None,
     num_masked: int | None = None,
     backend: str = "sdpa",
@@ -122,7 +120,7 @@ class _PretrainingFlops:
     """Components of one pre-training step of one rank."""
 
     config: Config
-    rows: Rows
+    rows: RankBatchSizes
     num_masked: int  # M
     backend: str
     device: str
@@ -163,9 +161,9 @@ class _PretrainingFlops:
     def _student(self) -> Iterator[FlopsComponent]:
         """One pass over the shared micro-batch, two over every other."""
         rows = self.rows
-        shared = step_layout(self.config, replace(rows, clip=rows.part), self.num_unseen)
+        shared = step_layout(self.config, replace(rows, clip=rows.clip_per_micro_batch), self.num_unseen)
         yield from self._pass(shared, 0 if self.num_unseen else rows.rec)
-        others = replace(rows, clip=rows.part, ssl=0, rec=0)
+        others = replace(rows, clip=rows.clip_per_micro_batch, ssl=0, rec=0)
         for _ in range(rows.micro_batches - 1):
             for part in self._pass(step_layout(self.config, others), 0):
                 yield replace(part, recompute=part.recompute + part.forward, before_backward=part.forward)
@@ -173,7 +171,9 @@ class _PretrainingFlops:
     def _teacher(self) -> Iterator[FlopsComponent]:
         """Whole global crops, forward only; the last MLP sees the tokens that are read."""
         model, size = self.model, self.config.views.global_size
-        layout = pack({"ssl_global": (2 * self.rows.ssl, size, size)}, model.patch_size, prefix=1 + model.registers)
+        layout = packed_layout(
+            {"ssl_global": (2 * self.rows.ssl, size, size)}, model.patch_size, prefix=1 + model.registers
+        )
         [group] = layout.groups
         reads = self._read(group)
         squares = tokens_and_squares(group.segments, group.length)[1]
@@ -188,7 +188,7 @@ class _PretrainingFlops:
         head = prototype_mlp(model.prototypes, head_width(model), reads)
         yield FlopsComponent("prototype head, teacher", "ssl", head)
 
-    def _pass(self, layout: Layout, num_rec: int) -> Iterator[FlopsComponent]:
+    def _pass(self, layout: PackedLayout, num_rec: int) -> Iterator[FlopsComponent]:
         """One packed pass: its groups, what rec adds, its padding.
 
         A group costs what its tokens cost; the tokens that are read behind the last attention decide the last MLP,
@@ -210,7 +210,7 @@ class _PretrainingFlops:
             edge = patch_edge(self.model, vit.width, group.segments * group.patches)
             yield FlopsComponent(name, _objective(name), edge, edge)  # pixels have no gradient: the weight's alone
             yield self._early_bottleneck(tokens)
-        padding = subset(layout.segments, rate).pad if rate else layout.pad
+        padding = kept_segments(layout.segments, rate).pad if rate else layout.pad
         full, seen = (vit_block(vit, pad, 0, pad) for pad in (layout.pad, padding))
         yield self._blocks("trunk, padding", full, seen, seen if rate else vit_block(vit, padding, 0, read_pad))
         yield self._early_bottleneck(layout.pad)
@@ -239,7 +239,7 @@ class _PretrainingFlops:
         forward = linear(tokens, 0 if is_late else self.model.trunk.width, moment_channels(self.model))
         return FlopsComponent("bottleneck", "rec" if is_late else "shared", forward, 2 * forward)
 
-    def _read(self, group: Group) -> int:
+    def _read(self, group: CropGroup) -> int:
         """Tokens of a group that its own objective reads behind the last block."""
         if group.name == "ssl_global":
             return group.segments + self.num_masked
@@ -250,7 +250,7 @@ class _PretrainingFlops:
             return patches
         return group.segments if self.has_clip and self.model.image_feature == "cls" else patches
 
-    def _rec_reads(self, layout: Layout, num_rec: int) -> int:
+    def _rec_reads(self, layout: PackedLayout, num_rec: int) -> int:
         """Tokens that rec reads and clip does not."""
         if not num_rec or not self.has_clip or self.model.image_feature == "patch_mean":
             return 0
@@ -264,7 +264,7 @@ class _PretrainingFlops:
         text, rows = self.model.text, self.rows
         unpacked = rows.clip * text.context
         tokens, width = (
-            (unpacked, text.context) if caption_tokens is None else (caption_tokens, row_width(text.context))
+            (unpacked, text.context) if caption_tokens is None else (caption_tokens, packed_row_width(text.context))
         )
         block, full = text_block(text, tokens, tokens * width), text_block(text, unpacked, unpacked * text.context)
         forward = text.depth * block.forward + linear(rows.clip, text.width, self.model.clip_width)
@@ -319,9 +319,9 @@ class _PretrainingFlops:
         if self.config.objectives.ssl.targets == "centering":
             return 0
         if self.device == "cuda":
-            return (2 * ITERATIONS - 1) * num_rows
+            return (2 * SINKHORN_ITERATIONS - 1) * num_rows
         is_kept = 4 * num_rows * self.model.prototypes.num <= KEEP_BYTES[self.device]
-        return num_rows if is_kept else ITERATIONS * num_rows
+        return num_rows if is_kept else SINKHORN_ITERATIONS * num_rows
 
     # --- reconstruction ---
 
@@ -380,10 +380,10 @@ def _perceptual(rows: int, size: int) -> FlopsComponent:
     return FlopsComponent("perceptual", "rec", rows * (2 * vgg + compared), rows * (vgg + compared))
 
 
-def _kept_fractions(layout: Layout, rate: float) -> list[float]:
+def _kept_fractions(layout: PackedLayout, rate: float) -> list[float]:
     """Fraction of each group's segments that stochastic depth keeps: that of equally long groups together."""
     runs = [list(run) for _, run in groupby(layout.groups, key=lambda group: group.length)]
-    scales = subset(layout.segments, rate).scales
+    scales = kept_segments(layout.segments, rate).scales
     return [1 / scale for run, scale in zip(runs, scales, strict=True) for _ in run]
 
 
@@ -405,7 +405,7 @@ def decoder_gan_flops(
     """FLOPs of one step of one rank. The decoder has an adversarial loss in `gan_fraction` of the steps, the
     discriminator steps in `discriminator_fraction` of them. `backend` is the resolved attention."""
     rows, size, trunk = config.batch.images // world_size, config.views.image_size, model.trunk
-    layout = pack({"clip": (rows, size, size)}, model.patch_size, prefix=1 + model.registers)
+    layout = packed_layout({"clip": (rows, size, size)}, model.patch_size, prefix=1 + model.registers)
     [group] = layout.groups
     block = vit_block(trunk, layout.tokens, tokens_and_squares(group.segments, group.length)[1], layout.tokens)
     patches = rows * group.grid[0] * group.grid[1]

@@ -39,15 +39,14 @@ from engine.recompute import recompute_blocks
 from engine.step import model_inputs
 from engine.zero import DTYPES
 from kernels import prototypes
-from model.corruption import Corruption, is_corrupted, num_patches
-from model.describe import longest_layout, step_layout
-from model.drop_path import subset
-from model.frozen import Frozen, without_file
-from model.objectives.perceptual import GROUPS, Perceptual
-from model.objectives.total import Centres, compute
+from model.describe import longest_step, step_layout
+from model.frozen import FrozenNetwork, build_frozen_without_weights
+from model.latent import RecNoise, has_rec_noise, num_patches
+from model.losses.perceptual import CONVS_PER_TAP, LpipsDistance
+from model.losses.total import TeacherCentres, compute_losses
 from model.outputs import ClipOutputs, Outputs
+from model.packing import RankBatchSizes, kept_segments
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from profiling.cost.flops import VGG_CHANNELS
 from profiling.cost.operator_trace import OTHER, OperatorTrace, TraceEvent, default_dtype
 
@@ -80,9 +79,9 @@ def trace_step(
     it has no more. `num_unseen`: patches of a rec image that the encoder does not see (default: those of the longest
     sequence). `with_traffic`: with the bytes that operators move.
     """
-    rows, depths = Rows.per_rank(config, world_size), _depths(config)
+    rows, depths = RankBatchSizes.per_rank(config, world_size), _depths(config)
     batch = meta_batch(config, rows) if batch is None else batch
-    num_unseen = longest_layout(config, rows) if num_unseen is None else num_unseen
+    num_unseen = longest_step(config, rows) if num_unseen is None else num_unseen
     is_collecting = gc.isenabled()
     gc.disable()  # what is in a cycle stays, as in a run (engine/garbage.py)
     try:
@@ -101,7 +100,13 @@ class _TracedStep:
     """One training step on fake tensors: engine.step.train_step without an engine."""
 
     def __init__(
-        self, config: Config, rows: Rows, attention: str, comm: FakeComm, num_unseen: int, trace: OperatorTrace
+        self,
+        config: Config,
+        rows: RankBatchSizes,
+        attention: str,
+        comm: FakeComm,
+        num_unseen: int,
+        trace: OperatorTrace,
     ) -> None:
         self.config, self.comm, self.trace, self.mode = config, comm, trace, FakeTensorMode()
         objectives, ssl = config.objectives, config.objectives.ssl
@@ -110,7 +115,7 @@ class _TracedStep:
             self.perceptual = perceptual_network() if objectives.rec.weight and objectives.rec.perceptual else None
             self.frozen = frozen_encoder(config, attention)
             is_centred = ssl.weight > 0 and ssl.targets == "centering"
-            self.centres = Centres.zeros(config.model.prototypes.num) if is_centred else None
+            self.centres = TeacherCentres.zeros(config.model.prototypes.num) if is_centred else None
             self.kept_idx = _kept_idx(config, rows, num_unseen)
         self.corruption = _corruption(config, rows, num_unseen)
         self.replaced: dict[bool, tuple[torch.Size, torch.Size]] = {}
@@ -127,11 +132,11 @@ class _TracedStep:
         self.are_parts_alike = are_parts_alike
         inputs = {name: fake(value, self.mode) for name, value in vars(batch).items() if name != "captions"}
         cache = GradientCache(Batch(**inputs, captions=batch.captions), self.model.rows, self._clip_alone)
-        outputs = self._forward(cache.shared, kept_idx=self.kept_idx, corruption=fake(self.corruption, self.mode))
+        outputs = self._forward(cache.shared, kept_idx=self.kept_idx, rec_noise=fake(self.corruption, self.mode))
         with self.mode, self.trace.phase(OBJECTIVES):
             outputs = cache.complete(outputs)
             networks = (self.perceptual, self.frozen)
-            losses = compute(outputs, self.config.objectives, TEMPERATURE, self.comm, self.centres, *networks)
+            losses = compute_losses(outputs, self.config.objectives, TEMPERATURE, self.comm, self.centres, *networks)
         self._backward(losses.total)
         cache.replay(self._backward)
         self._release()
@@ -263,7 +268,7 @@ def _chunks_of(device: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FakeComm:
-    """A Comm (model/objectives/comm.py) of `world_size` ranks of which only the first exists: right in its shapes."""
+    """A Comm (model/losses/comm.py) of `world_size` ranks of which only the first exists: right in its shapes."""
 
     world_size: int
     rank: int = 0
@@ -293,39 +298,39 @@ class _FakeGather(torch.autograd.Function):
         return grad.new_empty((ctx.rows, *grad.shape[1:])), None
 
 
-def perceptual_network() -> Perceptual:
+def perceptual_network() -> LpipsDistance:
     """LPIPS in the published shapes, its weights empty."""
-    channels = [width for width, count in zip(VGG_CHANNELS, GROUPS, strict=True) for _ in range(count)]
+    channels = [width for width, count in zip(VGG_CHANNELS, CONVS_PER_TAP, strict=True) for _ in range(count)]
     weights: dict[str, Tensor] = {}
     for i, (before, after) in enumerate(zip([3, *channels], channels, strict=False)):
         weights |= {f"convs.{i}.weight": torch.empty(after, before, 3, 3), f"convs.{i}.bias": torch.empty(after)}
     heads = {f"heads.{j}.weight": torch.empty(1, width, 1, 1) for j, width in enumerate(VGG_CHANNELS)}
-    return Perceptual({key: value.float() for key, value in (weights | heads).items()})
+    return LpipsDistance({key: value.float() for key, value in (weights | heads).items()})
 
 
-def frozen_encoder(config: Config, attention: str) -> Frozen | None:
+def frozen_encoder(config: Config, attention: str) -> FrozenNetwork | None:
     """The encoder of objectives.rec.align without its weights file; None without the section."""
     align = config.objectives.rec.align
-    return None if align is None else without_file(align, attention)
+    return None if align is None else build_frozen_without_weights(align, attention)
 
 
-def _kept_idx(config: Config, rows: Rows, num_unseen: int) -> Tensor | None:
+def _kept_idx(config: Config, rows: RankBatchSizes, num_unseen: int) -> Tensor | None:
     """The draw of stochastic depth, (depth, 2, kept segments); None without."""
     trunk = config.model.trunk
     if config.model.conv is not None or not trunk.drop_path:
         return None
-    kept = subset(step_layout(config, rows, num_unseen).segments, trunk.drop_path).segments
+    kept = kept_segments(step_layout(config, rows, num_unseen).segments, trunk.drop_path).segments
     return torch.zeros(trunk.depth, 2, sum(count for count, _ in kept), dtype=torch.int64)
 
 
-def _corruption(config: Config, rows: Rows, num_unseen: int) -> Corruption | None:
+def _corruption(config: Config, rows: RankBatchSizes, num_unseen: int) -> RecNoise | None:
     """A step's mask and noise for rec; None without."""
-    if not is_corrupted(config):
+    if not has_rec_noise(config):
         return None
     num_visible, rec = num_patches(config) - num_unseen, config.objectives.rec
     normals = torch.zeros(rows.rec, num_visible, config.model.latent_channels, dtype=torch.float32)
     is_noisy = rec.noise.kind != "none"
-    return Corruption(
+    return RecNoise(
         None if rec.mask is None else torch.zeros(rows.rec, num_visible, dtype=torch.int64),
         normals if config.model.latent == "gaussian" else None,
         normals[:, 0, 0].clone() if is_noisy else None,
@@ -343,7 +348,7 @@ def fake(value: Any, mode: FakeTensorMode) -> Any:
     return type(value)(*(fake(part, mode) for part in value)) if hasattr(value, "_fields") else value
 
 
-def meta_batch(config: Config, rows: Rows, captions: Tensor | None = None) -> Batch:
+def meta_batch(config: Config, rows: RankBatchSizes, captions: Tensor | None = None) -> Batch:
     """A batch of `rows` with pixels on the meta device, and captions as long as the web's unless given."""
     views, context = config.views, config.model.text.context
     patches = (views.global_size // config.model.patch_size) ** 2

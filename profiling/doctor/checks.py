@@ -123,14 +123,13 @@ class CheckedRun:
 def attention_backends(run: CheckedRun, imports: Mapping[str, ImportResult]) -> Iterator[CheckResult]:
     """system.attention: each name, then auto."""
     from engine.zero import DTYPES
-    from kernels.attention import NEEDS, missing, resolve
-    from kernels.dense_attention import DENSE
+    from kernels.attention import DENSE_KERNELS, REQUIREMENTS, resolve_attention, why_unavailable
 
     dtype = DTYPES[run.config.optim.precision]
-    for name in DENSE:
+    for name in DENSE_KERNELS:
         yield CheckResult(f"attention {name}", "ok", "part of torch, one call per segment length")
-    for name, need in NEEDS.items():
-        obstacle, imported = missing(name, run.device, dtype), imports.get(need.module, PART_OF_TORCH)
+    for name, need in REQUIREMENTS.items():
+        obstacle, imported = why_unavailable(name, run.device, dtype), imports.get(need.module, PART_OF_TORCH)
         reason, _, remedy = (obstacle or "").partition("; ")
         remedy = remedy or f"{GPU}: {'Hopper' if name == 'flash3' else 'Ampere or newer'}"
         if imported.state == "broken":
@@ -139,9 +138,9 @@ def attention_backends(run: CheckedRun, imports: Mapping[str, ImportResult]) -> 
             yield CheckResult(f"attention {name}", "absent", reason, remedy)
         else:
             yield CheckResult(f"attention {name}", "ok", "one call for all segments")
-    backend = resolve(run.config.system.attention, run.device, dtype)
+    backend = resolve_attention(run.config.system.attention, run.device, dtype)
     name, message = "attention in this run", f"{backend.name} ({backend.reason})"
-    module = NEEDS[backend.name].module if backend.name in NEEDS else ""
+    module = REQUIREMENTS[backend.name].module if backend.name in REQUIREMENTS else ""
     if imports.get(module, PART_OF_TORCH).state == "broken":  # it is found, chosen, and fails in the first step
         remedy = f"repair {module}, or set system.attention=sdpa"
         yield CheckResult(name, "broken", f"{message}: but {module} does not import", remedy, is_needed=True)
@@ -161,7 +160,7 @@ def linear_backends(run: CheckedRun, imports: Mapping[str, ImportResult]) -> Ite
             yield CheckResult(f"linear {name}", "broken", imported.detail, remedy)
             continue
         try:
-            reason = fp8.resolve(name, run.device).reason.removeprefix("named in the config; ")
+            reason = fp8.resolve_linears(name, run.device).reason.removeprefix("named in the config; ")
         except (ValueError, ImportError, RuntimeError, OSError) as error:
             yield CheckResult(f"linear {name}", "absent", str(error), remedy)
         else:

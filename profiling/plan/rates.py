@@ -22,10 +22,10 @@ from torch import Tensor
 
 from configs import Config, UserError
 from kernels.attention import attend
-from model.block import norm, swiglu_hidden
+from model.block import build_norm, swiglu_hidden
 from model.describe import step_layout
-from model.rope import turn
-from model.rows import Rows
+from model.packing import RankBatchSizes
+from model.rope import apply_rope
 from profiling.cost.block_traffic import DTYPES, elementwise_traffic
 from profiling.cost.flops import attention, linear, tokens_and_squares
 from profiling.cost.operator_trace import OperatorTrace
@@ -154,7 +154,7 @@ def _gpu(name: str) -> ClusterGpu:
     return GPUS[name]
 
 
-def measured_rates(config: Config, rows: Rows, backend: str, device: torch.device) -> DeviceRates:
+def measured_rates(config: Config, rows: RankBatchSizes, backend: str, device: torch.device) -> DeviceRates:
     """Measure one device on blocks of the trunk's width in the run's precision."""
     probe = _SpeedProbe(config, rows, backend, device)
     products, scores, moved, host = probe.products(), probe.attention(), probe.elementwise(), probe.operation()
@@ -168,7 +168,7 @@ def measured_rates(config: Config, rows: Rows, backend: str, device: torch.devic
 
 
 class _SpeedProbe:
-    def __init__(self, config: Config, rows: Rows, backend: str, device: torch.device) -> None:
+    def __init__(self, config: Config, rows: RankBatchSizes, backend: str, device: torch.device) -> None:
         self.vit, self.backend, self.device = config.model.trunk, backend, device
         self.layout, self.dtype = step_layout(config, rows), DTYPES[config.optim.precision]
         self.tokens = min(self.layout.tokens, MAX_TOKENS)
@@ -204,13 +204,13 @@ class _SpeedProbe:
     def _elementwise(self, tokens: int) -> tuple[int, int, float]:
         """Bytes, operations and seconds of a norm, RoPE and gate, forward and backward."""
         width, heads = self.vit.width, self.vit.heads
-        normed = norm(self.vit).to(self.device, self.dtype)
+        normed = build_norm(self.vit).to(self.device, self.dtype)
         for parameter in normed.parameters():
             torch.nn.init.ones_(parameter)
         rope = self._random(2, tokens, width // heads)
 
         def forward(x_TD: Tensor, gate_TF: Tensor) -> Tensor:
-            y_TD = x_TD + turn(normed(x_TD).unflatten(1, (heads, -1)), rope).flatten(1)
+            y_TD = x_TD + apply_rope(normed(x_TD).unflatten(1, (heads, -1)), rope).flatten(1)
             left_TF, right_TF = gate_TF.chunk(2, dim=-1)
             return y_TD + (F.silu(left_TF) * right_TF)[:, :width]
 

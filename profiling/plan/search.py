@@ -28,7 +28,7 @@ import configs
 from configs import Config, UserError
 from configs.ds import complete
 from configs.scale_out import HPZ, SHARDED
-from model.rows import Rows
+from model.packing import RankBatchSizes
 from profiling.cost.communication import Collective, predict_collectives
 from profiling.cost.flops import StepFlops
 from profiling.cost.peak_memory import MemoryFootprint, predict_peak
@@ -121,7 +121,7 @@ class LayoutPlan:
 
     variant: LayoutVariant
     cluster: Cluster
-    rows: Rows
+    rows: RankBatchSizes
     footprint: MemoryFootprint
     time: StepTime
     flops: StepFlops
@@ -222,7 +222,9 @@ class _LayoutSearch:
 
     def _divides(self, micro_batches: int) -> bool:
         try:
-            Rows.per_rank(LayoutVariant(1, None, micro_batches, "off", "bf16").apply(self.config), self.cluster.gpus)
+            RankBatchSizes.per_rank(
+                LayoutVariant(1, None, micro_batches, "off", "bf16").apply(self.config), self.cluster.gpus
+            )
         except UserError:
             if micro_batches == 1:
                 raise
@@ -250,13 +252,13 @@ class _LayoutSearch:
             footprint = footprint.as_compiled(config)
         collectives = predict_collectives(config, ds_config, cluster.gpus)
         has_fp8 = "fp8" in cluster.rates.peaks and config.optim.precision == "bf16"
-        pays = has_fp8 and fp8_pays(config, Rows.per_rank(config, cluster.gpus))
+        pays = has_fp8 and fp8_pays(config, RankBatchSizes.per_rank(config, cluster.gpus))
         for linear in ["bf16", "fp8_torchao"] if pays else ["bf16"]:
             yield self._plan(replace(variant, linear=linear), footprint, collectives)
 
     def _plan(self, variant: LayoutVariant, footprint: MemoryFootprint, collectives: list[Collective]) -> LayoutPlan:
         config, cluster, mode = variant.apply(self.config), self.cluster, self.cluster.mode
-        rows = Rows.per_rank(config, cluster.gpus)
+        rows = RankBatchSizes.per_rank(config, cluster.gpus)
         captions = CAPTIONS_FILLED * rows.clip * config.model.text.context
         flops = step_flops(config, rows, captions, backend=mode.attention, device=mode.device)
         work = step_work(config, rows, mode, flops, captions, shards=cluster.gpus)

@@ -25,17 +25,17 @@ from functools import lru_cache
 from configs import Config
 from configs.architecture import Text, Vit
 from configs.system import System
-from kernels.fp8 import Linears
+from kernels.fp8 import LinearBackend
 from model.block import swiglu_hidden
 from model.describe import count_parameters, step_layout
-from model.rows import Rows
+from model.packing import RankBatchSizes
 from profiling.cost.block_traffic import block_traffic
 from profiling.cost.communication import Collective
 from profiling.cost.flops import FlopsComponent, StepFlops, text_block, vit_block
 from profiling.plan.rates import DeviceRates, NetworkLinks
 
 HIDDEN_BY = 0.8  # fraction of compute beside which collectives can run [assumed]
-FP8_GATE = Linears("fp8_torchao", "planned", is_gated_by_speed=True)
+FP8_GATE = LinearBackend("fp8_torchao", "planned", is_gated_by_speed=True)
 CAST_BYTES = 6  # an element of an FP8 product's operands: find the maximum, read, write (kernels/fp8.py's rule)
 # Elements of VGG-16's feature maps for each pixel of the image, and how often forward and backward touch one.
 VGG_MAPS, VGG_FORWARD, VGG_BACKWARD = 270, 4, 6
@@ -111,7 +111,7 @@ def component_seconds(work: ComponentWork, rates: DeviceRates) -> float:
 
 
 def step_work(
-    config: Config, rows: Rows, mode: ExecutionMode, flops: StepFlops, caption_tokens: float | None = None,
+    config: Config, rows: RankBatchSizes, mode: ExecutionMode, flops: StepFlops, caption_tokens: float | None = None,
     shards: int = 1,
 ) -> list[ComponentWork]:  # fmt: skip
     """Work of one rank, whose step computes `flops`; optimizer and EMA work on one of `shards` parts of the
@@ -124,16 +124,16 @@ def step_work(
     return [*work, *_updates(config, rows, shards)]
 
 
-def fp8_pays(config: Config, rows: Rows) -> bool:
+def fp8_pays(config: Config, rows: RankBatchSizes) -> bool:
     """Whether any product of the trunk's blocks is large enough for FP8 to be faster."""
     tokens = step_layout(config, rows).tokens
-    return any(FP8_GATE.obstacle(k, n, tokens) is None for k, n in _linear_shapes(config.model.trunk))
+    return any(FP8_GATE.why_not_fp8(k, n, tokens) is None for k, n in _linear_shapes(config.model.trunk))
 
 
 @dataclass(frozen=True)
 class _StepWork:
     config: Config
-    rows: Rows
+    rows: RankBatchSizes
     mode: ExecutionMode
     caption_tokens: float | None
 
@@ -195,7 +195,7 @@ class _StepWork:
         if self.config.system.linear == "bf16" or not tokens:
             return 0.0, 0.0
         shapes = _linear_shapes(part)
-        chosen = [(k, n) for k, n in shapes if FP8_GATE.obstacle(k, n, int(tokens)) is None]
+        chosen = [(k, n) for k, n in shapes if FP8_GATE.why_not_fp8(k, n, int(tokens)) is None]
         fraction = sum(k * n for k, n in chosen) / sum(k * n for k, n in shapes)
         return fraction, CAST_BYTES * sum(k + n + k * n / tokens for k, n in chosen)
 
@@ -207,7 +207,7 @@ def _linear_shapes(part: Vit | Text) -> list[tuple[int, int]]:
     return [(width, 3 * width), (width, width), (width, 2 * hidden if is_vit else hidden), (hidden, width)]
 
 
-def _updates(config: Config, rows: Rows, shards: int) -> Iterator[ComponentWork]:
+def _updates(config: Config, rows: RankBatchSizes, shards: int) -> Iterator[ComponentWork]:
     trained, frozen = _parameters(config.model_copy(update={"system": System()}), rows)
     yield ComponentWork("optimizer", bytes=trained / shards * OPTIMIZER_BYTES)
     averaged = 0 if config.ema is None else trained * AVERAGE_BYTES
@@ -215,7 +215,7 @@ def _updates(config: Config, rows: Rows, shards: int) -> Iterator[ComponentWork]
 
 
 @lru_cache(maxsize=4)
-def _parameters(config: Config, rows: Rows) -> tuple[int, int]:
+def _parameters(config: Config, rows: RankBatchSizes) -> tuple[int, int]:
     counts = count_parameters(config, rows)
     frozen = counts.get("teacher", 0)
     return sum(counts.values()) - frozen, frozen

@@ -17,9 +17,9 @@ from rich.table import Table
 from configs import Config, UserError, load_config
 from engine.assemble import resolve_compile
 from engine.zero import DTYPES
-from kernels.attention import resolve
+from kernels.attention import resolve_attention
 from model.describe import count_parameters
-from model.rows import Rows
+from model.packing import RankBatchSizes
 from profiling.instruments.machine import device
 from profiling.plan import rates
 from profiling.plan.rates import THIS, measured_rates, parse_links, rates_of
@@ -66,8 +66,8 @@ def cluster_of(gpu: str, gpus: int, link: str, config: Config) -> Cluster:
         mode = ExecutionMode(attention, is_compiled=config.system.compile != "off")
         return Cluster(gpus, rates_of(gpu), parse_links(link, gpu), mode)
     here = device()
-    attention = resolve(config.system.attention, here, DTYPES[config.optim.precision]).name
-    measured = measured_rates(config, Rows.per_rank(config, gpus), attention, here)
+    attention = resolve_attention(config.system.attention, here, DTYPES[config.optim.precision]).name
+    measured = measured_rates(config, RankBatchSizes.per_rank(config, gpus), attention, here)
     return Cluster(gpus, measured, None, ExecutionMode(attention, resolve_compile(config, here)[0], here.type))
 
 

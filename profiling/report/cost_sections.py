@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs import Config, UserError
-from model.rows import Rows
+from model.packing import RankBatchSizes
 from profiling.cost.flops import PASSES
 from profiling.cost.step_flops import step_flops
 from profiling.report.blocks import Cell, Paragraph, ReportBlock, ReportTable, RooflinePlot
@@ -61,7 +61,7 @@ def flops_table(run: RunRecord, label: str) -> list[ReportBlock]:
         config = run.pretraining
         if config is None or ranks is None:
             raise UserError("it needs config.yaml, and the number of ranks (machine.json).")
-        counted = step_flops(config, Rows.per_rank(config, ranks))
+        counted = step_flops(config, RankBatchSizes.per_rank(config, ranks))
     except UserError as error:
         return [Paragraph(f"{label} has no table of FLOPs: {error}")]
     rows: list[list[Cell]] = [
@@ -227,7 +227,7 @@ def _work(run: RunRecord) -> tuple[dict[str, PhaseWork], dict[str, PhaseWork]]:
     config, ranks, ds_config = run.pretraining, run.world_size, run.ds_config
     if config is None or ranks is None or ds_config is None:
         raise UserError("it needs config.yaml, ds_config.json and the number of ranks (machine.json)")
-    rows, saved = Rows.per_rank(config, ranks), run.median("speed/caption_tokens_saved")
+    rows, saved = RankBatchSizes.per_rank(config, ranks), run.median("speed/caption_tokens_saved")
     slots = None if saved is None else (1 - saved) * rows.clip * config.model.text.context
     attention = "matmul" if (run.machine or {}).get("attention") == "matmul" else "sdpa"
     try:

@@ -13,9 +13,9 @@ from configs import Config, DecoderGan, Run, load_config, load_run
 from configs.generation import Generation
 from configs.generator import DIT, SIT, Diffusion
 from model.describe import count_parameters, step_layout
-from model.generator.build import build
-from model.generator.shape import LatentShape
-from model.rows import Rows
+from model.generator.factory import build_generator
+from model.generator.tokens import LatentShape
+from model.packing import RankBatchSizes
 from profiling.cost.flops import generator_flops
 from profiling.cost.step_flops import decoder_gan_flops, step_flops
 
@@ -82,7 +82,7 @@ def test_encoder_and_decoder_have_the_released_size(name: str) -> None:
 def test_a_preset_builds_with_the_published_number_of_parameters(name: str) -> None:
     """On the meta device. Within 1 %; the largest difference is 0.2 %, of vtp_1b: norms, biases, patches."""
     config = preset(name)
-    counts = count_parameters(config, Rows.per_rank(config, world_size=64))
+    counts = count_parameters(config, RankBatchSizes.per_rank(config, world_size=64))
     assert counts["trunk"] / 1e6 == pytest.approx(TRUNKS[name], rel=0.01)
     is_joint = name not in REC_ALONE
     assert ("text" in counts, "teacher" in counts, "prototypes" in counts) == (is_joint,) * 3
@@ -99,7 +99,7 @@ def test_a_generator_has_the_published_number_of_parameters(name: str) -> None:
     config = kind(name)
     assert isinstance(config, Generation)
     with torch.device("meta"):
-        generator = build(config.generator, LatentShape(16, 16, 16), num_classes=1000)
+        generator = build_generator(config.generator, LatentShape(16, 16, 16), num_classes=1000)
     count = sum(parameter.numel() for parameter in generator.parameters())
     assert count / 1e6 == pytest.approx(SIZES_OF_GENERATORS[name], abs=0.6)
 
@@ -123,7 +123,7 @@ def test_a_preset_runs_on_every_power_of_two_of_ranks(name: str) -> None:
     config = preset(name)
     assert config.data.streams >= 512
     for exponent in range(10):
-        Rows.per_rank(config, 2**exponent)
+        RankBatchSizes.per_rank(config, 2**exponent)
     assert config.data.streams % 512 == 0
 
 
@@ -174,7 +174,7 @@ def test_the_convolutional_baseline_differs_from_the_plain_one_in_architecture_a
             "model.conv.attention_levels=0",
         ],
     )  # fmt: skip
-    assert count_parameters(f8, Rows.per_rank(f8, 32))["trunk"] == 34_163_592, "Stable Diffusion's encoder"
+    assert count_parameters(f8, RankBatchSizes.per_rank(f8, 32))["trunk"] == 34_163_592, "Stable Diffusion's encoder"
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -203,7 +203,7 @@ def test_the_denoising_tokenizer_has_the_published_numbers() -> None:
 
 def sample_flops(config: Config) -> float:
     """Of one step over its number of samples, nothing left out: docs/recipe.md, "Counting FLOPs"."""
-    rows = Rows.per_rank(config, 1)
+    rows = RankBatchSizes.per_rank(config, 1)
     return step_flops(config, rows).full_flops / rows.clip
 
 
@@ -256,7 +256,7 @@ def test_the_memory_in_a_header_is_the_product_of_its_factors(name: str) -> None
     found = re.search(r"about (\d+) GB of trunk activations on each of ([\d,]+) GPUs", header(name))
     assert found is not None
     config = preset(name)
-    layout = step_layout(config, Rows.per_rank(config, int(found[2].replace(",", ""))))
+    layout = step_layout(config, RankBatchSizes.per_rank(config, int(found[2].replace(",", ""))))
     assert int(found[1]) == pytest.approx(
         36e-9 * layout.tokens * config.model.trunk.width * config.model.trunk.depth, rel=0.03
     )

@@ -34,16 +34,16 @@ from data.views import names, whole_pixels
 from engine.corruption import corruptor
 from engine.drop_path import drop_path
 from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
-from model.discriminator import PatchGan
-from model.generator.build import build
 from model.generator.draws import draw
-from model.generator.initialise import initialise as initialise_generator
-from model.generator.shape import LatentShape
+from model.generator.factory import build_generator
+from model.generator.tokens import LatentShape
 from model.initialise import initialise
-from model.objectives.comm import Solo
-from model.objectives.total import Centres, compute
+from model.initialise import initialise_generator as initialise_generator
+from model.losses.comm import Solo
+from model.losses.gan import PatchGan
+from model.losses.total import TeacherCentres, compute_losses
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from tests.tiny import CONV, TINY, corruption, model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
@@ -213,7 +213,7 @@ def _learn(model: nn.Module, loss: Tensor, config: Run) -> None:
 
 
 def _pretrain(config: Config) -> None:
-    views, rows = config.views, Rows.per_rank(config, 1)
+    views, rows = config.views, RankBatchSizes.per_rank(config, 1)
     for step in (0, config.optim.steps - 1):
         assert 0 <= teacher_momentum(step, config) <= 1
         assert teacher_temperature(step, config) > 0
@@ -235,11 +235,11 @@ def _pretrain(config: Config) -> None:
         batch = dataclasses.replace(batch, masks=torch.from_numpy(masks), masked_idx=torch.from_numpy(masked))
     draws, noise = drop_path(config, 0, 1), corruptor(config, 0, 1)
     kept = draws.draw(0, noise.hidden(0) if noise else 0) if draws else None
-    outputs = model(**model_inputs(batch), corruption=corruption(config, 0), kept_idx=kept)
+    outputs = model(**model_inputs(batch), rec_noise=corruption(config, 0), kept_idx=kept)
     is_centred = config.objectives.ssl.targets == "centering"
-    centres = Centres.zeros(config.model.prototypes.num, torch.device("cpu")) if is_centred else None
+    centres = TeacherCentres.zeros(config.model.prototypes.num, torch.device("cpu")) if is_centred else None
     temp = teacher_temperature(0, config)
-    _learn(model, compute(outputs, config.objectives, temp, Solo(), centres).total, config)
+    _learn(model, compute_losses(outputs, config.objectives, temp, Solo(), centres).total, config)
 
 
 def _render(config: Config) -> None:
@@ -274,12 +274,12 @@ def _generate(config: Generation) -> None:
     shape, section = LatentShape(3, 4, 4), config.generator
     layers = section.depth + (section.head.depth if hasattr(section, "head") else 0)
     large = config.batch.samples * (section.buffer * section.head.repeats if hasattr(section, "head") else 1)
-    model = _built(partial(build, section, shape, 5), large * 100, layers)
+    model = _built(partial(build_generator, section, shape, 5), large * 100, layers)
     if model is None:
         return
     initialise_generator(model, section, config.seed)
     rows = config.batch.samples
-    draws = draw(model.needs, config.seed, step=0, positions=np.arange(rows))
+    draws = draw(model.draw_counts, config.seed, step=0, positions=np.arange(rows))
     latents = torch.randn(rows, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     _learn(model, model(latents, torch.arange(rows) % 5, draws)["total"], config)
 

@@ -25,7 +25,7 @@ from configs.load import load_run
 from engine.assemble import assemble
 from engine.step import train_step
 from engine.trainings import kinds
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.data.latents.stores import write_public_store
 from tests.engine import ranks
 from tests.engine.trainings import decoder_gan_runs

@@ -15,8 +15,8 @@ from engine.assemble import Assembly, assemble
 from engine.checkpoint.contents import load
 from engine.checkpoint.saver import save
 from engine.step import train_step
-from model.objectives.comm import Comm
-from model.objectives.total import Centres
+from model.losses.comm import Comm
+from model.losses.total import TeacherCentres
 from tests.tiny import random_batch
 
 DEEPSPEED = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
@@ -37,8 +37,8 @@ def build(config: Config, comm: Comm, stage: str) -> Assembly:
 
 
 def run_steps(
-    parts: Assembly, config: Config, comm: Comm, first: int, last: int, centres: Centres | None = None
-) -> tuple[list[float], Centres | None]:
+    parts: Assembly, config: Config, comm: Comm, first: int, last: int, centres: TeacherCentres | None = None
+) -> tuple[list[float], TeacherCentres | None]:
     """Steps first .. last - 1 on random batches; each step's total as the mean over ranks."""
     losses, centres = [], centres if centres is not None else parts.centres
     for step in range(first, last):
@@ -72,12 +72,12 @@ def train_plainly(config: Config, steps: int) -> Trained:
     from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
     from engine.step import model_inputs
     from model.initialise import initialise
-    from model.objectives.comm import Solo
-    from model.objectives.total import compute
-    from model.pretrainer import Pretrainer, teacher_pairs
-    from model.rows import Rows
+    from model.losses.comm import Solo
+    from model.losses.total import compute_losses
+    from model.packing import RankBatchSizes
+    from model.pretrainer import Pretrainer, student_teacher_pairs
 
-    model = Pretrainer(config, Rows.per_rank(config, 1), "matmul")
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1), "matmul")
     initialise(model, config)
     optimizer = build(model, config.optim, "torch")
     losses, centres = [], None
@@ -85,14 +85,14 @@ def train_plainly(config: Config, steps: int) -> Trained:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         outputs = model(**model_inputs(random_batch(config, step), torch.device("cpu")))
-        found = compute(outputs, config.objectives, teacher_temperature(step, config), Solo(), centres)
+        found = compute_losses(outputs, config.objectives, teacher_temperature(step, config), Solo(), centres)
         found.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(found.total.item())
         with torch.no_grad():
-            for _, student, teacher in teacher_pairs(model):
+            for _, student, teacher in student_teacher_pairs(model):
                 teacher.lerp_(student, 1 - teacher_momentum(step, config))
     named = {name: p.detach().clone() for name, p in model.named_parameters()}
     return Trained(

@@ -11,8 +11,8 @@ import torch
 from configs import Config, UserError, fingerprint
 from engine.initial import pinned
 from engine.step import train_step
-from model.frozen import FrozenEncoder, load_frozen
-from model.objectives.comm import Comm
+from model.frozen import FrozenTrunk, load_frozen
+from model.losses.comm import Comm
 from profiling.cost.communication import by_kind
 from profiling.cost.communication import predict_collectives as communication
 from profiling.cost.peak_memory import predict_states as footprint
@@ -83,7 +83,7 @@ def test_alignment_moves_the_latents_and_nothing_moves_the_frozen_encoder(encode
     assert last < 0.9 * first  # 0.60 of 0.79
     align = config.objectives.rec.align
     assert align is not None
-    assert after == frozen_bytes(FrozenEncoder.load(align, "sdpa", torch.float32))
+    assert after == frozen_bytes(FrozenTrunk.load(align, "sdpa", torch.float32))
     [plain] = run_ranks(ranks.train, 1, tiny_config(*REC_ALONE, "optim.steps=8"), "zero3", steps)
     assert not torch.equal(plain.weights["bottleneck.weight"], aligned_run.weights["bottleneck.weight"])
     assert set(aligned_run.weights) - set(plain.weights) == {"align.weight"}

@@ -14,7 +14,7 @@ from engine.archive import check_start
 from engine.checkpoint.contents import load
 from engine.checkpoint.directory import SUMS
 from engine.checkpoint.saver import save
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.engine.small_runs import write_checkpoint
 from tests.harness import run_ranks

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.assemble import MOST_GRAPHS
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import step_that_hides, tiny_config

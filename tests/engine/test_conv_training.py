@@ -11,7 +11,7 @@ import torch
 
 from configs import Config
 from engine.step import train_step
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.cost.communication import by_kind
 from profiling.cost.communication import predict_collectives as communication
 from profiling.cost.peak_memory import predict_states as footprint

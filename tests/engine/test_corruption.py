@@ -11,8 +11,8 @@ import torch
 from configs import UserError
 from engine import archive
 from engine.corruption import Corruptor, corruptor
-from model.corruption import hidden_shares
-from model.rows import Rows
+from model.latent import hidden_patch_probabilities
+from model.packing import RankBatchSizes
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights
 from tests.engine.test_resume import DISTURBED, train_and_save
@@ -32,9 +32,9 @@ def of(*overrides: str) -> Corruptor:
 def test_ranks_draw_the_shares_of_one_global_draw(layout: str, world_size: int) -> None:
     config = tiny_config(*DISTURBED, f"batch.layout={layout}")
     for step in (0, 5):
-        whole = Corruptor(config, Rows.per_rank(config, 1), 0, 1).draw(step)
+        whole = Corruptor(config, RankBatchSizes.per_rank(config, 1), 0, 1).draw(step)
         for rank in range(world_size):
-            own = Corruptor(config, Rows.per_rank(config, world_size), rank, world_size).draw(step)
+            own = Corruptor(config, RankBatchSizes.per_rank(config, world_size), rank, world_size).draw(step)
             for one, all_rows in zip(own, whole, strict=True):
                 assert one is not None
                 assert all_rows is not None
@@ -70,7 +70,7 @@ def test_nothing_is_drawn_that_nobody_asked_for() -> None:
 def test_steps_hide_as_much_as_is_said_and_any_patch_as_often() -> None:
     draws, steps = of(*DISTURBED), 4000
     counts = Counter(draws.hidden(step) for step in range(steps))
-    shares = hidden_shares((-0.1, 0.7), 16)
+    shares = hidden_patch_probabilities((-0.1, 0.7), 16)
     assert counts.keys() == shares.keys()
     for hidden, share in shares.items():  # within 4 standard deviations of a binomial count
         assert counts[hidden] == pytest.approx(steps * share, abs=4 * (steps * share * (1 - share)) ** 0.5)

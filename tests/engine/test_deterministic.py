@@ -9,8 +9,8 @@ import torch
 
 from configs import UserError
 from engine import deterministic
-from kernels.attention import resolve
-from model.objectives.comm import Comm
+from kernels.attention import resolve_attention
+from model.losses.comm import Comm
 from tests.engine.health import runs
 from tests.engine.health.runs import Spoilt, difference
 from tests.harness import run_ranks
@@ -55,7 +55,7 @@ def test_what_cannot_be_deterministic_is_refused(monkeypatch: pytest.MonkeyPatch
     assert not torch.are_deterministic_algorithms_enabled()
     for backend in ("flash3", "xformers"):
         with pytest.raises(ValueError, match="not deterministic"):
-            resolve(backend, "cuda", is_deterministic=True)
+            resolve_attention(backend, "cuda", is_deterministic=True)
     assert deterministic.enforce(tiny_config(), torch.device("cpu")).startswith("no more")
 
 

@@ -15,11 +15,11 @@ from configs import Config
 from engine.grad_cache import GradientCache
 from engine.step import model_inputs
 from model.initialise import initialise
-from model.objectives.comm import Comm, Solo
-from model.objectives.total import compute
+from model.losses.comm import Comm, Solo
+from model.losses.total import compute_losses
 from model.outputs import ClipOutputs
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import random_batch, tiny_config
@@ -42,7 +42,7 @@ def parts_of(config: Config, num: int) -> Config:
 
 def gradients(config: Config) -> dict[str, Tensor]:
     """Of every parameter that one step trains, in one process without DeepSpeed; and "features" the loss was given."""
-    model = Pretrainer(config, Rows.per_rank(config, 1), "matmul")
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1), "matmul")
     initialise(model, config)
 
     def run(part: Any) -> ClipOutputs:
@@ -52,7 +52,7 @@ def gradients(config: Config) -> dict[str, Tensor]:
 
     cache = GradientCache(random_batch(config, 0), model.rows, run)
     outputs = cache.complete(model(**model_inputs(cache.shared, CPU)))
-    compute(outputs, config.objectives, 0.05, Solo()).total.backward()
+    compute_losses(outputs, config.objectives, 0.05, Solo()).total.backward()
     cache.replay(torch.Tensor.backward)
     assert outputs.clip is not None
     features = {"features": torch.cat([outputs.clip.image_BE, outputs.clip.text_BE], dim=1).detach()}

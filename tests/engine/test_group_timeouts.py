@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config

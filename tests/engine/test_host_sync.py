@@ -25,7 +25,7 @@ from engine.assemble import Assembly, assemble
 from engine.health.guard import Guard
 from engine.report.meter import Meter
 from engine.step import train_step
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests import stream_stand_in
 from tests.cuda_waits import waits_of_host
 from tests.engine import ranks
@@ -38,7 +38,7 @@ OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equ
 METHODS = ("cpu", "tolist", "numpy")  # torch does not dispatch them for a tensor that is on the CPU already
 # How far the host of ZeRO-3 may run ahead: three buckets and three gathered modules (engine/zero/streams.py).
 BOUNDS = ("stage3.py:__reduce_and_partition_ipg_grads", "partitioned_param_coordinator.py:_fetch_sub_module_impl")
-ON_HOST = "model/captions.py:pack_captions"  # reads the captions as the loader gave them: they never were elsewhere
+ON_HOST = "model/text.py:pack_captions"  # reads the captions as the loader gave them: they never were elsewhere
 
 
 class HostReads(TorchDispatchMode):

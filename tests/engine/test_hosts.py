@@ -13,9 +13,9 @@ from torch import Tensor
 from configs import UserError
 from engine import world
 from engine.hosts import HostRanks, across_hosts
-from model.objectives.comm import Comm
-from model.objectives.contrastive import sigmoid_loss, softmax_loss
-from model.objectives.koleo import koleo_loss
+from model.losses.clip import sigmoid_clip_loss, softmax_clip_loss
+from model.losses.comm import Comm
+from model.losses.koleo import koleo_loss
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.L1
@@ -26,8 +26,8 @@ ROWS, WIDTH = 4, 8
 def losses(comm: Comm, image: Tensor, text: Tensor) -> dict[str, Tensor]:
     image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
     return {
-        "softmax": softmax_loss(image, text, torch.tensor([20.0]), comm).loss,
-        "sigmoid": sigmoid_loss(image, text, torch.tensor([20.0]), torch.tensor([-10.0]), comm).loss,
+        "softmax": softmax_clip_loss(image, text, torch.tensor([20.0]), comm).loss,
+        "sigmoid": sigmoid_clip_loss(image, text, torch.tensor([20.0]), torch.tensor([-10.0]), comm).loss,
         "koleo": koleo_loss(image, comm),
     }
 

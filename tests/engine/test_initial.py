@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from configs import Config, UserError, fingerprint
 from engine.initial import _check_meaning, initial_weights, match, pinned
 from model.interchange import main
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from model.weights import digest, read_weights, write_weights
 from tests.engine import ranks
 from tests.harness import run_ranks

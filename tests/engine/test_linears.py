@@ -19,10 +19,10 @@ from engine.step import model_inputs
 from kernels.fp8 import E4M3, E5M2
 from model.block import Block
 from model.initialise import initialise
-from model.objectives.comm import Comm
-from model.objectives.total import Centres
+from model.losses.comm import Comm
+from model.losses.total import TeacherCentres
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from model.text import TextBlock
 from tests.engine import ranks
 from tests.float8_count import float8_products
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 def _converted(*overrides: str) -> tuple[Pretrainer, str]:
     config = tiny_config(*FP8, *overrides)
-    model = Pretrainer(config, Rows.per_rank(config, 1))
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1))
     initialise(model, config)
     return model, linears.convert(model, config, CPU)
 
@@ -92,7 +92,7 @@ def test_what_has_no_effect_or_no_hardware_is_refused_by_its_key() -> None:
 @pytest.mark.L0
 def test_without_fp8_the_choice_is_the_precision() -> None:
     config = tiny_config()
-    model = Pretrainer(config, Rows.per_rank(config, 1))
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1))
     assert linears.convert(model, config, CPU) == "fp32 (optim.precision)"
     assert not [module for module in model.modules() if type(module).__name__ == "Float8Linear"]
 
@@ -115,7 +115,7 @@ def train_both_ways(comm: Comm, root: str) -> dict[str, Any]:
         archive.check_science(archive.find(Path(root) / other), config)
         state, whole = load(archive.find(Path(root) / other), parts.kept(parts.centres))
         loaded = ranks.outcome(parts, [])
-        rest, _ = ranks.run_steps(parts, config, comm, state.step, STEPS, Centres(**whole) if whole else None)
+        rest, _ = ranks.run_steps(parts, config, comm, state.step, STEPS, TeacherCentres(**whole) if whole else None)
         found[kind] |= {"loaded": loaded, "resumed": rest}
     return found
 

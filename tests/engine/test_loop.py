@@ -18,7 +18,7 @@ from engine.health.guard import Found
 from engine.health.rollback import Cursor
 from engine.lock import file_lock
 from engine.report.reporter import open_reporter
-from model.objectives.comm import Solo
+from model.losses.comm import Solo
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0

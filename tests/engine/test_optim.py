@@ -18,7 +18,7 @@ from configs import UserError
 from configs.ds import load_ds_config
 from configs.learning import Optim
 from engine import optim, zero
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config

@@ -19,7 +19,7 @@ from engine.health.rollback import Cursor, Rollbacks
 from engine.out_of_memory import Memory
 from engine.watch.place import Place
 from engine.world import RankError
-from model.objectives.comm import Solo
+from model.losses.comm import Solo
 from profiling.cost.peak_memory import Saving, predict_peak, savings
 from profiling.instruments.phases import PhaseTimer
 from tests.engine.ranks import DEEPSPEED

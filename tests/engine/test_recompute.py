@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from configs.architecture import Text, Vit
 from engine.recompute import Mode, recompute_blocks
-from kernels.dense_attention import Spans
+from kernels.attention import Spans
 from model.block import Block
-from model.objectives.comm import Comm
-from model.pack import Group, Layout
+from model.losses.comm import Comm
+from model.packing import CropGroup, PackedLayout
 from model.rope import Rope
 from model.text import TextBlock
 from profiling.instruments.memory import peak_bytes
@@ -22,7 +22,7 @@ from tests.harness import run_ranks
 from tests.tiny import tiny_config
 
 MODES: tuple[Mode, ...] = get_args(Mode)
-LAYOUT = Layout((Group("clip", 6, 65, (8, 8)), Group("ssl_local", 5, 17, (4, 4))), pad=5)
+LAYOUT = PackedLayout((CropGroup("clip", 6, 65, (8, 8)), CropGroup("ssl_local", 5, 17, (4, 4))), pad=5)
 HALVES = Spans((torch.arange(80) // 40).expand(6, 80), torch.arange(0, 481, 40, dtype=torch.int32))  # two a row
 
 

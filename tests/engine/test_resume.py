@@ -9,8 +9,8 @@ from configs import Config
 from engine import archive
 from engine.checkpoint.contents import load
 from engine.checkpoint.saver import save
-from model.objectives.comm import Comm
-from model.objectives.total import Centres
+from model.losses.comm import Comm
+from model.losses.total import TeacherCentres
 from model.weights import read_weights
 from tests.engine import ranks
 from tests.harness import run_ranks
@@ -36,7 +36,7 @@ def resume(comm: Comm, config: Config, stage: str, root: Path, last: int, times:
     for _ in range(times):
         parts = ranks.build(config, comm, stage)
         state, whole = load(archive.find(root), parts.kept(parts.centres))
-        centres = Centres(**whole) if whole else None
+        centres = TeacherCentres(**whole) if whole else None
         losses, _ = ranks.run_steps(parts, config, comm, state.step, last, centres)
         results.append(ranks.outcome(parts, losses))
     return results

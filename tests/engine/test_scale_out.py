@@ -19,7 +19,7 @@ from engine.checkpoint.contents import load
 from engine.checkpoint.saver import save
 from engine.report.traffic import counting
 from engine.zero.quantise import RUN, dequantise, num_scales, quantise
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config

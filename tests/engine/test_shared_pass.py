@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine import run, stop_file
-from model.objectives.comm import Solo
+from model.losses.comm import Solo
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0

@@ -7,7 +7,7 @@ from torch import nn
 
 from configs.ds import complete
 from engine.assemble import assemble
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config

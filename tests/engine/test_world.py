@@ -15,7 +15,7 @@ import torch
 
 from configs import UserError
 from engine import world
-from model.objectives.comm import Comm, Solo
+from model.losses.comm import Comm, Solo
 from tests.harness import RanksFailed, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -28,11 +28,10 @@ from evaluation.latents import extract
 from evaluation.sample_grid import SampleGrid
 from evaluation.samples import Pair, Samples
 from evaluation.source import open_source
-from model.generator.build import build
-from model.generator.draws import Draws, Needs
+from model.generator.draws import DrawCounts, RandomDraws
+from model.generator.factory import LoadedGenerator, build_generator, write_generator
 from model.generator.sampling import Sampling
-from model.generator.shape import LatentShape
-from model.generator.weights import LoadedGenerator, write_generator
+from model.generator.tokens import LatentShape
 from model.imagenet import normalise
 from model.weights import read_weights, weights_of_run, write_weights
 from tests.evaluation.tiny_runs import CLASSES, write_labelled_corpus, write_run
@@ -93,7 +92,7 @@ def write_random_generator(folder: Path, store: LatentStore, section: Generator 
     generator = torch.Generator().manual_seed(changed.pop("seed", 0))
     state = {
         name: torch.randn(tensor.shape, generator=generator) * 0.2
-        for name, tensor in build(section, shape, CLASSES).state_dict().items()
+        for name, tensor in build_generator(section, shape, CLASSES).state_dict().items()
     }
     mean, std = (x.new_ones(shape.channels) * x.mean() for x in (store.mean, store.std))
     given = {"section": section, "shape": shape, "num_classes": CLASSES, "mean_L": mean, "std_L": std}
@@ -126,23 +125,23 @@ class Replay(nn.Module):
         latents, _ = store.read(range(store.num_samples), [False] * store.num_samples)
         self.latents = (latents - store.mean.view(-1, 1, 1)) / store.std.view(-1, 1, 1)
 
-    def resolved(self, sampling: Sampling) -> Sampling:
+    def resolve_sampling(self, sampling: Sampling) -> Sampling:
         return sampling
 
-    def sampling_needs(self, sampling: Sampling) -> Needs:
-        return Needs(normals=0, uniforms=0)
+    def sampling_draw_counts(self, sampling: Sampling) -> DrawCounts:
+        return DrawCounts(normals=0, uniforms=0)
 
-    def sample(self, labels_B: Tensor, sampling: Sampling, draws: Draws) -> Tensor:
+    def sample(self, labels_B: Tensor, sampling: Sampling, draws: RandomDraws) -> Tensor:
         return self.latents[labels_B]
 
 
 class Noise(Replay):
     """Gives back the noise that it is asked to start from."""
 
-    def sampling_needs(self, sampling: Sampling) -> Needs:
-        return Needs(normals=self.latents[0].numel(), uniforms=0)
+    def sampling_draw_counts(self, sampling: Sampling) -> DrawCounts:
+        return DrawCounts(normals=self.latents[0].numel(), uniforms=0)
 
-    def sample(self, labels_B: Tensor, sampling: Sampling, draws: Draws) -> Tensor:
+    def sample(self, labels_B: Tensor, sampling: Sampling, draws: RandomDraws) -> Tensor:
         return draws.normal_BN.view(-1, *self.latents.shape[1:])
 
 

@@ -19,7 +19,7 @@ from configs import UserError
 from evaluation.feature_network import FeatureNetwork, open_perceptual
 from evaluation.fidelity import Fid, quantised, ssim
 from evaluation.reconstruction import Extremes, Reconstruction, psnr
-from model.objectives.perceptual import GROUPS, Perceptual
+from model.losses.perceptual import CONVS_PER_TAP, LpipsDistance
 
 pytestmark = pytest.mark.L0
 CPU = torch.device("cpu")
@@ -128,8 +128,8 @@ def test_lpips_is_the_objectives_own_in_signed_space_and_names_its_weights(tmp_p
     for i, (width_in, width_out) in enumerate(pairwise(widths)):
         convs |= {f"convs.{i}.weight": torch.randn(width_out, width_in, 3, 3, generator=generator)}
         convs |= {f"convs.{i}.bias": torch.zeros(width_out)}
-    heads = {f"heads.{j}.weight": torch.rand(1, 4, 1, 1, generator=generator) for j in range(len(GROUPS))}
-    perceptual, target, recon = Perceptual(convs | heads), *pair(6)
+    heads = {f"heads.{j}.weight": torch.rand(1, 4, 1, 1, generator=generator) for j in range(len(CONVS_PER_TAP))}
+    perceptual, target, recon = LpipsDistance(convs | heads), *pair(6)
     save_file(convs | heads, tmp_path / "lpips.safetensors")
     digest = hashlib.sha256((tmp_path / "lpips.safetensors").read_bytes()).hexdigest()
     network = open_perceptual(tmp_path / "lpips.safetensors", "--lpips")

@@ -23,9 +23,8 @@ from evaluation import results, run
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
 from evaluation.outcome import Outcome
 from evaluation.tasks import Options
-from model.origin import Origin
 from model.tokenizer import VisualTokenizer
-from model.weights import read_weights, write_weights
+from model.weights import WeightsOrigin, read_weights, write_weights
 from tests.data.tar_shards import encoded, write_tar
 from tests.evaluation.tiny_runs import write_labelled_corpus, write_run
 from tests.harness import run_ranks
@@ -130,7 +129,7 @@ def test_outdated_weights_are_refused_by_run_directory_and_accepted_by_file(
 ) -> None:
     copy = shutil.copytree(trained, tmp_path / "run")
     state, model = read_weights(copy / "weights.safetensors")
-    write_weights(copy / "weights.safetensors", state, model, Origin(32, "run", steps=100))
+    write_weights(copy / "weights.safetensors", state, model, WeightsOrigin(32, "run", steps=100))
     latest = copy / "checkpoints" / "latest"
     latest.parent.mkdir()
     for step in (150, 50):  # resumed, and resumed from an earlier one

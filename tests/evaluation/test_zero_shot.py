@@ -14,7 +14,7 @@ from evaluation import templates
 from evaluation.classes import OWN, TEMPLATES, ClassTable
 from evaluation.figures import confusion_matrix
 from evaluation.zero_shot import ZeroShot, classifier
-from model.objectives.comm import Solo
+from model.losses.comm import Solo
 
 pytestmark = pytest.mark.L0
 

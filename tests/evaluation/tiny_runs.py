@@ -10,8 +10,8 @@ import torch
 from configs import Config, to_yaml
 from data.captions import train_bpe
 from model.initialise import initialise
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from model.tokenizer import VisualTokenizer
 from model.weights import write_weights
 from tests.data.tar_shards import write_corpus
@@ -49,7 +49,7 @@ def write_run(run: Path, corpus: Path) -> Path:
 
 def untrained(config: Config) -> VisualTokenizer:
     """The tokenizer of a Pretrainer with seeded weights."""
-    model = Pretrainer(config, Rows.per_rank(config, 1))
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1))
     initialise(model, config)
     with torch.no_grad():
         return VisualTokenizer.from_state(config.model, model.state_dict())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention import attend
-from kernels.dense_attention import Segments, Spans, reference
+from kernels.attention import Segments, Spans, attend, attend_reference
 
 HEADS, HEAD_WIDTH = 3, 8
 
@@ -21,7 +20,10 @@ def random_qkv(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 def check(backend: str, segments: Segments, tokens: int, causal: bool, spans: Spans | None = None) -> None:
     """Asserts that `backend` gives the oracle's outputs and gradients."""
     qkv, oracle_qkv = random_qkv(tokens), random_qkv(tokens)
-    out, expected = attend(*qkv, segments, causal, backend, spans), reference(*oracle_qkv, segments, causal, spans)
+    out, expected = (
+        attend(*qkv, segments, causal, backend, spans),
+        attend_reference(*oracle_qkv, segments, causal, spans),
+    )
     # Measured worst 5e-7 of 4; one wrong key in a softmax of 9 is off by more than 0.01.
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
     weights = torch.linspace(-1, 1, out.numel()).view_as(out)

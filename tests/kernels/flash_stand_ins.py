@@ -20,7 +20,7 @@ from torch.library import Library
 from torch.nn.attention import _registry, current_flash_attention_impl, restore_flash_attention_impl
 
 from kernels import xformers_attention
-from kernels.dense_attention import Spans, reference
+from kernels.attention import Spans, attend_reference
 
 
 class Kernel:
@@ -44,7 +44,7 @@ class Kernel:
         _assert_asked_rightly(offsets, max_q, max_k, dropout_p, is_causal, window_size_left, window_size_right)
         assert torch.equal(offsets, offsets_k)
         lse, none = q.new_zeros(q.shape[1], q.shape[0]), q.new_empty(0)
-        return reference(q, k, v, ((1, q.shape[0]),), is_causal, Spans(offsets, offsets)), lse, none, none, none
+        return attend_reference(q, k, v, ((1, q.shape[0]),), is_causal, Spans(offsets, offsets)), lse, none, none, none
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, offsets: Tensor,
@@ -86,7 +86,7 @@ def gradients_by_hand(
 
 def _by_offsets(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool) -> Tensor:
     assert offsets.dtype == torch.int32
-    return reference(q, k, v, ((1, q.shape[0]),), causal, Spans(offsets, offsets))
+    return attend_reference(q, k, v, ((1, q.shape[0]),), causal, Spans(offsets, offsets))
 
 
 def _flash_attn() -> dict[str, ModuleType]:

@@ -7,12 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import attend, resolve
-from kernels.dense_attention import DENSE, Segments, Spans, reference
+from kernels.attention import DENSE_KERNELS, Segments, Spans, attend, attend_reference, resolve_attention
 from tests.kernels.attention_parity import check, random_qkv
 
 pytestmark = pytest.mark.L0
-BACKENDS = list(DENSE)
+BACKENDS = list(DENSE_KERNELS)
 layouts = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9)), min_size=1, max_size=3).map(tuple)
 
 
@@ -69,7 +68,7 @@ def test_a_token_does_not_see_other_segments_nor_causally_its_future(backend: st
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16_stays_close_to_float32(backend: str) -> None:
     q, k, v = (t.detach() for t in random_qkv(2 * 33))
-    expected = reference(q, k, v, ((2, 33),))
+    expected = attend_reference(q, k, v, ((2, 33),))
     out = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), ((2, 33),), backend=backend)
     assert out.dtype == torch.bfloat16
     # Measured worst 0.010: four bf16 roundings of numbers of order 1, each 0.004.
@@ -78,13 +77,13 @@ def test_bf16_stays_close_to_float32(backend: str) -> None:
 
 def test_auto_takes_the_dense_kernel_that_suits_the_cpu_and_says_why() -> None:
     for dtype, name in ((torch.bfloat16, "matmul"), (torch.float32, "sdpa")):
-        backend = resolve("auto", "cpu", dtype)
+        backend = resolve_attention("auto", "cpu", dtype)
         assert backend.name == name
         assert backend.reason.startswith("auto: ")
-    assert resolve("matmul", "cpu").reason == "named in the config"
+    assert resolve_attention("matmul", "cpu").reason == "named in the config"
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
     known = "choose one of auto, sdpa, matmul, flash3, varlen, flash2, xformers"
     with pytest.raises(ValueError, match=f"'fast' is not known; {known}"):
-        resolve("fast", "cpu")
+        resolve_attention("fast", "cpu")

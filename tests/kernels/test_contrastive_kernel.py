@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.contrastive import (
+    TorchTiles,
+    resolve_tiles,
     sigmoid_contrast,
     sigmoid_reference,
     softmax_contrast,
     softmax_reference,
-    tiles_of,
 )
-from kernels.contrastive_tiles import TorchTiles
 from profiling.instruments.memory import peak_bytes
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
@@ -114,8 +114,8 @@ def test_memory_grows_with_the_batch_and_not_with_its_square(kind: str) -> None:
 @pytest.mark.L0
 def test_a_name_that_is_no_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="'cuda' is not known; choose auto, torch or triton"):
-        tiles_of("cuda", torch.device("cpu"))
-    assert isinstance(tiles_of("auto", torch.device("cpu")), TorchTiles)
+        resolve_tiles("cuda", torch.device("cpu"))
+    assert isinstance(resolve_tiles("auto", torch.device("cpu")), TorchTiles)
 
 
 @pytest.mark.L0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kernels import fp8
-from kernels.fp8 import E4M3, E5M2, SMALL, Linears, reference, resolve, to_torchao, torchao_linear
+from kernels.fp8 import E4M3, E5M2, SMALL, LinearBackend, float8_reference, resolve_linears, to_torchao, torchao_linear
 from tests.float8_count import float8_products
 
 pytestmark = pytest.mark.L0
@@ -43,7 +43,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_torchao_equals_the_oracle_in_values_and_gradients(m: int, k: int, n: int) -> None:
     operands = _operands(m, k, n)
-    ours, theirs = _with_gradients(torchao_linear(), *operands), _with_gradients(reference, *operands)
+    ours, theirs = _with_gradients(torchao_linear(), *operands), _with_gradients(float8_reference, *operands)
     for found, expected in zip(ours, theirs, strict=True):
         # The same roundings; the order of sums may differ. Worst seen 3.1e-4; e4m3 for gradients is 3.5e-2 off.
         assert _distance(found, expected) < 1e-3
@@ -96,40 +96,40 @@ def test_the_products_run_in_float8_and_err_as_float8_does() -> None:
     ],
 )
 def test_a_product_becomes_fp8_where_it_pays(k: int, n: int, m: int, obstacle: str | None) -> None:
-    assert Linears("fp8_torchao", "", is_gated_by_speed=True).obstacle(k, n, m) == obstacle
+    assert LinearBackend("fp8_torchao", "", is_gated_by_speed=True).why_not_fp8(k, n, m) == obstacle
 
 
 def test_without_a_gain_to_expect_only_the_shape_counts() -> None:
-    on_cpu = resolve("fp8_torchao", "cpu")
-    assert on_cpu.obstacle(32, 48, 5) is None
-    assert on_cpu.obstacle(32, 40, 5) == "with a side that is no multiple of 16"
+    on_cpu = resolve_linears("fp8_torchao", "cpu")
+    assert on_cpu.why_not_fp8(32, 48, 5) is None
+    assert on_cpu.why_not_fp8(32, 40, 5) == "with a side that is no multiple of 16"
     assert "emulated on cpu" in on_cpu.reason
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
     [
-        ("fp4", torch.bfloat16, "'fp4' is no kind of linear layer; choose bf16, fp8_torchao or fp8_te"),
+        ("fp4", torch.bfloat16, "'fp4' is not a kind of linear layer; choose bf16, fp8_torchao or fp8_te"),
         ("fp8_torchao", torch.float32, "fp8_torchao with torch.float32 parameters: FP8 products take and give bf16"),
         ("fp8_te", torch.bfloat16, "fp8_te on cpu: Transformer Engine needs an NVIDIA GPU; use bf16, or fp8_torchao"),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_the_remedy(name: str, dtype: torch.dtype, message: str) -> None:
     with pytest.raises(ValueError, match=r"^" + message.replace(".", r"\.")):
-        resolve(name, "cpu", dtype)
+        resolve_linears(name, "cpu", dtype)
 
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     with pytest.raises(ValueError, match=r"compute capability 8\.0: FP8 begins at 8\.9"):
-        resolve("fp8_torchao", "cuda")
+        resolve_linears("fp8_torchao", "cuda")
 
 
 @pytest.mark.parametrize("prelude", ["", "sys.modules['torchao'] = None;"], ids=["installed", "missing"])
 def test_the_library_comes_in_without_talk_or_is_named_with_its_extra(prelude: str) -> None:
     """In a process of its own: an import happens once."""
     program = f"import sys, warnings; warnings.simplefilter('error'); {prelude} from kernels import fp8\n"
-    program += "try:\n    fp8.torchao_linear(); print(fp8.resolve('fp8_torchao', 'cpu').name)\n"
+    program += "try:\n    fp8.torchao_linear(); print(fp8.resolve_linears('fp8_torchao', 'cpu').name)\n"
     program += "except ImportError as error:\n    print(error)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == ""

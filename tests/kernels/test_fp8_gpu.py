@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import fp8
-from kernels.fp8 import Affine, Linears
+from kernels.fp8 import LinearBackend, LinearParameters
 from model.block import LayerNorm, RmsNorm
 
 pytestmark = [
@@ -28,28 +28,28 @@ def test_torchao_equals_the_oracle_for_any_number_of_tokens(tokens: int) -> None
     x, weight, bias = _random(tokens, WIDTH), _random(HIDDEN, WIDTH).requires_grad_(), _random(HIDDEN).requires_grad_()
     ours, theirs = (
         _gradients(lambda x, linear=linear: linear(x, weight, bias), x, [weight, bias])
-        for linear in (fp8.torchao_linear(), fp8.reference)
+        for linear in (fp8.torchao_linear(), fp8.float8_reference)
     )
     for found, expected in zip(ours, theirs, strict=True):
         assert _distance(found, expected) < 1e-2  # sums with fewer bits: use_fast_accum
 
 
 @pytest.fixture
-def te() -> Linears:
+def te() -> LinearBackend:
     pytest.importorskip("transformer_engine.pytorch")
-    return fp8.resolve("fp8_te", "cuda", torch.bfloat16, {WIDTH, HIDDEN})
+    return fp8.resolve_linears("fp8_te", "cuda", torch.bfloat16, {WIDTH, HIDDEN})
 
 
 @pytest.mark.parametrize("tokens", [64, 50])
 @pytest.mark.parametrize("kind", [RmsNorm, LayerNorm])
-def test_te_equals_norm_and_products_up_to_fp8(te: Linears, kind: type[nn.Module], tokens: int) -> None:
+def test_te_equals_norm_and_products_up_to_fp8(te: LinearBackend, kind: type[nn.Module], tokens: int) -> None:
     norm = kind(WIDTH)
     for parameter in norm.parameters():
         nn.init.normal_(parameter, 1.0, 0.2)
     both, out = nn.Linear(WIDTH, 2 * HIDDEN), nn.Linear(HIDDEN, WIDTH)
     for module in (norm, both, out):
         module.to("cuda", torch.bfloat16)
-    a, b = (Affine(m.weight, m.bias, m.out_features, m.in_features) for m in (both, out))
+    a, b = (LinearParameters(m.weight, m.bias, m.out_features, m.in_features) for m in (both, out))
 
     def swiglu(x: Tensor) -> Tensor:
         gate, value = both(norm(x)).chunk(2, dim=-1)

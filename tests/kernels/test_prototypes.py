@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kernels import prototypes
 from kernels.prototypes import (
-    TeacherColumns,
+    TeacherColumnSums,
     prototype_cross_entropy,
-    reference,
-    target_health,
+    prototype_cross_entropy_reference,
+    target_statistics,
 )
 
 pytestmark = pytest.mark.L0
@@ -74,7 +74,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 def worst_error(case: Case, scale: float = 1.0) -> float:
     """Of the loss and both gradients, with an upstream gradient of `scale`."""
     learners = (case.student_GUE, case.student_KE)
-    found, expected = prototype_cross_entropy(*case.inputs()), reference(*case.inputs())
+    found, expected = prototype_cross_entropy(*case.inputs()), prototype_cross_entropy_reference(*case.inputs())
     pairs = zip(
         (found.detach(), *torch.autograd.grad(scale * found, learners)),
         (expected.detach(), *torch.autograd.grad(scale * expected, learners)),
@@ -141,9 +141,9 @@ def test_bf16_rows_stay_as_close_to_float32_as_the_oracle_does() -> None:
     learners = (exact.student_GUE, exact.student_KE)
     narrow = [value.bfloat16() if torch.is_tensor(value) else value for value in case.inputs()]
     narrow[4:6] = case.bias_K, case.weight_GU
-    expected = torch.autograd.grad(reference(*exact.inputs()), learners)
+    expected = torch.autograd.grad(prototype_cross_entropy_reference(*exact.inputs()), learners)
     found = torch.autograd.grad(prototype_cross_entropy(*narrow), narrow[:2])
-    oracle = torch.autograd.grad(reference(*narrow), narrow[:2])
+    oracle = torch.autograd.grad(prototype_cross_entropy_reference(*narrow), narrow[:2])
     for name, ours, theirs, true in zip(("student", "prototypes"), found, oracle, expected, strict=True):
         assert ours.dtype == torch.bfloat16
         ours_off, theirs_off = error(ours.float(), true), error(theirs.float(), true)
@@ -162,9 +162,9 @@ def test_passes_over_the_teacher_equal_their_formulas(keep_bytes: int, rows: int
     target_RK = torch.softmax(score_RK - bias_K, dim=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(prototypes.KEEP_BYTES, "cpu", keep_bytes)
-        columns = TeacherColumns(teacher_RE, case.teacher_KE, temp)
+        columns = TeacherColumnSums(teacher_RE, case.teacher_KE, temp)
     found = {"logsumexp": columns.logsumexp(), "mass": columns.mass(bias_K), "mass again": columns.mass(bias_K)}
-    found["entropy"], found["share"] = target_health(teacher_RE, case.teacher_KE, temp, bias_K)
+    found["entropy"], found["share"] = target_statistics(teacher_RE, case.teacher_KE, temp, bias_K)
     mass_K, entropy_R = target_RK.sum(dim=0), torch.special.entr(target_RK).sum(dim=1)
     lowest_K = torch.full((num,), torch.finfo(torch.float32).min)
     log_mass_K = score_RK.logsumexp(dim=0) if rows else lowest_K
@@ -177,7 +177,7 @@ def test_column_sums_of_enormous_logits_are_finite() -> None:
     teacher_RE = 100 * case.teacher_GVE[:, 0]
     expected = (teacher_RE @ case.teacher_KE.T / 0.01).logsumexp(dim=0)  # of order 10,000, where exp overflows at 89
     assert expected.isfinite().all()
-    assert error(TeacherColumns(teacher_RE, case.teacher_KE, 0.01).logsumexp(), expected.detach()) < TOLERANCE
+    assert error(TeacherColumnSums(teacher_RE, case.teacher_KE, 0.01).logsumexp(), expected.detach()) < TOLERANCE
 
 
 def test_no_matrix_of_all_rows_and_all_prototypes_is_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,12 +189,15 @@ def test_no_matrix_of_all_rows_and_all_prototypes_is_ever_held(monkeypatch: pyte
     case = draw(rows, 1, 1, num, width)
 
     def step(loss_of: object) -> Tensor:
-        bias_K = TeacherColumns(case.teacher_GVE[:, 0], case.teacher_KE, 0.05).logsumexp()
+        bias_K = TeacherColumnSums(case.teacher_GVE[:, 0], case.teacher_KE, 0.05).logsumexp()
         assert callable(loss_of)
         loss: Tensor = loss_of(*[*case.inputs()[:4], bias_K, *case.inputs()[5:]])
         return torch.stack([grad.sum() for grad in torch.autograd.grad(loss, (case.student_GUE, case.student_KE))])
 
-    ours, dense = peak_bytes(lambda: step(prototype_cross_entropy)), peak_bytes(lambda: step(reference))
+    ours, dense = (
+        peak_bytes(lambda: step(prototype_cross_entropy)),
+        peak_bytes(lambda: step(prototype_cross_entropy_reference)),
+    )
     print(f"ours {ours / 2**20:.2f} MiB, oracle {dense / 2**20:.2f} MiB")
     # One matrix is 4 MiB. Measured 0.8 MiB, half of it gradients, against 16 MiB.
     assert ours < rows * num * 4 / 4

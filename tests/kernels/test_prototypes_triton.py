@@ -19,16 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 CASES = [(64, 1, 1, 64, 16), (150, 1, 1, 150, 80), (9, 3, 2, 65, 16), (1, 1, 1, 3, 32), (0, 1, 1, 40, 16)]
 
 
-def worst_error(case: Case, dtype: torch.dtype = torch.float32) -> float:
+def worst_error(case: Case, dtype: torch.dtype = torch.float32, chunk_bytes: int = 256 * 2**20) -> float:
     """Of loss and gradients, the features in `dtype`; the oracle takes their values in float32."""
     from kernels.prototypes_triton import loss_and_gradients
 
     inputs = [x.detach() if torch.is_tensor(x) else x for x in case.inputs()]
     narrow = [x.to(dtype) if torch.is_tensor(x) else x for x in inputs[:4]] + inputs[4:]
-    found = loss_and_gradients(*narrow)
+    found = loss_and_gradients(*narrow, chunk_bytes)
     exact = [x.float() if torch.is_tensor(x) else x for x in narrow]
     learners = [x.requires_grad_() for x in exact[:2]]
-    loss = prototypes.reference(*exact)
+    loss = prototypes.prototype_cross_entropy_reference(*exact)
     expected = (loss.detach(), *torch.autograd.grad(loss, learners))
     return max(error(ours.float(), theirs) for ours, theirs in zip(found, expected, strict=True))
 
@@ -89,6 +89,5 @@ if __name__ == "__main__":
         print(column_error(draw(*shape), torch.float16))
     for dtype in (torch.float32, torch.float16):
         for num_bytes in (2**20, 9000):  # differences in one chunk and in several
-            prototypes.CHUNK_BYTES["cuda"] = num_bytes
             for shape in CASES:
-                print(worst_error(draw(*shape), dtype))
+                print(worst_error(draw(*shape), dtype, num_bytes))

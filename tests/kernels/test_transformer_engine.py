@@ -14,18 +14,18 @@ from engine import linears
 from engine.recompute import recompute_blocks
 from engine.step import model_inputs
 from kernels import fp8
-from kernels.fp8 import MXFP8_MULTIPLE, Affine, Linears
+from kernels.fp8 import MXFP8_MULTIPLE, LinearBackend, LinearParameters
 from model.block import Block
 from model.initialise import initialise
 from model.outputs import Outputs
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from model.text import TextBlock
 from tests.kernels.te_stand_in import Library, bind, installed
 from tests.tiny import random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
-CURRENT = Linears("fp8_te", "chosen by the test", recipe="Float8CurrentScaling")
+CURRENT = LinearBackend("fp8_te", "chosen by the test", recipe="Float8CurrentScaling")
 # A context of 13 and batch of 12 give the text tower 156 tokens, no multiple of 16.
 CHANGES = ("optim.precision=bf16", "system.linear=fp8_te", "model.trunk.mlp_ratio=3", "model.decoder.mlp_ratio=3",
            "model.text.context=13")  # fmt: skip
@@ -36,7 +36,7 @@ def _pretrainer(config: Config) -> Pretrainer:
 
     Vectors are random: a norm with weight 1 may be applied twice and nobody sees it.
     """
-    model = Pretrainer(config, Rows.per_rank(config, 1), "matmul")
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1), "matmul")
     initialise(model, config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -46,8 +46,8 @@ def _pretrainer(config: Config) -> Pretrainer:
     return model
 
 
-def _convert(model: Pretrainer, config: Config, choice: Linears, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(fp8, "resolve", lambda *_: choice)
+def _convert(model: Pretrainer, config: Config, choice: LinearBackend, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(fp8, "resolve_linears", lambda *_: choice)
     monkeypatch.setattr(linears.world, "group", lambda: "all ranks")
     return linears.convert(model, config, torch.device("cpu"))
 
@@ -125,8 +125,8 @@ def test_layers_that_do_not_fit_stay_as_they_are(te: Library, monkeypatch: pytes
 @pytest.mark.parametrize("tokens", [1, 15, 16, 33])
 def test_any_number_of_tokens_is_filled_up_to_the_multiple(te: Library, tokens: int) -> None:
     layer = nn.Linear(32, 64)
-    linears = Linears("fp8_te", "", MXFP8_MULTIPLE, recipe="MXFP8BlockScaling")
-    product = fp8.te_linear(Affine(layer.weight, layer.bias, n=64, k=32), linears)
+    linears = LinearBackend("fp8_te", "", MXFP8_MULTIPLE, recipe="MXFP8BlockScaling")
+    product = fp8.te_linear(LinearParameters(layer.weight, layer.bias, n=64, k=32), linears)
     x = torch.randn(tokens, 32)
     torch.testing.assert_close(fp8.te_autocast(product, linears, None)(x), layer(x))
     assert type(te.regions[0]["recipe"]).__name__ == "MXFP8BlockScaling"
@@ -151,7 +151,7 @@ def test_the_recipe_follows_hardware_and_widths(
     multiple: int,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    found = fp8.resolve("fp8_te", "cuda", torch.bfloat16, widths)
+    found = fp8.resolve_linears("fp8_te", "cuda", torch.bfloat16, widths)
     assert (found.recipe, found.multiple, found.is_gated_by_speed) == (recipe, multiple, True)
     assert recipe in found.reason
 
@@ -160,7 +160,7 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     with pytest.raises(ImportError, match=r"fp8_te needs transformer-engine \(.*\): pip install --no-build-isolation"):
-        fp8.resolve("fp8_te", "cuda")
+        fp8.resolve_linears("fp8_te", "cuda")
 
 
 def test_the_stand_in_refuses_what_the_real_signatures_do_not_have() -> None:

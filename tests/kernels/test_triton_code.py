@@ -59,7 +59,7 @@ def prototype_loss(dtype: torch.dtype, groups: tuple[int, int, int], prototypes:
     bias_K, weight_GU = _meta(prototypes), _meta(num_groups, students)
     column_logsumexp(teacher_GVE.flatten(0, 1), teacher_KE, 0.05)
     column_mass(teacher_GVE.flatten(0, 1), teacher_KE, 0.05, bias_K)
-    loss_and_gradients(student_GUE, student_KE, teacher_GVE, teacher_KE, bias_K, weight_GU, 0.1, 0.05)
+    loss_and_gradients(student_GUE, student_KE, teacher_GVE, teacher_KE, bias_K, weight_GU, 0.1, 0.05, 256 * 2**20)
 
 
 def contrastive_losses(own: int, of_all_ranks: int) -> None:

@@ -15,8 +15,7 @@ import torch
 from torch.nn.attention import current_flash_attention_impl
 
 from kernels import attention
-from kernels.attention import activate, activated, attend, resolve
-from kernels.dense_attention import Spans, reference
+from kernels.attention import Spans, activate, activated, attend, attend_reference, resolve_attention
 from tests.kernels.attention_parity import check, random_qkv
 from tests.kernels.flash_stand_ins import flash_stand_ins
 
@@ -34,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.L0
-@pytest.mark.parametrize("backend", list(attention.NEEDS))
+@pytest.mark.parametrize("backend", list(attention.REQUIREMENTS))
 @pytest.mark.parametrize("causal", [False, True])
 def test_each_kernel_gets_segments_and_spans_as_torch_wants_them(backend: str, causal: bool, calls: list[str]) -> None:
     with activated(backend):
@@ -69,7 +68,7 @@ def test_a_compiled_graph_runs_the_kernel_that_is_active_without_a_break(calls: 
     for backend in ("flash3", "varlen", "flash3"):
         with activated(backend):
             out = call(*qkv, backend)
-            torch.testing.assert_close(out, 2 * reference(*qkv, SEGMENTS), rtol=0, atol=1e-5)
+            torch.testing.assert_close(out, 2 * attend_reference(*qkv, SEGMENTS), rtol=0, atol=1e-5)
             out.sum().backward()
     assert calls == [f"{kernel} {way}" for kernel in ("FA3", "torch", "FA3") for way in ("forward", "backward")]
 
@@ -81,7 +80,7 @@ def test_the_xformers_operator_compiles_without_a_break() -> None:
     call = torch.compile(
         lambda q, k, v: attend(q, k, v, SEGMENTS, backend="xformers") * 2, fullgraph=True, backend="aot_eager"
     )
-    torch.testing.assert_close(call(q, k, v), 2 * reference(q, k, v, SEGMENTS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(call(q, k, v), 2 * attend_reference(q, k, v, SEGMENTS), rtol=0, atol=1e-5)
 
 
 @pytest.mark.L0
@@ -99,23 +98,23 @@ def test_flash_attention_3_that_does_not_load_is_named_with_its_remedy(monkeypat
     pretend(monkeypatch, (9, 0), here=("flash3", "varlen"))
     monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))  # as PyPI has one
     with pytest.raises(ValueError, match=r"does not load \(.*FA3.*\); pip install --no-deps flash-attn-3.* varlen"):
-        resolve("auto", "cuda")
+        resolve_attention("auto", "cuda")
     assert current_flash_attention_impl() is None
 
 
 @pytest.mark.L0
-@pytest.mark.parametrize("backend", list(attention.NEEDS))
+@pytest.mark.parametrize("backend", list(attention.REQUIREMENTS))
 def test_a_named_backend_that_cannot_run_says_what_it_needs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"needs a CUDA device, this machine has none in use \(cpu\); or choose auto"):
-        resolve(backend, "cpu")
+        resolve_attention(backend, "cpu")
     pretend(monkeypatch, (9, 0), here=())
     with pytest.raises(ValueError, match=r"half precision, not torch\.float32; set optim\.precision=bf16"):
-        resolve(backend, "cuda", torch.float32)
+        resolve_attention(backend, "cuda", torch.float32)
     with pytest.raises(ValueError, match=r"(is not installed|built without FlashAttention); pip install --"):
-        resolve(backend, "cuda")
+        resolve_attention(backend, "cuda")
     pretend(monkeypatch, (7, 0), here=())
     with pytest.raises(ValueError, match=r"needs compute capability \d\.0, this GPU has 7\.0"):
-        resolve(backend, "cuda")
+        resolve_attention(backend, "cuda")
 
 
 @pytest.mark.L0
@@ -130,33 +129,36 @@ def test_auto_on_a_gpu_takes_the_best_there_is_and_says_what_is_missing(monkeypa
         ((7, 0), (), "sdpa", "this GPU has 7.0"),
     ):
         pretend(monkeypatch, capability, here)
-        backend = resolve("auto", "cuda")
+        backend = resolve_attention("auto", "cuda")
         assert backend.name == name
         assert reason in backend.reason
         assert current_flash_attention_impl() == ("FA3" if name == "flash3" else None)
-    assert resolve("auto", "cuda", torch.float32).name == "sdpa"
+    assert resolve_attention("auto", "cuda", torch.float32).name == "sdpa"
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], here: tuple[str, ...]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: "varlen" in here)
-    modules = {attention.NEEDS[name].module for name in here}
+    modules = {attention.REQUIREMENTS[name].module for name in here}
     monkeypatch.setattr(attention, "find_spec", lambda module: "found" if module in modules else None)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", list(attention.NEEDS))
+@pytest.mark.parametrize("backend", list(attention.REQUIREMENTS))
 @pytest.mark.parametrize("spans", [None, SPANS])
 @pytest.mark.parametrize("causal", [False, True])
 def test_each_kernel_that_is_here_equals_the_oracle_on_the_gpu(backend: str, spans: Spans | None, causal: bool) -> None:
-    if reason := attention.missing(backend, CUDA, torch.bfloat16):
+    if reason := attention.why_unavailable(backend, CUDA, torch.bfloat16):
         pytest.skip(reason)
     segments, tokens = (SEGMENTS, 18) if spans is None else (((2, 5),), 10)
     spans = None if spans is None else Spans(*(t.cuda() for t in spans))
     exact = [t.detach().cuda().requires_grad_() for t in random_qkv(tokens)]
     qkv = [t.detach().bfloat16().requires_grad_() for t in exact]
-    call, expected = torch.compile(attend, fullgraph=True, dynamic=False), reference(*exact, segments, causal, spans)
+    call, expected = (
+        torch.compile(attend, fullgraph=True, dynamic=False),
+        attend_reference(*exact, segments, causal, spans),
+    )
     with activated(backend):
         out = call(*qkv, segments, causal, backend, spans)
         grads = torch.autograd.grad(out.float().sum(), qkv)

@@ -77,6 +77,6 @@ def write_timm(path: Path, registers: int = 0) -> Path:
     return path
 
 
-def pictures(height: int, width: int) -> Tensor:
+def images(height: int, width: int) -> Tensor:
     """(2, 3, height, width)."""
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(height * 100 + width))

@@ -13,16 +13,17 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.fx import GraphModule
 
 from configs.architecture import Vit
-from model import block_backward
-from model.block import Block
-from model.pack import Group, Layout
-from model.rope import Rope, turn
+from model.block import Block, fused_swiglu, linear_with_detached_bias, rotated_qkv
+from model.packing import CropGroup, PackedLayout
+from model.rope import Rope, apply_rope
 from profiling.benches.block_kernels import block_kernels
 
 pytestmark = pytest.mark.L0
 
 HEADS, WIDTH = 2, 16
-LAYOUT = Layout((Group("clip", 4, 17, (4, 4)), Group("ssl_local", 5, 5, (2, 2))), pad=3)  # 96 tokens: groups of 32
+LAYOUT = PackedLayout(
+    (CropGroup("clip", 4, 17, (4, 4)), CropGroup("ssl_local", 5, 5, (2, 2))), pad=3
+)  # 96 tokens: groups of 32
 Parts = tuple[Tensor, ...]
 
 
@@ -42,16 +43,16 @@ def plain_swiglu(y_TN: Tensor, bias_N: Tensor) -> Parts:
 
 
 def swiglu(y_TN: Tensor, bias_N: Tensor) -> Parts:
-    return (block_backward.swiglu(y_TN + bias_N.detach(), bias_N),)
+    return (fused_swiglu(y_TN + bias_N.detach(), bias_N),)
 
 
 def plain_turned(y_TN: Tensor, bias_N: Tensor, rope_2TE: Tensor) -> Parts:
     q_THE, k_THE, v_THE = (y_TN + bias_N).unflatten(1, (3, HEADS, -1)).unbind(1)
-    return turn(q_THE, rope_2TE), turn(k_THE, rope_2TE), v_THE
+    return apply_rope(q_THE, rope_2TE), apply_rope(k_THE, rope_2TE), v_THE
 
 
 def turned(y_TN: Tensor, bias_N: Tensor, rope_2TE: Tensor) -> Parts:
-    return block_backward.turned(y_TN + bias_N.detach(), bias_N, rope_2TE, HEADS)
+    return rotated_qkv(y_TN + bias_N.detach(), bias_N, rope_2TE, HEADS)
 
 
 def assert_same(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> None:
@@ -86,10 +87,10 @@ def test_a_layer_of_another_kind_keeps_its_product_and_its_bias() -> None:
             return 2 * super().forward(x)
 
     layer, x_TD = Doubled(4, 8), torch.randn(3, 4)
-    y_TN, bias_N = block_backward.product(layer, x_TD)
+    y_TN, bias_N = linear_with_detached_bias(layer, x_TD)
     assert bias_N is None
     assert torch.equal(y_TN, layer(x_TD))
-    assert block_backward.swiglu(y_TN, None).shape == (3, 4)
+    assert fused_swiglu(y_TN, None).shape == (3, 4)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -109,7 +110,7 @@ def test_a_compiled_block_takes_them_in_one_graph(qk_norm: bool, monkeypatch: py
         return aot_eager(graph, inputs)
 
     plain = step(block.forward)
-    monkeypatch.setattr(block_backward, "is_used", lambda _: True)
+    monkeypatch.setattr("model.block.uses_custom_backward", lambda _: True)
     torch._dynamo.reset()
     found = step(torch.compile(block.forward, backend=noting, fullgraph=True, dynamic=False))
     [graph] = graphs
@@ -121,7 +122,7 @@ def test_a_compiled_block_takes_them_in_one_graph(qk_norm: bool, monkeypatch: py
 
 def test_on_hopper_each_bias_is_summed_by_the_kernel_that_makes_its_gradient() -> None:
     """Inductor's own code for sm_90, at VTP-L's width: kernels beside products, with the bytes that a token needs."""
-    layout = Layout((Group("clip", 64, 257, (16, 16)),), pad=0)
+    layout = PackedLayout((CropGroup("clip", 64, 257, (16, 16)),), pad=0)
     table = block_kernels(Vit(width=1024, depth=1, heads=16), layout, "sm_90")
     found = table.found
     assert table.as_table().row_count == len(found.forward.kernels) + len(found.backward.kernels)

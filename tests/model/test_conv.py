@@ -15,11 +15,11 @@ from engine.corruption import corruptor
 from engine.initial import initial_weights
 from model.conv import ConvDecoder, ConvEncoder, PositionAttention
 from model.describe import count_parameters, describe
-from model.frozen import FrozenEncoder
+from model.frozen import FrozenTrunk
 from model.initialise import initialise
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
 from model.programs import write_programs
-from model.rows import Rows
 from model.tokenizer import VisualTokenizer
 from profiling.plan import __main__ as plan
 from tests.model.tiny_weights import build, tokenizer_of, write_run
@@ -49,7 +49,7 @@ def test_it_has_latent_diffusions_number_of_parameters() -> None:
     conv = "model.conv={channels: 128, multipliers: [1, 2, 4, 4]}"
     config = tiny_config(*CONV, conv, "model.latent=gaussian", "model.latent_channels=4")
     with torch.device("meta"):
-        model = Pretrainer(config, Rows.per_rank(config, 1))
+        model = Pretrainer(config, RankBatchSizes.per_rank(config, 1))
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     assert counts["trunk"] == 34_163_592
     assert counts["bottleneck"] == 8 * 8  # its quant_conv has 8 biases besides
@@ -84,7 +84,7 @@ def test_the_preset_has_the_number_of_parameters_of_latent_diffusions_f16() -> N
     )  # fmt: skip
     assert (encoder, decoder) == (28_265_760, 41_343_875)
     config = load_config(PRESET, ["model.latent_channels=16"])
-    counts = count_parameters(config, Rows.per_rank(config, 32))
+    counts = count_parameters(config, RankBatchSizes.per_rank(config, 32))
     assert counts["trunk"] == encoder
     assert counts["bottleneck"] == 32 * 32  # its quant_conv has 32 biases besides
     assert counts["decoder"] == decoder + conv(16, 16, 1)  # with post_quant_conv
@@ -131,7 +131,7 @@ def test_a_picture_does_not_see_its_neighbours_in_the_batch() -> None:
 
 
 def test_positions_keep_their_place_on_the_way_through_tokens() -> None:
-    """A change in one corner of the picture moves the latents there, and not those of the far end."""
+    """A change in one corner of the image moves the latents there, and not those of the far end."""
     config = tiny_config(*CONV, "model.conv={channels: 8, multipliers: [1, 1, 1, 1], groups: 4, num_res_blocks: 1}")
     model = build(config)
     encoder, decoder = model.trunk, model.decoder
@@ -159,7 +159,7 @@ class Trained:
         draws = corruptor(config, 0, 1)
         self.model = build(config)
         self.inputs = model_inputs(random_batch(config, 0))
-        outputs = self.model(**self.inputs, corruption=draws and draws.draw(step)).rec
+        outputs = self.model(**self.inputs, rec_noise=draws and draws.draw(step)).rec
         assert outputs is not None
         self.rec = outputs
 
@@ -167,7 +167,7 @@ class Trained:
 def test_training_draws_from_the_distribution_and_encode_gives_its_mode() -> None:
     first, second = (Trained(step, "model.latent=gaussian", "objectives.rec.kl=1e-6") for step in (0, 1))
     assert not torch.equal(first.rec.recon, second.rec.recon), "other steps draw other numbers"
-    assert torch.equal(first.rec.latent, second.rec.latent), "pictures show the mode"
+    assert torch.equal(first.rec.latent, second.rec.latent), "images show the mode"
     state = {name: parameter.detach() for name, parameter in first.model.named_parameters()}
     tokenizer = VisualTokenizer.from_state(first.model.model, state)
     images = first.inputs["images"][:6]
@@ -220,10 +220,10 @@ def test_its_config_reads_itself_back_and_its_weights_open(overrides: tuple[str,
 
 def test_the_table_says_its_levels(tmp_path: Path) -> None:
     config = tiny_config(*CONV, "model.latent=gaussian")
-    said = describe(config, Rows.per_rank(config, 2))
+    said = describe(config, RankBatchSizes.per_rank(config, 2))
     assert "convolutions of 8 16 16 32 channels, 1 residual blocks a level of the encoder\n" in said
     attending = tiny_config(*CONV, ATTENDING)
-    assert "encoder, attention on 2 of them\n" in describe(attending, Rows.per_rank(attending, 2))
+    assert "encoder, attention on 2 of them\n" in describe(attending, RankBatchSizes.per_rank(attending, 2))
     assert "one rank, one step: 48 tokens = clip 3 x 16 + 0 padding" in said
     assert "latent of a 32 px image: 8 x 4 x 4, gaussian" in said
 
@@ -271,8 +271,8 @@ def test_weights_of_convolutions_are_no_start_for_a_transformer_nor_its_frozen_e
     encoder = "objectives.rec.align.encoder={width: 32, depth: 2, heads: 2}"
     align = tiny_config(f"objectives.rec.align.weights={weights}", encoder).objectives.rec.align
     assert align is not None
-    with pytest.raises(UserError, match="holds no transformer's trunk"):
-        FrozenEncoder.load(align, "sdpa", torch.float32)
+    with pytest.raises(UserError, match="has no transformer trunk"):
+        FrozenTrunk.load(align, "sdpa", torch.float32)
 
 
 @pytest.mark.parametrize("latent", [pytest.param("deterministic", marks=pytest.mark.L2), "gaussian"])

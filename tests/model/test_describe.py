@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from model.describe import count_parameters, describe, longest_layout, step_layout
+from model.describe import count_parameters, describe, longest_step, step_layout
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from tests.tiny import random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
@@ -20,7 +20,7 @@ RELEASED = {  # parameters of the published encoders, in millions
 
 def test_counts_are_those_of_the_model_and_the_layout_is_that_of_a_step() -> None:
     config = tiny_config()
-    rows = Rows.per_rank(config, 2)
+    rows = RankBatchSizes.per_rank(config, 2)
     model = Pretrainer(config, rows)
     assert sum(count_parameters(config, rows).values()) == sum(p.numel() for p in model.parameters())
     batch = random_batch(config, 0, 0, 2)
@@ -30,9 +30,9 @@ def test_counts_are_those_of_the_model_and_the_layout_is_that_of_a_step() -> Non
 
 def test_masked_steps_have_rec_at_the_end_and_each_length_its_line() -> None:
     config = tiny_config("objectives.rec.mask=[-0.1,0.7]", "model.latent=gaussian")
-    rows = Rows.per_rank(config, 2)
-    assert longest_layout(config, rows) == 2
-    assert longest_layout(tiny_config("objectives.rec.mask=[-0.1,0.7]", *REC_ALONE), rows) == 0
+    rows = RankBatchSizes.per_rank(config, 2)
+    assert longest_step(config, rows) == 2
+    assert longest_step(tiny_config("objectives.rec.mask=[-0.1,0.7]", *REC_ALONE), rows) == 0
     text = describe(config, rows)
     assert "20.3% of the steps: 240 tokens = clip 6 x 17 + ssl_global 6 x 17 + ssl_local 6 x 5 + 6 padding" in text
     assert "2.8% of the steps: 256 tokens = clip 6 x 17 + ssl_global 6 x 17 + ssl_local 6 x 5 + rec 3 x 5 + 7" in text
@@ -46,13 +46,13 @@ def test_released_sizes_have_the_published_number_of_encoder_parameters(size: st
         *(f"model.trunk.{key}={value}" for key, value in (("width", width), ("depth", depth), ("heads", heads))),
         "model.patch_size=16",
     )
-    count = count_parameters(config, Rows.per_rank(config, 1))["trunk"] / 1e6
+    count = count_parameters(config, RankBatchSizes.per_rank(config, 1))["trunk"] / 1e6
     assert round(count, 1) == pytest.approx(millions, abs=0.11)
 
 
 def test_a_seven_billion_trunk_is_described_without_memory() -> None:
     config = tiny_config("model.trunk.width=4096", "model.trunk.depth=40", "model.trunk.heads=32")
-    text = describe(config, Rows.per_rank(config, 1))
+    text = describe(config, RankBatchSizes.per_rank(config, 1))
     assert "trunk               8.1B   4096     40     32" in text
     assert "one rank, one step: 480 tokens = clip 12 x 17 + ssl_global 12 x 17 + ssl_local 12 x 5 + 12 padding" in text
     assert "latent of a 32 px image: 8 x 4 x 4" in text

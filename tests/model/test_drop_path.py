@@ -12,19 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs import UserError
 from configs.architecture import Vit
 from engine.drop_path import DropPath, drop_path
-from kernels.dense_attention import Segments
+from kernels.attention import Segments
 from model.block import Block
-from model.drop_path import subset
 from model.initialise import initialise
-from model.pack import Group, Layout
+from model.packing import CropGroup, PackedLayout, RankBatchSizes, kept_segments
 from model.pretrainer import Pretrainer
 from model.rope import Rope
-from model.rows import Rows
 from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
-GROUPS = (Group("clip", 6, 17, (4, 4)), Group("ssl_local", 8, 5, (2, 2)))
-LAYOUT = Layout(GROUPS, pad=2)  # 144 tokens
+GROUPS = (CropGroup("clip", 6, 17, (4, 4)), CropGroup("ssl_local", 8, 5, (2, 2)))
+LAYOUT = PackedLayout(GROUPS, pad=2)  # 144 tokens
 
 
 def lively_block(rate: float, dtype: torch.dtype = torch.float32) -> Block:
@@ -43,7 +41,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 def drawn_tokens(rate: float, step: int, segments: Segments = LAYOUT.segments) -> Tensor:
     """(2, K): what one block gets at `step`."""
     draws = DropPath(segments, rate, depth=1, seed=0, rank=0)
-    return subset(segments, rate).tokens(draws.draw(step), segments)[0]
+    return kept_segments(segments, rate).tokens(draws.draw(step), segments)[0]
 
 
 @given(
@@ -55,7 +53,7 @@ def test_kept_counts_are_constant_and_tokens_are_whole_segments(
     counts: list[tuple[int, int]], rate: float, step: int
 ) -> None:
     segments = tuple(counts)
-    kept, tokens_2K = subset(segments, rate), drawn_tokens(rate, step, segments)
+    kept, tokens_2K = kept_segments(segments, rate), drawn_tokens(rate, step, segments)
     assert [stays for stays, _ in kept.segments] == [max(1, round((1 - rate) * count)) for count, _ in segments]
     assert tokens_2K.shape[1] % 16 == 0
     for tokens_K in tokens_2K:
@@ -114,7 +112,7 @@ def test_the_scale_makes_the_expectation_the_full_branch() -> None:
     """Exact: every one of the (6 choose 4) subsets once, of one branch on one run of segments."""
     segments, block, (x_TD, rope_2TE) = ((6, 17),), lively_block(1 / 3), inputs()
     x_TD, rope_2TE = x_TD[:102], rope_2TE[:, :102]
-    kept = subset(segments, 1 / 3)
+    kept = kept_segments(segments, 1 / 3)
     assert kept.segments == ((4, 17),)
     subsets = torch.combinations(torch.arange(6), 4)  # (15, 4)
     tokens_NK = kept.tokens(subsets, segments)
@@ -133,7 +131,7 @@ def test_dropped_segments_pass_by_and_kept_ones_do_not_see_them() -> None:
     kept_idx = drawn_tokens(0.5, step=3)
     y_TD = block(x_TD, rope_2TE, LAYOUT.segments, kept_idx)
     seen = torch.zeros(LAYOUT.tokens, dtype=torch.bool)
-    seen[kept_idx[:, : subset(LAYOUT.segments, 0.5).used].flatten()] = True
+    seen[kept_idx[:, : kept_segments(LAYOUT.segments, 0.5).used].flatten()] = True
     assert torch.equal(y_TD[~seen], x_TD[~seen])
     assert not torch.equal(y_TD[seen], x_TD[seen])
     [grad_TD] = torch.autograd.grad(y_TD[seen].sum(), x_TD)
@@ -144,7 +142,7 @@ def test_dropped_segments_pass_by_and_kept_ones_do_not_see_them() -> None:
 def test_flops_fall_by_the_drop_share(rate: float) -> None:
     segments = ((8, 16), (16, 4))  # 192 tokens; both rates leave whole counts and multiples of 16 tokens
     block, x_TD = lively_block(rate), torch.randn(192, 32).requires_grad_()
-    rope_2TE = Rope(16, 100.0, torch.float32).packed(Layout((Group("all", 1, 192, (12, 16)),), 0), "cpu")
+    rope_2TE = Rope(16, 100.0, torch.float32).packed(PackedLayout((CropGroup("all", 1, 192, (12, 16)),), 0), "cpu")
     counts = []
     for kept_idx in (None, drawn_tokens(rate, 0, segments)):
         with FlopCounterMode(display=False) as counter:
@@ -155,7 +153,7 @@ def test_flops_fall_by_the_drop_share(rate: float) -> None:
 
 def test_the_student_drops_and_the_teacher_does_not() -> None:
     config = tiny_config("model.trunk.drop_path=0.5")
-    model = Pretrainer(config, Rows.per_rank(config, 1))
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1))
     initialise(model, config)
     draws, batch = drop_path(config, rank=0, world_size=1), random_batch(config, step=0)
     assert draws is not None

@@ -9,7 +9,7 @@ import torch
 
 from configs import Config, UserError
 from configs.learning import Align
-from model.frozen import FrozenEncoder
+from model.frozen import FrozenTrunk
 from model.imagenet import normalise
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights, write_weights
@@ -34,7 +34,7 @@ def align_of(weights: Path, *overrides: str) -> Align:
 
 
 def test_its_features_are_the_final_normed_patches_of_the_files_trunk(run: Path) -> None:
-    encoder = FrozenEncoder.load(align_of(run / "weights.safetensors"), "sdpa", torch.float32)
+    encoder = FrozenTrunk.load(align_of(run / "weights.safetensors"), "sdpa", torch.float32)
     images = torch.rand(3, 3, 32, 24, generator=torch.Generator().manual_seed(0))
     x_TD, layout = VisualTokenizer.from_run(run).features(images)
     found = encoder(normalise(images), (4, 3))
@@ -45,7 +45,7 @@ def test_its_features_are_the_final_normed_patches_of_the_files_trunk(run: Path)
 
 
 def test_features_of_another_grid_are_resized_and_keep_their_place(run: Path) -> None:
-    encoder = FrozenEncoder.load(align_of(run / "weights.safetensors"), "sdpa", torch.float32)
+    encoder = FrozenTrunk.load(align_of(run / "weights.safetensors"), "sdpa", torch.float32)
     images = normalise(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     own = encoder(images, (4, 4)).unflatten(1, (4, 4))
     halved = encoder(images, (2, 2)).unflatten(1, (2, 2))
@@ -62,30 +62,30 @@ def test_features_of_another_grid_are_resized_and_keep_their_place(run: Path) ->
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("objectives.rec.align.encoder.depth=3",), "align.encoder is .*depth=3.*: describe the file's"),
+        (("objectives.rec.align.encoder.depth=3",), "align.encoder is .*depth=3.*: set it to the file's value"),
         (("objectives.rec.align.patch_size=16",), "has patch_size 8, but objectives.rec.align.patch_size is 16"),
         (("objectives.rec.align.registers=2",), "has registers 0, but objectives.rec.align.registers is 2"),
     ],
 )
 def test_another_encoder_than_described_is_one_clear_error(run: Path, overrides: tuple[str, ...], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        FrozenEncoder.load(align_of(run / "weights.safetensors", *overrides), "sdpa", torch.float32)
+        FrozenTrunk.load(align_of(run / "weights.safetensors", *overrides), "sdpa", torch.float32)
 
 
 def test_a_file_that_is_missing_or_has_no_trunk_or_half_of_one_is_one_clear_error(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"objectives.rec.align.weights: .*none.safetensors does not exist"):
-        FrozenEncoder.load(align_of(tmp_path / "none.safetensors"), "sdpa", torch.float32)
+        FrozenTrunk.load(align_of(tmp_path / "none.safetensors"), "sdpa", torch.float32)
     state, model = read_weights(run / "weights.safetensors")
     text, half = tmp_path / "text.safetensors", tmp_path / "half.safetensors"
     write_weights(text, {name: x for name, x in state.items() if name.startswith("text.")}, model)
     write_weights(half, {name: x for name, x in state.items() if "blocks.1" not in name}, model)
-    with pytest.raises(UserError, match=r"text\.safetensors holds no transformer's trunk"):
-        FrozenEncoder.load(align_of(text), "sdpa", torch.float32)
-    with pytest.raises(UserError, match=r"its trunk is not the one that it describes.*blocks\.1"):
-        FrozenEncoder.load(align_of(half), "sdpa", torch.float32)
+    with pytest.raises(UserError, match=r"text\.safetensors has no transformer trunk"):
+        FrozenTrunk.load(align_of(text), "sdpa", torch.float32)
+    with pytest.raises(UserError, match=r"its trunk does not have the shape in its description.*blocks\.1"):
+        FrozenTrunk.load(align_of(half), "sdpa", torch.float32)
 
 
 def test_stochastic_depth_of_its_training_does_not_matter(tmp_path: Path) -> None:
     trained_with = tiny_config("model.trunk.drop_path=0.3")
     there = write_run(tmp_path / "dropped", trained_with)
-    FrozenEncoder.load(align_of(there / "weights.safetensors"), "sdpa", torch.float32)
+    FrozenTrunk.load(align_of(there / "weights.safetensors"), "sdpa", torch.float32)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from configs import UserError
 from model.interchange import main
-from model.origin import Origin
-from model.public_directory import read_public
+from model.public_layout import read_public
 from model.tokenizer import VisualTokenizer
+from model.weights import WeightsOrigin
 from tests.model.loopback_hub import COMMIT, serving
 from tests.model.test_public_parity import public
 from tests.model.tiny_weights import NO_REC, build, tokenizer_of, write_run
@@ -63,14 +63,14 @@ def test_a_directory_that_public_code_wrote_loads(tmp_path: Path) -> None:
     save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(described))
     tokenizer = VisualTokenizer.from_pretrained(tmp_path, attention="matmul")
-    assert tokenizer.origin == Origin(image_size=64)
+    assert tokenizer.origin == WeightsOrigin(image_size=64)
     assert tokenizer.encode(torch.rand(1, 3, 64, 64)).shape == (1, 16, 4, 4)
     assert "| training steps | unknown |" in str(tokenizer.generate_model_card())
 
 
 def test_the_card_says_what_is_known_and_names_what_the_weights_can_do() -> None:
     config = tiny_config("name=mine", "objectives.clip.weight=0", "batch.ssl=0", "objectives.ssl.weight=0")
-    origin = Origin(image_size=32, name="mine", steps=1200, fingerprint="0123456789abcdef")
+    origin = WeightsOrigin(image_size=32, name="mine", steps=1200, fingerprint="0123456789abcdef")
     tokenizer = VisualTokenizer.from_state(config.model, build(config).state_dict(), origin=origin)
     card = tokenizer.generate_model_card()
     assert card.data.library_name == "vtp-engine"
@@ -82,13 +82,13 @@ def test_model_card_kwargs_are_in_the_card(saved: Path, tmp_path: Path) -> None:
     tokenizer = VisualTokenizer.from_pretrained(saved)
     fields = {
         "license": "mit",
-        "datasets": ["someone/pictures"],
+        "datasets": ["someone/images"],
         "tags": ["mine"],
         "repo_url": "https://example.com/it",
     }
     tokenizer.save_pretrained(tmp_path / "with_fields", model_card_kwargs=fields)
     card = huggingface_hub.ModelCard.load(tmp_path / "with_fields" / "README.md")
-    assert (card.data.license, card.data.datasets) == ("mit", ["someone/pictures"])
+    assert (card.data.license, card.data.datasets) == ("mit", ["someone/images"])
     assert {"mine", "vtp", "visual-tokenizer"} <= set(card.data.tags)
     assert "| licence | mit |" in card.text
     assert "| repo | https://example.com/it |" in card.text
@@ -171,7 +171,7 @@ BAD_PARTS = {
     "a part is missing": ("does not exist: the public layout is", lambda folder: _parts(folder)[0].unlink()),
     "a part is cut off": ("is cut off or no safetensors", lambda folder: _parts(folder)[0].write_bytes(b"x" * 50)),
     "a part has another's tensors": (
-        r"holds no .*, though model.safetensors.index.json says so",
+        r"has no .*, though model.safetensors.index.json lists it there",
         lambda folder: _parts(folder)[0].write_bytes(_parts(folder)[1].read_bytes()),
     ),
     "no JSON": ("is not JSON", lambda folder: _index(folder, "{")),

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from configs import Config
 from model.initialise import initialise, initialise_parameter
-from model.pretrainer import Pretrainer, teacher_pairs
-from model.rows import Rows
+from model.packing import RankBatchSizes
+from model.pretrainer import Pretrainer, student_teacher_pairs
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -23,7 +23,7 @@ EVERYTHING = (
 
 
 def build(config: Config) -> Pretrainer:
-    model = Pretrainer(config, Rows.per_rank(config, 1))
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1))
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
     initialise(model, config)
@@ -71,7 +71,7 @@ def test_special_parameters_start_as_the_table_says() -> None:
 
 
 def test_the_teacher_starts_as_the_student() -> None:
-    pairs = teacher_pairs(build(tiny_config()))
+    pairs = student_teacher_pairs(build(tiny_config()))
     assert {name.split(".")[0] for name, _, _ in pairs} == {"trunk", "prototypes"}
     assert all(torch.equal(student, teacher) for _, student, teacher in pairs)
 

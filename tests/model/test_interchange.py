@@ -11,11 +11,10 @@ from safetensors.torch import save_file
 
 from configs import fingerprint
 from model.interchange import main
-from model.origin import Origin
-from model.public_config import model_of, public_config
+from model.public_config import model_from_config, public_config
 from model.public_layout import from_public, to_public
 from model.tokenizer import VisualTokenizer
-from model.weights import read_origin, read_weights
+from model.weights import WeightsOrigin, read_origin, read_weights
 from tests.model.tiny_weights import NO_REC, build, write_run
 from tests.tiny import tiny_config
 
@@ -134,11 +133,13 @@ OFFICIAL = {
 
 
 def test_a_config_that_the_official_class_saved_is_read_key_by_key() -> None:
-    model = model_of(OFFICIAL)
+    model = model_from_config(OFFICIAL)
     parts = frozenset(("trunk", "bottleneck", "decoder", "text", "clip"))
     assert public_config(model, parts, has_bias=False, image_size=256) == {"model_type": "vtp", **OFFICIAL}
-    assert model_of(OFFICIAL | {"vision_init_values": 0, "text_pad_id": 7, "text_output_tokens": True}) == model
-    assert model_of(OFFICIAL | {"vision_ffn_layer": "swiglu64", "decoder_ffn_layer": "swiglu128"}) == model
+    assert (
+        model_from_config(OFFICIAL | {"vision_init_values": 0, "text_pad_id": 7, "text_output_tokens": True}) == model
+    )
+    assert model_from_config(OFFICIAL | {"vision_ffn_layer": "swiglu64", "decoder_ffn_layer": "swiglu128"}) == model
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_what_is_known_of_the_weights_travels_along(tmp_path: Path) -> None:
     main(["export", str(run), "--out", str(tmp_path / "public")])
     main(["import", str(tmp_path / "public"), "--out", str(tmp_path / "back.safetensors")])
     found = read_origin(tmp_path / "back.safetensors")
-    assert found == Origin(image_size=32, name="travels", steps=None, fingerprint=fingerprint(config))
+    assert found == WeightsOrigin(image_size=32, name="travels", steps=None, fingerprint=fingerprint(config))
     assert json.loads((tmp_path / "public" / "config.json").read_text())["image_size"] == 32
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from configs import Config
 from model.block import Block
 from model.initialise import initialise
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from model.text import TextBlock
 from model.trunk import Trunk
 from tests.tiny import model_inputs, random_batch, tiny_config
@@ -22,7 +22,7 @@ CROPS = ("clip", "ssl_global", "ssl_local")
 
 
 def build(config: Config, attention: str = "sdpa") -> Pretrainer:
-    model = Pretrainer(config, Rows.per_rank(config, 1), attention)
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1), attention)
     initialise(model, config)
     return model
 

@@ -10,8 +10,8 @@ from configs import Config, UserError
 from model.imagenet import normalise
 from model.initialise import initialise
 from model.outputs import Outputs
-from model.pretrainer import Pretrainer, teacher_pairs
-from model.rows import Rows
+from model.packing import RankBatchSizes
+from model.pretrainer import Pretrainer, student_teacher_pairs
 from tests.tiny import model_inputs, random_batch, tiny_config
 
 pytestmark = pytest.mark.L0
@@ -21,7 +21,7 @@ NO_CLIP = ("objectives.clip.weight=0",)
 
 
 def build(config: Config) -> Pretrainer:
-    model = Pretrainer(config, Rows.per_rank(config, 1))
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1))
     initialise(model, config)
     return model
 
@@ -156,7 +156,7 @@ def test_heads_read_latents_when_the_bottleneck_is_not_for_rec_alone() -> None:
     assert outputs.ssl.student_cls_GD.shape == (12, 8)
     assert model.teacher is not None
     assert model.teacher.bottleneck is not None
-    assert len(teacher_pairs(model)) == len(list(model.teacher.parameters()))
+    assert len(student_teacher_pairs(model)) == len(list(model.teacher.parameters()))
 
 
 def test_patch_mean_and_cls_are_different_features_of_the_same_pass() -> None:
@@ -189,25 +189,25 @@ def test_the_logit_scale_ends_at_one_hundred() -> None:
 
 def test_rows_are_a_ranks_share_of_the_batch() -> None:
     config = tiny_config("batch.layout=disjoint")
-    assert Rows.per_rank(config, 2) == Rows(clip=6, ssl=3, rec=3, rec_start=3)
-    assert Rows.per_rank(tiny_config(), 1) == Rows(clip=12, ssl=6, rec=6, rec_start=0)
+    assert RankBatchSizes.per_rank(config, 2) == RankBatchSizes(clip=6, ssl=3, rec=3, rec_start=3)
+    assert RankBatchSizes.per_rank(tiny_config(), 1) == RankBatchSizes(clip=12, ssl=6, rec=6, rec_start=0)
     with pytest.raises(UserError, match=r"batch\.clip=12 is not a multiple of the 5 ranks"):
-        Rows.per_rank(config, 5)
+        RankBatchSizes.per_rank(config, 5)
 
 
 def test_the_rec_rows_name_the_shared_micro_batch() -> None:
     config = tiny_config("batch.layout=disjoint", "system.clip.micro_batches=2")
-    rows = Rows.per_rank(config, 2)
-    assert (rows.part, rows.shared) == (3, 1)
-    assert Rows.per_rank(tiny_config("system.clip.micro_batches=2"), 3).shared == 0
+    rows = RankBatchSizes.per_rank(config, 2)
+    assert (rows.clip_per_micro_batch, rows.shared_micro_batch) == (3, 1)
+    assert RankBatchSizes.per_rank(tiny_config("system.clip.micro_batches=2"), 3).shared_micro_batch == 0
     with pytest.raises(UserError, match=r"micro_batches=2 does not divide a rank's 3 rows .batch\.clip=12 on 4 ranks"):
-        Rows.per_rank(tiny_config("system.clip.micro_batches=2", *NO_SSL, *NO_REC), 4)
+        RankBatchSizes.per_rank(tiny_config("system.clip.micro_batches=2", *NO_SSL, *NO_REC), 4)
 
 
 def test_two_ranks_see_together_what_one_rank_sees() -> None:
     config = tiny_config("model.rope_dtype=fp32")
     whole = run(build(config), config).clip
-    model = Pretrainer(config, Rows.per_rank(config, 2))
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 2))
     initialise(model, config)
     for rank in range(2):
         part = model(**model_inputs(random_batch(config, 0, rank, 2))).clip

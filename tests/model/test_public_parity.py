@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from configs.architecture import Model
-from model.captions import pack_captions
 from model.imagenet import denormalise, normalise
 from model.public_layout import from_public, to_public
+from model.text import pack_captions
 from model.tokenizer import VisualTokenizer
 from tests.parity import reference, reference_metadata
 

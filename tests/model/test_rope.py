@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from model.pack import pack
-from model.rope import Rope, turn
+from model.packing import packed_layout
+from model.rope import Rope, apply_rope
 
 pytestmark = pytest.mark.L0
 ROPE = Rope(head_width=8, base=100.0, dtype=torch.float32)
@@ -44,9 +44,9 @@ def test_table_holds_row_angles_then_column_angles_twice() -> None:
 
 
 def test_prefix_and_padding_are_not_turned_and_patches_are() -> None:
-    layout = pack({"clip": (1, 16, 16), "ssl_local": (2, 8, 8)}, patch_size=8, prefix=2)
+    layout = packed_layout({"clip": (1, 16, 16), "ssl_local": (2, 8, 8)}, patch_size=8, prefix=2)
     x_THE = torch.randn(layout.tokens, 2, 8)
-    y_THE = turn(x_THE, ROPE.packed(layout, "cpu"))
+    y_THE = apply_rope(x_THE, ROPE.packed(layout, "cpu"))
     still = (x_THE == y_THE).flatten(1).all(1).nonzero().flatten().tolist()
     # Segments of 6, 3, 3 and 4 of padding; the one patch of a local crop sits at (0, 0): no turn.
     assert still == [0, 1, *range(6, 16)]
@@ -55,7 +55,7 @@ def test_prefix_and_padding_are_not_turned_and_patches_are() -> None:
 def test_attention_scores_depend_on_the_offset_of_two_patches_only() -> None:
     q, k = torch.randn(1, 1, 8).expand(16, 1, 8), torch.randn(1, 1, 8).expand(16, 1, 8)
     table_2PE = ROPE.table((4, 4))
-    scores_PP = turn(q, table_2PE).squeeze(1) @ turn(k, table_2PE).squeeze(1).T
+    scores_PP = apply_rope(q, table_2PE).squeeze(1) @ apply_rope(k, table_2PE).squeeze(1).T
     # Patch 5 is (1, 1), patch 10 is (2, 2), patch 0 is (0, 0): the same step down and across.
     torch.testing.assert_close(scores_PP[0, 5], scores_PP[5, 10])
     assert not torch.allclose(scores_PP[0, 5], scores_PP[0, 1])
@@ -63,6 +63,6 @@ def test_attention_scores_depend_on_the_offset_of_two_patches_only() -> None:
 
 def test_turning_keeps_dtype_and_length() -> None:
     x_THE = torch.randn(6, 2, 8)
-    turned_THE = turn(x_THE, ROPE.table((2, 3)))
+    turned_THE = apply_rope(x_THE, ROPE.table((2, 3)))
     torch.testing.assert_close(turned_THE.norm(dim=-1), x_THE.norm(dim=-1))
-    assert turn(x_THE.bfloat16(), ROPE.table((2, 3))).dtype == torch.bfloat16
+    assert apply_rope(x_THE.bfloat16(), ROPE.table((2, 3))).dtype == torch.bfloat16

@@ -134,7 +134,7 @@ def test_weights_that_do_not_fit_their_model_are_one_clear_error(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("key", "found"), [("generator", "a generator, not a tokenizer"), ("format", "tensors that nothing describes")]
+    ("key", "found"), [("generator", "a generator, not a tokenizer"), ("format", "tensors without a model description")]
 )
 def test_a_file_of_something_else_is_one_clear_error(tmp_path: Path, key: str, found: str) -> None:
     save_file({"trunk.norm.weight": torch.ones(32)}, tmp_path / "weights.safetensors", {key: "{}"})

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from configs import Config, to_yaml
 from model.initialise import initialise
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from model.tokenizer import VisualTokenizer
 from model.weights import write_weights
 
@@ -15,7 +15,7 @@ NO_REC = ("batch.rec=0", "objectives.rec.weight=0")
 
 
 def build(config: Config) -> Pretrainer:
-    model = Pretrainer(config, Rows.per_rank(config, 1))
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1))
     initialise(model, config)
     return model
 

@@ -16,9 +16,8 @@ import pytest
 import torch
 from torch.nn.attention import current_flash_attention_impl
 
-from kernels.attention import NEEDS, missing
-from kernels.dense_attention import DENSE
-from model.pack import Group
+from kernels.attention import DENSE_KERNELS, REQUIREMENTS, why_unavailable
+from model.packing import CropGroup
 from profiling import bench
 from profiling.benches import blocks, fp8, loader, losses, step
 from profiling.benches.recorder import BenchRecorder, BenchResult
@@ -42,9 +41,9 @@ def test_the_attention_bench_tells_every_backend(
     assert [measurement["name"] for measurement in found] == ["attention"] * 2
     for measurement in found:
         assert measurement["machine"]["torch"] == torch.__version__
-        here = [name for name in NEEDS if missing(name, device(), torch.bfloat16) is None]
-        assert {row["variant"] for row in measurement["rows"]} - set(here) == set(DENSE)
-        assert len(measurement["notes"]) >= len(NEEDS) - len(here)
+        here = [name for name in REQUIREMENTS if why_unavailable(name, device(), torch.bfloat16) is None]
+        assert {row["variant"] for row in measurement["rows"]} - set(here) == set(DENSE_KERNELS)
+        assert len(measurement["notes"]) >= len(REQUIREMENTS) - len(here)
         assert all(row["median_ms"] > 0 and row["peak_mib"] > 0 for row in measurement["rows"])
     assert "median ms" in capsys.readouterr().out
 
@@ -58,7 +57,7 @@ def test_the_attention_bench_times_each_kernel_by_itself(tmp_path: Path, monkeyp
         assert bench.main(["attention", "--rounds", "2", "--json", str(out)]) == 0
         assert current_flash_attention_impl() is None
     found = [[row["variant"] for row in measurement["rows"]] for measurement in json.loads(out.read_text())]
-    assert found == [[*DENSE, "varlen", "flash2", "xformers"], [*DENSE, "flash3"]]
+    assert found == [[*DENSE_KERNELS, "varlen", "flash2", "xformers"], [*DENSE_KERNELS, "flash3"]]
     assert [kernel for kernel, _ in groupby(call.split()[0] for call in calls)] == ["torch", "FA3"]
 
 
@@ -181,7 +180,7 @@ def test_the_benches_step_is_the_one_the_docs_name() -> None:
 
 
 def test_the_depth_bench_compares_the_rate_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "GROUPS", (Group("clip", 4, 17, (4, 4)), Group("ssl_local", 3, 5, (2, 2))))
+    monkeypatch.setattr(blocks, "GROUPS", (CropGroup("clip", 4, 17, (4, 4)), CropGroup("ssl_local", 3, 5, (2, 2))))
     monkeypatch.setattr(blocks, "VIT", {"width": 32, "depth": 2, "heads": 2})
     for measurement in recorded(blocks.bench_depth):
         assert [row.variant for row in measurement.rows] == ["rate 0", "rate 0.3"]

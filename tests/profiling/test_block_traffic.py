@@ -6,7 +6,7 @@ import pytest
 
 from configs.architecture import Text, Vit
 from engine.zero import DTYPES
-from model import block_backward
+from model import block
 from profiling.benches.block_kernels import Target, generated
 from profiling.cost import block_traffic
 from profiling.cost.block_traffic import elementwise_traffic, kept_bytes, traced_block
@@ -46,7 +46,7 @@ def test_what_fused_blocks_move_and_keep_is_what_generated_code_does(
     part: Vit | Text, device: str, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_traffic, "SEGMENTS", 256)  # fewer tokens, and Inductor would not fuse sums over them
-    monkeypatch.setattr(block_backward, "is_used", lambda _: device == "cuda")
+    monkeypatch.setattr(block, "uses_custom_backward", lambda _: device == "cuda")
     found = generated(lambda: traced_block(part, block_traffic.BACKENDS[device])[:2], target)
     tokens, predicted = 256 * block_traffic.LENGTH, block_traffic.block_traffic(part, "bf16", device)
     for each, expected in ((found.forward, predicted.forward), (found.backward, predicted.backward)):

@@ -12,7 +12,7 @@ from configs.ds import load_ds_config
 from engine.assemble import assemble
 from engine.report.traffic import counting
 from engine.step import train_step
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.cost.communication import Collective, by_kind, collectives_table, predict_collectives
 from tests.engine import ranks
 from tests.harness import run_ranks

@@ -10,12 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import DecoderGan
-from model.decoder_stage import DecoderStage
-from model.discriminator import PatchGan
-from model.objectives.adversarial import discriminator_loss
-from model.objectives.comm import Solo
-from model.objectives.decoder_losses import decoder_losses
-from model.objectives.pixels import to_signed
+from model.decoder import DecoderStage
+from model.losses.comm import Solo
+from model.losses.gan import PatchGan, decoder_losses, discriminator_loss
+from model.losses.pixels import to_signed
 from profiling.cost.step_flops import decoder_gan_flops
 from profiling.cost.step_trace import perceptual_network
 from tests.engine.trainings.decoder_gan_runs import stage_config

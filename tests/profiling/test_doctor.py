@@ -17,8 +17,7 @@ import torch
 from configs import load_config
 from engine import optim
 from kernels import fp8
-from kernels.attention import NEEDS, Backend
-from kernels.dense_attention import DENSE
+from kernels.attention import DENSE_KERNELS, REQUIREMENTS, AttentionBackend
 from profiling.doctor import __main__, checks, packages
 from profiling.doctor.checks import PART_OF_TORCH
 from profiling.doctor.packages import PACKAGES, CheckResult, ImportResult, run_check, try_imports
@@ -59,7 +58,7 @@ def test_a_run_is_possible_here_and_a_broken_package_is_told(tmp_path: Path) -> 
     assert report["is_possible"]
     assert report["missing"] == []
 
-    assert {f"attention {name}" for name in (*DENSE, *NEEDS, "in this run")} <= found.keys()
+    assert {f"attention {name}" for name in (*DENSE_KERNELS, *REQUIREMENTS, "in this run")} <= found.keys()
     assert {package.distribution for package in PACKAGES} <= found.keys()
     assert {"linear fp8_te", "optimizer apex", "compile in this run", "decoding gpu", "energy"} <= found.keys()
     assert found["torch"]["said"].startswith(torch.__version__)
@@ -123,9 +122,9 @@ def test_a_needed_package_that_is_missing_is_needed_and_has_a_remedy() -> None:
 def test_every_page_names_the_same_command_for_a_package() -> None:
     """The doctor's list of packages, the doors of the libraries, the README and the extras of setup.py."""
     remedies = {package.module: package.remedy for package in PACKAGES}
-    assert remedies["flash_attn_interface"] == NEEDS["flash3"].remedy
-    assert remedies["flash_attn"] == NEEDS["flash2"].remedy
-    assert remedies["xformers"] == NEEDS["xformers"].remedy
+    assert remedies["flash_attn_interface"] == REQUIREMENTS["flash3"].remedy
+    assert remedies["flash_attn"] == REQUIREMENTS["flash2"].remedy
+    assert remedies["xformers"] == REQUIREMENTS["xformers"].remedy
     assert remedies["torchao"] == fp8.INSTALL_COMMANDS["fp8_torchao"]
     assert remedies["transformer_engine"] == fp8.INSTALL_COMMANDS["fp8_te"]
     assert remedies["apex.optimizers"] == optim.APEX_INSTALL
@@ -238,7 +237,9 @@ def test_a_check_does_not_import_what_was_seen_to_crash() -> None:
 
 
 def test_a_chosen_backend_that_does_not_import_makes_a_run_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.attention.resolve", lambda *about: Backend("flash3", "named in the config"))
+    monkeypatch.setattr(
+        "kernels.attention.resolve_attention", lambda *about: AttentionBackend("flash3", "named in the config")
+    )
     plan = checks.CheckedRun(load_config(ROOT / "configs/vtp_l.yaml"), {})
     chosen = list(
         checks.attention_backends(plan, {"flash_attn_interface": ImportResult("broken", "undefined symbol")})

@@ -14,7 +14,7 @@ import torch
 
 import engine.report.energy
 from engine.report.energy import Energy, metered
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.instruments import energy as module
 from profiling.instruments.energy import EnergyMeter, EnergyUnavailable, RaplPackages, combine_ranks
 from tests.harness import run_ranks

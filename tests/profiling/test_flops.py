@@ -23,15 +23,15 @@ from engine.grad_cache import GradientCache
 from engine.recompute import recompute_blocks
 from model.block import Block
 from model.conv import ResBlock
-from model.corruption import hidden_shares
 from model.initialise import initialise
-from model.objectives import total
-from model.objectives.comm import Solo
-from model.objectives.perceptual import Perceptual
-from model.objectives.total import Centres, compute
+from model.latent import hidden_patch_probabilities
+from model.losses import total
+from model.losses.comm import Solo
+from model.losses.perceptual import LpipsDistance
+from model.losses.total import TeacherCentres, compute_losses
 from model.outputs import ClipOutputs
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from model.text import TextBlock
 from model.tokenizer import VisualTokenizer
 from profiling.cost.flops import StepFlops, tokenizer_flops
@@ -120,7 +120,7 @@ VARIANTS = {
 }
 
 
-def perceptual(device: str) -> Perceptual:
+def perceptual(device: str) -> LpipsDistance:
     """LPIPS with VGG-16's shapes and no weights worth the name."""
     with torch.device(device):
         return perceptual_network()
@@ -130,7 +130,7 @@ class Counted:
     """One step of a config with random pixels, as engine.step takes it, each pass under a counter of its own."""
 
     def __init__(self, config: Config, device: str = "cpu") -> None:
-        self.config, self.rows, self.device = config, Rows.per_rank(config, 1), torch.device(device)
+        self.config, self.rows, self.device = config, RankBatchSizes.per_rank(config, 1), torch.device(device)
         self.batch = random_batch(config, step=0)
         with self.device:
             self.model = Pretrainer(config, self.rows, "matmul")
@@ -146,15 +146,17 @@ class Counted:
         """FLOPs of each phase that a run times; "backward" is all that comes after the losses but replayed forwards."""
         phases: dict[str, float] = {}
         ssl, rec = self.config.objectives.ssl, self.config.objectives.rec
-        centres = Centres.zeros(self.config.model.prototypes.num, self.device) if ssl.targets == "centering" else None
+        centres = (
+            TeacherCentres.zeros(self.config.model.prototypes.num, self.device) if ssl.targets == "centering" else None
+        )
         network = perceptual(str(self.device)) if rec.weight and rec.perceptual else None
         with Counter() as counter:
             self._count_children(counter, phases)
             cache = GradientCache(self.batch, self.rows, self._clip)
             kept = None if self.draws is None else self.draws.draw(0, self.unseen).to(self.device)
             disturbed = to_device(self.disturbs and self.disturbs.draw(0), self.device)
-            outputs = cache.complete(self.model(**self._inputs(cache.shared), kept_idx=kept, corruption=disturbed))
-            losses = compute(outputs, self.config.objectives, 0.07, Solo(), centres, network, self.frozen)
+            outputs = cache.complete(self.model(**self._inputs(cache.shared), kept_idx=kept, rec_noise=disturbed))
+            losses = compute_losses(outputs, self.config.objectives, 0.07, Solo(), centres, network, self.frozen)
             phases["objectives"] = counter.get_total_flops() - sum(phases.values())
             losses.total.backward()
             cache.replay(Tensor.backward)
@@ -218,7 +220,7 @@ def test_a_presets_count_is_torchs_own(name: str) -> None:
 
 def test_a_masked_runs_count_is_the_mean_of_its_steps() -> None:
     config = tiny_config("objectives.rec.mask=[-0.1,0.7]")
-    rows, shares = Rows.per_rank(config, 1), hidden_shares((-0.1, 0.7), 16)
+    rows, shares = RankBatchSizes.per_rank(config, 1), hidden_patch_probabilities((-0.1, 0.7), 16)
     steps = {unseen: step_flops(config, rows, num_unseen=unseen) for unseen in shares}
     for key in ("forward", "backward", "saved"):
         mean = sum(share * steps[hidden].total(key) for hidden, share in shares.items())
@@ -229,7 +231,7 @@ def test_a_masked_runs_count_is_the_mean_of_its_steps() -> None:
 
 def test_attention_that_checkpointing_keeps_is_not_computed_again() -> None:
     config = tiny_config(SELECTIVE)
-    rows = Rows.per_rank(config, 1)
+    rows = RankBatchSizes.per_rank(config, 1)
     kept, again = (step_flops(config, rows, backend=backend).total("recompute") for backend in ("sdpa", "matmul"))
     off = step_flops(tiny_config(), rows).total("recompute")
     assert kept == off < again
@@ -248,7 +250,7 @@ def test_teacher_logits_too_many_to_keep_are_counted_in_every_iteration() -> Non
 
 
 def test_what_packing_saves_is_what_the_rows_of_whole_captions_would_take() -> None:
-    config, rows = tiny_config(), Rows.per_rank(tiny_config(), 1)
+    config, rows = tiny_config(), RankBatchSizes.per_rank(tiny_config(), 1)
     whole, packed = step_flops(config, rows), step_flops(config, rows, caption_tokens=96)
     assert packed.savings["captions packed"] == whole.model_flops - packed.model_flops > 0
     assert packed.full_flops == whole.full_flops
@@ -257,7 +259,7 @@ def test_what_packing_saves_is_what_the_rows_of_whole_captions_would_take() -> N
 
 def test_stochastic_depth_and_the_last_mlp_say_what_they_save() -> None:
     plain, dropped = (tiny_config(*VARIANTS[name]) for name in ("all", "drop path"))
-    rows = Rows.per_rank(plain, 1)
+    rows = RankBatchSizes.per_rank(plain, 1)
     of_plain, of_dropped = step_flops(plain, rows), step_flops(dropped, rows)
     assert set(of_plain.savings) == {"last MLP"}
     assert set(of_dropped.savings) == {"last MLP", "stochastic depth"}  # the teacher's last MLP
@@ -266,10 +268,10 @@ def test_stochastic_depth_and_the_last_mlp_say_what_they_save() -> None:
 
 
 def test_objectives_share_out_the_step() -> None:
-    flops = step_flops(tiny_config(), Rows.per_rank(tiny_config(), 1))
+    flops = step_flops(tiny_config(), RankBatchSizes.per_rank(tiny_config(), 1))
     assert set(flops.by_objective()) == {"clip", "ssl", "rec", "shared"}
     assert sum(flops.by_objective().values()) == pytest.approx(flops.model_flops)
-    alone = step_flops(tiny_config(*NO_CLIP, *NO_SSL), Rows.per_rank(tiny_config(*NO_CLIP, *NO_SSL), 1))
+    alone = step_flops(tiny_config(*NO_CLIP, *NO_SSL), RankBatchSizes.per_rank(tiny_config(*NO_CLIP, *NO_SSL), 1))
     assert set(alone.by_objective()) <= {"rec", "shared"}
 
 
@@ -305,12 +307,12 @@ def test_a_sample_costs_the_known_budget(name: str) -> None:
     """Within 2 %: 124.9, 323.8 and 1000.5."""
     small = ("model.decoder.width=1024", "model.decoder.depth=4", "model.decoder.heads=16")
     config = load_config(FOLDER / f"{name}.yaml", (*small, "objectives.rec.perceptual=0"))
-    rows = Rows.per_rank(config, 64)
+    rows = RankBatchSizes.per_rank(config, 64)
     assert step_flops(config, rows).full_flops / rows.clip / 1e9 == pytest.approx(BUDGETS[name], rel=0.02)
 
 
 def test_the_table_holds_every_component_and_the_sum() -> None:
-    flops = step_flops(tiny_config(), Rows.per_rank(tiny_config(), 1))
+    flops = step_flops(tiny_config(), RankBatchSizes.per_rank(tiny_config(), 1))
     console = Console(width=140, file=io.StringIO(), record=True)
     console.print(flops.as_table())
     text = console.export_text()

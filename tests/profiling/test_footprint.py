@@ -9,7 +9,7 @@ import pytest
 from configs import Config
 from configs.ds import load_ds_config
 from engine.assemble import assemble
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.cost.peak_memory import predict_states
 from profiling.instruments.memory import tensor_bytes
 from tests.engine import ranks

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.autoregressive import Autoregressive, MaskRatio
 from configs.generator import DIT, SIT, Diffusion
-from model.generator.build import build
-from model.generator.shape import LatentShape
+from model.generator.factory import build_generator
+from model.generator.tokens import LatentShape
 from profiling.cost.flops import generator_flops
 from tests.model.generator.tiny_autoregressive import drawn, section, tiny
 
@@ -34,7 +34,7 @@ def test_the_count_is_torchs_own(size: str, batch: int) -> None:
     settings, shape = SIZES[size]
     made = Diffusion(**settings)
     with torch.device("meta"):
-        generator = build(made, shape, num_classes=10, attention="matmul")
+        generator = build_generator(made, shape, num_classes=10, attention="matmul")
         x = torch.empty(batch, shape.channels, shape.height, shape.width)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             generator.backbone(x, torch.empty(batch), torch.empty(batch, dtype=torch.int64))
@@ -46,7 +46,7 @@ def test_the_count_is_torchs_own(size: str, batch: int) -> None:
 def test_a_dit_costs_what_was_published(size: str, multiply_adds: float, parameters: float) -> None:
     made, shape = Diffusion(**(XL if "XL" in size else B), **DIT, patch=2), LatentShape(4, 32, 32)
     with torch.device("meta"):
-        generator = build(made, shape, num_classes=1000)
+        generator = build_generator(made, shape, num_classes=1000)
     assert generator_flops(made, shape, 1000, batch=1) / 2e9 == pytest.approx(multiply_adds, rel=2e-3)
     assert sum(p.numel() for p in generator.parameters()) / 1e6 == pytest.approx(parameters, rel=3e-3)
 
@@ -66,14 +66,14 @@ def test_an_autoregressive_count_is_torchs_own(settings: dict[str, object]) -> N
     generator, made = tiny(shape=shape, **settings), section(**settings)
     latents_BLhw, labels_B = torch.randn(3, 5, 6, 4), torch.tensor([0, 1, 2])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        generator(latents_BLhw, labels_B, drawn(generator.needs, rows=3))
+        generator(latents_BLhw, labels_B, drawn(generator.draw_counts, rows=3))
     assert counter.get_total_flops() == generator_flops(made, shape, num_classes=4, batch=3)
 
 
 def test_mar_b_has_the_published_size() -> None:
     shape = LatentShape(16, 16, 16)
     with torch.device("meta"):
-        masked = build(Autoregressive(), shape, num_classes=1000)
+        masked = build_generator(Autoregressive(), shape, num_classes=1000)
     assert round(sum(p.numel() for p in masked.parameters()) / 1e6) == 208  # MAR-B
     flops = [generator_flops(Autoregressive(order=order), shape, 1000, 1) / 1e9 for order in ("masked", "raster")]
     assert flops == [pytest.approx(145.186, abs=1e-3), pytest.approx(187.759, abs=1e-3)]

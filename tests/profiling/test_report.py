@@ -15,7 +15,7 @@ import torch
 from configs import UserError, to_yaml
 from engine.report.pictures import png
 from engine.report.sinks import Log
-from model.rows import Rows
+from model.packing import RankBatchSizes
 from profiling.cost.step_flops import step_flops
 from profiling.report.blocks import LinePlot, PlotLine, StackedBars, as_json, shown
 from profiling.report.metrics import MAX_POINTS, labels, thinned
@@ -216,7 +216,7 @@ def test_the_table_of_flops_is_the_count_for_the_ranks_of_the_run(run: Path) -> 
     sizes = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": batch // 2, "gradient_accumulation_steps": 1}
     (run / "ds_config.json").write_text(json.dumps(sizes))
     [table] = [block for block in blocks(facts_of(run), "table", "flops") if "GFLOP" in block["caption"]]
-    counted = step_flops(tiny_config("optim.steps=5"), Rows.per_rank(tiny_config(), 2))
+    counted = step_flops(tiny_config("optim.steps=5"), RankBatchSizes.per_rank(tiny_config(), 2))
     assert [row[0] for row in table["rows"]] == [*(part.name for part in counted.components), "sum"]
     assert table["rows"][-1][2] + table["rows"][-1][3] == pytest.approx(counted.model_flops / 1e9)
     for damaged in (

@@ -16,10 +16,10 @@ from configs import Config
 from configs.ds import load_ds_config
 from model.block import Block, swiglu_hidden
 from model.initialise import initialise
-from model.objectives.comm import Solo
-from model.objectives.total import Centres, compute
+from model.losses.comm import Solo
+from model.losses.total import TeacherCentres, compute_losses
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from profiling.cost import operator_trace
 from profiling.cost.operator_trace import OperatorTrace
 from profiling.cost.roofline import PhaseWork, Roof, logits_work, phase_work, update_work
@@ -137,7 +137,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flops_of_all_phases_are_those_of_the_table(variant: str) -> None:
     config = tiny_config(*VARIANTS[variant], "model.text.context=16")
-    rows = Rows.per_rank(config, 3)
+    rows = RankBatchSizes.per_rank(config, 3)
     work = phase_work(config, 3, "matmul")
     expected = step_flops(config, rows, rows.clip * 16, backend="matmul")
     assert sum(each.flops for each in work.values()) == pytest.approx(expected.hardware_flops, rel=1e-12)
@@ -153,7 +153,7 @@ def test_flops_of_all_phases_are_those_of_the_table(variant: str) -> None:
 
 def test_captions_take_as_many_slots_as_they_are_given() -> None:
     config = tiny_config("model.text.context=64", "batch.clip=24")
-    rows = Rows.per_rank(config, 1)
+    rows = RankBatchSizes.per_rank(config, 1)
     for slots in (5 * 64, 7 * 64):
         work, expected = phase_work(config, 1, "matmul", slots), step_flops(config, rows, slots)["text"].forward
         assert work["text"].flops == pytest.approx(expected, rel=1e-12), slots
@@ -175,12 +175,12 @@ class Products(TorchDispatchMode):
 
 
 def bytes_of_a_real_step(config: Config) -> int:
-    rows, batch = Rows.per_rank(config, 1), random_batch(config, 0)
+    rows, batch = RankBatchSizes.per_rank(config, 1), random_batch(config, 0)
     model = Pretrainer(config, rows, "matmul")
     initialise(model, config)
     inputs = model_inputs(batch)
     with Products() as products:
-        total = compute(model(**inputs), config.objectives, 0.07, Solo(), Centres.zeros(48)).total
+        total = compute_losses(model(**inputs), config.objectives, 0.07, Solo(), TeacherCentres.zeros(48)).total
         total.backward()
     return products.bytes
 
@@ -214,7 +214,9 @@ def test_more_layers_add_work_to_their_own_phase() -> None:
 
 def test_the_optimizer_moves_thirty_bytes_a_weight_of_its_shard() -> None:
     config = tiny_config("optim.precision=bf16")
-    trained = sum(p.numel() for p in Pretrainer(config, Rows.per_rank(config, 2)).parameters() if p.requires_grad)
+    trained = sum(
+        p.numel() for p in Pretrainer(config, RankBatchSizes.per_rank(config, 2)).parameters() if p.requires_grad
+    )
     zero3, zero2 = (
         update_work(config, load_ds_config(DEEPSPEED / f"{stage}.json", config, 2), 2) for stage in ("zero3", "zero2")
     )

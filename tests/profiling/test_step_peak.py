@@ -12,7 +12,7 @@ from configs import Config
 from configs.ds import load_ds_config
 from engine.assemble import assemble
 from engine.step import train_step
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.cost.peak_memory import predict_peak
 from profiling.instruments.memory import peak_bytes, tensor_bytes
 from tests.engine import ranks

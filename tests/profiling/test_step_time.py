@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from configs import Config, UserError, load_config
-from model.rows import Rows
+from model.packing import RankBatchSizes
 from profiling.cost.communication import Collective
 from profiling.cost.step_flops import step_flops
 from profiling.plan.rates import LAUNCH, OF_BF16, DeviceRates, NetworkLinks, parse_links, rates_of
@@ -30,7 +30,7 @@ def large(*overrides: str) -> Config:
 def work_of(
     config: Config, world_size: int, captions: float | None = None, shards: int = 1, mode: ExecutionMode = MODE
 ) -> list[ComponentWork]:
-    rows = Rows.per_rank(config, world_size)
+    rows = RankBatchSizes.per_rank(config, world_size)
     flops = step_flops(config, rows, captions, backend=mode.attention, device=mode.device)
     return step_work(config, rows, mode, flops, captions, shards)
 
@@ -70,7 +70,7 @@ def test_computing_hides_what_does_not_wait() -> None:
 @pytest.mark.parametrize("overrides", [(), ("system.activation_checkpointing=full",), ("system.clip.micro_batches=2",)])
 def test_all_flops_of_a_step_are_worked_off(overrides: tuple[str, ...]) -> None:
     config = large(*overrides)
-    rows = Rows.per_rank(config, 128)
+    rows = RankBatchSizes.per_rank(config, 128)
     flops = step_flops(config, rows, 3000, backend="flash3", device="cuda")
     work = step_work(config, rows, MODE, flops, 3000, shards=128)
     done = sum(sum(each.products.values()) + each.scores for each in work)

@@ -10,13 +10,13 @@ from configs import Config
 from engine.assemble import LEAVES
 from engine.recompute import recompute_blocks
 from engine.zero import DTYPES
-from model.describe import longest_layout
+from model.describe import longest_step
 from model.initialise import initialise
-from model.objectives.comm import Solo
-from model.objectives.perceptual import GROUPS, Perceptual
-from model.objectives.total import Centres, compute
+from model.losses.comm import Solo
+from model.losses.perceptual import CONVS_PER_TAP, LpipsDistance
+from model.losses.total import TeacherCentres, compute_losses
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from profiling.cost.flops import VGG_CHANNELS, perceptual_parameters
 from profiling.cost.operator_trace import OperatorTrace, TraceEvent, peak
 from profiling.cost.step_trace import frozen_encoder, trace_step
@@ -29,26 +29,28 @@ def deep(depth: int, *overrides: str) -> Config:
     return tiny_config(*overrides, *(f"model.{tower}.depth={depth}" for tower in ("trunk", "text", "decoder")))
 
 
-def perceptual() -> Perceptual:
-    channels = [width for width, count in zip(VGG_CHANNELS, GROUPS, strict=True) for _ in range(count)]
+def perceptual() -> LpipsDistance:
+    channels = [width for width, count in zip(VGG_CHANNELS, CONVS_PER_TAP, strict=True) for _ in range(count)]
     weights: dict[str, Tensor] = {}
     for i, (taken, given) in enumerate(zip([3, *channels[:-1]], channels, strict=True)):
         weights |= {f"convs.{i}.weight": torch.zeros(given, taken, 3, 3), f"convs.{i}.bias": torch.zeros(given)}
-    return Perceptual(weights | {f"heads.{j}.weight": torch.zeros(1, n, 1, 1) for j, n in enumerate(VGG_CHANNELS)})
+    return LpipsDistance(weights | {f"heads.{j}.weight": torch.zeros(1, n, 1, 1) for j, n in enumerate(VGG_CHANNELS)})
 
 
 def real_peak(config: Config, attention: str) -> int:
     """Of tensors with memory, a gradient dropped when it is complete, as ZeRO-1 does."""
     torch.set_default_dtype(DTYPES[config.optim.precision])
     try:
-        model = Pretrainer(config, Rows.per_rank(config, 1), attention)
+        model = Pretrainer(config, RankBatchSizes.per_rank(config, 1), attention)
         initialise(model, config)
         frozen = frozen_encoder(config, attention)
     finally:
         torch.set_default_dtype(torch.float32)
     recompute_blocks(model, config.system.activation_checkpointing, tuple(LEAVES))
     trace, network = OperatorTrace(), perceptual() if config.objectives.rec.perceptual else None
-    centres = Centres.zeros(config.model.prototypes.num) if config.objectives.ssl.targets == "centering" else None
+    centres = (
+        TeacherCentres.zeros(config.model.prototypes.num) if config.objectives.ssl.targets == "centering" else None
+    )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)
@@ -56,11 +58,11 @@ def real_peak(config: Config, attention: str) -> int:
     trace.ignore([] if network is None else network.buffers())
     trace.ignore([] if frozen is None else [*frozen.parameters(), *frozen.buffers()])
     inputs = model_inputs(random_batch(config, 0))
-    longest = longest_layout(config, Rows.per_rank(config, 1))
+    longest = longest_step(config, RankBatchSizes.per_rank(config, 1))
     inputs["corruption"] = corruption(config, step_that_hides(config, longest))
     with trace.phase("step"):
         outputs = model(**inputs)
-        losses = compute(outputs, config.objectives, 0.05, Solo(), centres, network, frozen)
+        losses = compute_losses(outputs, config.objectives, 0.05, Solo(), centres, network, frozen)
         losses.total.backward()
     return peak(trace.events)
 

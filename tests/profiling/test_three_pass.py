@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from model.initialise import initialise
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from profiling.benches.step import ThreePass, padded_inputs, reference_loss, shared_loss
 from tests.tiny import model_inputs, random_batch, tiny_config
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.L0
 def test_three_passes_give_the_losses_and_gradients_of_the_shared_one(ae_only: str) -> None:
     # In float32 rotations: a bf16 table rounds, and a last-bit difference before it can become 2^-9.
     config = tiny_config("model.rope_dtype=fp32", f"model.bottleneck_ae_only={ae_only}")
-    batch, rows = random_batch(config, step=0), Rows.per_rank(config, 1)
+    batch, rows = random_batch(config, step=0), RankBatchSizes.per_rank(config, 1)
     found = []
     for model, inputs, total in (
         (Pretrainer(config, rows), model_inputs(batch), shared_loss),

@@ -18,7 +18,7 @@ from engine.checkpoint.pieces import Pieces
 from engine.checkpoint.saver import News, Saver, save
 from engine.checkpoint.verified import newest_good
 from engine.health.failure import TrainingFailed
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config

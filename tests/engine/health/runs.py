@@ -28,7 +28,7 @@ from engine.training import Training
 from engine.trainings import kinds
 from engine.trainings.generation import GeneratorTraining
 from engine.trainings.pretraining import Pretraining
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine.ranks import DEEPSPEED
 from tests.engine.trainings import decoder_gan_runs
 from tests.tiny import random_batch

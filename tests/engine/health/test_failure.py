@@ -10,7 +10,7 @@ from data.losses import StorageFails
 from engine import launch, run, world
 from engine.exits import FAILED, LOST_RANK
 from engine.health.failure import TrainingFailed
-from model.objectives.comm import Solo
+from model.losses.comm import Solo
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0

@@ -18,7 +18,7 @@ from engine import stop_file
 from engine.health.failure import TrainingFailed
 from engine.health.guard import GoBack, Guard
 from engine.health.judge import Judge
-from model.objectives.comm import Comm, Solo
+from model.losses.comm import Comm, Solo
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.L0
@@ -65,7 +65,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from configs.health import Health
 from engine.health import guard
-from model.objectives.comm import Solo
+from model.losses.comm import Solo
 
 now = 0.0
 guard.time = SimpleNamespace(monotonic=lambda: now)

@@ -12,7 +12,7 @@ from engine import zero
 from engine.health.failure import TrainingFailed
 from engine.health.replicas import check, digest
 from engine.training import Kept
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config

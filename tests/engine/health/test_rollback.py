@@ -12,9 +12,9 @@ from configs import Run
 from engine import archive
 from engine.health.failure import TrainingFailed
 from model.initialise import initialise
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from model.weights import write_weights
 from tests.data.latents.stores import write_public_store
 from tests.engine.health import runs
@@ -47,7 +47,7 @@ def of_kind(kind: str, place: Path) -> Run:
     if kind == "pretraining":
         return tiny_config(*EIGHT, BACK, "optim.precision=bf16", "system.optimizer=torch")
     model = tiny_config()
-    built = Pretrainer(model, Rows.per_rank(model, 1), "sdpa")
+    built = Pretrainer(model, RankBatchSizes.per_rank(model, 1), "sdpa")
     initialise(built, model)
     write_weights(place / "weights.safetensors", built.state_dict(), model.model)
     return stage_config(

@@ -11,11 +11,11 @@ from torch import Tensor
 from configs import Config, UserError, load_run
 from engine.health.shares import GradientShares
 from model.initialise import initialise
-from model.objectives.comm import Comm, Solo
-from model.objectives.total import Losses, compute
+from model.losses.comm import Comm, Solo
+from model.losses.total import StepLosses, compute_losses
 from model.outputs import Outputs
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import model_inputs, random_batch, tiny_config
@@ -23,36 +23,36 @@ from tests.tiny import model_inputs, random_batch, tiny_config
 CPU = torch.device("cpu")
 
 
-def forward(model: Pretrainer, config: Config) -> tuple[Losses, Outputs, Tensor]:
+def forward(model: Pretrainer, config: Config) -> tuple[StepLosses, Outputs, Tensor]:
     """Losses and outputs, and what the trunk gave."""
     caught: list[Tensor] = []
     handle = model.trunk.register_forward_hook(lambda module, given, x_TD: caught.append(x_TD))
     outputs = model(**model_inputs(random_batch(config, 0)))
     handle.remove()
-    return compute(outputs, config.objectives, 0.05, Solo()), outputs, caught[0]
+    return compute_losses(outputs, config.objectives, 0.05, Solo()), outputs, caught[0]
 
 
 @pytest.mark.L0
 @pytest.mark.parametrize("overrides", [(), ("model.bottleneck_ae_only=false",), ("model.image_feature=patch_mean",)])
 def test_shares_are_those_of_three_backward_passes(overrides: tuple[str, ...]) -> None:
     config = tiny_config(*overrides)
-    model = Pretrainer(config, Rows.per_rank(config, 1), "matmul")
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1), "matmul")
     initialise(model, config)
     expected: dict[str, float] = {}
     for place, name in enumerate(("clip", "ssl", "rec")):  # a forward each: the loss over prototypes runs back once
         losses, outputs, x_TD = forward(model, config)
         objective = losses.objectives[place]
         assert objective.name == name
-        at = x_TD if config.model.bottleneck_ae_only else outputs.forks[name]
+        at = x_TD if config.model.bottleneck_ae_only else outputs.branch_features[name]
         [gradient] = torch.autograd.grad(objective.weight * objective.value, at)
         expected[f"health/grad_share/{name}"] = float(gradient.norm())
     total = sum(expected.values())
 
     shares = GradientShares(2, CPU)
     losses, outputs, _ = forward(model, config)
-    shares.watch(0, outputs.forks)
+    shares.watch(0, outputs.branch_features)
     assert shares.read(Solo()) == {}, "step 0 is not the last of two"
-    shares.watch(1, outputs.forks)
+    shares.watch(1, outputs.branch_features)
     losses.total.backward()
     found = shares.read(Solo())
     assert shares.read(Solo()) == {}

@@ -14,7 +14,7 @@ from engine import zero
 from engine.assemble import Assembly
 from engine.checkpoint.pieces import MASTER, MOMENTS
 from engine.step import train_step
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.engine.health.runs import Spoilt
 from tests.harness import run_ranks

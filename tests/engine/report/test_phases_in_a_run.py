@@ -9,7 +9,7 @@ import pytest
 
 from configs import Config
 from engine.report.timing import report, straggler
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
 from tests.tiny import tiny_config

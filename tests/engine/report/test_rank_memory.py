@@ -7,7 +7,7 @@ import torch
 
 from engine import world
 from engine.report.rank_memory import report, spread
-from model.objectives.comm import Comm, Solo
+from model.losses.comm import Comm, Solo
 from profiling.instruments.memory import peak_and_current_bytes
 from tests.harness import run_ranks
 

@@ -13,10 +13,10 @@ from engine.report.meter import Meter
 from engine.report.reporter import open_reporter
 from engine.report.sinks import plain_line
 from engine.step import StepRecord
-from model.objectives.comm import Comm, Solo
+from model.losses.comm import Comm, Solo
 from model.outputs import Outputs
+from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
-from model.rows import Rows
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
 
@@ -123,7 +123,7 @@ def test_a_line_says_so_when_the_time_left_is_not_known() -> None:
 
 def test_only_matrices_decay() -> None:
     config = tiny_config("model.trunk.layer_scale=1e-5", "objectives.clip.kind=sigmoid", "model.registers=1")
-    model = Pretrainer(config, Rows.per_rank(config, 1))
+    model = Pretrainer(config, RankBatchSizes.per_rank(config, 1))
     matrices, vectors = parameter_groups(model, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed = {names[id(parameter)] for parameter in matrices["params"]}

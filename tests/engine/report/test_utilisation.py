@@ -13,9 +13,9 @@ import torch
 from engine.report.meter import Meter
 from engine.report.utilisation import Utilisation, utilisation
 from engine.step import StepRecord
-from model.objectives.comm import Solo
+from model.losses.comm import Solo
 from model.outputs import Outputs
-from model.rows import Rows
+from model.packing import RankBatchSizes
 from profiling.cost.flops import StepFlops
 from profiling.cost.step_flops import step_flops
 from profiling.instruments.machine import PeakFlops
@@ -23,7 +23,7 @@ from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
 CONFIG = tiny_config()
-ROWS = Rows.per_rank(CONFIG, 2)
+ROWS = RankBatchSizes.per_rank(CONFIG, 2)
 
 
 def flops(counted: Mapping[str, float]) -> StepFlops:

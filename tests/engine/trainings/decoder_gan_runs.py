@@ -19,11 +19,10 @@ from engine.schedule import learning_rate
 from engine.trainings.decoder_gan import DecoderTraining, assemble
 from engine.trainings.decoder_step import DecoderAssembly, is_on
 from engine.trainings.frozen_tokenizer import described, pinned
-from model.decoder_stage import DecoderStage
-from model.discriminator import PatchGan, initialise_discriminator
-from model.objectives.adversarial import discriminator_loss, generator_loss
-from model.objectives.comm import Comm, Solo
-from model.objectives.pixels import l1_loss, to_signed
+from model.decoder import DecoderStage
+from model.losses.comm import Comm, Solo
+from model.losses.gan import PatchGan, discriminator_loss, generator_loss, initialise_discriminator
+from model.losses.pixels import l1_loss, to_signed
 from model.weights import read_weights
 from tests.engine.ranks import DEEPSPEED
 

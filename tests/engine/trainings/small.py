@@ -14,7 +14,7 @@ from engine.checkpoint.contents import load
 from engine.checkpoint.saver import save
 from engine.training import Training
 from engine.trainings import kinds
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.engine.ranks import DEEPSPEED
 
 

@@ -14,7 +14,7 @@ from engine import archive
 from engine.checkpoint.contents import load
 from engine.checkpoint.pieces import AVERAGE
 from engine.checkpoint.saver import save
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from model.tokenizer import VisualTokenizer
 from tests.engine.trainings import decoder_gan_runs as runs
 from tests.harness import run_ranks

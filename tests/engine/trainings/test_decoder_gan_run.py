@@ -21,9 +21,9 @@ from engine import run
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
 from evaluation.run import evaluate
 from evaluation.tasks import Options
-from model.decoder_stage import DecoderStage
-from model.objectives.comm import Comm
-from model.objectives.pixels import l1_loss
+from model.decoder import DecoderStage
+from model.losses.comm import Comm
+from model.losses.pixels import l1_loss
 from model.weights import write_weights
 from tests.engine.ranks import DEEPSPEED
 from tests.engine.trainings.decoder_gan_runs import stage_config

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from configs import UserError, fingerprint
 from configs.architecture import Model
 from engine.trainings.frozen_tokenizer import described, initial_decoder
-from model.tokenizer import VisualTokenizer, pixels_of
+from model.tokenizer import VisualTokenizer, decode_pixels
 from model.weights import digest, write_weights
 from tests.engine.trainings.decoder_gan_runs import stage_config
 from tests.model.tiny_weights import NO_REC, write_run
@@ -41,7 +41,7 @@ def test_the_first_decoder_is_the_files(weights: Path) -> None:
     config, tokenizer = stage_config(weights), VisualTokenizer.from_file(weights)
     latent = torch.randn(2, 8, 4, 4)
     decoder = initial_decoder(config, described(config))
-    torch.testing.assert_close(pixels_of(decoder, latent), tokenizer.decode(latent), rtol=0, atol=0)
+    torch.testing.assert_close(decode_pixels(decoder, latent), tokenizer.decode(latent), rtol=0, atol=0)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

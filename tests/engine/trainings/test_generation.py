@@ -16,9 +16,9 @@ from engine import archive
 from engine.checkpoint.pieces import AVERAGE
 from engine.trainings import latents
 from model.generator.draws import draw
+from model.generator.factory import read_generator
 from model.generator.sampling import Sampling
-from model.generator.weights import read_generator
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests.data.latents.stores import write_public_store
 from tests.engine.trainings import small as trainings
 from tests.harness import run_ranks
@@ -116,7 +116,7 @@ def test_a_run_ends_in_a_file_that_samples(store: Path, tmp_path: Path) -> None:
     assert (loaded.shape.channels, loaded.shape.height, loaded.num_classes) == (8, 4, of.num_classes)
     assert torch.equal(loaded.mean_L, of.mean)
     sampling = Sampling("euler", steps=2, guidance=2.0)
-    draws = draw(loaded.module.sampling_needs(sampling), seed=0, step=0, positions=torch.arange(3).numpy())
+    draws = draw(loaded.module.sampling_draw_counts(sampling), seed=0, step=0, positions=torch.arange(3).numpy())
     assert loaded.module.sample(torch.tensor([0, 1, 3]), sampling, draws).shape == (3, *SHAPE)
 
 

@@ -11,7 +11,7 @@ import pytest
 from configs import DecoderGan
 from configs.generation import Generation
 from configs.load import validate
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from tests import stream_stand_in
 from tests.data.latents.stores import write_public_store
 from tests.engine.test_host_sync import BOUNDS, HostReads

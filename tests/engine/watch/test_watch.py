@@ -18,7 +18,7 @@ from configs import Config, UserError
 from engine import failures, run, world
 from engine.health.failure import TrainingFailed
 from engine.watch import watch
-from model.objectives.comm import Comm
+from model.losses.comm import Comm
 from profiling.instruments.phases import HostClock, PhaseTimer
 from tests.engine.small_runs import wait_until
 from tests.harness import RanksFailed, run_ranks

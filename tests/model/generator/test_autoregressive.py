@@ -10,13 +10,12 @@ from torch import Tensor
 
 from configs import UserError
 from configs.autoregressive import Autoregressive
-from kernels.attention import attend, resolve
-from kernels.dense_attention import reference
-from model.generator import token_process
-from model.generator.build import build
-from model.generator.initialise import initialise
-from model.generator.masked_backbone import known_spans
+from kernels.attention import attend, attend_reference, resolve_attention
+from model.generator import autoregressive
+from model.generator.autoregressive_networks import known_spans
+from model.generator.factory import build_generator
 from model.generator.sampling import Sampling
+from model.initialise import initialise_generator
 from tests.model.generator.tiny_autoregressive import CLASSES, SHAPE, drawn, tiny
 
 pytestmark = pytest.mark.L0
@@ -83,7 +82,9 @@ def test_spans_say_the_same_to_dense_kernels_and_to_those_that_take_offsets() ->
     q_THE, k_THE, v_THE = (torch.randn(15, 2, 4, generator=random) for _ in range(3))
     dense_THE = attend(q_THE, k_THE, v_THE, ((3, 5),), spans=spans)
     # Measured worst 2e-7. The oracle goes by the offsets.
-    torch.testing.assert_close(dense_THE, reference(q_THE, k_THE, v_THE, ((3, 5),), spans=spans), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        dense_THE, attend_reference(q_THE, k_THE, v_THE, ((3, 5),), spans=spans), rtol=0, atol=2e-6
+    )
 
 
 @pytest.mark.gpu
@@ -91,9 +92,9 @@ def test_spans_say_the_same_to_dense_kernels_and_to_those_that_take_offsets() ->
 @pytest.mark.parametrize("order", ORDERS)
 def test_half_precision_on_a_gpu_agrees_with_single_on_the_host(order: str) -> None:
     generator, labels_B, sampling = tiny(order, "velocity"), torch.tensor([0, 1]), Sampling("euler", steps=3)
-    fast = build(generator.section, SHAPE, CLASSES, resolve("auto", "cuda").name).cuda().bfloat16()
+    fast = build_generator(generator.section, SHAPE, CLASSES, resolve_attention("auto", "cuda").name).cuda().bfloat16()
     fast.load_state_dict(generator.state_dict())
-    draws, more = drawn(generator.needs), drawn(generator.sampling_needs(sampling))
+    draws, more = drawn(generator.draw_counts), drawn(generator.sampling_draw_counts(sampling))
     loss = generator(latents(), labels_B, draws)["total"]
     on_gpu = fast(latents().cuda(), labels_B.cuda(), draws.to("cuda"))["total"]
     on_gpu.backward()
@@ -107,7 +108,7 @@ def test_half_precision_on_a_gpu_agrees_with_single_on_the_host(order: str) -> N
 def test_raster_is_random_in_the_order_of_rows() -> None:
     random, raster = tiny("random"), tiny("raster")
     raster.load_state_dict(random.state_dict())
-    draws, labels_B = drawn(random.needs), torch.tensor([0, 1])
+    draws, labels_B = drawn(random.draw_counts), torch.tensor([0, 1])
     draws.uniform_BU[:, :N] = torch.linspace(0.1, 0.9, N)
     assert torch.equal(random(latents(), labels_B, draws)["total"], raster(latents(), labels_B, draws)["total"])
     draws.uniform_BU[:, :N] = torch.linspace(0.9, 0.1, N)
@@ -117,12 +118,12 @@ def test_raster_is_random_in_the_order_of_rows() -> None:
 def test_cached_keys_and_values_give_the_predictions_of_a_whole_pass() -> None:
     backbone, labels_B, order_BN = tiny("random").backbone, torch.tensor([0, 1]), ordered()
     tokens_BMC = torch.randn(2, N - 1, 3, generator=torch.Generator().manual_seed(1))
-    whole_BND, pasts = backbone(tokens_BMC, order_BN, labels_B), backbone.pasts(2)
+    whole_BND, caches = backbone(tokens_BMC, order_BN, labels_B), backbone.caches(2)
     with torch.no_grad():
         for idx in range(N):
             begin = max(idx - 1, 0)
             class_B = None if idx else labels_B
-            z_B1D = backbone(tokens_BMC[:, begin:idx], order_BN[:, begin : idx + 1], class_B, pasts)
+            z_B1D = backbone(tokens_BMC[:, begin:idx], order_BN[:, begin : idx + 1], class_B, caches)
             # Measured worst 2e-6, of 5.
             torch.testing.assert_close(z_B1D[:, 0], whole_BND[:, idx], rtol=0, atol=1e-5)
 
@@ -130,7 +131,7 @@ def test_cached_keys_and_values_give_the_predictions_of_a_whole_pass() -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_loss_depends_on_a_rows_own_numbers_alone(order: str) -> None:
     generator, labels_B = tiny(order), torch.tensor([0, 1, 2, 3])
-    whole = drawn(generator.needs, rows=4)
+    whole = drawn(generator.draw_counts, rows=4)
     losses = [
         generator(
             latents(4)[row : row + 1],
@@ -150,8 +151,8 @@ def test_a_fresh_generator_is_filled_and_predicts_zeros(order: str) -> None:
     generator = tiny(order)
     for parameter in generator.parameters():
         parameter.data.fill_(torch.nan)
-    initialise(generator, generator.section, seed=0)
-    draws = drawn(generator.needs)
+    initialise_generator(generator, generator.section, seed=0)
+    draws = drawn(generator.draw_counts)
     loss = generator(latents(), torch.tensor([0, 1]), draws)["total"]
     torch.testing.assert_close(loss, draws.normal_BN.square().mean())  # exact but for the order of the sum
     places = generator.backbone.end.positions
@@ -161,7 +162,7 @@ def test_a_fresh_generator_is_filled_and_predicts_zeros(order: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_parameter_learns(order: str) -> None:
     generator = tiny(order)
-    terms = generator(latents(), torch.tensor([0, 1]), drawn(generator.needs))
+    terms = generator(latents(), torch.tensor([0, 1]), drawn(generator.draw_counts))
     assert set(terms) == {"total", "noise"}
     terms["total"].backward()
     assert [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
@@ -169,7 +170,7 @@ def test_every_parameter_learns(order: str) -> None:
 
 def test_a_share_of_the_classes_is_hidden() -> None:
     generator = tiny(class_dropout=0.4)
-    draws = drawn(generator.needs)
+    draws = drawn(generator.draw_counts)
     for number, is_hidden in ((0.39, True), (0.41, False)):
         draws.uniform_BU[:, N + 1] = number
         first, second = (generator(latents(), torch.tensor(labels), draws)["total"] for labels in ([0, 1], [2, 3]))
@@ -177,7 +178,7 @@ def test_a_share_of_the_classes_is_hidden() -> None:
 
 
 def sampled(generator: Any, sampling: Sampling, labels_B: Tensor, seed: int = 0) -> Tensor:
-    return generator.sample(labels_B, sampling, drawn(generator.sampling_needs(sampling), len(labels_B), seed))
+    return generator.sample(labels_B, sampling, drawn(generator.sampling_draw_counts(sampling), len(labels_B), seed))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -205,9 +206,9 @@ def test_every_token_is_drawn_once_and_comes_home(order: str, monkeypatch: pytes
         numbers = torch.arange(done[0] - count, done[0], dtype=torch.float32)
         return numbers.view(1, count, 1).expand(2, count, 3).flatten(0, 1)
 
-    monkeypatch.setattr(token_process, "generated", numbered)
+    monkeypatch.setattr(autoregressive, "sample_tokens", numbered)
     sampling = Sampling("ddim", steps=2, iterations=5 if order == "masked" else None)
-    draws = drawn(generator.sampling_needs(sampling))
+    draws = drawn(generator.sampling_draw_counts(sampling))
     out_BN = generator.sample(torch.tensor([0, 1]), sampling, draws)[:, 0].flatten(1)
     order_BN = torch.arange(N).expand(2, N) if order == "raster" else draws.uniform_BU.argsort(dim=1)
     assert torch.equal(out_BN.gather(1, order_BN), torch.arange(float(N)).expand(2, N))
@@ -240,7 +241,7 @@ def test_guidance_grows_with_the_share_of_tokens_drawn(
         scales.append(((found - of_none) / (of_class - of_none)).median().item())
         return noise_KRC[0]
 
-    monkeypatch.setattr(token_process, "generated", asked)
+    monkeypatch.setattr(autoregressive, "sample_tokens", asked)
     iterations = len(known_then) if order == "masked" else None
     sampled(generator, Sampling("euler", guidance=5.0, iterations=iterations), torch.tensor([0, 1]))
     assert scales == pytest.approx([1 + 4 * count / N for count in known_then], rel=1e-4)
@@ -268,9 +269,11 @@ def test_a_sampling_that_does_not_fit_is_refused(order: str, objective: str, sam
 
 
 def test_what_a_sampling_leaves_open_is_filled_in() -> None:
-    assert tiny().resolved(Sampling("ddim")) == Sampling("ddim", steps=100, iterations=N)  # 64, but for 16 tokens
-    assert tiny("raster", "velocity").resolved(Sampling("euler", steps=7)) == Sampling("euler", steps=7)
-    assert tiny("raster", "velocity").resolved(Sampling("dopri5")) == Sampling("dopri5")
+    assert tiny().resolve_sampling(Sampling("ddim")) == Sampling(
+        "ddim", steps=100, iterations=N
+    )  # 64, but for 16 tokens
+    assert tiny("raster", "velocity").resolve_sampling(Sampling("euler", steps=7)) == Sampling("euler", steps=7)
+    assert tiny("raster", "velocity").resolve_sampling(Sampling("dopri5")) == Sampling("dopri5")
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from configs.generator import Diffusion
 from engine.recompute import recompute_blocks
-from model.generator.backbone import Backbone, grid_waves
-from model.generator.build import leaves
-from model.generator.draws import Draws, draw
-from model.generator.modulated_block import ModulatedBlock
+from model.generator.blocks import ModulatedBlock
+from model.generator.diffusion import DiffusionBackbone, grid_sinusoids
+from model.generator.draws import RandomDraws, draw
+from model.generator.factory import block_classes
 from model.generator.sampling import Sampling
-from model.generator.shape import LatentShape
+from model.generator.tokens import LatentShape
 from tests.model.generator.tiny_generator import KINDS, NUM_CLASSES, SHAPE, alive, fresh, rows, section
 
 pytestmark = pytest.mark.L0
@@ -47,7 +47,7 @@ def test_the_backbone_keeps_the_latents_shape_and_a_fresh_one_gives_zeros(varian
 def test_every_parameter_gets_a_gradient(variant: str) -> None:
     generator = alive(section(**VARIANTS[variant]))
     latents, labels = batch()
-    generator(latents, labels, rows(generator.needs))["total"].backward()
+    generator(latents, labels, rows(generator.draw_counts))["total"].backward()
     still = [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.any()]
     assert still == []
 
@@ -85,7 +85,7 @@ def test_patches_are_taken_apart_and_put_together_at_their_places() -> None:
     backbone.final.norm = nn.Identity()
     latents = torch.arange(24.0).view(1, 1, 4, 6)
     out = backbone(latents, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-    added_N22 = grid_waves((2, 3), 4).view(6, 2, 2)
+    added_N22 = grid_sinusoids((2, 3), 4).view(6, 2, 2)
     for row, column in np.ndindex(4, 6):
         token = row // 2 * 3 + column // 2
         expected = latents[0, 0, row, column] + added_N22[token, row % 2, column % 2]
@@ -118,7 +118,7 @@ def test_a_block_is_the_published_formula() -> None:
 
 
 def test_fixed_positions_tell_rows_from_columns() -> None:
-    waves = grid_waves((3, 4), 8)
+    waves = grid_sinusoids((3, 4), 8)
     assert waves.shape == (12, 8)
     assert len(waves.unique(dim=0)) == 12
     torch.testing.assert_close(waves[0], torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0]))  # cos 0, sin 0 of both axes
@@ -133,7 +133,7 @@ def test_positions_are_turned_added_or_both() -> None:
     assert turns[1] is None
     assert torch.equal(turns[2], turns[0])
     assert torch.equal(tokens[2], tokens[1])
-    torch.testing.assert_close(tokens[1] - tokens[0], grid_waves((4, 2), 16).repeat(6, 1))
+    torch.testing.assert_close(tokens[1] - tokens[0], grid_sinusoids((4, 2), 16).repeat(6, 1))
 
 
 def test_the_time_is_scaled_alike_in_training_and_in_sampling() -> None:
@@ -143,8 +143,8 @@ def test_the_time_is_scaled_alike_in_training_and_in_sampling() -> None:
         generator = fresh(section(time_scale=scale))
         generator.backbone.time.register_forward_pre_hook(lambda _, given: times.append(given[0]))
         latents, labels = batch()
-        generator(latents, labels, rows(generator.needs))
-        generator.sample(labels, Sampling("euler", steps=2), rows(generator.needs))
+        generator(latents, labels, rows(generator.draw_counts))
+        generator.sample(labels, Sampling("euler", steps=2), rows(generator.draw_counts))
     torch.testing.assert_close(torch.stack(times[3:]), 1000 * torch.stack(times[:3]))
     assert times[5].tolist() == [500.0] * 6
 
@@ -153,11 +153,11 @@ def test_the_time_is_scaled_alike_in_training_and_in_sampling() -> None:
 def test_the_loss_is_a_function_of_its_arguments_and_a_mean_over_rows(kind: str) -> None:
     generator = alive(section(**KINDS[kind]))
     latents, labels = batch()
-    draws = rows(generator.needs)
+    draws = rows(generator.draw_counts)
     whole = generator(latents, labels, draws)
     assert torch.equal(generator(latents, labels, draws)["total"], whole["total"])
     halves = [
-        generator(latents[own], labels[own], Draws(draws.normal_BN[own], draws.uniform_BU[own]))
+        generator(latents[own], labels[own], RandomDraws(draws.normal_BN[own], draws.uniform_BU[own]))
         for own in (slice(0, 6, 2), slice(1, 6, 2))
     ]
     for name, term in whole.items():
@@ -171,7 +171,7 @@ def test_classes_are_hidden_as_often_as_asked() -> None:
         seen: list[Tensor] = []
         generator.backbone.label.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
         labels = torch.arange(3_000) % NUM_CLASSES
-        generator(torch.zeros(3_000, 1, 1, 1), labels, rows(generator.needs, 3_000))
+        generator(torch.zeros(3_000, 1, 1, 1), labels, rows(generator.draw_counts, 3_000))
         hidden = seen[0] == NUM_CLASSES
         assert abs(hidden.float().mean() - share) <= 4 * (share * (1 - share) / 3_000) ** 0.5
         assert torch.equal(seen[0][~hidden], labels[~hidden])
@@ -182,7 +182,7 @@ def test_parameters_are_used_only_while_their_module_runs(kind: str) -> None:
     """As under ZeRO-3: outside of the forward of its owner, or of the block it is in, a parameter is empty."""
     generator = alive(section(**KINDS[kind]))
     latents, labels = batch()
-    draws = rows(generator.needs)
+    draws = rows(generator.draw_counts)
     with torch.no_grad():
         expected = generator(latents, labels, draws)["total"]
         _partition(generator)
@@ -216,9 +216,9 @@ def test_what_enters_a_block_requires_a_gradient_and_each_block_runs_once() -> N
     for block in generator.backbone.blocks:
         block.register_forward_pre_hook(lambda _, given: entered.append(given[0].requires_grad))
     latents, labels = batch()
-    generator(latents, labels, rows(generator.needs))
+    generator(latents, labels, rows(generator.draw_counts))
     assert entered == [True, True]
-    assert leaves(generator) == [ModulatedBlock]
+    assert block_classes(generator) == [ModulatedBlock]
     assert all(parameter.ndim > 0 for parameter in generator.parameters())
 
 
@@ -227,7 +227,7 @@ def test_what_enters_a_block_requires_a_gradient_and_each_block_runs_once() -> N
 def test_a_block_is_one_graph_for_all_blocks_and_steps(kind: str) -> None:
     generator = alive(section(**KINDS[kind]))
     latents, labels = batch()
-    expected = [generator(latents, labels, rows(generator.needs, step=step))["total"].item() for step in range(2)]
+    expected = [generator(latents, labels, rows(generator.draw_counts, step=step))["total"].item() for step in range(2)]
     torch._dynamo.reset()
     graphs: list[object] = []
 
@@ -237,7 +237,7 @@ def test_a_block_is_one_graph_for_all_blocks_and_steps(kind: str) -> None:
 
     for block in generator.backbone.blocks:
         block.forward = torch.compile(block.forward, backend=count, fullgraph=True, dynamic=False)
-    found = [generator(latents, labels, rows(generator.needs, step=step))["total"].item() for step in range(2)]
+    found = [generator(latents, labels, rows(generator.draw_counts, step=step))["total"].item() for step in range(2)]
     assert found == expected
     assert len(graphs) == 1
 
@@ -249,7 +249,7 @@ def test_computing_blocks_again_changes_no_gradient(mode: str) -> None:
     for wanted in ("off", mode):
         generator = alive(section())
         recompute_blocks(generator, wanted, (ModulatedBlock,))
-        generator(latents, labels, rows(generator.needs))["total"].backward()
+        generator(latents, labels, rows(generator.draw_counts))["total"].backward()
         gradients.append([parameter.grad for parameter in generator.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
@@ -258,7 +258,7 @@ def test_a_model_in_half_precision_gives_a_float32_loss_near_the_whole_ones() ->
     latents, labels = batch()
     whole = alive(section())
     half = alive(section()).bfloat16()
-    draws = rows(whole.needs)
+    draws = rows(whole.draw_counts)
     expected, found = (generator(latents, labels, draws)["total"] for generator in (whole, half))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)  # measured 0.2 %
@@ -277,8 +277,8 @@ def test_a_mixture_is_learnt_and_samples_land_near_their_classes_modes(kind: str
     for step in range(100):
         positions = np.arange(step * 64, (step + 1) * 64)
         labels = torch.from_numpy(positions % 2)
-        spread = draw(generator.needs, seed=99, step=step, positions=positions).normal_BN.view(64, 2, 2, 2)
-        loss = generator(modes(labels) + 0.1 * spread, labels, draw(generator.needs, 0, step, positions))["total"]
+        spread = draw(generator.draw_counts, seed=99, step=step, positions=positions).normal_BN.view(64, 2, 2, 2)
+        loss = generator(modes(labels) + 0.1 * spread, labels, draw(generator.draw_counts, 0, step, positions))["total"]
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
@@ -286,7 +286,7 @@ def test_a_mixture_is_learnt_and_samples_land_near_their_classes_modes(kind: str
         losses.append(loss.item())
     assert np.mean(losses[-10:]) < 0.3 * losses[0]
     labels, how = torch.arange(64) % 2, Sampling("ancestral" if kind == "dit" else "heun", steps=40)
-    samples = generator.sample(labels, how, rows(generator.sampling_needs(how), 64))
+    samples = generator.sample(labels, how, rows(generator.sampling_draw_counts(how), 64))
     away = (samples - modes(labels)).abs().mean(dim=(1, 2, 3))
     assert away.median() < 0.3
     assert away.max() < 0.8
@@ -299,4 +299,4 @@ def modes(labels: Tensor) -> Tensor:
 
 def test_shapes_that_patches_do_not_fill_are_refused() -> None:
     with pytest.raises(ValueError, match=r"generator.patch=2 does not divide latents of 3x4"):
-        Backbone(Diffusion(width=16, depth=1, heads=2, patch=2), LatentShape(3, 3, 4), 5, "sdpa")
+        DiffusionBackbone(Diffusion(width=16, depth=1, heads=2, patch=2), LatentShape(3, 3, 4), 5, "sdpa")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.generator.draws import Needs, draw
+from model.generator.draws import DrawCounts, draw
 
 pytestmark = pytest.mark.L0
-NEEDS = Needs(normals=24, uniforms=2)
+NEEDS = DrawCounts(normals=24, uniforms=2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -30,14 +30,14 @@ def test_seed_step_and_position_each_make_other_numbers(other: dict[str, object]
 
 
 def test_needing_more_normals_leaves_the_first_ones_and_the_uniforms_alone() -> None:
-    few, many = (draw(Needs(normals, 2), 0, 0, np.array([9])) for normals in (8, 800))
+    few, many = (draw(DrawCounts(normals, 2), 0, 0, np.array([9])) for normals in (8, 800))
     assert torch.equal(few.normal_BN, many.normal_BN[:, :8])
     assert torch.equal(few.uniform_BU, many.uniform_BU)
 
 
 def test_numbers_are_distributed_as_they_say() -> None:
     """128,000 of each: four standard errors of a mean, a variance, a share."""
-    draws = draw(Needs(64, 64), seed=0, step=0, positions=np.arange(2000))
+    draws = draw(DrawCounts(64, 64), seed=0, step=0, positions=np.arange(2000))
     count = draws.normal_BN.numel()
     assert draws.normal_BN.dtype == draws.uniform_BU.dtype == torch.float32
     assert abs(draws.normal_BN.mean()) < 4 * count**-0.5
@@ -49,7 +49,7 @@ def test_numbers_are_distributed_as_they_say() -> None:
 def test_a_rows_normals_say_nothing_of_its_uniforms() -> None:
     """Nor their size: 20,000 rows, four standard errors of a correlation. Out of one stream it would be 0.75 with the
     size."""
-    draws = draw(Needs(3, 3), seed=0, step=0, positions=np.arange(20_000))
+    draws = draw(DrawCounts(3, 3), seed=0, step=0, positions=np.arange(20_000))
     for normals in (draws.normal_BN, draws.normal_BN.abs()):
         found = np.corrcoef(normals.numpy(), draws.uniform_BU.numpy(), rowvar=False)[:3, 3:]
         assert np.abs(found).max() < 4 * 20_000**-0.5
@@ -64,7 +64,7 @@ def test_uniforms_leave_out_zero_and_one() -> None:
 
 def test_a_stream_is_philoxs_own_at_that_counter() -> None:
     """Each as a new generator gives it: nothing is left over from the row before."""
-    draws = draw(Needs(5, 3), seed=7, step=2, positions=np.array([11, 4]))
+    draws = draw(DrawCounts(5, 3), seed=7, step=2, positions=np.array([11, 4]))
     for row, position in enumerate((11, 4)):
         normals, bits = (
             np.random.Generator(np.random.Philox(key=7, counter=[0, position, 2, purpose])) for purpose in (0, 1)

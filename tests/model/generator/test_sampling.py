@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from model.generator.draws import Draws
-from model.generator.noising import linear_survival
+from model.generator.ddpm import linear_alphas_cumprod
+from model.generator.draws import RandomDraws
 from model.generator.sampling import Sampling
 from tests.model.generator.tiny_generator import KINDS, NUM_CLASSES, SHAPE, Exact, alive, fresh, rows, section
 
@@ -26,7 +26,7 @@ def sampling(method: str, **settings: object) -> Sampling:
 
 def sampled(method: str, **settings: object) -> Tensor:
     generator, how = alive(section(**KINDS[METHODS[method]])), sampling(method, **settings)
-    return generator.sample(LABELS, how, rows(generator.sampling_needs(how)))
+    return generator.sample(LABELS, how, rows(generator.sampling_draw_counts(how)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -37,7 +37,7 @@ def test_equal_draws_give_equal_latents_and_other_draws_others(method: str) -> N
     assert not first.requires_grad
     assert torch.equal(first, sampled(method))
     generator, how = alive(section(**KINDS[METHODS[method]])), sampling(method)
-    assert not torch.allclose(first, generator.sample(LABELS, how, rows(generator.sampling_needs(how), step=1)))
+    assert not torch.allclose(first, generator.sample(LABELS, how, rows(generator.sampling_draw_counts(how), step=1)))
 
 
 # How far off the exact mean + std * noise each method is: measured 1.8e-2, 5.6e-5, 2.8e-3 (43 evaluations) and 1.4e-2.
@@ -54,8 +54,8 @@ def test_noise_becomes_the_latent_it_stands_for(how: Sampling, within: float) ->
     """With the best prediction for normal data the way from noise z ends at mean + std z: time 0 is noise."""
     kind = METHODS[how.method]
     generator = fresh(section(**KINDS[kind]))
-    generator.backbone = Exact(generator.section.objective, mean=2.0, std=0.5, survival_S=linear_survival())
-    draws = rows(generator.sampling_needs(how))
+    generator.backbone = Exact(generator.section.objective, mean=2.0, std=0.5, alphas_cumprod_S=linear_alphas_cumprod())
+    draws = rows(generator.sampling_draw_counts(how))
     expected = 2.0 + 0.5 * draws.normal_BN.view(6, *SHAPE_AXES)
     assert (generator.sample(LABELS, how, draws) - expected).abs().max() < within
 
@@ -70,8 +70,8 @@ def test_a_timestep_shift_helps_where_most_happens_near_the_noise(steps: int) ->
     for shift in (1.0, 0.3):
         how = Sampling("euler", steps=steps, timestep_shift=shift)
         generator = fresh(section(**KINDS["sit"]))
-        generator.backbone = Exact("velocity", mean=0.0, std=8.0, survival_S=linear_survival())
-        draws = rows(generator.sampling_needs(how))
+        generator.backbone = Exact("velocity", mean=0.0, std=8.0, alphas_cumprod_S=linear_alphas_cumprod())
+        draws = rows(generator.sampling_draw_counts(how))
         expected = 8.0 * draws.normal_BN.view(6, *SHAPE_AXES)
         errors.append((generator.sample(LABELS, how, draws) - expected).abs().max())
     assert errors[1] < 0.5 * errors[0]
@@ -82,7 +82,7 @@ def test_a_guidance_of_one_is_no_guidance_and_zero_is_no_class(method: str) -> N
     classless = torch.full_like(LABELS, NUM_CLASSES)
     fixed = {**KINDS[METHODS[method]], "variance": "fixed"}  # a learnt one is the class's at any guidance
     generator, how = alive(section(**fixed)), sampling(method)
-    draws = rows(generator.sampling_needs(how))
+    draws = rows(generator.sampling_draw_counts(how))
     asked: list[int] = []
     generator.backbone.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
     plain = generator.sample(LABELS, how, draws)
@@ -96,7 +96,7 @@ def test_a_guidance_of_one_is_no_guidance_and_zero_is_no_class(method: str) -> N
 
 def test_guidance_moves_one_euler_step_by_its_formula() -> None:
     generator = alive(section(**KINDS["sit"]))
-    draws = rows(generator.sampling_needs(sampling("euler")))
+    draws = rows(generator.sampling_draw_counts(sampling("euler")))
     noise, time = draws.normal_BN.view(6, *SHAPE_AXES), torch.zeros(6)
     with torch.no_grad():
         of_class = generator.backbone(noise, time, LABELS)
@@ -112,7 +112,7 @@ def test_guidance_keeps_to_its_interval(method: str, guided: list[int]) -> None:
     how = sampling(method, guidance=2.0, guidance_interval=(0.3, 1.0))
     asked: list[int] = []
     generator.backbone.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
-    generator.sample(LABELS, how, rows(generator.sampling_needs(how)))
+    generator.sample(LABELS, how, rows(generator.sampling_draw_counts(how)))
     assert [step for step, count in enumerate(asked) if count == 12] == guided
 
 
@@ -127,16 +127,16 @@ def test_evaluations_are_the_times_the_model_was_asked(method: str) -> None:
     generator, how = alive(section(**KINDS[METHODS[method]])), sampling(method, guidance=2.0)
     asked: list[None] = []
     generator.backbone.register_forward_pre_hook(lambda *_: asked.append(None))
-    path = generator.follow(LABELS, how, rows(generator.sampling_needs(how)))
+    path = generator.follow(LABELS, how, rows(generator.sampling_draw_counts(how)))
     assert path.evaluations == len(asked)
 
 
 def test_a_row_is_sampled_alike_in_any_batch() -> None:
     generator = alive(section(**KINDS["lightningdit"]))
     how = sampling("heun", guidance=3.0)
-    draws = rows(generator.sampling_needs(how))
+    draws = rows(generator.sampling_draw_counts(how))
     whole = generator.sample(LABELS, how, draws)
-    part = generator.sample(LABELS[2:4], how, Draws(draws.normal_BN[2:4], draws.uniform_BU[2:4]))
+    part = generator.sample(LABELS[2:4], how, RandomDraws(draws.normal_BN[2:4], draws.uniform_BU[2:4]))
     torch.testing.assert_close(part, whole[2:4], atol=1e-5, rtol=1e-5)  # products of other sizes: 2e-6
 
 
@@ -167,17 +167,17 @@ def test_a_method_of_the_other_objective_is_refused(kind: str, method: str) -> N
     objective = generator.section.objective
     message = f"sampler={method} for a generator of objective={objective}: it is sampled"
     with pytest.raises(UserError, match=message):  # before 250 times a latent's noise is drawn
-        generator.sampling_needs(how)
+        generator.sampling_draw_counts(how)
     with pytest.raises(UserError, match=message):
-        generator.sample(LABELS, how, rows(generator.needs))
+        generator.sample(LABELS, how, rows(generator.draw_counts))
 
 
 @pytest.mark.parametrize(("kind", "method", "steps"), [("sit", "euler", 250), ("dit", "ancestral", 250)])
 def test_without_a_method_the_objectives_own_is_taken(kind: str, method: str, steps: int) -> None:
-    found = fresh(section(**KINDS[kind])).resolved(Sampling(guidance=2.0))
+    found = fresh(section(**KINDS[kind])).resolve_sampling(Sampling(guidance=2.0))
     assert (found.method, found.steps, found.guidance) == (method, steps, 2.0)
 
 
 def test_iterations_are_not_a_diffusion_generators() -> None:
     with pytest.raises(UserError, match=r"iterations=8 for a diffusion generator: it draws all tokens at once"):
-        fresh(section()).sampling_needs(Sampling("euler", iterations=8))
+        fresh(section()).sampling_draw_counts(Sampling("euler", iterations=8))

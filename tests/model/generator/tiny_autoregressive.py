@@ -9,10 +9,10 @@ import torch
 
 from configs.autoregressive import Autoregressive, Head
 from model.generator.autoregressive import AutoregressiveGenerator
-from model.generator.build import build
-from model.generator.draws import Draws, Needs, draw
-from model.generator.initialise import initialise
-from model.generator.shape import LatentShape
+from model.generator.draws import DrawCounts, RandomDraws, draw
+from model.generator.factory import build_generator
+from model.generator.tokens import LatentShape
+from model.initialise import initialise_generator
 
 SHAPE = LatentShape(3, 4, 4)
 CLASSES = 4
@@ -28,9 +28,9 @@ def section(order: str = "masked", objective: str = "noise", **settings: Any) ->
 def tiny(order: str = "masked", objective: str = "noise", shape: LatentShape = SHAPE, **settings: Any) -> Any:
     """Initialised, then moved off the zeros a fresh head starts from."""
     made = section(order, objective, **settings)
-    generator = build(made, shape, CLASSES)
+    generator = build_generator(made, shape, CLASSES)
     assert isinstance(generator, AutoregressiveGenerator)
-    initialise(generator, made, seed=0)
+    initialise_generator(generator, made, seed=0)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in generator.parameters():
@@ -38,6 +38,6 @@ def tiny(order: str = "masked", objective: str = "noise", shape: LatentShape = S
     return generator
 
 
-def drawn(needs: Needs, rows: int = 2, seed: int = 0, step: int = 0) -> Draws:
+def drawn(needs: DrawCounts, rows: int = 2, seed: int = 0, step: int = 0) -> RandomDraws:
     """The numbers of the first `rows` positions."""
     return draw(needs, seed, step, np.arange(rows))
