@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.15",  # 3.15 brings a standard module called `profiling`
     packages=[
-        "configs", "kernels", "data", "data.emoji", "data.latents", "data.synthetic", "data.tars",
+        "configs", "kernels", "data", "data.corpora", "data.latents",
         "model", "model.generator", "model.losses",
         "engine", "engine.checkpoint", "engine.health", "engine.report", "engine.trainings",
         "engine.watch", "engine.zero",

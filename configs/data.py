@@ -30,7 +30,7 @@ from configs.section import (
 
 Jitter = Annotated[Number, Field(ge=0.0, le=10.0)]  # factors are drawn from [max(0, 1 - this), 1 + this]
 
-# Extensions of images (all that data/image_types.py names, supported or not) and arrays, which hold no caption.
+# Extensions of images (all that data/image_headers.py names, supported or not) and arrays, which hold no caption.
 _BINARY_EXTS = (
     "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "dib", "tif", "tiff", "gif", "avif",
     "heic", "heif", "hif", "jp2", "j2k", "jpx", "jpf", "jxl", "svg", "svgz", "psd", "psb",

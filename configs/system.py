@@ -34,7 +34,7 @@ class Loader(Section):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     cache_dir: str | None = None  # where remote shards are kept; required for remote URLs
     tries: Annotated[int, Field(ge=1, le=64), NotBool] = (
-        6  # of what storage fails, after 1, 2, 4, 8, 16 s; then the sample is skipped (data/patience.py)
+        6  # of what storage fails, after 1, 2, 4, 8, 16 s; then the sample is skipped (data/storage.py)
     )
 
 

@@ -1,4 +1,4 @@
-"""From tar shard to Batch: corpora and captions, a deterministic order, host-drawn views, decoded pixels.
+"""Data: tar shards -> deterministic order -> decoded views -> batches; corpora, captions, latents.
 
 Imports configs only; never model.
 """

@@ -1,18 +1,18 @@
-"""Caption -> token ids, and the training of a small vocabulary. The one door to `tokenizers` and the hub.
+"""Caption tokenizer: captions -> token ids, and training of a small BPE. The one door to `tokenizers` and the hub.
 
-Two sources, one layout: the demo trains a byte-level BPE on its own captions; the real presets take CLIP's
-tokenizer.json from a file or from the hub. Either way a row is
+    encoder = CaptionEncoder("corpus/tokenizer.json", context=32)
+    encoder.encode(["a red heart"])          # int64 (1, 32): [[510, 261, 270, 301, 511, 0, 0, ...]]
+
+The demo trains a byte-level BPE on its own captions; the real presets take CLIP's tokenizer.json from a file or from
+the hub. Either way a row is
 
     [start-of-text] words... [end-of-text] 0 0 0
 
 and the text tower pools at argmax(row), so end-of-text must be the largest id of the vocabulary: checked.
 
-    encoder = CaptionEncoder("corpus/tokenizer.json", context=32)
-    encoder.encode(["a red heart"])          # int64 (1, 32): [[510, 261, 270, 301, 511, 0, 0, ...]]
-
-Cleaning, before the tokenizer's own normalisation: text past 64 characters a slot is cut off (a caption may
+Cleaning, before the tokenizer's own normalisation: text past 64 characters per slot is cut off (a caption may
 be megabytes long, a row cannot); control characters and lone surrogates become spaces. Text that spells a
-special token is read as text: no caption can write an end-of-text of its own.
+special token is tokenised as text: no caption can contain an end-of-text of its own.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 PAD_ID = 0
-CHARACTERS_A_SLOT = 64  # CLIP's longest word pieces have 36 characters
+CHARACTERS_PER_SLOT = 64  # CLIP's longest word pieces have 36 characters
 UNREADABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls and lone surrogates
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def train_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level, lower-case BPE: 0 is padding, then bytes, merges, start-of-text, end-of-text.
+    """Train a byte-level, lower-case BPE: id 0 is padding, then bytes, merges, start-of-text, end-of-text.
 
     The same captions give the same vocabulary. It has fewer ids than `vocab_size` where the captions hold no
     more pairs that occur twice. Raises UserError below 259 ids: 256 bytes and three special tokens.
@@ -68,7 +68,7 @@ def train_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(map(clean, captions), trainer)
+    tokenizer.train_from_iterator(map(clean_caption, captions), trainer)
     tokenizer.add_special_tokens([START, END])  # added last, so end-of-text has the largest id
     start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -77,25 +77,25 @@ def train_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def clean(caption: str, limit: int | None = None) -> str:
-    """At most `limit` characters of the caption, with spaces for what no tokenizer should see."""
+def clean_caption(caption: str, limit: int | None = None) -> str:
+    """Return at most `limit` characters of the caption, with spaces for control characters and lone surrogates."""
     return UNREADABLE.sub(" ", caption[:limit])
 
 
 class CaptionEncoder:
     """Turns captions into rows of ids. Can be pickled; one instance may serve several threads.
 
-    `source` is a tokenizer.json file or a hub name, `owner/name` or `owner/name@revision`. `context` is the
-    row length C. Raises UserError, in which `key` names the setting, where the source cannot be had or its end-of-text
-    is not the largest id.
+    `source` is a tokenizer.json file or a hub name, `owner/name` or `owner/name@revision`. `context` is the row length
+    C. Raises UserError, in which `key` names the setting, where the source cannot be read or its end-of-text is not
+    the largest id.
     """
 
     def __init__(self, source: str, context: int, key: str = "data.tokenizer") -> None:
         if context < 3:
             raise UserError(f"context={context}: start, end and one word need 3 slots; raise model.text.context")
         self.context = context
-        self.source, self._said = source, f"{key}={source}"
-        self._tokenizer = _load(source, self._said)
+        self.source, self._setting = source, f"{key}={source}"
+        self._tokenizer = _load(source, self._setting)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -106,13 +106,18 @@ class CaptionEncoder:
         frame = self._tokenizer.encode("").ids
         if not frame or frame[-1] != largest:
             raise UserError(
-                f"{self._said} ends an empty text as {frame}, its largest id is {largest}: "
+                f"{self._setting} ends an empty text as {frame}, its largest id is {largest}: "
                 "the text tower pools at the largest id, so every text must end with it; use a CLIP-like one"
             )
         self._frame = frame
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"context": self.context, "source": self.source, "_said": self._said, "_tokenizer": self._tokenizer}
+        return {
+            "context": self.context,
+            "source": self.source,
+            "_setting": self._setting,
+            "_tokenizer": self._tokenizer,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -120,18 +125,18 @@ class CaptionEncoder:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id: the rows the token embedding needs."""
+        """Number of ids, which the token embedding needs rows for: one more than the largest."""
         return self.end_of_text_id + 1
 
     @property
     def end_of_text_id(self) -> int:
-        """The id that closes every caption."""
+        """The id at the end of every caption."""
         return int(self._frame[-1])
 
     def encode(self, captions: list[str]) -> torch.Tensor:
-        """The ids of n captions, (n, C) int64. A long caption loses its tail and keeps its end-of-text."""
-        limit = CHARACTERS_A_SLOT * self.context
-        texts = [clean(caption, limit) for caption in captions]
+        """Encode n captions as (n, C) int64 ids. A long caption loses its tail and keeps its end-of-text."""
+        limit = CHARACTERS_PER_SLOT * self.context
+        texts = [clean_caption(caption, limit) for caption in captions]
         rows = torch.full((len(texts), self.context), PAD_ID, dtype=torch.int64)
         start, end = self._frame[:-1], self._frame[-1]
         room = self.context - len(self._frame)
@@ -181,13 +186,13 @@ def _load(source: str, setting: str) -> Tokenizer:
 
 
 def _download(name: str, setting: str) -> Path:
-    """The tokenizer.json of a hub repository, from the local hub cache where it is there."""
+    """Download the tokenizer.json of a hub repository, or find it in the local hub cache."""
     from huggingface_hub import hf_hub_download
 
     repository, _, revision = name.partition("@")
     try:
         return Path(hf_hub_download(repository, "tokenizer.json", revision=revision or None))
-    except Exception as error:  # the hub and its transport raise many kinds
+    except Exception as error:  # the hub and its transport raise many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
             f"{setting} is no file and the hub did not deliver it ({reason}); check the name "

@@ -1,4 +1,4 @@
-"""Writes a corpus: shards, vocabulary, class table, manifest. The one door to `webdataset`.
+"""Write a corpus: shards, tokenizer, class table, manifest. The one door to `webdataset`.
 
     python -m data.corpus synthetic --out demo_data --samples 6000 --held-out 1024
     python -m data.corpus emoji --out emoji_data --samples 12000 --held-out 2000 --size 32 --classes 100
@@ -7,7 +7,7 @@
     demo_data/train-000000.tar ... held_out-000000.tar ... tokenizer.json classes.json manifest.json README
 
 The same arguments give the same bytes in every file (with the same Pillow). A corpus appears whole or not at
-all, and a second run of the same command finds it there and does nothing.
+all, and a second run of the same command recognises it and does nothing.
 """
 
 from __future__ import annotations
@@ -23,16 +23,23 @@ from pathlib import Path
 
 from configs import UserError
 from configs.command_line import CommandParser, seed
-from data.caption_sources import TABLE_SUFFIXES, folder_captions, sidecar_captions, table_captions
-from data.emoji.font import EmojiFont
-from data.emoji.plan import emoji_plan
-from data.folder import HELD_OUT_SHARE, ImageFolder, folder_plan
-from data.image_files import CLASS_LEVELS, folder_classes, list_files
-from data.image_types import IMAGE_EXTS
-from data.manifest import is_published, staged, write_json, write_manifest
+from data.corpora.emoji_classes import EmojiFont
+from data.corpora.emoji_scenes import emoji_plan
+from data.corpora.folder import HELD_OUT_SHARE, ImageFolder, folder_plan
+from data.corpora.image_files import (
+    CLASS_LEVELS,
+    TABLE_SUFFIXES,
+    folder_captions,
+    folder_classes,
+    list_files,
+    sidecar_captions,
+    table_captions,
+)
+from data.corpora.samples import CorpusPlan, CorpusSample
+from data.corpora.synthetic_images import synthetic_plan
+from data.durable_files import is_published, staged_directory, write_json, write_manifest
+from data.image_headers import IMAGE_EXTS
 from data.processes import NUM_CORES
-from data.sample import Plan, Sample
-from data.synthetic.plan import synthetic_plan
 
 # torch is slow to import and the drawing processes import this module: webdataset and data.captions, which
 # need it, are imported where they are used.
@@ -40,11 +47,11 @@ from data.synthetic.plan import synthetic_plan
 PROGRESS_SECONDS = 60  # between two lines of progress where there is no terminal
 FORMAT = 1  # raise when the same arguments would give another corpus: scenes, grammar or layout have changed
 
-Shards = dict[str, int]  # shard name -> number of samples
+ShardCounts = dict[str, int]  # shard name -> number of samples
 
 
-def build(out: Path, plan: Plan) -> Shards | None:
-    """Carries out a plan in the directory `out`; None when that was done before.
+def build(out: Path, plan: CorpusPlan) -> ShardCounts | None:
+    """Write the planned corpus into the directory `out`; return its shards, or None where it is there already.
 
     Raises UserError where `out` holds something else or the plan has no train sample; then nothing is
     written.
@@ -52,12 +59,12 @@ def build(out: Path, plan: Plan) -> Shards | None:
     arguments = {"format": FORMAT, **plan.arguments}
     if is_published(out, arguments):
         return None
-    with staged(out) as staging:
-        shards: Shards = {}
+    with staged_directory(out) as staging:
+        shards: ShardCounts = {}
         captions: dict[str, list[str]] = {split: [] for split in plan.splits}
         for split, samples in plan.splits.items():
-            noted = _note_captions(show_progress(samples, split, plan.counts[split]), captions[split])
-            shards |= write_shards(noted, staging, split, plan.shard_size)
+            collected = _collect_captions(show_progress(samples, split, plan.counts[split]), captions[split])
+            shards |= write_shards(collected, staging, split, plan.shard_size)
         if not captions["train"]:
             raise UserError(f"no train sample for --out {out}: every image was left out; see the reasons")
         for name, content in plan.files().items():
@@ -71,14 +78,14 @@ def build(out: Path, plan: Plan) -> Shards | None:
     return shards
 
 
-def write_shards(samples: Iterable[Sample], directory: Path, split: str, shard_size: int) -> Shards:
-    """Writes SPLIT-000000.tar ... of at most `shard_size` samples each.
+def write_shards(samples: Iterable[CorpusSample], directory: Path, split: str, shard_size: int) -> ShardCounts:
+    """Write SPLIT-000000.tar ... of at most `shard_size` samples each; return their numbers of samples.
 
     A key is the sample's number in its split; every header field is fixed, so equal samples give equal bytes.
     """
     import webdataset
 
-    shards: Shards = {}
+    shards: ShardCounts = {}
     for number, shard in itertools.groupby(enumerate(samples), key=lambda pair: pair[0] // shard_size):
         name = f"{split}-{number:06d}.tar"
         with (directory / name).open("wb") as file:
@@ -91,14 +98,14 @@ def write_shards(samples: Iterable[Sample], directory: Path, split: str, shard_s
     return shards
 
 
-def _note_captions(samples: Iterable[Sample], captions: list[str]) -> Iterator[Sample]:
+def _collect_captions(samples: Iterable[CorpusSample], captions: list[str]) -> Iterator[CorpusSample]:
     """Yield the samples and append all their captions to the list."""
     for sample in samples:
         captions += sample.attributes.get("captions") or [sample.caption]
         yield sample
 
 
-def show_progress(samples: Iterable[Sample], split: str, count: int) -> Iterator[Sample]:
+def show_progress(samples: Iterable[CorpusSample], split: str, count: int) -> Iterator[CorpusSample]:
     """Yield the samples and show progress: a bar on a terminal, elsewhere a line a minute."""
     if sys.stderr.isatty() and count:
         from rich.console import Console
@@ -123,7 +130,7 @@ def _train_tokenizer(captions: list[str], vocab: int, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Exit code 0: done; 1: the machine failed; 2: a mistake the user can mend."""
+    """Run the command; return its exit code: 0 done, 1 the machine failed, 2 an error that the user can correct."""
     options = _parser().parse_args(argv)
     started = time.monotonic()
     try:
@@ -144,27 +151,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _synthetic(options: argparse.Namespace) -> Shards | None:
+def _synthetic(options: argparse.Namespace) -> ShardCounts | None:
     o = options
     return build(o.out, synthetic_plan(o.samples, o.held_out, o.size, o.shard_size, o.seed, o.workers))
 
 
-def _emoji(options: argparse.Namespace) -> Shards | None:
+def _emoji(options: argparse.Namespace) -> ShardCounts | None:
     o, font = options, EmojiFont.find(options.font)
     return build(o.out, emoji_plan(font, o.classes, o.samples, o.held_out, o.size, o.shard_size, o.seed, o.workers))
 
 
-def _folder(options: argparse.Namespace) -> Shards | None:
+def _folder(options: argparse.Namespace) -> ShardCounts | None:
     o = options
     if o.class_folder and not o.caption_from_folder:
         raise UserError("--class-folder has an effect with --caption-from-folder alone: add that, or leave it out")
     files = list_files(o.source)
-    of_class = folder_classes(files.images, o.class_folder) if o.caption_from_folder and files.images else {}
+    classes = folder_classes(files.images, o.class_folder) if o.caption_from_folder and files.images else {}
     if o.captions is not None:
         captions = table_captions(o.captions)
     else:
-        captions = folder_captions(of_class) if o.caption_from_folder else sidecar_captions(o.source, files)
-    images = ImageFolder(o.source, files, captions, o.max_side, of_class, o.workers)
+        captions = folder_captions(classes) if o.caption_from_folder else sidecar_captions(o.source, files)
+    images = ImageFolder(o.source, files, captions, o.max_side, classes, o.workers)
     print(f"{o.source}: {len(images.names)} images, {len(images.captioned)} with captions", flush=True)
     plan = folder_plan(images, o.held_out_share, o.shard_size, o.train_tokenizer)
     # Pillow warns of odd metadata on several lines each; that pixels do not decode is an error, not a
@@ -196,12 +203,14 @@ def _add_emoji(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_emoji)
     _add_drawn(command)
     add = command.add_argument
-    add("--classes", type=_at_least(2), default=100, help="how many things, those that look least alike (default 100)")
+    add(
+        "--classes", type=_at_least(2), default=100, help="number of classes, those that look least alike (default 100)"
+    )
     add("--font", type=Path, metavar="FILE", help="colour emoji font (default: Noto Color Emoji of the system)")
 
 
 def _add_drawn(command: argparse.ArgumentParser) -> None:
-    """The options of every corpus that programs draw."""
+    """Add the options of every drawn corpus."""
     add = command.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     add("--samples", type=_at_least(1), required=True, help="number of train images")
@@ -238,7 +247,7 @@ def _add_folder(command: argparse.ArgumentParser) -> None:
 
 
 class _at_least:
-    """An argument type: a whole number with a lower bound."""
+    """Argument type: a whole number with a lower bound."""
 
     def __init__(self, bound: int) -> None:
         self.bound = bound

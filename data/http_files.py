@@ -1,10 +1,10 @@
-"""Read files over HTTP and HTTPS with the standard library; every failure is an OSError that names the URL.
+"""Files over HTTP and HTTPS with the standard library; every failure is an OSError that names the URL.
 
-    version = copy("https://host/corpus/00000.tar", file)   # FileVersion(size=10240, etag='"5f3c"', modified="Mon...")
-    stat("https://host/corpus/00000.tar").differs_from(version)
-    page_links("https://host/corpus/")                      # the URLs that a directory page links to
+    version = download("https://host/corpus/00000.tar", file)   # FileVersion(size=10240, etag='"5f3c"', modified=...)
+    http_version("https://host/corpus/00000.tar").differs_from(version)
+    page_links("https://host/corpus/")                          # the URLs that a directory page links to
 
-A request fails after a minute without a byte, and not for taking long in all. `error_for_status` maps HTTP statuses to
+A request fails after a minute without a byte, however long it takes in all. `error_for_status` maps HTTP statuses to
 exceptions, for the errors of other client libraries too.
 """
 
@@ -23,15 +23,21 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from data.patience import RetryLater
-
 _TIMEOUT_SECONDS = 60.0  # without a byte
 _COPY_BYTES = 1 << 20
-_MOST_PAGE_BYTES = 1 << 26  # of a directory page
+_MAX_PAGE_BYTES = 1 << 26  # of a directory page
 # Statuses worth a retry; all other refusals are permanent.
 _TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504, 507, 508, 509, 520, 521, 522, 523, 524, 529)
 _NOT_FOUND_STATUSES = (404, 410)
 _SAFE_CHARACTERS = "/%:@!$&'()*+,;=~"  # of a path or a query, beside letters, digits and -._
+
+
+class RetryLater(OSError):
+    """A server is busy. `seconds` is the wait that it requests, 0 without one."""
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class FileVersion:
     modified: str | None = None
 
     def differs_from(self, other: FileVersion) -> bool:
-        """Whether the content differs: by size, then by ETag, else by time. What one side lacks is not compared."""
+        """Whether the content differs: by size, then by ETag, else by time. What either side lacks is not compared."""
         if None not in (self.size, other.size) and self.size != other.size:
             return True
         if self.etag and other.etag:
@@ -66,19 +72,19 @@ def error_for_status(name: str, status: int | None, reason: str, retry_after: st
     return PermissionError(text) if status and status >= 400 else OSError(text)
 
 
-def stat(url: str) -> FileVersion:
+def http_version(url: str) -> FileVersion:
     """Request the version of a file, without its content. Raises OSError."""
     try:
         with _response(url, "HEAD") as response:
-            found = _version(response.headers)
+            version = _version(response.headers)
             # A length of 0 is that of a generated page: unknown.
-            return found if found.size else FileVersion(None, found.etag, found.modified)
+            return version if version.size else FileVersion(None, version.etag, version.modified)
     except PermissionError:  # signed URLs are signed for one method
         with _response(url, "GET", {"Range": "bytes=0-0"}) as response:
             return _version(response.headers)
 
 
-def copy(url: str, file: BinaryIO) -> FileVersion:
+def download(url: str, file: BinaryIO) -> FileVersion:
     """Download the content into a file; return its version. Raises OSError, also where the content ends early."""
     with _response(url, "GET") as response:
         version, start = _version(response.headers), file.tell()
@@ -92,10 +98,10 @@ def copy(url: str, file: BinaryIO) -> FileVersion:
 def page_links(url: str) -> list[str]:
     """Return the absolute URLs that a directory page links to. Raises OSError."""
     with _response(url, "GET") as response:
-        page = response.read(_MOST_PAGE_BYTES)
+        page = response.read(_MAX_PAGE_BYTES)
     parser = _LinkParser()
     parser.feed(page.decode(errors="replace"))
-    return [urljoin(url, link) for link in parser.found]
+    return [urljoin(url, link) for link in parser.links]
 
 
 class _LinkParser(HTMLParser):
@@ -103,10 +109,10 @@ class _LinkParser(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.links: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]
+        self.links += [value for name, value in attrs if tag == "a" and name == "href" and value]
 
 
 class _RedirectHandler(HTTPRedirectHandler):

@@ -1,6 +1,6 @@
 """Map a function over items in several processes: results in order, with a bounded number in memory.
 
-    for picture in map_in_order(load, names, workers=8):     # the same as map(load, names)
+    for image in map_in_order(load, names, workers=8):       # yields as map(load, names) does
         ...
 
 Processes are spawned, not forked: the caller may have threads (torch, tokenizers). They ignore interrupts, which the
@@ -23,7 +23,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-NUM_CORES = len(os.sched_getaffinity(0))  # that this process may use
+NUM_CORES = len(os.sched_getaffinity(0))  # usable by this process
 
 
 def map_in_order(function: Callable[[T], R], items: Sequence[T], workers: int, chunk: int = 8) -> Iterator[R]:
@@ -69,7 +69,8 @@ def _children_ignore_interrupts() -> Iterator[None]:
     """Make processes that are started inside ignore interrupts from the start: children inherit ignored signals.
 
     For the milliseconds it takes this process ignores them too. (A blocked signal is not lost, but multiprocessing
-    unblocks it.) Only a main thread can do that; called from another, workers are deaf once their imports are done.
+    unblocks it.) Only a main thread can do that; called from another, workers ignore them only once their imports are
+    done.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

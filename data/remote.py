@@ -1,8 +1,8 @@
 """Cached local copies of remote shards, downloaded again where the file on the server has changed.
 
-    copies = RemoteCopies("/scratch/shards")
-    copies.fetch("s3://bucket/corpus/00000.tar")       # path of the copy; downloaded if missing or outdated
-    matches("s3://bucket/corpus/*.tar")                 # ["s3://bucket/corpus/00000.tar", ...]
+    cache = RemoteCache("/scratch/shards")
+    cache.fetch("s3://bucket/corpus/00000.tar")         # path of the copy; downloaded if missing or outdated
+    glob_urls("s3://bucket/corpus/*.tar")               # ["s3://bucket/corpus/00000.tar", ...]
 
 data/http_files.py reads http:// and https://, fsspec every other URL (s3://, gs://, hf://, ...). A file beside each
 copy records its version (size, ETag or time), which is compared with the server's at the first access by each process.
@@ -32,14 +32,14 @@ import fsspec
 
 from configs import UserError
 from data import http_files
+from data.durable_files import write_atomic
 from data.http_files import FileVersion
-from data.tars.headers import BLOCK, parse
-from data.whole_file import write_whole
+from data.tar_headers import BLOCK, parse_header
 
 T = TypeVar("T")
-_LOCK_POLL_SECONDS = 0.2  # between two tries of a lock that another process holds
+_LOCK_POLL_SECONDS = 0.2  # between two tries to take a lock that another process holds
 _STALE_PART_SECONDS = 86_400
-_MOST_NAME_BYTES = 200  # bytes of a copy's name; file systems take 255
+_MAX_NAME_BYTES = 200  # bytes of a copy's name; file systems take 255
 # Keys of ETag and modification time in the `info` of fsspec's back ends.
 _ETAG_KEYS = ("ETag", "etag", "generation", "xet_hash", "blob_id", "md5Hash", "content_md5", "checksum")
 _TIME_KEYS = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
@@ -54,56 +54,56 @@ def is_remote(name: str) -> bool:
     return "://" in name
 
 
-def without_query(name: str) -> str:
+def strip_query(name: str) -> str:
     """Return an HTTP URL without its query, such as `?download=true`; any other name unchanged."""
     return name.partition("?")[0] if http_files.is_http(name) else name
 
 
-def index_name(name: str) -> str | None:
+def remote_index_name(name: str) -> str | None:
     """Return the name of a remote shard's index: `a/0.tar?b` -> `a/0.idx?b`; None for a name without .tar."""
-    path = without_query(name)
+    path = strip_query(name)
     return f"{path.removesuffix('.tar')}.idx{name[len(path) :]}" if path.endswith(".tar") else None
 
 
-def has_magic(name: str) -> bool:
+def is_glob(name: str) -> bool:
     """Whether a URL's path is a glob. The `?` before a query and the brackets of an IPv6 host are no glob."""
-    path = without_query(name).partition("://")[2]
+    path = strip_query(name).partition("://")[2]
     return glob.has_magic(path.partition("/")[2] if http_files.is_http(name) else path)
 
 
-def stat(name: str) -> FileVersion:
+def remote_version(name: str) -> FileVersion:
     """Request the version of a remote file. Raises OSError."""
     if http_files.is_http(name):
-        return http_files.stat(name)
+        return http_files.http_version(name)
     filesystem, path = _filesystem(name)
     return _version_of(_with_os_errors(name, lambda: filesystem.info(path)))
 
 
-def matches(name: str) -> list[str]:
+def glob_urls(name: str) -> list[str]:
     """List the URLs that a glob matches. Raises OSError, and UserError for an unsupported protocol."""
     if not http_files.is_http(name):
         filesystem, path = _filesystem(name)
         found = _with_os_errors(name, lambda: list(filesystem.glob(path)) or [path] * bool(filesystem.isfile(path)))
         return [filesystem.unstrip_protocol(match) for match in found]
-    path, query = without_query(name), name[len(without_query(name)) :]
+    path, query = strip_query(name), name[len(strip_query(name)) :]
     folder = os.path.dirname(path)
     if glob.has_magic(folder.partition("://")[2].partition("/")[2]):
         raise UserError(
             f"{name}: a web server lists one directory at a time: wildcards may only follow the last /; name the "
             "directories one by one, or as a range such as {00..09}"
         )
-    linked = {without_query(link) for link in http_files.page_links(f"{folder}/{query}")}
+    linked = {strip_query(link) for link in http_files.page_links(f"{folder}/{query}")}
     wanted = glob.escape(folder) + path[len(folder) :]
     return [link + query for link in sorted(linked) if link == path or fnmatch.fnmatchcase(unquote(link), wanted)]
 
 
-class RemoteCopies:
+class RemoteCache:
     """The copies of remote files in a cache directory, for one process. Thread-safe."""
 
     def __init__(self, cache_dir: str | Path) -> None:
         self._root = Path(cache_dir)
         self._checked: set[str] = set()  # versions compared with the server's
-        self._locks: dict[str, threading.Lock] = {}  # of one name: its threads make one copy
+        self._locks: dict[str, threading.Lock] = {}  # by name: threads that need one file make one copy
         self._locks_guard = threading.Lock()
         self._unreachable_servers: set[str] = set()  # those that failed to report a version
 
@@ -133,10 +133,10 @@ class RemoteCopies:
         self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        path = without_query(name)
+        path = strip_query(name)
         folder, base = os.path.dirname(path) + name[len(path) :], os.path.basename(path)
-        if len(base.encode()) > _MOST_NAME_BYTES:
-            folder, base = f"{folder}/{base}", base[-_MOST_NAME_BYTES // 4 :]
+        if len(base.encode()) > _MAX_NAME_BYTES:
+            folder, base = f"{folder}/{base}", base[-_MAX_NAME_BYTES // 4 :]
         if base.endswith(".idx"):  # X.idx is the index that is made of the copy
             base += ".remote"
         return self._root / hashlib.sha256(folder.encode()).hexdigest()[:12] / base
@@ -148,7 +148,7 @@ class RemoteCopies:
         if server in self._unreachable_servers:
             return False
         try:
-            return stat(name).differs_from(_recorded_version(copy))
+            return remote_version(name).differs_from(_recorded_version(copy))
         except (FileNotFoundError, PermissionError):
             return False
         except OSError:
@@ -189,11 +189,11 @@ def _download(name: str, copy: Path) -> None:
                 f"{name}: the server sent a page that begins {page!r} instead of a tar; give the URL of the file "
                 "itself (on the Hugging Face hub /resolve/ instead of /blob/), and check whether it needs a login"
             )
-        note = _version_path(copy)
-        note.unlink(missing_ok=True)  # if the process is killed in between, the copy is compared by size
+        record = _version_path(copy)
+        record.unlink(missing_ok=True)  # if the process is killed here, the copy is compared by size
         partial.replace(copy)
         with suppress(OSError):
-            write_whole(note, json.dumps(asdict(version)), is_synced=False)
+            write_atomic(record, json.dumps(asdict(version)), is_synced=False)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -209,7 +209,7 @@ def _remove_stale_parts(copy: Path) -> None:
 def _copy(name: str, target: Path) -> FileVersion:
     with target.open("xb") as file:
         if http_files.is_http(name):
-            return http_files.copy(name, file)
+            return http_files.download(name, file)
         filesystem, path = _filesystem(name)
         version = FileVersion()
         with suppress(NotImplementedError):
@@ -217,19 +217,19 @@ def _copy(name: str, target: Path) -> FileVersion:
         with filesystem.open(path, "rb") as source:
             shutil.copyfileobj(source, file, 1 << 20)
             expected, copied = getattr(source, "size", None), file.tell()
-    if isinstance(expected, int) and copied != expected:  # a connection that is cut off can look like the end
+    if isinstance(expected, int) and copied != expected:  # a broken connection can look like the end of the file
         raise OSError(f"{name} gave {copied} of {expected} bytes")
     return version
 
 
 def _page_start(name: str, copy: Path) -> str:
     """Return the first characters of a copy that is a text page; "" for a tar and other bytes, and for an index."""
-    if without_query(name).endswith(".idx"):
+    if strip_query(name).endswith(".idx"):
         return ""
     with copy.open("rb") as file:
         block = file.read(BLOCK)
     is_text = all(byte > 31 or byte in b"\t\n\f\r" for byte in block)
-    return block[:40].decode(errors="replace") if is_text and block and parse(block) is None else ""
+    return block[:40].decode(errors="replace") if is_text and block and parse_header(block) is None else ""
 
 
 def _version_path(copy: Path) -> Path:
@@ -240,8 +240,8 @@ def _recorded_version(copy: Path) -> FileVersion:
     """Return the recorded version of a copy; its size alone where there is no record."""
     size = copy.stat().st_size
     try:
-        noted = json.loads(_version_path(copy).read_bytes())
-        return FileVersion(size, noted["etag"], noted["modified"])
+        recorded = json.loads(_version_path(copy).read_bytes())
+        return FileVersion(size, recorded["etag"], recorded["modified"])
     except (OSError, ValueError, KeyError, TypeError):
         return FileVersion(size)
 
@@ -275,8 +275,8 @@ def _with_os_errors(name: str, request: Callable[[], T]) -> T:
             raise kind(str(error) or f"{name}: {type(error).__name__}") from error
         raise http_files.error_for_status(name, _http_status(error), str(error) or type(error).__name__) from error
     except Exception as error:
-        words = ": ".join(filter(None, (type(error).__name__, str(error))))
-        raise http_files.error_for_status(name, _http_status(error), words) from error
+        message = ": ".join(filter(None, (type(error).__name__, str(error))))
+        raise http_files.error_for_status(name, _http_status(error), message) from error
 
 
 def _http_status(error: Exception) -> int | None:

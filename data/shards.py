@@ -1,14 +1,13 @@
 """Tar shards as a random-access corpus: which samples there are, and the bytes of any of them.
 
-Reads what img2dataset and webdataset write (`000000123.jpg` + `.txt` and/or `.json` in `00000.tar`). Each tar
-is indexed once into a sidecar `00000.idx` beside it (data/tars/sidecar.py), or in the cache directory where that
-is not writable.
-
-    python -m data.shards index DIR...           # beforehand, or the first run does it
-
-    shards = Shards(expand(["corpus/*.tar"]), caption="txt")
+    shards = Shards(expand_patterns(["corpus/*.tar"]), caption="txt")
     shards.sizes                                  # usable samples of each shard
     shards.read(3, 17).caption                    # "a red circle"
+
+Reads what img2dataset and webdataset write (`000000123.jpg` + `.txt` and/or `.json` in `00000.tar`). Each tar is
+indexed once into `00000.idx` beside it (data/tar_index.py), or in the cache directory where that is not writable:
+
+    python -m data.shards index DIR...            # beforehand, or the first run does it
 """
 
 from __future__ import annotations
@@ -30,62 +29,58 @@ from numpy.typing import NDArray
 from configs import UserError
 from configs.command_line import CommandParser
 from configs.data import check_caption
-from data import caption_text, storage
-from data.labels import ClassIndex, parse_label
-from data.patience import Patience, Unreadable
+from data.annotations import ClassIndex, TextDecodeError, decode_text, draw_caption, parse_label, visible_captions
 from data.processes import map_in_order
-from data.recent import Recent
 from data.remote import NotAShard
-from data.tars.headers import BLOCK
-from data.tars.indexes import Indexes, ShardIndex
-from data.tars.listing import Member, image_of, is_header_of, key_of
-from data.tars.names import find_ext
+from data.storage import LruCache, ShardStorage, StorageRetries, Unreadable, expand_patterns
+from data.tar_headers import BLOCK
+from data.tar_index import ShardIndex, ShardIndexes
+from data.tar_samples import TarMember, find_extension, image_of, key_of, matches_header
 
-Exchange = Callable[[Any], list[Any]]
+GatherObjects = Callable[[Any], list[Any]]  # returns every rank's argument, in order, on every rank; a collective
 T = TypeVar("T")
 _OPEN_FILES = 128  # tar files kept open; the usual limit of a process is 1,024
 _INDEX_THREADS = 16  # opening many sidecars waits for the disk or the network
 _PERMANENT_ERRORS = (FileNotFoundError, PermissionError, NotAShard)  # trying again would give the same
-_TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise: 31 s of waiting
-# A caption may be megabytes long. No row of tokens holds more than a part of this: the rest is not even read.
-_MOST_CAPTION_BYTES = 1 << 18
-_MOST_SHOWN_SHARDS = 3  # shards named in a summary
+_TRIES = 6  # unless system.loader.tries is given: 31 s of waiting
+# A caption may be megabytes long. No row of tokens holds more than a part of this: the rest is not read.
+_MAX_CAPTION_BYTES = 1 << 18
+_MAX_SHOWN_SHARDS = 3  # shards named in a summary
 _NOT_WRITABLE = "no directory for them is writable; set system.loader.cache_dir to one that is"
-_MOST_FIELDS, _SHOWN_FIELDS = 64, 12  # of .json members without the caption's field: kept, and shown in an error
-_MOST_JSON_BYTES = 1 << 22  # half of a record cannot be parsed: it is whole, or it is refused
+_MAX_FIELDS, _MAX_SHOWN_FIELDS = 64, 12  # of .json members without the caption's field: kept, and shown in an error
+_MAX_JSON_BYTES = 1 << 22  # a part of a record cannot be parsed: longer ones are refused
 
 
 class BadMember(ValueError):
-    """What the shard holds of a sample is of no use; the text is the reason that is counted."""
+    """A member of a sample is unusable; the text is the reason under which it is counted."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What a shard holds of one sample, not decoded."""
+class EncodedSample:
+    """One sample as its shard holds it, not decoded."""
 
     key: str  # "shard/sample", unique in the corpus
-    image: bytes  # the encoded picture
-    caption: str  # empty when the corpus is read without captions
+    image: bytes  # file bytes
+    caption: str  # empty where the corpus is read without captions
 
 
-class _Changed(Exception):
-    """The shard is not what its index says."""
+class _ShardChanged(Exception):
+    """A shard does not match its index."""
 
 
 class Shards:
-    """A corpus of shards. `caption` is a member extension, `json:KEY`, or None to read pictures alone.
+    """A corpus of shards. `caption` is a member extension, `json:KEY`, or None to read images alone. Thread-safe.
 
     Of several captions, a list in the .json member, one is drawn by hash of (`seed`, sample key, epoch).
 
-    `open_indexes` indexes are kept in memory. With an `exchange`, which gives every rank's argument on every rank
-    in order, rank r of W opens (and where needed indexes) the shards r, r + W ... only and learns the other
-    counts from the others. Thread-safe. Raises UserError for a shard that is missing or no tar, on all ranks.
+    `open_indexes` indexes stay in memory. With `gather_objects` rank r of W opens (and where needed indexes) the shards
+    r, r + W ... only and gets the other counts from the other ranks. Raises UserError for a shard that is missing or no
+    tar, on all ranks. With the `sizes` of an earlier opening no shard is opened before it is read, and `bad` stays
+    empty.
 
-    With the `sizes` of an earlier opening nothing is looked at before it is read, and `bad` stays empty.
-
-    What storage fails is asked for `tries` times (data/patience.py). Once the corpus is open, a shard that vanishes or
-    fails costs its samples, which are Unreadable. One that changes is indexed anew: the order stays that of the
-    sizes at the start, and a sample that is no longer there is Unreadable too.
+    Storage errors are retried, up to `tries` tries (data/storage.py). Once the corpus is open, a shard that vanishes or
+    fails costs its samples, which are Unreadable. One that changes is indexed again: the order stays that of the
+    sizes at the start, and a sample that is no longer in it is Unreadable too.
     """
 
     def __init__(
@@ -96,25 +91,25 @@ class Shards:
         open_indexes: int = 64,
         rank: int = 0,
         world_size: int = 1,
-        exchange: Exchange | None = None,
+        gather_objects: GatherObjects | None = None,
         tries: int = _TRIES,
         sizes: NDArray[np.int64] | None = None,
         seed: int = 0,
     ) -> None:
         self.names, self.caption, self.seed = tuple(names), caption, seed
-        self.patience = Patience(tries)
-        disk = storage.Disk(cache_dir)
+        self.retries = StorageRetries(tries)
+        storage = ShardStorage(cache_dir)
         self._caption_ext = caption and caption.partition(":")[0]
-        self._indexes = Indexes(self.names, self._caption_ext, disk, cache_dir, open_indexes)
-        self._files = Recent(lambda shard_idx: disk.open(self.names[shard_idx]), _OPEN_FILES)
+        self._indexes = ShardIndexes(self.names, self._caption_ext, storage, cache_dir, open_indexes)
+        self._files = LruCache(lambda shard_idx: storage.open(self.names[shard_idx]), _OPEN_FILES)
         self._fields_seen: Counter[str] = Counter()  # fields of .json members that lack the caption's
         self.bad: Counter[str] = Counter()
         if sizes is not None:
             self.sizes = sizes
             return
-        step = world_size if exchange else 1
-        own = self._count_all(range(rank if exchange else 0, len(self.names), step))
-        parts: list[Any] = exchange(own) if exchange else [own]
+        step = world_size if gather_objects else 1
+        own = self._count_all(range(rank if gather_objects else 0, len(self.names), step))
+        parts: list[Any] = gather_objects(own) if gather_objects else [own]
         for part in parts:
             if isinstance(part, UserError):
                 raise part
@@ -126,7 +121,7 @@ class Shards:
     def summary(self, left_out: Counter[str]) -> str:
         """Return a line on shards, samples, those left out by reason, and shards without a sample."""
         empty = [name for name, size in zip(self.names, self.sizes.tolist(), strict=True) if not size]
-        shown = ", ".join(empty[:_MOST_SHOWN_SHARDS]) + (", ..." if len(empty) > _MOST_SHOWN_SHARDS else "")
+        shown = ", ".join(empty[:_MAX_SHOWN_SHARDS]) + (", ..." if len(empty) > _MAX_SHOWN_SHARDS else "")
         in_memory = self._indexes.num_in_memory
         return (
             f"{_count_of(len(self.names), 'shard')}, {_count_of(int(self.sizes.sum()), 'sample')}{_reasons(left_out)}"
@@ -139,31 +134,27 @@ class Shards:
         return self._indexes.folder(shard_idx)
 
     def index(self, shard_idx: int) -> ShardIndex:
-        """The index of a shard as it was when it was last looked at. Raises OSError, without trying twice."""
-        return self._indexes.of(shard_idx)
+        """Return the index of a shard as it was when it was last opened. Raises OSError, without retries."""
+        return self._indexes.load(shard_idx)
 
-    def read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None = None, epoch: int = 0) -> Sample:
+    def read(
+        self, shard_idx: int, sample_idx: int, max_image_bytes: int | None = None, epoch: int = 0
+    ) -> EncodedSample:
         """Read the bytes of one sample, and its caption in an epoch.
 
         Raises BadMember, and Unreadable where storage does not give them.
         """
-        return self._patiently(shard_idx, lambda: self._read(shard_idx, sample_idx, most_image_bytes, epoch))
+        return self._retry(shard_idx, lambda: self._read(shard_idx, sample_idx, max_image_bytes, epoch))
 
     def label(self, shard_idx: int, sample_idx: int, classes: ClassIndex | None = None) -> int:
         """Read the class number: from field `label` of the .json member or from the .cls member; -1 without either.
 
-        A class name there is looked up in `classes`.
-
-        Raises BadMember for a .json member that is none, and Unreadable.
+        A class name there is looked up in `classes`. Raises BadMember for a malformed .json member, and Unreadable.
         """
-        return self._patiently(shard_idx, lambda: self._label(shard_idx, sample_idx, classes))
-
-    def field(self, shard_idx: int, sample_idx: int, key: str) -> object:
-        """A field of the sample's .json member, or None when either is missing. Raises as `label` does."""
-        return self._patiently(shard_idx, lambda: self._field(shard_idx, sample_idx, key))
+        return self._retry(shard_idx, lambda: self._label(shard_idx, sample_idx, classes))
 
     def key(self, shard_idx: int, sample_idx: int) -> str:
-        """The name of a sample, as Sample.key has it; its number where the index cannot be read now."""
+        """Return the key of a sample; with its number where the index cannot be read now."""
         try:
             return self.index(shard_idx).key(sample_idx)
         except (OSError, ValueError, IndexError):
@@ -180,20 +171,20 @@ class Shards:
             )
         try:
             exts = self._indexes.caption_exts(0) if self.names else []
-        except (OSError, UserError):  # storage fails, as the error says already
+        except (OSError, UserError):  # the error names this failure already
             return ""
         if self._caption_ext in (None, *exts):
             return ""
         return (
-            f"; data.caption={self.caption} names a member that samples of {self.names[0]} lack: beside the picture "
+            f"; data.caption={self.caption} names a member that samples of {self.names[0]} lack: beside the image "
             f"they have {', '.join(exts) or 'none'}; set data.caption to the extension that holds the text, or to "
             "json:FIELD"
         )
 
-    def _patiently(self, shard_idx: int, read: Callable[[], T]) -> T:
-        """read(), tried again where storage fails, and once more with a new index where the shard has changed."""
+    def _retry(self, shard_idx: int, read: Callable[[], T]) -> T:
+        """Return read(), retried where storage fails, and once more with a new index where the shard has changed."""
         try:
-            return self.patience(lambda: self._indexed_anew(shard_idx, read))
+            return self.retries(lambda: self._reindex_if_changed(shard_idx, read))
         except FileNotFoundError:
             raise Unreadable("vanished shard", is_waited_for=True, is_whole_shard=True) from None
         except OSError as error:
@@ -201,100 +192,102 @@ class Shards:
                 "storage error", is_waited_for=True, is_whole_shard=not self._is_open(shard_idx)
             ) from error
 
-    def _indexed_anew(self, shard_idx: int, read: Callable[[], T]) -> T:
+    def _reindex_if_changed(self, shard_idx: int, read: Callable[[], T]) -> T:
         try:
             return read()
         except OSError:
-            self._files.drop(shard_idx)  # a handle can be what is broken
+            self._files.drop(shard_idx)  # the open file may be what is broken
             raise
-        except (_Changed, UserError):  # UserError: it is no tar any more
+        except (_ShardChanged, UserError):  # UserError: it is no tar any more
             self._files.drop(shard_idx)
         try:
             self._indexes.renew(shard_idx)
             return read()
-        except (_Changed, UserError):
+        except (_ShardChanged, UserError):
             raise Unreadable("changed shard") from None
 
-    def _members(self, shard_idx: int, sample_idx: int) -> tuple[Member, ...]:
+    def _members(self, shard_idx: int, sample_idx: int) -> tuple[TarMember, ...]:
         index = self.index(shard_idx)
         if sample_idx >= len(index):
-            raise _Changed
+            raise _ShardChanged
         try:
             return index.members(sample_idx)
         except ValueError:
             raise BadMember("corrupt index") from None
 
-    def _read(self, shard_idx: int, sample_idx: int, most_image_bytes: int | None, epoch: int) -> Sample:
+    def _read(self, shard_idx: int, sample_idx: int, max_image_bytes: int | None, epoch: int) -> EncodedSample:
         members = self._members(shard_idx, sample_idx)
         image = image_of(members)
-        if most_image_bytes is not None and image.size > most_image_bytes:
+        if max_image_bytes is not None and image.size > max_image_bytes:
             raise BadMember("too many bytes")
         key = f"{self._indexes.labels[shard_idx]}/{key_of(members)}"
         captions = self._captions(shard_idx, members) if self.caption is not None else ("",)
-        return Sample(key, self._bytes(shard_idx, image), caption_text.draw(captions, self.seed, key, epoch))
+        return EncodedSample(key, self._bytes(shard_idx, image), draw_caption(captions, self.seed, key, epoch))
 
     def _field(self, shard_idx: int, sample_idx: int, key: str) -> object:
         member = _find_member(self._members(shard_idx, sample_idx), "json")
         return _parse_record(self._json(shard_idx, member)).get(key) if member else None
 
     def _label(self, shard_idx: int, sample_idx: int, classes: ClassIndex | None) -> int:
-        of_json = parse_label(self._field(shard_idx, sample_idx, "label"))
-        found = [of_json] if isinstance(of_json, int) else [of_json, parse_label(self._cls_text(shard_idx, sample_idx))]
-        for label in found:
+        json_label = parse_label(self._field(shard_idx, sample_idx, "label"))
+        labels = [json_label]
+        if not isinstance(json_label, int):
+            labels.append(parse_label(self._cls_text(shard_idx, sample_idx)))
+        for label in labels:
             if isinstance(label, int):
                 return label
-        name = next((label for label in found if isinstance(label, str)), None)
+        name = next((label for label in labels if isinstance(label, str)), None)
         return classes.lookup(name, self.key(shard_idx, sample_idx)) if classes and name else -1
 
     def _cls_text(self, shard_idx: int, sample_idx: int) -> str | None:
         member = _find_member(self._members(shard_idx, sample_idx), "cls")
         try:
-            return caption_text.decode(self._bytes(shard_idx, member, _MOST_CAPTION_BYTES)) if member else None
-        except caption_text.TextDecodeError:
+            return decode_text(self._bytes(shard_idx, member, _MAX_CAPTION_BYTES)) if member else None
+        except TextDecodeError:
             return None
 
-    def _captions(self, shard_idx: int, members: Sequence[Member]) -> tuple[str, ...]:
+    def _captions(self, shard_idx: int, members: Sequence[TarMember]) -> tuple[str, ...]:
         """Return the sample's captions, at least one. Raises BadMember."""
         assert self.caption is not None
         member = _find_member(members, self._caption_ext or "")
-        assert member is not None, "the index has left out what has no caption"
+        assert member is not None, "the index leaves out samples without a caption"
         key = self.caption.partition(":")[2]
-        found = self._caption_field(shard_idx, member, key) if key else self._text(shard_idx, member)
-        if captions := caption_text.visible_captions(found):
+        value = self._caption_field(shard_idx, member, key) if key else self._text(shard_idx, member)
+        if captions := visible_captions(value):
             return captions
         raise BadMember("empty caption")
 
-    def _caption_field(self, shard_idx: int, member: Member, key: str) -> object:
+    def _caption_field(self, shard_idx: int, member: TarMember, key: str) -> object:
         record = _parse_record(self._json(shard_idx, member))
         if record.get(key) is None:
-            if key not in record and len(self._fields_seen) < _MOST_FIELDS:
+            if key not in record and len(self._fields_seen) < _MAX_FIELDS:
                 self._fields_seen.update(map(str, record))
             raise BadMember("missing caption")
         return record[key]
 
-    def _text(self, shard_idx: int, member: Member) -> str:
+    def _text(self, shard_idx: int, member: TarMember) -> str:
         try:
-            return caption_text.decode(
-                self._bytes(shard_idx, member, _MOST_CAPTION_BYTES), is_cut_off=member.size > _MOST_CAPTION_BYTES
+            return decode_text(
+                self._bytes(shard_idx, member, _MAX_CAPTION_BYTES), is_cut_off=member.size > _MAX_CAPTION_BYTES
             )
-        except caption_text.TextDecodeError:
+        except TextDecodeError:
             raise BadMember("not UTF-8") from None
 
-    def _json(self, shard_idx: int, member: Member) -> bytes:
-        if member.size > _MOST_JSON_BYTES:
+    def _json(self, shard_idx: int, member: TarMember) -> bytes:
+        if member.size > _MAX_JSON_BYTES:
             raise BadMember("overlong json")
         return self._bytes(shard_idx, member)
 
-    def _bytes(self, shard_idx: int, member: Member, most: int | None = None) -> bytes:
-        """The member's data, or its first `most` bytes. Its header is read too: it tells a shard that has changed."""
-        wanted = member.size if most is None else min(member.size, most)
+    def _bytes(self, shard_idx: int, member: TarMember, max_bytes: int | None = None) -> bytes:
+        """Read a member's data, or its first `max_bytes`, and its header, by which a changed shard is detected."""
+        wanted = member.size if max_bytes is None else min(member.size, max_bytes)
         data = self._files(shard_idx).read(BLOCK + wanted, member.offset - BLOCK)
-        if len(data) != BLOCK + wanted or not is_header_of(data[:BLOCK], member):
-            raise _Changed
+        if len(data) != BLOCK + wanted or not matches_header(data[:BLOCK], member):
+            raise _ShardChanged
         return data[BLOCK:]
 
     def _is_open(self, shard_idx: int) -> bool:
-        """Whether the shard and its index can be opened: then only a part of it cannot be read."""
+        """Whether the shard and its index can be opened: then only a part of it is unreadable."""
         try:
             self._files(shard_idx)
             self.index(shard_idx)
@@ -303,7 +296,7 @@ class Shards:
         return True
 
     def _count_all(self, shards: Sequence[int]) -> tuple[list[int], Counter[str]] | UserError:
-        """(usable samples of each shard, bad samples by reason); an error is a result, to be told to all ranks."""
+        """Return (usable samples of each shard, bad samples by reason), or an error, for all ranks to raise."""
         try:
             with ThreadPoolExecutor(_INDEX_THREADS) as pool:
                 counts = list(pool.map(self._count, shards))
@@ -312,25 +305,25 @@ class Shards:
         return [count for count, _ in counts], sum((reasons for _, reasons in counts), Counter())
 
     def _count(self, shard_idx: int) -> tuple[int, Counter[str]]:
-        """Whatever cannot be counted is an error: the order of all samples hangs on the sizes."""
+        """Count a shard. Raises UserError where it cannot be read: the order of all samples depends on the sizes."""
         name = self.names[shard_idx]
         try:
-            return self.patience(lambda: self._indexes.count(shard_idx), at_once=_PERMANENT_ERRORS)
+            return self.retries(lambda: self._indexes.count(shard_idx), permanent=_PERMANENT_ERRORS)
         except FileNotFoundError:
             raise UserError(
                 f"{name} does not exist: every named shard must; correct the pattern or upload it"
             ) from None
         except OSError as error:
-            tried = "" if isinstance(error, _PERMANENT_ERRORS) else f", tried {self.patience.tries} times"
+            tried = "" if isinstance(error, _PERMANENT_ERRORS) else f", tried {self.retries.tries} times"
             raise UserError(
                 f"{name} cannot be read ({error}){tried}: every named shard must be read "
                 "once before a run; mend the storage, or leave the shard out"
             ) from None
 
 
-def _find_member(members: Sequence[Member], ext: str) -> Member | None:
-    place = find_ext([m.ext for m in members], ext)
-    return None if place is None else members[place]
+def _find_member(members: Sequence[TarMember], ext: str) -> TarMember | None:
+    idx = find_extension([m.ext for m in members], ext)
+    return None if idx is None else members[idx]
 
 
 def _parse_record(data: bytes) -> dict[str, Any]:
@@ -346,8 +339,8 @@ def _parse_record(data: bytes) -> dict[str, Any]:
 
 def _most_frequent(names: Counter[str]) -> str:
     """List the most frequent names, for an error message."""
-    shown = [repr(name)[:40] for name, _ in names.most_common(_SHOWN_FIELDS)]
-    return ", ".join(shown) + (", ..." if len(names) > _SHOWN_FIELDS else "")
+    shown = [repr(name)[:40] for name, _ in names.most_common(_MAX_SHOWN_FIELDS)]
+    return ", ".join(shown) + (", ..." if len(names) > _MAX_SHOWN_FIELDS else "")
 
 
 @dataclass(frozen=True)
@@ -375,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         check_caption(arguments.caption, "--caption ")
-        names = storage.expand(arguments.dirs, arguments.cache_dir, key="DIR")
+        names = expand_patterns(arguments.dirs, arguments.cache_dir, key="DIR")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

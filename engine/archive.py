@@ -18,7 +18,7 @@ from configs import Config, DecoderGan, Run, UserError, fingerprint, load_run
 from configs.command_line import CommandParser, output_file
 from configs.generation import Generation
 from configs.load import science_changes
-from data.whole_file import sync
+from data.durable_files import fsync_path
 from engine.checkpoint.directory import SUMS, candidates, step_directories
 from engine.checkpoint.pieces import AVERAGE, MASTER, WHOLE, Pieces
 from engine.exits import DONE, FAILED, MISTAKE
@@ -54,7 +54,7 @@ class State:
     fingerprint: str
     shapes: dict[str, list[int]]
     skipped_steps: int = 0  # whose data roll-backs left out (engine/health/rollback.py)
-    samples_digest: str = ""  # of all samples that made these weights, step by step (data/sequence.py)
+    samples_digest: str = ""  # of all samples that made these weights, step by step (data/order.py)
     corpus: dict[str, str] = field(default_factory=dict)  # facts about it, to be compared at a resume
     # The data cursor: samples taken or skipped. None in checkpoints of earlier versions, with one batch size.
     position: int | None = None
@@ -162,7 +162,7 @@ def consolidate(path: Path, out: Path, run: Run | None = None) -> None:
     draft = out.with_name(f".{out.name}.tmp")
     try:
         _write(path, draft, run)
-        sync(draft)
+        fsync_path(draft)
         draft.replace(out)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):

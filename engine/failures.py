@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data.lines import Lines
+from data.durable_files import AppendOnlyFile
 
 FILE = "failures.jsonl"
 
@@ -32,7 +32,7 @@ class Failure:
 
 def record(run_dir: Path, failure: Failure) -> None:
     """Appends one line. A run directory that cannot be written is no reason to hide the failure itself."""
-    Lines(run_dir / FILE).append(json.dumps(asdict(failure)))
+    AppendOnlyFile(run_dir / FILE).append(json.dumps(asdict(failure)))
 
 
 def last(run_dir: Path) -> Failure | None:

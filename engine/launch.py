@@ -136,7 +136,7 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes: tuple[str, ...]) -> int:
-    from data.losses import StorageFails
+    from data.bad_samples import StorageError
     from engine import run, world
     from engine.exits import FAILED, LOST_RANK
     from engine.health.failure import TrainingFailed
@@ -149,7 +149,7 @@ def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes
         if world.is_first():  # every rank has come to it
             complain(f"error: {error}")
         return FAILED
-    except StorageFails as error:  # perhaps on this rank alone: engine/watch ends the others
+    except StorageError as error:  # perhaps on this rank alone: engine/watch ends the others
         complain(f"error: {error}")
         return LOST_RANK
     finally:
@@ -176,11 +176,11 @@ def _check_decoder_gan(config: DecoderGan, resume: bool) -> DecoderGan:
 
 def _require_shards(config: Config | DecoderGan, resume: bool) -> None:
     """Check that all shards exist at a new run, and at least one at a resume, which skips and counts missing ones."""
-    from data import corpus_of_a_run, storage
+    from data import order, storage
 
-    recorded = corpus_of_a_run.shard_names(run_directory(config) / "corpus.json", config.data.train) if resume else None
+    recorded = order.recorded_shard_names(run_directory(config) / "corpus.json", config.data.train) if resume else None
     if recorded is None:
-        storage.expand(config.data.train, config.system.loader.cache_dir)
+        storage.expand_patterns(config.data.train, config.system.loader.cache_dir)
     else:
         storage.require_any_shard(recorded)
 

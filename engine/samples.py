@@ -7,7 +7,7 @@ log.read()                               # at reports, a collective: the same on
 
 from __future__ import annotations
 
-from data.sequence import chained
+from data.order import chain_digest
 from engine import world
 
 
@@ -24,5 +24,5 @@ class SampleLog:
     def read(self) -> str:
         """With all steps so far. A collective."""
         of_ranks = world.gather_objects(self._sums)
-        self._digest, self._sums = chained(self._digest, map(sum, zip(*of_ranks, strict=True))), []
+        self._digest, self._sums = chain_digest(self._digest, map(sum, zip(*of_ranks, strict=True))), []
         return self._digest

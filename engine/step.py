@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from data.batch import Batch
-from data.to_device import to_device, wait_until
+from data.batch import Batch, to_device, wait_for_event
 from engine.assemble import Assembly
 from engine.grad_cache import GradientCache
 from engine.optim import set_learning_rate
@@ -97,6 +96,6 @@ def clip_features(parts: Assembly, part: Batch) -> ClipOutputs:
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
     """What Pretrainer.forward takes, on the device: captions packed, the rest as the batch has it."""
     names = ("images", "global_crops", "local_crops", "masks", "masked_idx")
-    wait_until(batch.ready)
+    wait_for_event(batch.ready)
     tensors = {name: to_device(getattr(batch, name), device) for name in names}
     return {"captions": to_device(pack_captions(batch.captions), device), **tensors}

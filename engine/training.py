@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configs import Run
-from data.lines import Lines
+from data.durable_files import AppendOnlyFile
 from engine.checkpoint.pieces import Piece, Pieces
 from engine.health.judge import Judge
 from model.losses.comm import Comm
@@ -146,7 +146,7 @@ class Training(Protocol):
         ...
 
     def samples(self, batch: Any) -> int:
-        """This rank's samples in a batch as a sum of hashes modulo 2^64 (data/sequence.py)."""
+        """This rank's samples in a batch as a sum of hashes modulo 2^64 (data/order.py)."""
         ...
 
     def corpus(self, position: int) -> dict[str, str]:
@@ -154,7 +154,7 @@ class Training(Protocol):
         ...
 
     @property
-    def logs(self) -> Sequence[Lines]:
+    def logs(self) -> Sequence[AppendOnlyFile]:
         """Files beside the log that this rank's data writes to."""
         ...
 

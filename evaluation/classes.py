@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import UserError
-from data.labels import read_classes
+from data.annotations import read_classes
 from evaluation import templates
 
 TEMPLATES, OWN = "80 CLIP templates", "the corpus's own"

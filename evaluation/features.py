@@ -22,7 +22,7 @@ from configs import UserError
 from configs.command_line import CommandParser, output_file, seed
 from configs.data import Data
 from configs.system import System
-from data.held_out import HeldOut, check_number_of_classes
+from data.held_out import HeldOutImages, check_number_of_classes
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
 
 EPOCHS, BATCH, LR, WEIGHT_DECAY = 14, 64, 4e-3, 0.02
@@ -79,7 +79,7 @@ def _check_out(out: Path) -> None:
 
 def labelled(pattern: str, size: int) -> tuple[Tensor, Tensor]:
     """(N, 3, size, size) uint8 and (N,) of the labelled pictures. Raises UserError for none, or too many for memory."""
-    pictures = HeldOut([pattern], size, System(), Data.model_fields["max_pixels"].default, key="--data")
+    pictures = HeldOutImages([pattern], size, System(), Data.model_fields["max_pixels"].default, key="--data")
     if len(pictures) * 3 * size**2 > MOST_BYTES:
         raise UserError(
             f"--data: {len(pictures)} pictures of {size} px do not fit the {MOST_BYTES >> 30} GiB of memory "

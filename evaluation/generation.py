@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from configs import UserError
-from data.held_out import HeldOut
+from data.held_out import HeldOutImages
 from engine import world
 from engine.agreement import with_one_answer
 from evaluation.classes import ClassTable
@@ -54,7 +54,7 @@ class Generation:
         source, config = pair.source, pair.source.config
         self.data = options.data or (config.data.train if config else ())
         self.fids = [Fid(open_network(path), pair.device) for path in options.fid]
-        self.pictures: HeldOut | None = None
+        self.pictures: HeldOutImages | None = None
         if self.fids:
             if not self.data:
                 raise UserError("FID compares with pictures: there is no run to name training shards; give --data")

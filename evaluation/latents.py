@@ -24,11 +24,10 @@ import torch
 
 from configs import UserError
 from configs.command_line import CommandParser
-from data.held_out import HeldOut, check_number_of_classes
-from data.latents.files import check_statistics, write_statistics
-from data.latents.store import LatentStore
-from data.latents.writer import LatentWriter, Tally
-from data.manifest import PARTIAL, is_published, staged, write_manifest
+from data.durable_files import PARTIAL, is_published, staged_directory, write_manifest
+from data.held_out import HeldOutImages, check_number_of_classes
+from data.latents.channel_statistics import ChannelSums, check_channel_statistics, write_channel_statistics
+from data.latents.store import ChannelSums, LatentStore, LatentWriter
 from engine import world
 from engine.agreement import on_first, with_one_answer
 from evaluation.command import check_counts, run_command, with_progress
@@ -68,14 +67,14 @@ def extract(path: str | Path, out: Path, options: Options) -> LatentStore:
 
 @contextmanager
 def staged_by_first(out: Path) -> Iterator[Path]:
-    """data.manifest.staged for all ranks: the first one opens the directory, and publishes it at the end."""
+    """Yield data.durable_files.staged_directory on all ranks: the first opens it, and publishes it at the end."""
     with ExitStack() as stack:
-        on_first(lambda: bool(stack.enter_context(staged(out))))
+        on_first(lambda: bool(stack.enter_context(staged_directory(out))))
         yield out / PARTIAL
     world.barrier()  # nobody looks before it is published
 
 
-def _prepare(path: str | Path, options: Options) -> tuple[Source, HeldOut, dict[str, Any]]:
+def _prepare(path: str | Path, options: Options) -> tuple[Source, HeldOutImages, dict[str, Any]]:
     """What is encoded, and what tells this store from another."""
     source = open_source(path, world.device(), options.crop)
     data = options.data or (source.config.data.train if source.config else ())
@@ -102,7 +101,7 @@ def _check_room(source: Source, count: int, out: Path, dtype: str) -> None:
         )
 
 
-def _encode(source: Source, pictures: HeldOut, directory: Path, options: Options) -> Tally:
+def _encode(source: Source, pictures: HeldOutImages, directory: Path, options: Options) -> ChannelSums:
     """Writes this rank's files."""
     writer, device, dtype = LatentWriter(directory, world.rank()), world.device(), DTYPES[options.dtype]
     total = -(-len(pictures) // options.batch_size)
@@ -121,13 +120,13 @@ def _encode(source: Source, pictures: HeldOut, directory: Path, options: Options
     return writer.close()
 
 
-def _describe(directory: Path, arguments: dict[str, Any], tally: Tally, bad: Counter[str]) -> None:
+def _describe(directory: Path, arguments: dict[str, Any], tally: ChannelSums, bad: Counter[str]) -> None:
     """Statistics and manifest. Raises UserError where there is nothing to describe, or nothing to divide by."""
     if not tally.samples:
         raise UserError(f"no picture of {arguments['corpus']} could be decoded ({dict(bad)}); mend the shards")
     mean, std = tally.statistics()
-    check_statistics(mean, std, f"latents in {arguments['dtype']}")
-    write_statistics(directory, mean, std)
+    check_channel_statistics(mean, std, f"latents in {arguments['dtype']}")
+    write_channel_statistics(directory, mean, std)
     write_manifest(directory, arguments, tally.samples, bad_samples=dict(bad))
 
 

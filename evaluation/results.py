@@ -24,7 +24,7 @@ from rich.table import Table
 
 from configs import UserError
 from configs.load import one_line
-from data.whole_file import write_whole
+from data.durable_files import write_atomic
 from engine.complaint import complain
 from evaluation.outcome import Figure, Outcome
 
@@ -63,7 +63,7 @@ def write(folder: Path, found: Mapping[str, Any], outcomes: Mapping[str, Outcome
 def write_figures(path: Path, found: Mapping[str, Any]) -> None:
     """Write `found` as JSON, whole or not at all. Raises UserError, with the figures in its message, on failure."""
     try:
-        write_whole(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
+        write_atomic(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}): free disk space and evaluate again; the figures "

@@ -23,7 +23,7 @@ from configs import Config, DecoderGan, UserError, load_run
 from configs.data import WHITE, Colour, Data, Pictures
 from configs.system import System
 from data.captions import CaptionEncoder, tokenizer_digest
-from data.held_out import HeldOut
+from data.held_out import HeldOutImages
 from engine import world
 from model.tokenizer import VisualTokenizer
 
@@ -74,14 +74,14 @@ class Source:
 
     def pictures(
         self, patterns: Sequence[str], key: str, limit: int | None = None, classes: Path | None = None
-    ) -> HeldOut:
+    ) -> HeldOutImages:
         """This rank's share of the labelled pictures of `patterns`, cropped as the tokenizer sees them.
 
         `key` is the name of the patterns in errors, `classes` a class table other than the one beside the shards.
         Raises UserError for missing shards or none.
         """
         system = self.config.system if self.config else System()
-        return HeldOut(
+        return HeldOutImages(
             patterns, self.crop, system, _max_pixels(self.config), background=self.background, key=key, limit=limit,
             classes=classes,
             rank=world.rank(), world_size=world.world_size(),

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from configs import UserError
-from data.held_out import HeldOut
+from data.held_out import HeldOutImages
 from engine import world
 from engine.agreement import with_one_answer
 from evaluation.bank import Bank
@@ -62,7 +62,7 @@ class Setup:
             )
 
     @cached_property
-    def held_out(self) -> HeldOut:
+    def held_out(self) -> HeldOutImages:
         """The pictures that tasks are asked about, opened once. UserError for missing shards or none."""
         classes = self._classes_file if self.options.classes or self._classes_file.is_file() else None
         return self._pictures(self.data, "--data" if self.options.data else "data.held_out", classes)
@@ -88,7 +88,7 @@ class Setup:
         training = self._pictures(train_data, key, self.held_out.classes.path)
         return Corpora(Bank(len(self.held_out), self.folder), lambda: self._filled(training), self.device)
 
-    def batches(self, pictures: HeldOut, title: str) -> Iterator[Products]:
+    def batches(self, pictures: HeldOutImages, title: str) -> Iterator[Products]:
         """This rank's pictures as the tokenizer sees them, with a progress bar where somebody looks."""
         batch_size = self.options.batch_size
         with closing(pictures):
@@ -98,7 +98,7 @@ class Setup:
                 images, labels = batch.images.to(self.device).float() / 255, batch.labels.to(self.device)
                 yield Products(self.source.tokenizer, images, labels, batch.positions)
 
-    def _filled(self, training: HeldOut) -> Bank:
+    def _filled(self, training: HeldOutImages) -> Bank:
         bank = Bank(len(training), self.folder)
 
         def fill() -> None:
@@ -108,7 +108,7 @@ class Setup:
         with_one_answer(fill)
         return bank
 
-    def _pictures(self, patterns: Sequence[str], key: str, classes: Path | None) -> HeldOut:
+    def _pictures(self, patterns: Sequence[str], key: str, classes: Path | None) -> HeldOutImages:
         return self.source.pictures(patterns, key, self.options.limit, classes)
 
 

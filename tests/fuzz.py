@@ -8,7 +8,8 @@
 honest files, fields with right checksums around wrong values, and random bytes; each is then read several times,
 damaged in other ways. `make test` reads a few hundred of each.
 
-A reader may raise UserError for the whole file; and for a sample BadMember or Unreadable, which data/health.py counts.
+A reader may raise UserError for the whole file; and for a sample BadMember or Unreadable, which
+data/bad_samples.py counts.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from hypothesis import strategies as st
 
 from configs import UserError
 from data.captions import CaptionEncoder, train_bpe
-from data.headers import needs_pillow, refusal
-from data.patience import Unreadable
+from data.pillow_decoder import image_fault, needs_pillow
 from data.shards import BadMember, Shards
-from data.tars.indexes import ensure_sidecar
+from data.storage import Unreadable
+from data.tar_index import ensure_index
+from tests.data.hostile_tars import END, header, long_name, member, octal, padded, record
 from tests.data.tar_shards import encoded, index_of, write_corpus
-from tests.data.tars.hostile_tars import END, header, long_name, member, octal, padded, record
 
 DAMAGED = 24  # readings of one drawn input, the first one as it is
 MOST_PIXELS = 10**6
@@ -162,7 +163,7 @@ class Readers:
         self.tar = folder / "fuzz.tar"
         write_corpus(folder / "honest", num_shards=1, per_shard=3, height=8, width=8)
         self.honest = folder / "honest" / "00000.tar"
-        self.index_path, self._trailer = index_of(self.honest), ensure_sidecar(self.honest).trailer
+        self.index_path, self._trailer = index_of(self.honest), ensure_index(self.honest).trailer
 
     def read_tar(self, data: bytes) -> str:
         self.tar.with_suffix(".idx").unlink(missing_ok=True)
@@ -189,7 +190,7 @@ class Readers:
         return self._read_all(self.tar, caption)
 
     def read_picture(self, data: bytes) -> str:
-        if reason := refusal(data, MOST_PIXELS):
+        if reason := image_fault(data, MOST_PIXELS):
             return reason
         return "read by Pillow" if needs_pillow(data) else "read"
 

@@ -29,9 +29,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from data.corpora.emoji_scenes import emoji_plan
 from data.corpus import build
-from data.emoji.plan import emoji_plan
-from tests.data.emoji.test_emoji_corpus import BLOBS
+from tests.data.corpora.test_emoji import BLOBS
 from tests.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -213,7 +213,7 @@ GOOD = {
     "engine/out_of_memory.py": "from profiling.cost.peak_memory import predict_peak\nfrom profiling import instruments",
     "engine/world.py": "import torch.distributed as dist",
     "engine/zero/build.py": "import deepspeed\nfrom deepspeed.utils import logger",
-    "evaluation/run.py": "from engine import archive\nfrom data.held_out import HeldOut",
+    "evaluation/run.py": "from engine import archive\nfrom data.held_out import HeldOutImages",
 }
 
 

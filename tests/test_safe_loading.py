@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from configs import UserError, load_run
-from data.latents.files import STATISTICS, read_statistics
+from data.latents.channel_statistics import STATISTICS, read_channel_statistics
 from data.latents.store import LatentStore
 from engine.checkpoint.pieces import Pieces
 from evaluation.inception import read_inception
@@ -188,7 +188,7 @@ def latent_store(path: Path) -> object:
 
 
 DOORS: dict[str, Callable[[Path], object]] = {
-    "latent statistics": lambda path: read_statistics(path.rename(path.with_name(STATISTICS)).parent, 16),
+    "latent statistics": lambda path: read_channel_statistics(path.rename(path.with_name(STATISTICS)).parent, 16),
     "latents": latent_store,
     "perceptual network": read_torch_tensors,
     "feature network": read_inception,

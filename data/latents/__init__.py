@@ -1,1 +1,1 @@
-"""A corpus as latents on a disk: files as LightningDiT writes them, their statistics, batches for a generator."""
+"""Latents of a corpus on disk, in LightningDiT's layout: store, channel statistics, loader for a generator."""

@@ -1,15 +1,24 @@
-"""The files of a latent store, one by one: names, tensors, statistics, and what can be wrong with each.
+"""Files of a latent store: names and contents of each, and random access to single latents.
 
-    shard_name(rank=0, number=12)                  # "latents_rank00_shard012.safetensors"
-    read_shard(path).shape                         # (64, 16, 16)
-    mean_L, std_L = read_statistics(directory, channels=64)
+    latent_file_name(rank=0, number=12)            # "latents_rank00_shard012.safetensors"
+    read_latent_file(path).shape                   # (64, 16, 16)
+
+    rows = OpenLatentFile(file, ("latents", "latents_flip"))
+    rows.read("latents", 17)                       # the bytes of one latent, (L, h, w) in the file's type
 
 Source: extract_features.py and its data set class in github.com/hustvl/LightningDiT (arXiv 2501.01423).
+
+Files are not mapped into memory: where the end of a mapped file is gone, the first access to a lost page kills the
+process (SIGBUS). A short read can be detected. Source of the layout: the safetensors format, eight bytes of length, a
+JSON header with the offsets of every tensor, then their bytes.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +27,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs import UserError
+from data.storage import OpenFile
 
 LATENTS, FLIPPED, LABELS, POSITIONS = "latents", "latents_flip", "labels", "positions"
-STATISTICS = "latents_stats.pt"
 REMEDY = "write the store anew with `python -m evaluation.latents`"
+_LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One file as its header, labels and positions tell it; the latents stay on the disk."""
+class LatentFile:
+    """One file: its header, labels and positions; the latents stay on the disk."""
 
     path: Path
     shape: tuple[int, ...]  # (L, h, w)
@@ -36,13 +46,13 @@ class Shard:
     positions: Tensor | None  # (n,) int64
 
 
-def shard_name(rank: int, number: int) -> str:
-    """What the public extraction calls the file `number` of a rank."""
+def latent_file_name(rank: int, number: int) -> str:
+    """Return the name that the public extraction gives to file `number` of a rank."""
     return f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
 
 
-def shard_files(directory: Path) -> list[Path]:
-    """The latent files of a store, by rank and number. Raises UserError where there is none."""
+def list_latent_files(directory: Path) -> list[Path]:
+    """List the latent files of a store, by rank and number. Raises UserError where there is none."""
     found = sorted(directory.glob("*.safetensors"), key=lambda path: _numbers(path.stem))
     if not found:
         raise UserError(
@@ -52,53 +62,8 @@ def shard_files(directory: Path) -> list[Path]:
     return found
 
 
-def read_statistics(directory: Path, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (L,) float32 each. Raises UserError where they are missing or fit other latents."""
-    path = directory / STATISTICS
-    form = f"it is a dictionary of the tensors mean and std, as torch.save writes one; {REMEDY}"
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist: training normalises latents by it; measure them with "
-            f"`python -m data.latents.channel_statistics {directory}`"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): training normalises latents by it") from None
-    except Exception:  # torch.load raises whatever the unpickler met, with advice to unpickle what it should not
-        raise UserError(f"{path} holds no statistics, is cut off, or holds more than tensors: {form}") from None
-    if not isinstance(stored, dict) or not all(isinstance(stored.get(name), Tensor) for name in ("mean", "std")):
-        found = f"the keys {list(stored)[:5]}" if isinstance(stored, dict) else f"a {type(stored).__name__}"
-        raise UserError(f"{path} holds no statistics but {found}: {form}")
-    mean, std = (stored[name].float().flatten() for name in ("mean", "std"))
-    if len(mean) != channels or len(std) != channels:
-        raise UserError(
-            f"{path} is for {len(mean)} channels, the latents beside it have {channels}: statistics and latents come "
-            f"from one tokenizer; {REMEDY}"
-        )
-    check_statistics(mean, std, str(path))
-    return mean, std
-
-
-def check_statistics(mean: Tensor, std: Tensor, where: str) -> None:
-    """(L,) each. Raises UserError where a channel cannot be normalised."""
-    is_usable = mean.isfinite() & std.isfinite() & (std > 0)
-    if not is_usable.all():
-        channel = int((~is_usable).nonzero()[0])
-        raise UserError(
-            f"{where}: channel {channel} has mean {float(mean[channel]):g} and deviation {float(std[channel]):g}, by "
-            "which training divides: the tokenizer does not use the channel, or its values do not fit the type; train "
-            "it longer or with fewer channels, or store them as bfloat16 or float32"
-        )
-
-
-def write_statistics(directory: Path, mean: Tensor, std: Tensor) -> None:
-    """(L,) each, as the public layout has them: (1, L, 1, 1) float32."""
-    torch.save({"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}, directory / STATISTICS)
-
-
-def read_shard(path: Path) -> Shard:
-    """Raises UserError for a file that is cut off, lacks a tensor, or whose labels do not fit."""
+def read_latent_file(path: Path) -> LatentFile:
+    """Read all but the latents. Raises UserError for a file that is cut off, lacks a tensor, or has unfit labels."""
     try:
         with safe_open(path, "pt") as stored:
             names = set(stored.keys())
@@ -120,9 +85,49 @@ def read_shard(path: Path) -> Shard:
             f"{LABELS} {tuple(labels.shape)} from {int(labels.min())} on: latents are (n, L, h, w), both alike, with a "
             f"label from 0 on for each; {REMEDY}"
         )
-    return Shard(path, tuple(latents.shape[1:]), latents.dtype, flips is not None, labels, positions)
+    return LatentFile(path, tuple(latents.shape[1:]), latents.dtype, flips is not None, labels, positions)
 
 
 def _numbers(stem: str) -> list[int | str]:
-    """Sorts shard 2 before shard 10, and rank 99 before rank 100."""
+    """Return a sort key that puts shard 2 before shard 10, and rank 99 before rank 100."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", stem)]
+
+
+class OpenLatentFile:
+    """An open latent file. Raises OSError, and UserError where it no longer matches `file`."""
+
+    def __init__(self, file: LatentFile, keys: Sequence[str]) -> None:
+        self._file, self._bytes = file, OpenFile(file.path)
+        count = len(file.labels)
+        self._row_bytes = math.prod(file.shape) * file.dtype.itemsize
+        header_bytes = int.from_bytes(self._read_bytes(_LENGTH_BYTES, 0), "little")
+        text = self._read_bytes(header_bytes, _LENGTH_BYTES)
+        try:
+            header = json.loads(text)
+            offsets = {key: [int(end) for end in header[key]["data_offsets"]] for key in keys}
+            shapes = [tuple(header[key]["shape"]) for key in keys]
+        except (ValueError, KeyError, TypeError):
+            raise self._changed("its header is unreadable") from None
+        if any(shape != (count, *file.shape) for shape in shapes):
+            raise self._changed(f"it holds {shapes[0]}")
+        if any(end - begin != count * self._row_bytes for begin, end in offsets.values()):
+            raise self._changed("its latents are of another type")
+        self._begins = {key: _LENGTH_BYTES + header_bytes + begin for key, (begin, _) in offsets.items()}
+
+    def read(self, key: str, row: int) -> bytes:
+        """Read the bytes of one latent."""
+        return self._read_bytes(self._row_bytes, self._begins[key] + row * self._row_bytes)
+
+    def _read_bytes(self, num_bytes: int, offset: int) -> bytes:
+        data = self._bytes.read(num_bytes, offset)
+        if len(data) != num_bytes:
+            raise self._changed(f"it ends at byte {offset + len(data):,} where {offset + num_bytes:,} are needed")
+        return data
+
+    def _changed(self, found: str) -> UserError:
+        file = self._file
+        return UserError(
+            f"{file.path} is not what it was at the start, {len(file.labels)} latents of {file.shape} in "
+            f"{file.dtype}: {found}; a store stays as it is while a run reads it: put the file back and go on with "
+            f"--resume, or {REMEDY}"
+        )

@@ -1,14 +1,14 @@
-"""Step number -> latents for a generator: every picture once an epoch, mirrored or not, normalised.
-
-Global position g is number g mod N of epoch g div N, and stands at place permutation(N, seed, epoch)[g mod N] of the
-store. Rank r of W serves the positions r, r + W, ... of a step, so all ranks' rows together are the same for every W
-that divides the batch, and a resume is a jump.
+"""Latent loader: step number -> normalised latents for a generator, every image once an epoch, mirrored or not.
 
     loader = LatentLoader(LatentStore("latents/vtp_l"), seed=0, batch=1024, flip=True, rank=0, world_size=8)
     loader.batch(step=1000).latents_BLhw        # (128, L, h, w)
 
-An epoch's permutation is held whole: 10 MB and a few tenths of a second once an epoch for ImageNet's 1.28 million
-pictures, where a Feistel network would hold nothing and hash several times for every row.
+Global position g is number g mod N of epoch g div N, and index permutation(N, seed, epoch)[g mod N] of the
+store. Rank r of W serves the positions r, r + W, ... of a step, so all ranks' rows together are the same for every W
+that divides the batch, and a resume is a jump.
+
+An epoch's permutation is held in memory: 10 MB and a few tenths of a second once an epoch for ImageNet's 1.28 million
+images, where a Feistel network would hold nothing and hash several times for every row.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from torch import Tensor
 from configs import UserError
 from data.hashing import hash_words, permutation
 from data.latents.store import LatentStore
-from data.sequence import LOOKED_AT, chained
+from data.order import NUM_COMPARED_SAMPLES, chain_digest
 
 Ints = NDArray[np.int64]
-_EPOCH, _FLIP = 1, 2  # what a hash is for
+_EPOCH, _FLIP = 1, 2  # purposes of hashes
 
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """One rank's share of a step; B = batch / world size."""
+    """One rank's rows of a step; B = batch / world size."""
 
     latents_BLhw: Tensor  # float32, zero mean and unit deviation in each channel over the store
     labels_B: Tensor  # int64
-    positions_B: Ints  # global positions: what the step's random numbers are keyed by
+    positions_B: Ints  # global positions: keys of the step's random numbers
     step: int
 
     def pinned(self) -> LatentBatch:
-        """In page-locked memory: only from there a copy to a GPU runs beside the host."""
+        """Return a copy in page-locked memory, from which copies to a GPU are asynchronous."""
         return replace(self, latents_BLhw=self.latents_BLhw.pin_memory(), labels_B=self.labels_B.pin_memory())
 
 
@@ -70,7 +70,7 @@ class LatentLoader:
         self.store, self.seed, self.samples, self.flip = store, seed, batch, flip
         self._rank, self._world_size = rank, world_size
         self._mean, self._std = store.mean.view(-1, 1, 1), store.std.view(-1, 1, 1)
-        self._permutation = lru_cache(2)(self._permute)  # a batch can reach into the next epoch
+        self._permutation = lru_cache(2)(self._permute)  # a batch can extend into the next epoch
 
     def batch(self, step: int, offset: int = 0) -> LatentBatch:
         """Return this rank's rows of the step whose first position is offset + step * batch.
@@ -84,19 +84,19 @@ class LatentLoader:
         return LatentBatch((latents_BLhw.float() - self._mean) / self._std, labels_B, positions_B, step)
 
     def locate(self, positions_B: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-        """The place in the store of each global position, and whether its picture is mirrored there."""
+        """Return the index in the store of each global position, and whether its image is mirrored."""
         epochs, within = np.divmod(positions_B, self.store.num_samples)
         indices = np.empty_like(positions_B)
         for epoch in np.unique(epochs):
-            of_epoch = epochs == epoch
-            indices[of_epoch] = self._permutation(int(epoch))[within[of_epoch]]
+            is_in_epoch = epochs == epoch
+            indices[is_in_epoch] = self._permutation(int(epoch))[within[is_in_epoch]]
         is_flipped = (hash_words(self.seed, _FLIP, positions_B) >> np.uint64(63)).astype(bool)
         return indices, is_flipped & self.flip
 
     def facts(self, position: int) -> dict[str, str]:
-        """As data.sequence.CorpusFacts has them, of the store."""
-        indices, is_flipped = self.locate(position + np.arange(LOOKED_AT))
-        order = chained("", map(int, hash_words(indices, is_flipped)))
+        """Return the facts of the store that a resume compares with the checkpoint's, as data.order.CorpusFacts.at."""
+        indices, is_flipped = self.locate(position + np.arange(NUM_COMPARED_SAMPLES))
+        order = chain_digest("", map(int, hash_words(indices, is_flipped)))
         return {"samples": str(self.store.num_samples), "order of the next samples": order}
 
     def _permute(self, epoch: int) -> Ints:

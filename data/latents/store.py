@@ -1,16 +1,20 @@
-"""A corpus's pictures as latents on a disk, in the layout that LightningDiT writes and reads; read here at random.
+"""Latent store: the latents of a corpus on disk, in LightningDiT's layout, written by all ranks and read at random.
 
     DIR/latents_rank00_shard000.safetensors ...   latents, latents_flip (n, L, h, w), labels (n,); 10,000 a file
-    DIR/latents_stats.pt                          mean, std (1, L, 1, 1): what training normalises by
-    DIR/manifest.json                             which tokenizer, corpus and crop: ours alone, a public store has none
+    DIR/latents_stats.pt                          mean, std (1, L, 1, 1), by which training normalises
+    DIR/manifest.json                             tokenizer, corpus and crop; a public store has none
+
+    writer = LatentWriter(directory, rank=0)
+    writer.add(latents, mirrored, labels, positions)        # (b, L, h, w) twice, (b,) twice
+    sums = writer.close()                                   # ChannelSums of this rank; add those of all ranks
+    mean, std = sum(all_sums[1:], all_sums[0]).statistics()
 
     store = LatentStore("latents/vtp_l")
     store.shape, store.num_samples, store.num_classes       # (64, 16, 16), 1281167, 1000
-    latents, labels = store.read([7, 3], [False, True])     # (2, 64, 16, 16) as stored, (2,); picture 3 mirrored
+    latents, labels = store.read([7, 3], [False, True])     # (2, 64, 16, 16) as stored, (2,); image 3 mirrored
 
-Files of ours hold `positions` too: where each picture stands in the corpus. By them, index i is the same picture
-whatever number of ranks wrote the store. Nothing but labels and positions is held in memory: the wanted rows are read
-(data/latents/rows.py).
+Our files also hold `positions`: the number of each image in the corpus. By them, index i is the same image whatever
+number of ranks wrote the store. Only labels and positions are held in memory; latents are read row by row.
 """
 
 from __future__ import annotations
@@ -22,115 +26,128 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from configs import UserError
-from data.latents.files import FLIPPED, LATENTS, REMEDY, read_shard, read_statistics, shard_files
-from data.latents.rows import LatentRows
-from data.losses import StorageFails
-from data.manifest import MANIFEST
-from data.patience import Patience
-from data.recent import Recent
+from configs.permissions import follow_umask
+from data.bad_samples import StorageError
+from data.durable_files import MANIFEST
+from data.latents.channel_statistics import ChannelSums, read_channel_statistics
+from data.latents.files import (
+    FLIPPED,
+    LABELS,
+    LATENTS,
+    POSITIONS,
+    REMEDY,
+    OpenLatentFile,
+    latent_file_name,
+    list_latent_files,
+    read_latent_file,
+)
+from data.storage import LruCache, StorageRetries
 
-_OPEN_FILES = 128  # kept open; the usual limit of a process is 1,024
-_TRIES = 6  # of what storage fails, unless system.loader.tries says otherwise
+_OPEN_FILES = 128  # files kept open; the usual limit of a process is 1,024
+_TRIES = 6  # unless system.loader.tries is given
+SHARD_SIZE = 10_000  # images a file, as the public extraction has it
 
 
 class LatentStore:
     """The latents below `directory`, by index: 0, 1, ... num_samples - 1, in the order of the corpus.
 
-    `mean` and `std` are (L,) float32, `labels` (num_samples,) int64, `notes` what the manifest says, empty for a public
-    store. Raises UserError for a store that is missing, damaged or incomplete. What storage fails is asked for `tries`
-    times (data/patience.py).
+    `mean` and `std` are (L,) float32, `labels` (num_samples,) int64, `notes` the manifest, empty for a public store.
+    Raises UserError for a store that is missing, damaged or incomplete. Storage errors are retried, up to `tries` tries
+    (data/storage.py).
     """
 
     def __init__(self, directory: str | Path, tries: int = _TRIES) -> None:
-        self.directory, self.patience = Path(directory), Patience(tries)
+        self.directory, self.retries = Path(directory), StorageRetries(tries)
         self.notes = _read_manifest(self.directory)
-        self._shards = [read_shard(path) for path in shard_files(self.directory)]
-        first = self._shards[0]
-        for shard in self._shards:
-            if (shard.shape, shard.dtype) != (first.shape, first.dtype):
+        self._files = [read_latent_file(path) for path in list_latent_files(self.directory)]
+        first = self._files[0]
+        for file in self._files:
+            if (file.shape, file.dtype) != (first.shape, first.dtype):
                 raise UserError(
-                    f"{shard.path} holds latents {shard.shape} in {shard.dtype}, {first.path.name} {first.shape} in "
+                    f"{file.path} holds latents {file.shape} in {file.dtype}, {first.path.name} {first.shape} in "
                     f"{first.dtype}: files of one store are alike; {REMEDY}"
                 )
         self.shape: tuple[int, int, int] = first.shape  # type: ignore[assignment]
         self.dtype = first.dtype
-        self.has_flips = all(shard.has_flips for shard in self._shards)
-        self.mean, self.std = read_statistics(self.directory, self.shape[0])
-        self.labels = torch.cat([shard.labels for shard in self._shards])
-        counts = [len(shard.labels) for shard in self._shards]
-        self._files: NDArray[np.int64] = np.repeat(np.arange(len(counts)), counts)
-        self._rows: NDArray[np.int64] = np.concatenate([np.arange(count) for count in counts])
+        self.has_flips = all(file.has_flips for file in self._files)
+        self.mean, self.std = read_channel_statistics(self.directory, self.shape[0])
+        self.labels = torch.cat([file.labels for file in self._files])
+        counts = [len(file.labels) for file in self._files]
+        self._file_idx: NDArray[np.int64] = np.repeat(np.arange(len(counts)), counts)
+        self._row_idx: NDArray[np.int64] = np.concatenate([np.arange(count) for count in counts])
         self._sort()
         keys = (LATENTS, FLIPPED) if self.has_flips else (LATENTS,)
-        self._open = Recent(lambda file_idx: LatentRows(self._shards[file_idx], keys), _OPEN_FILES)
+        self._open = LruCache(lambda file_idx: OpenLatentFile(self._files[file_idx], keys), _OPEN_FILES)
 
     @property
     def num_samples(self) -> int:
-        """Pictures, each of which has one latent as it is and one mirrored."""
+        """Number of images, each with one latent as it is and one mirrored."""
         return len(self.labels)
 
     @property
     def num_classes(self) -> int:
-        """One more than the highest label."""
+        """Number of classes: one more than the highest label."""
         return int(self.labels.max()) + 1
 
     @property
     def tokenizer(self) -> str | None:
-        """The digest (model.weights.digest) of the tokenizer that made the latents; None where nobody wrote it down."""
+        """The digest (model.weights.digest) of the tokenizer that made the latents; None where it is not recorded."""
         return self.notes.get("arguments", {}).get("tokenizer")
 
     def read(self, indices: ArrayLike, flipped: ArrayLike) -> tuple[Tensor, Tensor]:
-        """(n,) indices and flags -> (n, L, h, w) as stored, not normalised, and (n,) int64 labels.
+        """Read (n, L, h, w) latents as stored, not normalised, and (n,) int64 labels, by (n,) indices and flags.
 
-        Raises UserError where mirrored latents are asked for and the store has none, and for a file that is gone or
-        not what it was at the start; StorageFails where storage does not answer.
+        Raises UserError where mirrored latents are requested and the store has none, and for a file that is gone or
+        has changed since the start; StorageError where storage does not answer.
         """
         idx, is_flipped = np.asarray(indices, np.int64), np.asarray(flipped, bool)
         if is_flipped.any() and not self.has_flips:
             raise UserError(f"{self.directory} holds no {FLIPPED}: train without flips, or {REMEDY}")
         latents = torch.empty(len(idx), *self.shape, dtype=self.dtype)
         rows = latents.flatten(1).view(torch.uint8).numpy()  # the same memory
-        for place in np.argsort(self._files[idx], kind="stable"):  # file by file, so that each is opened once
-            file_idx, row = int(self._files[idx[place]]), int(self._rows[idx[place]])
-            key = FLIPPED if is_flipped[place] else LATENTS
-            rows[place] = np.frombuffer(self._row(file_idx, key, row), np.uint8)
+        for row in np.argsort(self._file_idx[idx], kind="stable"):  # file by file, so that each is opened once
+            file_idx, file_row = int(self._file_idx[idx[row]]), int(self._row_idx[idx[row]])
+            key = FLIPPED if is_flipped[row] else LATENTS
+            rows[row] = np.frombuffer(self._read_row(file_idx, key, file_row), np.uint8)
         return latents, self.labels[idx]
 
     def _sort(self) -> None:
-        """Brings indices into the corpus's order, where the files say it."""
-        positions = [shard.positions for shard in self._shards if shard.positions is not None]
-        if len(positions) == len(self._shards):
+        """Sort the indices into the order of the corpus, where the files have positions."""
+        positions = [file.positions for file in self._files if file.positions is not None]
+        if len(positions) == len(self._files):
             order = np.argsort(torch.cat(positions).numpy(), kind="stable")
-            self._files, self._rows, self.labels = self._files[order], self._rows[order], self.labels[order]
+            self._file_idx, self._row_idx, self.labels = self._file_idx[order], self._row_idx[order], self.labels[order]
 
-    def _row(self, file_idx: int, key: str, row: int) -> bytes:
-        path = self._shards[file_idx].path
+    def _read_row(self, file_idx: int, key: str, row: int) -> bytes:
+        path = self._files[file_idx].path
         try:
-            return self.patience(lambda: self._read(file_idx, key, row))
+            return self.retries(lambda: self._read_once(file_idx, key, row))
         except FileNotFoundError:
             raise UserError(
                 f"{path} is gone since the start: a store stays as it is while a run reads it; put the file back and "
                 f"go on with --resume, or {REMEDY}"
             ) from None
         except OSError as error:
-            raise StorageFails(
-                f"{path} cannot be read ({error}), tried system.loader.tries={self.patience.tries} times: storage does "
+            raise StorageError(
+                f"{path} cannot be read ({error}), tried system.loader.tries={self.retries.tries} times: storage does "
                 "not answer; when it does again, go on with --resume"
             ) from error
 
-    def _read(self, file_idx: int, key: str, row: int) -> bytes:
+    def _read_once(self, file_idx: int, key: str, row: int) -> bytes:
         try:
             return self._open(file_idx).read(key, row)
         except OSError:
-            self._open.drop(file_idx)  # a handle can be what is broken
+            self._open.drop(file_idx)  # the open file may be what is broken
             raise
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    """What the manifest says; {} without one. Raises UserError where a file it lists is not there."""
+    """Read the manifest; {} without one. Raises UserError where a file it lists is missing or cut short."""
     path = directory / MANIFEST
     if not path.exists():
         return {}
@@ -141,5 +158,56 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a manifest of this program; {REMEDY}") from None
     for name, num_bytes in shards.items():
         if not (directory / name).is_file() or (directory / name).stat().st_size != num_bytes:
-            raise UserError(f"{directory / name} is missing or cut short, says {MANIFEST}; {REMEDY}")
+            raise UserError(f"{directory / name} is missing or cut short, by {MANIFEST}; {REMEDY}")
     return notes
+
+
+class LatentWriter:
+    """Writes one rank's latents, `shard_size` a file. All batches have one shape and dtype, those of the files.
+
+    Write into a data.durable_files.staged_directory: a store appears whole or not at all. A file that cannot be written
+    is a UserError.
+    """
+
+    def __init__(self, directory: Path, rank: int = 0, shard_size: int = SHARD_SIZE) -> None:
+        self._directory, self._rank, self._shard_size = directory, rank, shard_size
+        self._sums = ChannelSums()
+        self._waiting: dict[str, Tensor] = {}  # space for one file; unused pages take no memory
+        self._count = 0
+
+    def add(self, latents: Tensor, mirrored: Tensor, labels: Tensor, positions: Tensor) -> None:
+        """Add (b, L, h, w) latents, those of the mirrored images, (b,) labels and (b,) positions; from any device."""
+        batch = {LATENTS: latents.cpu(), FLIPPED: mirrored.cpu(), LABELS: labels.cpu(), POSITIONS: positions.cpu()}
+        for key in (LATENTS, FLIPPED):
+            self._sums.count(batch[key])
+        while len(batch[LABELS]):
+            taken = min(self._shard_size - self._count, len(batch[LABELS]))
+            for key, rows in batch.items():
+                if key not in self._waiting:
+                    self._waiting[key] = rows.new_empty((self._shard_size, *rows.shape[1:]))
+                self._waiting[key][self._count : self._count + taken] = rows[:taken]
+            self._count += taken
+            batch = {key: rows[taken:] for key, rows in batch.items()}
+            if self._count == self._shard_size:
+                self._write()
+
+    def close(self) -> ChannelSums:
+        """Write what waits; return the sums of all that this rank has written."""
+        if self._count:
+            self._write()
+        return self._sums
+
+    def _write(self) -> None:
+        name = latent_file_name(self._rank, len(self._sums.samples))
+        tensors = {key: rows[: self._count] for key, rows in self._waiting.items()}
+        described = {"total_size": str(self._count), "dtype": str(tensors[LATENTS].dtype), "device": "cpu"}
+        try:
+            save_file(tensors, self._directory / name, described)
+            follow_umask(self._directory / name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self._directory / name} cannot be written ({error}): see whether the disk is full; "
+                "bfloat16 takes half"
+            ) from None
+        self._sums.samples[name] = self._count
+        self._count = 0

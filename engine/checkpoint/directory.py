@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from configs import UserError
-from data.whole_file import sync, write_whole
+from data.durable_files import fsync_path, write_atomic
 
 LATEST, SUMS = "latest", "SHA256SUMS"
 BLOCK = 1 << 22  # bytes read at once
@@ -53,13 +53,13 @@ def commit(draft: Path, sums: list[str]) -> Path:
     """A draft in which every file is on disk becomes a checkpoint, and the one that `latest` names."""
     step = draft.name.removeprefix(".").removesuffix(".tmp")
     final = draft.with_name(step)
-    write_whole(draft / SUMS, "".join(sums))
-    sync(draft)
+    write_atomic(draft / SUMS, "".join(sums))
+    fsync_path(draft)
     aside = _put_aside(final) if final.exists() else None  # the same step saved again, after going back
     draft.rename(final)
-    sync(final.parent)
-    write_whole(final.parent / LATEST, final.name)
-    sync(final.parent)
+    fsync_path(final.parent)
+    write_atomic(final.parent / LATEST, final.name)
+    fsync_path(final.parent)
     if aside:
         shutil.rmtree(aside)
     return final

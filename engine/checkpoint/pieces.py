@@ -24,7 +24,7 @@ from torch import Tensor
 
 from configs import UserError
 from configs.permissions import follow_umask
-from data.whole_file import sync
+from data.durable_files import fsync_path
 
 MASTER, TEACHER, AVERAGE, WHOLE = "fp32", "teacher", "average", "whole"  # the keys a checkpoint has
 NORMS = "recent_norms"  # one more, of engines instead of parameters (engine/health/judge.py)
@@ -53,7 +53,7 @@ def write_pieces(path: Path, pieces: list[Piece]) -> None:
     starts = {f"{piece.key}/{piece.name}": piece.start for piece in pieces}
     save_file(tensors, path, metadata={"starts": json.dumps(starts)})
     follow_umask(path)
-    sync(path)
+    fsync_path(path)
 
 
 class Pieces:

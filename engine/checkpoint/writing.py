@@ -20,7 +20,7 @@ from typing import Any
 
 from configs import UserError
 from configs.system import Checkpoint
-from data.whole_file import write_whole
+from data.durable_files import write_atomic
 from engine.checkpoint.directory import commit, retain, sum_of
 from engine.checkpoint.pieces import Piece, write_pieces
 
@@ -107,12 +107,12 @@ class Writing:
     def _write_share(self) -> int:
         path = self._draft / f"rank-{self._rank:05d}.safetensors"
         write_pieces(path, self._pieces)
-        write_whole(_sum_file(self._draft, self._rank), sum_of(path))
+        write_atomic(_sum_file(self._draft, self._rank), sum_of(path))
         return path.stat().st_size
 
     def _commit(self) -> None:
         for name, text in self._beside.items():
-            write_whole(self._draft / name, text)
+            write_atomic(self._draft / name, text)
         expected = [_sum_file(self._draft, rank) for rank in range(self._world_size)]
         while missing := [path for path in expected if not path.exists()]:
             if self._cancelled.wait(LOOK_EVERY):

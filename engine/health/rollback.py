@@ -37,7 +37,7 @@ class Cursor:
 
     step: int = 0  # finished
     skipped_steps: int = 0  # whose data was left out
-    samples_digest: str = ""  # of what made the weights (data/sequence.py)
+    samples_digest: str = ""  # of what made the weights (data/order.py)
     offset: int = 0  # position of step 0 with none skipped; not 0 after a resume with another batch size
 
     def position(self, done: int, config: Run) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from configs.load import one_line
-from data.whole_file import write_whole
+from data.durable_files import write_atomic
 from engine.complaint import complain
 from engine.report.sinks import GrowingFile, Log, Sink, TensorBoard, Terminal
 
@@ -64,7 +64,7 @@ class Reporter:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, content, is_synced=False)
+            write_atomic(path, content, is_synced=False)
         except OSError as error:
             self.say(f"could not write {path}: {error.strerror or error}")
         except ValueError as error:  # text that UTF-8 cannot encode

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from data.lines import Lines
+from data.durable_files import AppendOnlyFile
 from engine.report.event_file import EventFile
 
 HEADLINE = {
@@ -38,7 +38,7 @@ HEADLINE = {
 
 
 class GrowingFile(Protocol):
-    """A file that keeps what it cannot write for later; data/lines.py has one, engine/report/event_file.py another."""
+    """A file that keeps what it cannot write for later: AppendOnlyFile, and that of engine/report/event_file.py."""
 
     path: Path
     trouble: str  # what the last try to write met, with the path; "" where all is written
@@ -100,7 +100,7 @@ class Log:
     """`log.jsonl`, every number of every report; `log.txt`, one plain line for a person."""
 
     def __init__(self, run_dir: Path, total_steps: int) -> None:
-        self._json, self._text = Lines(run_dir / "log.jsonl"), Lines(run_dir / "log.txt")
+        self._json, self._text = AppendOnlyFile(run_dir / "log.jsonl"), AppendOnlyFile(run_dir / "log.txt")
         self.files = (self._json, self._text)
         self._total_steps = total_steps
 

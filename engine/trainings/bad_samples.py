@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from data.health import Health
+from data.bad_samples import BadSampleTracker
 from engine import world
 
 
-def bad_samples(health: Health) -> dict[str, float]:
+def bad_samples(health: BadSampleTracker) -> dict[str, float]:
     """`data/bad/*` so far by reason: what the index left out, and what each rank met since it started. A collective.
 
     A sample that two ranks met in two epochs counts for both; `bad_samples.jsonl` has each once.

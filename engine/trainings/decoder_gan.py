@@ -20,7 +20,7 @@ from torch import Tensor
 from configs import DecoderGan
 from configs.architecture import Model
 from configs.learning import Optim
-from data.picture_loader import PictureBatch, PictureLoader
+from data.loader import ImageBatch, ImageLoader
 from engine import world
 from engine.assemble import fill_parameters, start, timed
 from engine.average import Average
@@ -48,7 +48,7 @@ DISCRIMINATOR = "discriminator"
 SHOWN = 8  # pictures
 
 
-class DecoderTraining(ShardFed[PictureBatch]):
+class DecoderTraining(ShardFed[ImageBatch]):
     """A Training (engine/training.py)."""
 
     def __init__(
@@ -57,7 +57,7 @@ class DecoderTraining(ShardFed[PictureBatch]):
         model: Model,
         parts: DecoderAssembly,
         choices: dict[str, str],
-        loader: PictureLoader,
+        loader: ImageLoader,
     ) -> None:
         super().__init__(loader)
         self.config, self.model, self.parts, self.choices = config, model, parts, choices
@@ -79,7 +79,7 @@ class DecoderTraining(ShardFed[PictureBatch]):
         """Of the decoder's steps and of the discriminator's: each is judged by its own gradient."""
         return self.parts.judges
 
-    def step(self, batch: PictureBatch) -> DecoderRecord:
+    def step(self, batch: ImageBatch) -> DecoderRecord:
         """engine/trainings/decoder_step.py's."""
         record = decoder_step(self.parts, batch, self.config)
         self._shown = record.outputs
@@ -112,7 +112,7 @@ def decoder_gan(
     config: DecoderGan, ds_config: dict[str, Any], comm: Comm, run_dir: Path, is_resumed: bool
 ) -> DecoderTraining:
     """Assembled on this rank, the decoder as stage 1 left it; a collective. A resumed run loads a checkpoint next."""
-    loader = PictureLoader(
+    loader = ImageLoader(
         config.data,
         config.views,
         config.batch.images,
@@ -123,7 +123,7 @@ def decoder_gan(
         bad_log=run_dir / "bad_samples.jsonl",
         corpus_file=run_dir / "corpus.json",
         is_resumed=is_resumed,
-        exchange=world.gather_objects,
+        gather_objects=world.gather_objects,
     )
     try:
         model = described(config)

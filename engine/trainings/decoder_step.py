@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from configs import DecoderGan
-from data.picture_loader import PictureBatch
-from data.to_device import to_device, wait_until
+from data.batch import to_device, wait_for_event
+from data.loader import ImageBatch
 from engine.average import Average
 from engine.health.judge import Judge
 from engine.optim import set_learning_rate
@@ -64,7 +64,7 @@ class DecoderRecord:
     outputs: DecoderStageOutputs
 
 
-def decoder_step(parts: DecoderAssembly, batch: PictureBatch, config: DecoderGan) -> DecoderRecord:
+def decoder_step(parts: DecoderAssembly, batch: ImageBatch, config: DecoderGan) -> DecoderRecord:
     """Takes the step `batch.step` (counted from 0). A collective."""
     parts.phases.next_step()
     listens, judges = (
@@ -74,7 +74,7 @@ def decoder_step(parts: DecoderAssembly, batch: PictureBatch, config: DecoderGan
     rate = learning_rate(batch.step, config)
     set_learning_rate(parts.engine, rate)
     with parts.phases("inputs"):
-        wait_until(batch.ready)
+        wait_for_event(batch.ready)
         images = to_device(batch.images, parts.device)
     outputs: DecoderStageOutputs = parts.engine(images)
     with parts.phases("objectives"):

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from configs import UserError
 from configs.generation import Generation
+from data.batch import RestartablePrefetcher
+from data.durable_files import AppendOnlyFile
 from data.hashing import hash_words
 from data.latents.loader import LatentBatch, LatentLoader
 from data.latents.store import LatentStore
-from data.lines import Lines
-from data.prefetch import Ahead
-from data.sequence import sum_of_words
+from data.order import sum_hashes
 from engine import assemble, world, zero
 from engine.average import Average
 from engine.checkpoint.pieces import MAIN
@@ -74,7 +74,7 @@ class GeneratorTraining:
         samples = config.batch.samples
         self._loader = LatentLoader(store, config.seed, samples, config.latents.flip, comm.rank, comm.world_size)
         self._offset = 0
-        self._steps = Ahead(self._make, config.system.loader.prefetch)
+        self._steps = RestartablePrefetcher(self._make, config.system.loader.prefetch)
 
     @property
     def backend(self) -> str:
@@ -100,14 +100,14 @@ class GeneratorTraining:
 
     def samples(self, batch: Step) -> int:
         """By their positions."""
-        return sum_of_words(hash_words(batch.batch.positions_B))
+        return sum_hashes(hash_words(batch.batch.positions_B))
 
     def corpus(self, position: int) -> dict[str, str]:
         """Return the facts of the latent store's order from `position` on."""
         return self._loader.facts(position)
 
     @property
-    def logs(self) -> Sequence[Lines]:
+    def logs(self) -> Sequence[AppendOnlyFile]:
         """None: latents are read whole, or not at all."""
         return ()
 
@@ -170,7 +170,7 @@ class GeneratorTraining:
 
     def close(self) -> None:
         """Ends the thread that makes batches, also where it waits for storage."""
-        self._store.patience.end()
+        self._store.retries.stop()
         self._steps.close()
 
     def _make(self, step: int) -> Step:

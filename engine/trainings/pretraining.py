@@ -15,7 +15,7 @@ from torch import Tensor
 from configs import Config, UserError
 from data.batch import Batch
 from data.captions import CaptionEncoder
-from data.loader import Loader
+from data.loader import BatchLoader
 from engine import world
 from engine.assemble import Assembly, assemble
 from engine.health.judge import Judge
@@ -38,7 +38,7 @@ SAVED = "speed/caption_tokens_saved"
 class Pretraining(ShardFed[Batch]):
     """A Training (engine/training.py). What evolves outside the engine: the centre of the centring targets."""
 
-    def __init__(self, config: Config, parts: Assembly, loader: Loader) -> None:
+    def __init__(self, config: Config, parts: Assembly, loader: BatchLoader) -> None:
         super().__init__(loader)
         self.config, self.parts = config, parts
         self.comm, self.device, self.phases, self.choices = parts.comm, parts.device, parts.phases, parts.choices
@@ -103,7 +103,7 @@ def pretraining(config: Config, ds_config: dict[str, Any], comm: Comm, run_dir: 
     told minutes earlier."""
     encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
     check_vocabulary(encoder, config)
-    loader = Loader(
+    loader = BatchLoader(
         config,
         encoder,
         rank=comm.rank,
@@ -111,7 +111,7 @@ def pretraining(config: Config, ds_config: dict[str, Any], comm: Comm, run_dir: 
         bad_log=run_dir / "bad_samples.jsonl",
         corpus_file=run_dir / "corpus.json",
         is_resumed=is_resumed,
-        exchange=world.gather_objects,
+        gather_objects=world.gather_objects,
     )
     try:
         return Pretraining(config, assemble(config, ds_config, comm, is_resumed), loader)

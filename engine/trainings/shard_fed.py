@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
-from data.health import Health
-from data.lines import Lines
-from data.reading import SampleReader
-from data.sequence import CorpusFacts, sum_of_keys
+from data.bad_samples import BadSampleTracker
+from data.durable_files import AppendOnlyFile
+from data.order import CorpusFacts, sum_key_hashes
+from data.sample_reader import SampleReader
 from engine.training import renumbered
 from engine.trainings.bad_samples import bad_samples
 
@@ -38,10 +38,10 @@ Made = TypeVar("Made", bound=Keyed, covariant=True)
 
 
 class ShardLoader(Protocol[Made]):
-    """data.loader.Loader and data.picture_loader.PictureLoader."""
+    """data.loader.BatchLoader and data.loader.ImageLoader."""
 
     reader: SampleReader
-    health: Health
+    bad_samples: BadSampleTracker
 
     @property
     def wait_seconds(self) -> float:
@@ -72,7 +72,7 @@ class ShardFed(Generic[B]):
 
     def samples(self, batch: B) -> int:
         """By their keys."""
-        return sum_of_keys(batch.keys)
+        return sum_key_hashes(batch.keys)
 
     def corpus(self, position: int) -> dict[str, str]:
         """Return the facts of the corpus's order from `position` on."""
@@ -83,7 +83,7 @@ class ShardFed(Generic[B]):
         return self.loader.reader.summary()
 
     @property
-    def logs(self) -> Sequence[Lines]:
+    def logs(self) -> Sequence[AppendOnlyFile]:
         """Of bad samples and lost shards."""
         return self.loader.reader.logs
 
@@ -93,7 +93,7 @@ class ShardFed(Generic[B]):
 
     def health(self) -> dict[str, float]:
         """Bad samples. A collective."""
-        return bad_samples(self.loader.health)
+        return bad_samples(self.loader.bad_samples)
 
     def close(self) -> None:
         """Ends the loader."""

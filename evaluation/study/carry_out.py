@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data.whole_file import write_whole
+from data.durable_files import write_atomic
 from evaluation.study.stages import PORT, ROOT, Stage
 
 Outcome = Literal["skipped", "done", "failed", "stopped"]
@@ -145,4 +145,4 @@ def _free_port() -> int:
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Whole or not at all, since it may be read while it is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_atomic(path, json.dumps(content, indent=2) + "\n")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import UserError
-from data.whole_file import write_whole
+from data.durable_files import write_atomic
 from evaluation.feature_network import open_network
 from evaluation.study.carry_out import is_done, mark_done
 from evaluation.study.preset import Cell
@@ -90,7 +90,7 @@ def publish(layout: Layout, found: Mapping[str, Any], folder: Path) -> None:
     if not layout.network.is_file():
         raise UserError(f"--publish {folder}: {layout.out} has no feature network yet, so no cell has figures")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / RESULTS, json.dumps(found, indent=1) + "\n")
+    write_atomic(folder / RESULTS, json.dumps(found, indent=1) + "\n")
     shutil.copyfile(layout.network, folder / NETWORK)
 
 

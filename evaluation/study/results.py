@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.whole_file import write_whole
+from data.durable_files import write_atomic
 from evaluation.study.carry_out import is_done, read_record
 from evaluation.study.known import Known, corpus_digest, science_of
 from evaluation.study.preset import Cell
@@ -99,7 +99,7 @@ def _of_generator(found: dict[str, Any]) -> dict[str, Any]:
 
 def write(path: Path, found: dict[str, Any]) -> None:
     """Whole or not at all: other processes of the study write it too."""
-    write_whole(path, json.dumps(found, indent=2) + "\n")
+    write_atomic(path, json.dumps(found, indent=2) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

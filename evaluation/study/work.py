@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs import UserError
-from data.whole_file import write_whole
+from data.durable_files import write_atomic
 from engine.lock import file_lock, lock_holder
 from evaluation.study.carry_out import Session, carry_out, is_done
 from evaluation.study.preset import Cell
@@ -120,7 +120,7 @@ def _record_failure(folder: Path, stage: Stage, say: Callable[[str], None]) -> N
     log = folder / "logs" / f"{stage.name}.log"
     words = last_words(log)
     failed = {"stage": stage.name, "log": str(log), "last_words": words}
-    write_whole(folder / FAILED, json.dumps(failed, indent=2) + "\n")
+    write_atomic(folder / FAILED, json.dumps(failed, indent=2) + "\n")
     say(f"{folder.name}: {words} ({log})")
 
 

@@ -45,10 +45,10 @@ from configs import Config, load_config
 from configs.data import Views
 from configs.section import AreaRange
 from data.captions import CaptionEncoder
+from data.corpora.samples import CorpusSample
+from data.corpora.synthetic_images import synthetic_plan
 from data.corpus import build, write_shards
-from data.loader import Loader
-from data.sample import Sample
-from data.synthetic.plan import synthetic_plan
+from data.loader import BatchLoader
 from profiling.benches.recorder import BenchRecorder, BenchResult
 from profiling.instruments.machine import device
 
@@ -233,7 +233,7 @@ def loader_ranks(config: Config, world_size: int) -> Iterator[LoaderRanks]:
 def _serve(pipe: Connection, config: Config, rank: int, world_size: int) -> None:
     torch.set_num_threads(1)
     encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
-    with closing(Loader(config, encoder, rank=rank, world_size=world_size)) as loader:
+    with closing(BatchLoader(config, encoder, rank=rank, world_size=world_size)) as loader:
         steps = count()
         try:
             while True:
@@ -294,7 +294,7 @@ def bench_loader(recorder: BenchRecorder) -> None:
                 _measure(pipeline, corpus, number, recorder)
 
 
-def photographs(number: int) -> Iterator[Sample]:
+def photographs(number: int) -> Iterator[CorpusSample]:
     """JPEGs of four photographs in many sizes."""
     try:
         from skimage import data
@@ -308,18 +308,18 @@ def photographs(number: int) -> Iterator[Sample]:
         resized = motif.resize((round(scale * motif.width), round(scale * motif.height)), Image.Resampling.BICUBIC)
         with io.BytesIO() as file:
             resized.save(file, "JPEG", quality=90)
-            yield Sample(file.getvalue(), "jpg", "a photograph that ships with scikit-image", {})
+            yield CorpusSample(file.getvalue(), "jpg", "a photograph that ships with scikit-image", {})
 
 
 def _measure(pipeline: ViewPipeline, corpus: Path, cores: int, recorder: BenchRecorder) -> None:
     config = pipeline.config(corpus, threads=cores)
     encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
     ranked = loader_ranks(pipeline.config(corpus, threads=1, ranks=cores), cores)
-    with _pinned(cores), closing(Loader(config, encoder)) as loader, ranked as ranks, ExitStack() as stack:
+    with _pinned(cores), closing(BatchLoader(config, encoder)) as loader, ranked as ranks, ExitStack() as stack:
         plain = pil_loader(loader.reader.shards.names, config.views, encoder.encode, pipeline.batch, workers=cores)
         steps = count()
 
-        def made_by(loader: Loader) -> list[tuple[Tensor, ...]]:
+        def made_by(loader: BatchLoader) -> list[tuple[Tensor, ...]]:
             batches = [loader.batch(next(steps)) for _ in range(pipeline.images // pipeline.batch)]
             return [(b.images, b.global_crops, b.local_crops, b.captions) for b in batches]
 
@@ -338,7 +338,7 @@ def _measure(pipeline: ViewPipeline, corpus: Path, cores: int, recorder: BenchRe
         if cores > 1:
             variants[f"ours, {cores} ranks of 1 thread"] = each_rank
         if device().type == "cuda":
-            on_gpu = stack.enter_context(closing(Loader(pipeline.config(corpus, cores, where="gpu"), encoder)))
+            on_gpu = stack.enter_context(closing(BatchLoader(pipeline.config(corpus, cores, where="gpu"), encoder)))
             variants[f"ours, 1 rank of {cores} thread(s), pixels on the GPU"] = lambda: made_by(on_gpu)
         result = recorder.measure("loader", _workload(pipeline, config, cores), variants, "pil", with_memory=False)
     recorder.add(replace(result, notes=_rates(result, pipeline, config, cores)))

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from data.whole_file import write_whole
+from data.durable_files import write_atomic
 from profiling.instruments.machine import VariantTimes, describe, time_variants
 from profiling.instruments.memory import peak_bytes
 
@@ -156,7 +156,7 @@ class BenchRecorder:
         self.results[self._num_complete :] = [result]
         if self._file is not None:
             content = json.dumps([each.as_dict() for each in self.results], indent=2) + "\n"
-            write_whole(self._file, content, is_synced=False)
+            write_atomic(self._file, content, is_synced=False)
 
     def add(self, result: BenchOutput) -> None:
         """Save a complete result, and print its table and its notes."""

@@ -25,7 +25,7 @@ import torch
 from configs import Config, DecoderGan
 from configs.architecture import Model
 from configs.decoder_gan import Discriminator
-from data.masking import hidden_patches
+from data.masking import num_masked_patches
 from kernels.prototypes import KEEP_BYTES
 from model.describe import step_layout, step_layouts
 from model.latent import feature_width, head_width, moment_channels
@@ -73,7 +73,7 @@ def step_flops(
     or cuda, how often the losses compute their logits.
     """
     if num_masked is None:
-        num_masked = hidden_patches(config, rows.ssl)
+        num_masked = num_masked_patches(config, rows.ssl)
     layouts = step_layouts(config, rows).items()
     fractions = {each: fraction for each, (_, fraction) in layouts} if num_unseen is None else {num_unseen: 1}
     parts: list[FlopsComponent] = []

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from configs import Config
 from data.batch import Batch
-from data.masking import hidden_patches
+from data.masking import num_masked_patches
 from engine.assemble import CHILDREN, LEAVES
 from engine.grad_cache import GradientCache
 from engine.recompute import recompute_blocks
@@ -365,7 +365,7 @@ def meta_batch(config: Config, rows: RankBatchSizes, captions: Tensor | None = N
         global_crops=pixels(2 * rows.ssl, views.global_size),
         local_crops=pixels(views.num_locals * rows.ssl, views.local_size),
         masks=torch.empty(2 * rows.ssl, patches, dtype=torch.bool, device="meta"),
-        masked_idx=torch.empty(hidden_patches(config, rows.ssl), dtype=torch.int64, device="meta"),
+        masked_idx=torch.empty(num_masked_patches(config, rows.ssl), dtype=torch.int64, device="meta"),
         step=0,
         keys=(),
     )

@@ -215,7 +215,7 @@ def decoding() -> Iterator[CheckResult]:
     from PIL import Image
 
     from configs import UserError
-    from data.decode import Decoder, Picture
+    from data.decode import DecodedImage, Decoder
 
     with io.BytesIO() as file:
         Image.new("RGB", (48, 32), (200, 30, 30)).save(file, "JPEG")
@@ -229,7 +229,7 @@ def decoding() -> Iterator[CheckResult]:
         [decoded] = decoder.decode([jpeg])
         decoder.close()
         is_needed = device == "cpu"
-        if isinstance(decoded, Picture):
+        if isinstance(decoded, DecodedImage):
             size = f"{decoded.width} x {decoded.height} pixels"
             message = f"DALI decodes on the {device.upper()}: a JPEG of {size} came out"
             yield CheckResult(f"decoding {device}", "ok", message, is_needed=is_needed)
@@ -313,9 +313,9 @@ def loader_speed() -> Iterator[CheckResult]:
     """Write, index, read and decode shards of a few drawn images, with the demo's views."""
     from configs import load_config
     from data.captions import CaptionEncoder
+    from data.corpora.synthetic_images import synthetic_plan
     from data.corpus import build
-    from data.loader import Loader
-    from data.synthetic.plan import synthetic_plan
+    from data.loader import BatchLoader
 
     with TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
@@ -330,7 +330,7 @@ def loader_speed() -> Iterator[CheckResult]:
             ],
         )
         encoder = CaptionEncoder(config.data.tokenizer, config.model.text.context)
-        with closing(Loader(config, encoder)) as loader:
+        with closing(BatchLoader(config, encoder)) as loader:
             loader.batch(0)  # warms up
             begin, steps = time.perf_counter(), NUM_SAMPLES // BATCH
             loaded = sum(len(loader.batch(step).images) for step in range(1, steps + 1))

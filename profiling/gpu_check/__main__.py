@@ -26,7 +26,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from data.whole_file import write_whole
+from data.durable_files import write_atomic
 from profiling.gpu_check.page import bench_tables, page
 from profiling.gpu_check.runner import (
     Record,
@@ -96,8 +96,8 @@ def _record(step: CheckStep, out: Path, limit: float, is_dry: bool, caches: Path
 
 def _write(out: Path, gpu: str | None, records: list[Record]) -> None:
     facts = {"gpu": gpu, "packages": dict(_versions()), "records": records}
-    write_whole(out / "summary.json", json.dumps(facts, indent=2) + "\n", is_synced=False)
-    write_whole(out / "page.md", page(facts, out), is_synced=False)
+    write_atomic(out / "summary.json", json.dumps(facts, indent=2) + "\n", is_synced=False)
+    write_atomic(out / "page.md", page(facts, out), is_synced=False)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ SECTIONS = {
     for name, kind in vars(home).items()
     if isinstance(kind, type) and issubclass(kind, Section) and kind.__name__ == name  # not under a second name
 }
-Kind: TypeAlias = str  # "configs.schema.Views", or "data.loader.Loader" for a class of ours
+Kind: TypeAlias = str  # "configs.schema.Views", or "data.loader.BatchLoader" for a class of ours
 Names: TypeAlias = dict[str, Kind]
 _ROUNDS = 4  # times over the source: each carries kinds one assignment further
 _SCHEMA = "configs.schema"  # every section goes by this module, wherever it is defined

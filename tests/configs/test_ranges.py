@@ -26,11 +26,10 @@ from configs import Config, DecoderGan, Run, UserError, load_run
 from configs.generation import Generation
 from configs.load import KINDS
 from configs.section import Section
+from data.augment import Renderer, round_windows, view_names
+from data.augment import draw_view as draw_view
 from data.hashing import hash_words
-from data.masking import Masker
-from data.render import Renderer
-from data.views import draw as draw_view
-from data.views import names, whole_pixels
+from data.masking import MaskSampler
 from engine.corruption import corruptor
 from engine.drop_path import drop_path
 from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
@@ -231,7 +230,7 @@ def _pretrain(config: Config) -> None:
     batch = random_batch(config, step=0)
     if config.batch.ssl:
         grid = views.global_size // config.model.patch_size
-        masks, masked = Masker(config.masks, config.seed, grid, config.batch.ssl, config.data.streams).masks(0)
+        masks, masked = MaskSampler(config.masks, config.seed, grid, config.batch.ssl, config.data.streams).masks(0)
         batch = dataclasses.replace(batch, masks=torch.from_numpy(masks), masked_idx=torch.from_numpy(masked))
     draws, noise = drop_path(config, 0, 1), corruptor(config, 0, 1)
     kept = draws.draw(0, noise.hidden(0) if noise else 0) if draws else None
@@ -246,9 +245,9 @@ def _render(config: Config) -> None:
     """One picture of 40 x 30 pixels through every view."""
     picture, sides = torch.zeros(40, 30, 3, dtype=torch.uint8), ([40], [30])
     renderer = Renderer(threads=1)
-    for name in ("image", *names(config.views)[:3]):
+    for name in ("image", *view_names(config.views)[:3]):
         drawn = draw_view(name, config.views, config.seed, [7], [0], *sides)
-        crop = renderer.render([picture], whole_pixels(drawn.windows, *sides), drawn)
+        crop = renderer.render([picture], round_windows(drawn.windows, *sides), drawn)
         assert crop.shape == (1, 3, drawn.size, drawn.size)
     renderer.close()
 

@@ -2,7 +2,7 @@
 
     schedule = Schedule(seed=1, errors=0.1, latency_seconds=0.001, outages=(Outage("00003.tar", first=20),))
     with faults(schedule) as storage:            # every Shards made inside reads through it
-        loader = Loader(config, encoder)
+        loader = BatchLoader(config, encoder)
         ...
     storage.num_faults                           # how often it failed a request
 
@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import storage
+from data import shards, storage
 from data.hashing import hash_text, hash_words, uniform
 
 
@@ -69,9 +69,9 @@ class Schedule:
 
 
 class FaultyStorage:
-    """`inner`, a data.storage.Disk, with the faults of a schedule. Thread-safe."""
+    """`inner`, a data.storage.ShardStorage, with the faults of a schedule. Thread-safe."""
 
-    def __init__(self, inner: storage.Disk, schedule: Schedule) -> None:
+    def __init__(self, inner: storage.ShardStorage, schedule: Schedule) -> None:
         self.inner, self.schedule = inner, schedule
         self.requests: Counter[str] = Counter()  # by shard
         self.num_faults = 0
@@ -129,15 +129,15 @@ class FaultyFile:
 @contextmanager
 def faults(schedule: Schedule) -> Iterator[FaultyStorage]:
     """Inside, corpora that are opened read through a FaultyStorage; several of them share its counts."""
-    disk = storage.Disk
-    faulty = FaultyStorage(disk(), schedule)
+    original = shards.ShardStorage
+    faulty = FaultyStorage(original(), schedule)
 
     def opened(cache_dir: str | Path | None = None) -> FaultyStorage:
-        faulty.inner = disk(cache_dir)
+        faulty.inner = original(cache_dir)
         return faulty
 
-    storage.Disk = opened  # type: ignore[assignment,misc]
+    shards.ShardStorage = opened  # type: ignore[assignment,misc]
     try:
         yield faulty
     finally:
-        storage.Disk = disk  # type: ignore[misc]
+        shards.ShardStorage = original  # type: ignore[misc]

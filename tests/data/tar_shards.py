@@ -1,4 +1,4 @@
-"""Small pictures and tar shards for the data tests.
+"""Small images and tar shards for the data tests.
 
 write_tar(path, {"000.jpg": encoded(0), "000.txt": b"a red circle"})
 """
@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.tars.indexes import ensure_sidecar
+from data.tar_index import ensure_index
 
 
-def picture(seed: int, height: int = 24, width: int = 32) -> Image.Image:
-    """A smooth random picture."""
+def drawn_image(seed: int, height: int = 24, width: int = 32) -> Image.Image:
+    """A smooth random image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encoded(seed: int, kind: str = "JPEG", height: int = 24, width: int = 32, **options: Any) -> bytes:
     file = io.BytesIO()
-    picture(seed, height, width).save(file, kind, **options)
+    drawn_image(seed, height, width).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -71,7 +71,7 @@ def write_corpus(folder: Path, num_shards: int, per_shard: int, **size: int) -> 
 
 def index_of(tar: Path) -> Path:
     """Return the path of a shard's index file, building it where it is missing."""
-    path = ensure_sidecar(tar).path
+    path = ensure_index(tar).path
     assert path is not None
     return path
 

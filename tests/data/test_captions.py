@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from configs import UserError
-from data.captions import CHARACTERS_A_SLOT, END, PAD, PAD_ID, START, CaptionEncoder, train_bpe
+from data.captions import CHARACTERS_PER_SLOT, END, PAD, PAD_ID, START, CaptionEncoder, train_bpe
 
 pytestmark = pytest.mark.L0
 
@@ -147,7 +147,7 @@ def test_a_caption_cannot_write_an_end_of_text_of_its_own(trained: str) -> None:
 
 def test_text_beyond_the_cap_is_not_read(trained: str) -> None:
     encoder = CaptionEncoder(trained, 6)
-    cap = CHARACTERS_A_SLOT * 6
+    cap = CHARACTERS_PER_SLOT * 6
     assert torch.equal(encoder.encode([" " * cap + "red"]), encoder.encode([""]))
     assert not torch.equal(encoder.encode([" " * (cap - 3) + "red"]), encoder.encode([""]))
 

@@ -17,15 +17,15 @@ import pytest
 from PIL import Image
 
 from configs import UserError
-from data import corpus, pictures
-from data.caption_sources import sidecar_captions
+from data import corpus
 from data.captions import CaptionEncoder
+from data.corpora import samples
+from data.corpora.folder import ImageFolder
+from data.corpora.image_files import list_files, sidecar_captions
+from data.corpora.synthetic_images import render_synthetic_sample, synthetic_samples
+from data.corpora.synthetic_scenes import class_names
 from data.corpus import main
-from data.folder import ImageFolder
-from data.image_files import list_files
-from data.manifest import staged
-from data.synthetic.plan import render_sample, synthetic_samples
-from data.synthetic.scenes import class_names
+from data.durable_files import staged_directory
 
 pytestmark = pytest.mark.L0
 
@@ -52,7 +52,7 @@ def read_split(directory: Path, split: str) -> list[tuple[str, dict[str, bytes]]
     return [sample for path in sorted(directory.glob(f"{split}-*.tar")) for sample in read_shard(path)]
 
 
-def picture_of(sample: dict[str, bytes]) -> Image.Image:
+def image_of(sample: dict[str, bytes]) -> Image.Image:
     (extension,) = set(sample) - {"txt", "json"}
     return Image.open(io.BytesIO(sample[extension]))
 
@@ -92,14 +92,14 @@ def test_a_synthetic_corpus_holds_what_was_asked(demo: Path) -> None:
     }
 
 
-def test_samples_hold_a_picture_its_caption_and_its_label(demo: Path) -> None:
+def test_samples_hold_an_image_its_caption_and_its_label(demo: Path) -> None:
     samples = read_split(demo, "train")
     assert [key for key, _ in samples] == [f"{number:09d}" for number in range(300)]
     extensions = [next(iter(set(sample) - {"txt", "json"})) for _, sample in samples]
     shares = {extension: extensions.count(extension) / 300 for extension in ("jpg", "png", "webp")}
     assert shares == pytest.approx({"jpg": 0.8, "png": 0.1, "webp": 0.1}, abs=0.06)
     for _, sample in samples[:50]:
-        with picture_of(sample) as image:
+        with image_of(sample) as image:
             assert (image.size, image.mode) == ((32, 32), "RGB")
         attributes = json.loads(sample["json"])
         scene = attributes["scene"]
@@ -107,11 +107,11 @@ def test_samples_hold_a_picture_its_caption_and_its_label(demo: Path) -> None:
         assert sample["txt"].decode().isprintable()
 
 
-def test_held_out_is_balanced_and_shares_no_picture_with_train(demo: Path) -> None:
+def test_held_out_is_balanced_and_shares_no_image_with_train(demo: Path) -> None:
     labels = [json.loads(sample["json"])["label"] for _, sample in read_split(demo, "held_out")]
     assert sorted(labels) == sorted([*range(64), *range(64)])
     train, held_out = (
-        {picture_of(sample).convert("RGB").tobytes() for _, sample in read_split(demo, split)}
+        {image_of(sample).convert("RGB").tobytes() for _, sample in read_split(demo, split)}
         for split in ("train", "held_out")
     )
     assert len(train) == 300
@@ -122,16 +122,16 @@ def test_held_out_is_balanced_and_shares_no_picture_with_train(demo: Path) -> No
 def test_the_same_arguments_give_the_same_bytes_whatever_the_workers(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.drawn_samples.WORTH_A_POOL", 0)  # or a corpus this small is drawn in one process
+    monkeypatch.setattr("data.corpora.samples.MIN_POOL_PIXELS", 0)  # or a corpus this small is drawn in one process
     again = ("synthetic", "--samples", 300, "--held-out", 128, "--shard-size", 100, "--size", 32)
     assert run(*again, "--out", tmp_path / "again", "--workers", 3) == 0
     assert digests(tmp_path / "again") == digests(demo)
 
 
-def test_another_seed_gives_other_pictures() -> None:
+def test_another_seed_gives_other_images() -> None:
     zero, one = ([s.image for s in synthetic_samples(seed, "train", 20, 16, workers=1)] for seed in (0, 1))
     assert not set(zero) & set(one)
-    assert render_sample(0, "train", 16, 7).image == zero[7]
+    assert render_synthetic_sample(0, "train", 16, 7).image == zero[7]
 
 
 def test_the_tokenizer_of_a_corpus_reads_its_captions_and_prompts(demo: Path) -> None:
@@ -209,9 +209,9 @@ def test_a_corpus_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch
 
 
 def test_what_a_killed_run_left_is_swept_away_and_a_live_one_is_respected(tmp_path: Path) -> None:
-    with staged(tmp_path) as first:
+    with staged_directory(tmp_path) as first:
         (first / "train-000000.tar").touch()
-        with pytest.raises(UserError, match="being written by another run"), staged(tmp_path):
+        with pytest.raises(UserError, match="being written by another run"), staged_directory(tmp_path):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
     (tmp_path / "train-000000.tar").unlink()
@@ -318,7 +318,7 @@ def test_a_folder_keeps_original_bytes_and_turns_other_formats_into_png(photogra
     for _, sample in [*train, *held_out]:
         attributes = json.loads(sample["json"])
         found[attributes["file"]] = sample
-        with Image.open(photographs / attributes["file"]) as original, picture_of(sample) as kept:
+        with Image.open(photographs / attributes["file"]) as original, image_of(sample) as kept:
             assert kept.size == original.size == (attributes["width"], attributes["height"])
             if original.format in ("JPEG", "PNG", "WEBP"):
                 assert (
@@ -503,15 +503,15 @@ def test_max_side_makes_larger_images_smaller_in_their_own_format(photographs: P
         ("rocket.bmp", "png"),
     ):
         path = photographs / "old_places" / name
-        content, found, size = pictures.load_picture(path, 128)
+        content, found, size = samples.load_image(path, 128)
         with Image.open(io.BytesIO(content)) as image, Image.open(path) as original:
             assert (found, max(size), image.size) == (extension, 128, size)
             assert size[0] / size[1] == pytest.approx(original.width / original.height, rel=0.02)
             small = np.asarray(original.convert("RGB").resize(size, Image.Resampling.LANCZOS), float)
             error = np.abs(np.asarray(image.convert("RGB"), float) - small).mean()
-            assert error < 5  # worst: the jpg, 3.4, for its halved chroma; another picture: 50 and more
+            assert error < 5  # worst: the jpg, 3.4, for its halved chroma; another image: 50 and more
     assert (
-        pictures.load_picture(photographs / "old_places" / "coins.png", 400)[0]
+        samples.load_image(photographs / "old_places" / "coins.png", 400)[0]
         == (photographs / "old_places" / "coins.png").read_bytes()
     )
 
@@ -519,14 +519,14 @@ def test_max_side_makes_larger_images_smaller_in_their_own_format(photographs: P
 def test_odd_images_become_upright_eight_bit_first_frames(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     Image.fromarray(ramp).save(tmp_path / "deep.tif")
-    content, _, _ = pictures.load_picture(tmp_path / "deep.tif", None)
+    content, _, _ = samples.load_image(tmp_path / "deep.tif", None)
     with Image.open(io.BytesIO(content)) as image:
         assert image.mode == "L"
         assert np.abs(np.asarray(image, float) - ramp / 257).max() <= 0.5  # 65535 is white
 
     red, blue = (Image.new("RGB", (20, 10), colour) for colour in ("red", "blue"))
     red.save(tmp_path / "moving.webp", save_all=True, append_images=[blue], lossless=True)
-    content, extension, _ = pictures.load_picture(tmp_path / "moving.webp", None)
+    content, extension, _ = samples.load_image(tmp_path / "moving.webp", None)
     with Image.open(io.BytesIO(content)) as image:
         assert (extension, getattr(image, "n_frames", 1)) == ("webp", 1)
         assert np.asarray(image.convert("RGB"))[5, 5, 0] > 240
@@ -535,21 +535,21 @@ def test_odd_images_become_upright_eight_bit_first_frames(tmp_path: Path) -> Non
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert pictures.load_picture(tmp_path / "turned.jpg", None)[1:] == ("jpg", (100, 200))  # kept, of the size it shows
-    assert pictures.load_picture(tmp_path / "turned.jpg", 50)[2] == (25, 50)
+    assert samples.load_image(tmp_path / "turned.jpg", None)[1:] == ("jpg", (100, 200))  # kept, of the size it shows
+    assert samples.load_image(tmp_path / "turned.jpg", 50)[2] == (25, 50)
 
     Image.new("F", (4, 4)).save(tmp_path / "float.tif")
-    with pytest.raises(pictures.Unusable, match="floating-point"):
-        pictures.load_picture(tmp_path / "float.tif", None)
+    with pytest.raises(samples.UnusableImage, match="floating-point"):
+        samples.load_image(tmp_path / "float.tif", None)
 
 
 def test_an_image_of_too_many_pixels_is_left_out_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (100, 100)).save(tmp_path / "large.png")
-    monkeypatch.setattr(pictures, "_MOST_PIXELS_TO_KEEP", 9999)
+    monkeypatch.setattr(samples, "_MAX_PIXELS_TO_KEEP", 9999)
     reason = "too many pixels: above the 9,999 that a run reads; make it smaller with --max-side"
-    with pytest.raises(pictures.Unusable, match=reason):
-        pictures.load_picture(tmp_path / "large.png", None)
-    assert pictures.load_picture(tmp_path / "large.png", 50)[2] == (50, 50)
-    monkeypatch.setattr(pictures, "_MOST_PIXELS_TO_SHRINK", 9999)
-    with pytest.raises(pictures.Unusable, match=r"too many pixels: above the 9,999 that a run reads$"):
-        pictures.load_picture(tmp_path / "large.png", 50)
+    with pytest.raises(samples.UnusableImage, match=reason):
+        samples.load_image(tmp_path / "large.png", None)
+    assert samples.load_image(tmp_path / "large.png", 50)[2] == (50, 50)
+    monkeypatch.setattr(samples, "_MAX_PIXELS_TO_SHRINK", 9999)
+    with pytest.raises(samples.UnusableImage, match=r"too many pixels: above the 9,999 that a run reads$"):
+        samples.load_image(tmp_path / "large.png", 50)

@@ -15,16 +15,15 @@ from PIL import Image, ImageCms, ImageFilter, ImageOps
 
 from configs import UserError
 from configs.data import Views
+from data import augment
 from data import decode as decode_module
-from data import views
-from data.decode import Decoder, Picture
-from data.headers import refusal
-from data.pictures import Unusable, load_picture
-from data.pillow_decoder import decode_with_pillow
-from data.to_device import to_device, wait_until
+from data.batch import to_device, wait_for_event
+from data.corpora.samples import UnusableImage, load_image
+from data.decode import DecodedImage, Decoder
+from data.pillow_decoder import decode_with_pillow, image_fault
 from tests.data.encoded_images import app_segment, exif, png, riff, vp8x, webp_chunk, with_png_chunk, with_tiff_number
-from tests.data.plain_views import centred
-from tests.data.tar_shards import encoded, picture
+from tests.data.tar_shards import drawn_image, encoded
+from tests.data.test_augment import centred
 from tests.fuzz import damaged
 
 pytestmark = pytest.mark.L0
@@ -48,47 +47,47 @@ def rotated() -> bytes:
 
 
 def deep_grey() -> bytes:
-    return save(Image.fromarray(np.asarray(picture(0).convert("L")).astype(np.uint16) * 257), "PNG")
+    return save(Image.fromarray(np.asarray(drawn_image(0).convert("L")).astype(np.uint16) * 257), "PNG")
 
 
-GREY = picture(0).convert("L").convert("RGB")
-DEEP_GREY = Image.fromarray(np.asarray(picture(0).convert("L")).astype(np.uint16) * 257)
+GREY = drawn_image(0).convert("L").convert("RGB")
+DEEP_GREY = Image.fromarray(np.asarray(drawn_image(0).convert("L")).astype(np.uint16) * 257)
 LAB = ImageCms.profileToProfile(
-    picture(0), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    drawn_image(0), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
 )
-TURNED = picture(0).transpose(Image.Transpose.ROTATE_270)
+TURNED = drawn_image(0).transpose(Image.Transpose.ROTATE_270)
 AVIF = Image.open(io.BytesIO(encoded(0, "AVIF", quality=95))).convert("RGB")
 WEBP = encoded(0, "WEBP", lossless=True)[12:]
 FORMATS = {
     "jpeg": (encoded(0, quality=95), None),
     "progressive jpeg": (encoded(0, quality=95, progressive=True), None),
-    "grey jpeg": (save(picture(0).convert("L"), "JPEG"), None),
-    "cmyk jpeg": (save(picture(0).convert("CMYK"), "JPEG"), None),
+    "grey jpeg": (save(drawn_image(0).convert("L"), "JPEG"), None),
+    "cmyk jpeg": (save(drawn_image(0).convert("CMYK"), "JPEG"), None),
     "upright by exif": (rotated(), Image.open(io.BytesIO(rotated())).transpose(Image.Transpose.ROTATE_270)),
     "png": (encoded(0, "PNG"), None),
-    "palette png": (save(picture(0).convert("P"), "PNG"), None),
-    "bilevel png": (save(picture(0).convert("1"), "PNG"), None),
+    "palette png": (save(drawn_image(0).convert("P"), "PNG"), None),
+    "bilevel png": (save(drawn_image(0).convert("1"), "PNG"), None),
     "16-bit png": (deep_grey(), GREY),
     "webp": (encoded(0, "WEBP"), None),
     "webp with metadata": (encoded(0, "WEBP", exif=Image.Exif()), None),
     "bmp": (encoded(0, "BMP"), None),
     "tiff": (encoded(0, "TIFF"), None),
     "lzw tiff": (encoded(0, "TIFF", compression="tiff_lzw"), None),
-    "bilevel tiff": (save(picture(0).convert("1"), "TIFF"), None),
-    "cmyk tiff": (save(picture(0).convert("CMYK"), "TIFF"), None),
-    "lab tiff": (save(LAB, "TIFF"), picture(0)),
+    "bilevel tiff": (save(drawn_image(0).convert("1"), "TIFF"), None),
+    "cmyk tiff": (save(drawn_image(0).convert("CMYK"), "TIFF"), None),
+    "lab tiff": (save(LAB, "TIFF"), drawn_image(0)),
     "16-bit tiff": (save(DEEP_GREY, "TIFF"), GREY),
     "16-bit tiff of which 0 is white": (with_tiff_number(save(DEEP_GREY, "TIFF"), 262, 0), ImageOps.invert(GREY)),
     "tiff of 64-bit offsets": (encoded(0, "TIFF", big_tiff=True), None),
-    "gif": (save(picture(0).convert("P"), "GIF"), None),
-    "moving gif": (save(picture(0).convert("P"), "GIF", save_all=True, append_images=[picture(1)]), None),
+    "gif": (save(drawn_image(0).convert("P"), "GIF"), None),
+    "moving gif": (save(drawn_image(0).convert("P"), "GIF", save_all=True, append_images=[drawn_image(1)]), None),
     "avif": (encoded(0, "AVIF", quality=95), None),
     "avif upright by exif": (encoded(0, "AVIF", quality=95, exif=exif(6)), AVIF.transpose(Image.Transpose.ROTATE_270)),
     "jpeg with a film behind it": (encoded(0, quality=95) + b"\0\0\0\x18ftypmp42" + b"\xff\xda..." * 9999, None),
     "png with a tail": (encoded(0, "PNG") + bytes(1 << 18), None),
-    "moving webp": (encoded(0, "WEBP", save_all=True, append_images=[picture(1)]), None),
-    "moving png": (encoded(0, "PNG", save_all=True, append_images=[picture(1)]), None),
-    "two pictures in a jpeg": (encoded(0, "MPO", save_all=True, append_images=[picture(1)]), None),
+    "moving webp": (encoded(0, "WEBP", save_all=True, append_images=[drawn_image(1)]), None),
+    "moving png": (encoded(0, "PNG", save_all=True, append_images=[drawn_image(1)]), None),
+    "two images in a jpeg": (encoded(0, "MPO", save_all=True, append_images=[drawn_image(1)]), None),
     "webp with EXIF after a chunk of odd length": (
         riff(vp8x(0x0C, 32, 24), WEBP, webp_chunk(b"XMP ", b"<x:/>"), webp_chunk(b"EXIF", exif(6))),
         TURNED,
@@ -104,7 +103,7 @@ FORMATS = {
     "webp without the EXIF that it claims": (riff(vp8x(0x08, 32, 24), WEBP), None),
     "png with more text than Pillow takes": (
         with_png_chunk(encoded(0, "PNG"), b"zTXt", b"workflow\0\0" + zlib.compress(bytes(3 << 20))),
-        picture(0),
+        drawn_image(0),
     ),
 }
 
@@ -112,13 +111,13 @@ CORRUPT_PNG = bytearray(encoded(0, "PNG", height=64, width=64))
 CORRUPT_PNG[len(CORRUPT_PNG) // 2] ^= 0xFF
 
 
-def pixels(picture: Picture | str) -> np.ndarray:
-    assert isinstance(picture, Picture), picture
-    return np.asarray(picture.pixels)
+def pixels(image: DecodedImage | str) -> np.ndarray:
+    assert isinstance(image, DecodedImage), image
+    return np.asarray(image.pixels)
 
 
-def decode(decoder: Decoder, encoded: list[bytes]) -> list[Picture]:
-    return [p for p in decoder.decode(encoded) if isinstance(p, Picture)]
+def decode(decoder: Decoder, encoded: list[bytes]) -> list[DecodedImage]:
+    return [p for p in decoder.decode(encoded) if isinstance(p, DecodedImage)]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -136,7 +135,7 @@ def test_every_format_comes_out_as_the_rgb_bytes_pillow_gives(decoder: Decoder, 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_pillow_and_dali_agree_to_one_level(decoder: Decoder, name: str) -> None:
-    """What it decodes where DALI fails at a picture by itself, and what the folder converter sees."""
+    """What it decodes where DALI fails at an image by itself, and what the folder converter sees."""
     data, _ = FORMATS[name]
     [found] = decoder.decode([data])
     # measured 0; 1 for palettes and colours of 16 bits, which are rounded otherwise
@@ -145,11 +144,11 @@ def test_pillow_and_dali_agree_to_one_level(decoder: Decoder, name: str) -> None
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_packed_image_decodes_like_its_file(decoder: Decoder, tmp_path: Path, name: str) -> None:
-    (tmp_path / "picture").write_bytes(FORMATS[name][0])
-    content, extension, size = load_picture(tmp_path / "picture", None)
+    (tmp_path / "image").write_bytes(FORMATS[name][0])
+    content, extension, size = load_image(tmp_path / "image", None)
     direct, packed = decoder.decode([FORMATS[name][0], content])
     difference = np.abs(pixels(direct).astype(int) - pixels(packed))
-    # as above: Pillow packs. The first frame of a lossy film is coded once more: measured 3.8; 69 for another picture
+    # as above: Pillow packs. The first frame of a lossy film is coded once more: measured 3.8; 69 for another image
     assert difference.mean() < 6 if name == "moving webp" else difference.max() <= 1
     assert pixels(packed).shape == (size[1], size[0], 3)
     assert extension in ("jpg", "png", "webp")
@@ -171,7 +170,7 @@ def test_all_decoders_apply_exif_orientation_alike(decoder: Decoder, kind: str, 
 def tiled_tiff(orientation: int) -> bytes:
     """RGB in tiles of 16 x 16, which Pillow reads and does not write."""
     pixels = np.zeros((32, 32, 3), np.uint8)
-    pixels[:24] = np.asarray(picture(0))
+    pixels[:24] = np.asarray(drawn_image(0))
     tiles = [pixels[top : top + 16, left : left + 16].tobytes() for top in (0, 16) for left in (0, 16)]
     tags = {256: 32, 257: 24, 258: 8, 259: 1, 262: 2, 274: orientation, 277: 3, 322: 16, 323: 16}
     tables = 8 + 2 + 12 * (len(tags) + 2) + 4  # where offsets and lengths of the tiles stand
@@ -198,7 +197,7 @@ ODD_EXIF = {
     "of two of a png, the first": with_png_chunk(
         with_png_chunk(encoded(0, "PNG"), b"eXIf", exif(3), before=b"IEND"), b"eXIf", exif(6)
     ),
-    "of a moving png": encoded(0, "PNG", exif=exif(6), save_all=True, append_images=[picture(1)]),
+    "of a moving png": encoded(0, "PNG", exif=exif(6), save_all=True, append_images=[drawn_image(1)]),
     "of a tiff of tiles": tiled_tiff(6),
     "after a png's pixels": with_png_chunk(encoded(0, "PNG"), b"eXIf", exif(6), before=b"IEND"),
 }  # fmt: skip
@@ -214,14 +213,14 @@ def test_all_decoders_read_odd_exif_alike(decoder: Decoder, name: str) -> None:
 
 def test_pillow_decodes_single_images_that_dali_cannot(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = pixels(decoder.decode([encoded(1)])[0])
-    monkeypatch.setattr(Decoder, "_decode", lambda _, some: ["undecodable image"] * len(some))
+    monkeypatch.setattr(Decoder, "_decode_or_halve", lambda _, some: ["undecodable image"] * len(some))
     found = decoder.decode([encoded(1), bytes(CORRUPT_PNG), png(np.zeros((4, 4, 3), int), 16, 2), b"<html>"])
     assert (pixels(found[0]) == expected).all()
     assert found[1] == found[3] == "undecodable image"  # Pillow would show a damaged PNG's other pixels
     assert pixels(found[2]).shape == (4, 4, 3)
 
 
-def test_converter_and_loader_agree_on_damaged_pictures(decoder: Decoder, tmp_path: Path) -> None:
+def test_converter_and_loader_agree_on_damaged_images(decoder: Decoder, tmp_path: Path) -> None:
     """Bytes are replaced, cut off and doubled; DALI and Pillow do not forgive the same damage."""
     verdicts: Counter[bool] = Counter()
     big = [encoded(5, kind, 96, 96) for kind in ("JPEG", "PNG", "WEBP", "AVIF", "GIF")]
@@ -230,20 +229,20 @@ def test_converter_and_loader_agree_on_damaged_pictures(decoder: Decoder, tmp_pa
         rng = random.Random(number)
         for _ in range(3):
             data = damaged(source, rng)
-            path = tmp_path / "picture"
+            path = tmp_path / "image"
             path.write_bytes(data)
-            is_read = refusal(data, 10**7) is None and isinstance(decoder.decode([data])[0], Picture)
+            is_read = image_fault(data, 10**7) is None and isinstance(decoder.decode([data])[0], DecodedImage)
             try:
-                load_picture(path, None)
+                load_image(path, None)
                 is_kept = True
-            except Unusable:
+            except UnusableImage:
                 is_kept = False
             assert is_kept == is_read, data
             verdicts[is_read] += 1
     assert min(verdicts[True], verdicts[False]) > 15
 
 
-def test_undecodable_pictures_are_isolated_and_the_others_decoded(decoder: Decoder) -> None:
+def test_undecodable_images_are_isolated_and_the_others_decoded(decoder: Decoder) -> None:
     bad = {2: bytes(CORRUPT_PNG), 3: encoded(3)[:-300], 9: b"<html>", 10: b""}
     batch = [bad.get(i, encoded(i)) for i in range(12)]
     found = decoder.decode(batch)
@@ -254,11 +253,11 @@ def test_undecodable_pictures_are_isolated_and_the_others_decoded(decoder: Decod
     assert decoder.decode([]) == []
 
 
-def ssl_numbers(names: list[str], keys: list[int], pictures: list[Picture]) -> views.ViewNumbers:
-    heights, widths = [p.height for p in pictures], [p.width for p in pictures]
+def ssl_numbers(names: list[str], keys: list[int], images: list[DecodedImage]) -> augment.ViewParams:
+    heights, widths = [p.height for p in images], [p.width for p in images]
     config = Views(image_size=32, global_size=32, local_size=16)
-    drawn = [views.draw(n, config, 0, keys, [0] * len(keys), heights, widths) for n in names]
-    return views.concatenate(drawn)
+    drawn = [augment.draw_view(n, config, 0, keys, [0] * len(keys), heights, widths) for n in names]
+    return augment.concatenate_views(drawn)
 
 
 @pytest.mark.parametrize("names", [["image"], ["global0", "global1"], ["local0", "local1", "local2"]])
@@ -276,22 +275,22 @@ def test_a_crop_has_the_same_bytes_alone_and_inside_any_batch(decoder: Decoder, 
     assert (backwards.unflatten(0, (len(names), 8)).flip(1) == whole).all()
 
 
-def plain(size: int, windows: list[list[float]], **changes: np.ndarray) -> views.ViewNumbers:
+def plain(size: int, windows: list[list[float]], **changes: np.ndarray) -> augment.ViewParams:
     n = len(windows)
     numbers = centred(size, [2] * n, [2] * n)
-    fields = {name: getattr(numbers, name) for name in views.ViewNumbers.__dataclass_fields__}
-    return views.ViewNumbers(**fields | {"windows": np.array(windows, float)} | changes)
+    fields = {name: getattr(numbers, name) for name in augment.ViewParams.__dataclass_fields__}
+    return augment.ViewParams(**fields | {"windows": np.array(windows, float)} | changes)
 
 
 def rendered(decoder: Decoder, **changes: np.ndarray) -> torch.Tensor:
-    """(32, 64, 3) picture 0 of size 64 x 64, uncropped, with the changes of one view."""
+    """(32, 64, 3) image 0 of size 64 x 64, uncropped, with the changes of one view."""
     return decoder.render(decode(decoder, [encoded(0, "PNG", 64, 64)]), plain(64, [[0, 0, 64, 64]], **changes))[0]
 
 
 def test_crops_are_antialiased_resizes_of_their_windows(decoder: Decoder) -> None:
-    source = picture(0, 96, 128)
-    pictures = decode(decoder, [save(source, "PNG")])
-    crop = decoder.render(pictures, plain(24, [[10, 20, 82, 110]]))[0].permute(1, 2, 0).numpy()
+    source = drawn_image(0, 96, 128)
+    images = decode(decoder, [save(source, "PNG")])
+    crop = decoder.render(images, plain(24, [[10, 20, 82, 110]]))[0].permute(1, 2, 0).numpy()
     reference = np.asarray(source.resize((24, 24), Image.Resampling.BILINEAR, box=(20, 10, 110, 82)))
     difference = np.abs(crop.astype(int) - reference)
     assert difference.mean() < 0.6  # measured 0.11: rounding; without antialiasing 5.5
@@ -301,7 +300,7 @@ def test_crops_are_antialiased_resizes_of_their_windows(decoder: Decoder) -> Non
 
 def test_flip_grey_and_solarise_are_exact(decoder: Decoder) -> None:
     on, image = np.array([True]), rendered(decoder)
-    assert (image == torch.from_numpy(np.array(picture(0, 64, 64))).permute(2, 0, 1)).all()
+    assert (image == torch.from_numpy(np.array(drawn_image(0, 64, 64))).permute(2, 0, 1)).all()
     assert (rendered(decoder, flip=on) == image.flip(-1)).all()
     luma = (torch.tensor([299, 587, 114]) @ image.flatten(1).long() + 500) // 1000
     assert (rendered(decoder, grey=on).flatten(1) == luma).all()
@@ -323,21 +322,21 @@ def test_jitter_changes_brightness_contrast_saturation_and_hue_as_asked(decoder:
 
 def test_blur_is_a_gaussian_of_the_given_sigma(decoder: Decoder) -> None:
     blurred = rendered(decoder, blur_sigma=np.array([1.5])).permute(1, 2, 0).numpy().astype(int)
-    reference = np.asarray(picture(0, 64, 64).filter(ImageFilter.GaussianBlur(1.5))).astype(int)
+    reference = np.asarray(drawn_image(0, 64, 64).filter(ImageFilter.GaussianBlur(1.5))).astype(int)
     inside = np.s_[6:-6, 6:-6]  # borders are mirrored otherwise
     assert np.abs(blurred - reference)[inside].mean() < 0.7  # measured 0.3: Pillow's is a box approximation
-    assert np.abs(blurred - np.asarray(picture(0, 64, 64)).astype(int))[inside].mean() > 1.0
+    assert np.abs(blurred - np.asarray(drawn_image(0, 64, 64)).astype(int))[inside].mean() > 1.0
 
 
 def test_rows_come_out_view_major_contiguous_and_uint8(decoder: Decoder) -> None:
-    pictures = decode(decoder, [encoded(i) for i in range(3)])
-    numbers = ssl_numbers(["local0", "local1"], [0, 1, 2], pictures)
-    crops = decoder.render(pictures, numbers)
+    images = decode(decoder, [encoded(i) for i in range(3)])
+    numbers = ssl_numbers(["local0", "local1"], [0, 1, 2], images)
+    crops = decoder.render(images, numbers)
     assert crops.shape == (6, 3, 16, 16)
     assert crops.dtype == torch.uint8
     assert crops.is_contiguous()
-    second = ssl_numbers(["local1"], [1], pictures[1:2])
-    assert (crops[4] == decoder.render(pictures[1:2], second)[0]).all()
+    second = ssl_numbers(["local1"], [1], images[1:2])
+    assert (crops[4] == decoder.render(images[1:2], second)[0]).all()
     assert decoder.render([], ssl_numbers(["local0"], [], [])).shape == (0, 3, 16, 16)
 
 
@@ -349,7 +348,7 @@ def test_asking_for_a_gpu_that_is_not_there_is_a_user_error(monkeypatch: pytest.
 
 
 def test_without_dali_the_error_names_the_package_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    decode_module._imported.cache_clear()
+    decode_module._import_dali.cache_clear()
     monkeypatch.setitem(sys.modules, "nvidia.dali.experimental.dynamic", None)
     with pytest.raises(UserError, match=r"NVIDIA DALI, which is not installed.*pip install .*nvidia-dali-cuda130"):
         Decoder("cpu")
@@ -362,9 +361,9 @@ def test_the_gpu_decodes_and_renders_what_the_cpu_does(decoder: Decoder) -> None
     on_gpu = Decoder("gpu", threads=2)
     found = on_gpu.decode(data)
     assert found[-1] == "undecodable image"
-    pictures, reference = found[:-1], decode(decoder, data[:-1])
+    images, reference = found[:-1], decode(decoder, data[:-1])
     names = ["global0", "global1"]
-    crops = on_gpu.render(pictures, ssl_numbers(names, list(range(len(reference))), reference))  # type: ignore[arg-type]
+    crops = on_gpu.render(images, ssl_numbers(names, list(range(len(reference))), reference))  # type: ignore[arg-type]
     expected = decoder.render(reference, ssl_numbers(names, list(range(len(reference))), reference))
     assert crops.device.type == "cuda"
     assert (crops.cpu().float() - expected.float()).abs().mean() < 3  # nvJPEG rounds otherwise than libjpeg-turbo
@@ -377,8 +376,8 @@ def test_crops_are_made_while_the_stream_that_trains_is_busy() -> None:
     data = [encoded(seed) for seed in range(4)]
 
     def made() -> torch.Tensor:
-        pictures = [found for found in on_gpu.decode(data) if isinstance(found, Picture)]
-        return on_gpu.render(pictures, ssl_numbers(["global0", "global1"], [0, 1, 2, 3], pictures))
+        images = [found for found in on_gpu.decode(data) if isinstance(found, DecodedImage)]
+        return on_gpu.render(images, ssl_numbers(["global0", "global1"], [0, 1, 2, 3], images))
 
     expected = made().cpu()  # first: what is loaded at the first call waits for the device
     torch.cuda._sleep(2_000_000_000)  # clock cycles, about a second
@@ -389,5 +388,5 @@ def test_crops_are_made_while_the_stream_that_trains_is_busy() -> None:
     assert ready is not None
     ready.synchronize()
     assert not is_past.query(), "decoding waited for what was queued before it"
-    wait_until(ready)
+    wait_for_event(ready)
     assert torch.equal(to_device(crops, crops.device).cpu(), expected)

@@ -12,15 +12,12 @@ from pathlib import Path
 import pytest
 
 from configs import Config, UserError
-from data.health import TooManyBadSamples
-from data.loader import Loader
-from data.loss_log import LossLog
-from data.losses import WHOLE, StorageFails
-from data.order import Place
-from data.patience import Patience, Unreadable, wait_seconds
-from data.reading import SampleReader
-from data.storage import Disk, OpenFile
-from data.tars import indexes
+from data import tar_index
+from data.bad_samples import WHOLE_SHARD, StorageError, TooManyBadSamples, UnreadableLog
+from data.loader import BatchLoader
+from data.order import SampleLocation
+from data.sample_reader import SampleReader
+from data.storage import OpenFile, ShardStorage, StorageRetries, Unreadable, wait_seconds
 from tests.data.faulty_storage import Outage, Schedule, faults
 from tests.data.tar_shards import LetterEncoder, encoded, write_corpus, write_tar
 from tests.tiny import tiny_config
@@ -33,7 +30,7 @@ LOST = "00004.tar"
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.patience._FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("data.storage._FIRST_WAIT_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -83,23 +80,23 @@ def test_a_slow_storage_that_fails_now_and_then_changes_nothing(
         reader = reader_of(corpus, "system.loader.tries=20")
         assert keys_of(reader) == undisturbed
     assert storage.num_faults > 50
-    assert reader.health.counts == {}
-    assert reader.losses.all() == []
+    assert reader.bad_samples.counts == {}
+    assert reader.unreadable.records() == []
 
 
 def test_waits_double_up_to_a_minute_and_end_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.patience._FIRST_WAIT_SECONDS", 1.0)
+    monkeypatch.setattr("data.storage._FIRST_WAIT_SECONDS", 1.0)
     assert [wait_seconds(tried) for tried in (1, 2, 3, 4, 5, 7, 8)] == [1, 2, 4, 8, 16, 60, 60]
     assert sum(map(wait_seconds, range(1, 6))) == 31
-    patience, tried = Patience(tries=6), []
+    retries, tried = StorageRetries(tries=6), []
 
     def fails() -> None:
         tried.append(1)
-        patience.end()  # as a stop signal would, while this waits
+        retries.stop()  # as a stop signal would, while this waits
         raise OSError("down")
 
     with pytest.raises(OSError, match="down"):
-        patience(fails)
+        retries(fails)
     assert len(tried) == 1
 
 
@@ -111,10 +108,10 @@ def test_what_is_tried_is_tried_so_often_and_no_oftener() -> None:
         raise (FileNotFoundError if len(tried) > 3 else OSError)
 
     with pytest.raises(OSError, match=r"^$"):
-        Patience(tries=3)(fails)
+        StorageRetries(tries=3)(fails)
     assert len(tried) == 3
     with pytest.raises(FileNotFoundError):
-        Patience(tries=3)(fails, at_once=(FileNotFoundError,))
+        StorageRetries(tries=3)(fails, permanent=(FileNotFoundError,))
     assert len(tried) == 4
 
 
@@ -131,8 +128,8 @@ def test_a_vanished_shard_costs_its_samples_alone_and_each_is_named(corpus: Path
         assert served[position] == key or key.startswith("00004/")
     skipped = {key for position, _, key in own if served[position] != key}
     assert 4 <= len(skipped) <= 12
-    assert reader.health.counts == {"vanished shard": len(skipped)}
-    assert reader.health.share == pytest.approx(1 / 12)
+    assert reader.bad_samples.counts == {"vanished shard": len(skipped)}
+    assert reader.bad_samples.share == pytest.approx(1 / 12)
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert {record["key"] for record in records} == skipped
     assert {record["reason"] for record in records} == {"vanished shard"}
@@ -161,56 +158,64 @@ def test_a_run_that_goes_on_skips_what_it_skipped_before(corpus: Path, tmp_path:
     file = tmp_path / "corpus.json"
     with faults(Schedule(outages=(Outage(LOST, first=9, last=14),))):
         reader = reader_of(corpus, corpus_file=file)
-        reader.losses.begin(0)
+        reader.unreadable.start_at(0)
         whole = keys_of(reader)
-    [(position, *_)] = reader.losses.all()
+    [(position, *_)] = reader.unreadable.records()
     cursor = position // 12 + 1
     later = []
     for rank in range(world_size):  # the storage is well again
         resumed = reader_of(
-            corpus, corpus_file=file, is_resumed=True, rank=rank, world_size=world_size, exchange=lambda own: [own]
+            corpus,
+            corpus_file=file,
+            is_resumed=True,
+            rank=rank,
+            world_size=world_size,
+            gather_objects=lambda own: [own],
         )
-        resumed.losses.begin(cursor * 12)
-        assert [loss.sample_idx for loss in resumed.losses.all()] == [WHOLE]
+        resumed.unreadable.start_at(cursor * 12)
+        assert [loss.sample_idx for loss in resumed.unreadable.records()] == [WHOLE_SHARD]
         later.append(keys_of(resumed, range(cursor, STEPS)))
     for step, ranks in enumerate(zip(*later, strict=True), start=cursor):
         assert tuple(ranks[i % world_size][i // world_size] for i in range(12)) == whole[step]
     rolled_back = reader_of(corpus, corpus_file=file, is_resumed=True)
-    rolled_back.losses.begin(position)
-    assert rolled_back.losses.all() == []
+    rolled_back.unreadable.start_at(position)
+    assert rolled_back.unreadable.records() == []
     rolled_back.close()
     forward = reader_of(corpus, corpus_file=file, is_resumed=True)  # that session served the shard: so does this one
-    forward.losses.begin(cursor * 12 + 120)
-    assert forward.losses.all() == []
+    forward.unreadable.start_at(cursor * 12 + 120)
+    assert forward.unreadable.records() == []
     forward.close()
 
 
 def test_sessions_are_told_apart_whatever_order_their_lines_are_in(tmp_path: Path) -> None:
     path = tmp_path / "lost_shards.jsonl"
     lines = [
-        {"session": 2, "loss": [60, 0, 2, WHOLE, "vanished shard"]},  # of another rank, before the first one's line
+        {
+            "session": 2,
+            "loss": [60, 0, 2, WHOLE_SHARD, "vanished shard"],
+        },  # of another rank, before the first one's line
         {"session": 1, "start": 0},
-        {"session": 1, "loss": [40, 0, 1, WHOLE, "vanished shard"]},
-        {"session": 1, "loss": [70, 0, 3, WHOLE, "vanished shard"]},  # thrown away: the next began at 50
+        {"session": 1, "loss": [40, 0, 1, WHOLE_SHARD, "vanished shard"]},
+        {"session": 1, "loss": [70, 0, 3, WHOLE_SHARD, "vanished shard"]},  # thrown away: the next began at 50
         {"session": 2, "start": 50},
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"session": 2, "loss": [80')
-    assert [loss.position for loss in LossLog(path, rank=1).begin(100)] == [60, 40]
-    assert [loss.position for loss in LossLog(path, rank=1).begin(55)] == [40]
-    assert [loss.position for loss in LossLog(path, rank=1).begin(0)] == []
-    LossLog(path, rank=0).begin(50)  # after half a line
-    assert [loss.position for loss in LossLog(path, rank=1).begin(100)] == [40]
+    assert [loss.position for loss in UnreadableLog(path, rank=1).start_session(100)] == [60, 40]
+    assert [loss.position for loss in UnreadableLog(path, rank=1).start_session(55)] == [40]
+    assert [loss.position for loss in UnreadableLog(path, rank=1).start_session(0)] == []
+    UnreadableLog(path, rank=0).start_session(50)  # after half a line
+    assert [loss.position for loss in UnreadableLog(path, rank=1).start_session(100)] == [40]
 
 
 def test_a_loader_begins_where_it_iterates_and_forgets_what_lay_ahead(corpus: Path, tmp_path: Path) -> None:
-    loader = Loader(config_for(corpus), LetterEncoder(), corpus_file=tmp_path / "corpus.json")
-    losses = loader.reader.losses
+    loader = BatchLoader(config_for(corpus), LetterEncoder(), corpus_file=tmp_path / "corpus.json")
+    losses = loader.reader.unreadable
     for step in (3, 1):
         next(loader.iterate(step))
-        assert losses.all() == []
-        losses.add(Place(0, 4, 0), 2 * 12, Unreadable("vanished shard", is_whole_shard=True))
+        assert losses.records() == []
+        losses.add(SampleLocation(0, 4, 0), 2 * 12, Unreadable("vanished shard", is_whole_shard=True))
     loader.iterate(1)
-    assert losses.all() == []
+    assert losses.records() == []
     loader.close()
     starts = [json.loads(line).get("start") for line in (tmp_path / "lost_shards.jsonl").read_text().splitlines()]
     assert starts == [36, None, 12, None, 12]
@@ -233,31 +238,31 @@ def test_a_bad_sector_costs_its_sample_and_a_second_one_the_shard(
     corpus: Path, num_bad: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offsets: set[int] = set()
-    opened = Disk.open
+    opened = ShardStorage.open
     monkeypatch.setattr(
-        Disk, "open", lambda disk, name: Scratched(opened(disk, name), offsets if LOST in name else set())
+        ShardStorage, "open", lambda disk, name: Scratched(opened(disk, name), offsets if LOST in name else set())
     )
     reader = reader_of(corpus)
     offsets |= {reader.shards.index(4).members(sample_idx)[0].offset for sample_idx in (7, 2)[:num_bad]}
     keys_of(reader)
-    losses = reader.losses.all()
+    losses = reader.unreadable.records()
     epochs = {loss.epoch for loss in losses}
     assert len(epochs) >= 3
     assert {loss.reason for loss in losses} == {"storage error"}
-    assert {loss.sample_idx for loss in losses} - {2, 7} == ({WHOLE} if num_bad == 2 else set())
-    assert (reader.health.counts["storage error"] > 1) == (num_bad == 2)
+    assert {loss.sample_idx for loss in losses} - {2, 7} == ({WHOLE_SHARD} if num_bad == 2 else set())
+    assert (reader.bad_samples.counts["storage error"] > 1) == (num_bad == 2)
 
 
 def test_an_outage_ends_the_run_with_one_error(corpus: Path) -> None:
     with faults(Schedule(outages=(Outage("", error=errno.ETIMEDOUT),))):
         reader = reader_of(corpus, "data.max_bad_share=1.0", "data.streams=1", "data.block_shards=12")
-        with pytest.raises(StorageFails, match=r"8 shards in a row .*Connection timed out: .*\.tar'; .*--resume"):
+        with pytest.raises(StorageError, match=r"8 shards in a row .*Connection timed out: .*\.tar'; .*--resume"):
             keys_of(reader)
     with faults(
         Schedule(outages=(Outage("", first=9, error=errno.ETIMEDOUT),))
     ):  # streams of two shards each are at their end before that
         reader = reader_of(corpus, "data.max_bad_share=1.0", "system.loader.threads=1")
-        with pytest.raises(StorageFails, match=r"8 shards in a row|no readable sample among 1000 .*storage error"):
+        with pytest.raises(StorageError, match=r"8 shards in a row|no readable sample among 1000 .*storage error"):
             keys_of(reader)
 
 
@@ -269,9 +274,9 @@ def test_more_lost_than_the_share_allows_ends_the_run(corpus: Path) -> None:
 
 
 def test_a_loader_closes_while_it_waits_for_storage(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.patience._FIRST_WAIT_SECONDS", 50.0)
+    monkeypatch.setattr("data.storage._FIRST_WAIT_SECONDS", 50.0)
     with faults(Schedule(outages=(Outage("", error=errno.EIO),))) as storage:
-        loader = Loader(config_for(corpus), LetterEncoder())
+        loader = BatchLoader(config_for(corpus), LetterEncoder())
         loader.iterate()
         while not storage.num_faults:
             time.sleep(0.01)
@@ -296,7 +301,7 @@ def test_a_corpus_without_a_sample_is_refused_with_a_summary(tmp_path: Path) -> 
 def test_a_shard_that_changes_under_the_run_costs_what_is_gone_of_it(tmp_path: Path, change: str) -> None:
     write_corpus(tmp_path, num_shards=12, per_shard=12, height=16, width=16)
     reader, tar = reader_of(tmp_path, "data.max_bad_share=1.0"), tmp_path / LOST
-    reader.shards._files._most = 1  # as with thousands of shards: files are closed and opened again
+    reader.shards._files._size = 1  # as with thousands of shards: files are closed and opened again
     for step in range(3):
         reader.rows(reader.positions(step, 12))
     if change == "cut":
@@ -320,7 +325,7 @@ def test_a_shard_that_changes_under_the_run_costs_what_is_gone_of_it(tmp_path: P
     served = [key for keys in keys_of(reader, range(3, STEPS)) for key in keys]
     assert len(served) == (STEPS - 3) * 12
     later = {key for key in served[200:] if key.startswith("00004/")}  # from the second epoch on
-    reasons = set(reader.health.counts)
+    reasons = set(reader.bad_samples.counts)
     if change == "touched":
         assert (len(later), reasons) == (12, set())
     elif change == "cut":
@@ -356,8 +361,8 @@ def test_a_recaptioned_shard_of_the_same_size_and_no_later_time_is_indexed_anew_
     write_corpus(tmp_path, num_shards=12, per_shard=12, height=16, width=16)
     undisturbed = keys_of(reader_of(tmp_path))  # writes the indexes
     scanned: list[str] = []
-    scan = indexes.scan
-    monkeypatch.setattr(indexes, "scan", lambda tar: scanned.append(tar.name) or scan(tar))
+    scan_tar = tar_index.scan_tar
+    monkeypatch.setattr(tar_index, "scan_tar", lambda tar: scanned.append(tar.name) or scan_tar(tar))
     if is_met == "at the start":
         recaptioned(tmp_path / LOST, age_seconds)
     reader = reader_of(tmp_path)
@@ -370,7 +375,7 @@ def test_a_recaptioned_shard_of_the_same_size_and_no_later_time_is_indexed_anew_
     assert [row.sample.key for row in rows] == [key for keys in undisturbed for key in keys]
     captions = {row.sample.caption for row in rows if row.sample.key.startswith("00004/")}
     assert captions == {f"a caption that is longer {i}" for i in range(48, 60)}
-    assert (reader.health.counts, scanned) == ({}, [LOST])
+    assert (reader.bad_samples.counts, scanned) == ({}, [LOST])
     reader.close()
     assert keys_of(reader_of(tmp_path)) == undisturbed
     assert scanned == [LOST]

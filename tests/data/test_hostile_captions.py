@@ -15,18 +15,18 @@ import torch
 from configs import UserError
 from configs.data import Pictures, Views
 from configs.system import Loader as LoaderSettings
+from data.bad_samples import TooManyBadSamples
 from data.captions import CaptionEncoder, train_bpe
 from data.hashing import hash_text
-from data.health import TooManyBadSamples
-from data.image_types import UNSUPPORTED_TYPES
-from data.reading import SampleReader
+from data.image_headers import UNSUPPORTED_TYPES
+from data.sample_reader import SampleReader
 from data.shards import BadMember, Shards, main
-from data.tars.listing import IMAGE_EXTS
+from data.tar_samples import IMAGE_EXTS
 from tests.data.tar_shards import encoded, write_tar
 
 pytestmark = pytest.mark.L0
 
-PICTURE = encoded(0, height=16, width=16)
+IMAGE = encoded(0, height=16, width=16)
 TEXTS = {
     "control characters": b"a \x1b[2J\x07 red\x00 circle\x7f",
     "UTF-16": "a red circle".encode("utf-16"),
@@ -47,7 +47,7 @@ NO_TEXTS = {
     "UTF-16 without its mark": ("a red circle".encode("utf-16-le"), "not UTF-8"),
     "half a character of UTF-16": ("a red".encode("utf-16")[:-1], "not UTF-8"),
     "surrogates in UTF-8": (b"a \xed\xa0\x80", "not UTF-8"),
-    "a picture": (PICTURE, "not UTF-8"),
+    "an image": (IMAGE, "not UTF-8"),
 }
 
 
@@ -59,7 +59,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> CaptionEncoder:
 
 
 def one(folder: Path, caption: str, **members: bytes) -> Shards:
-    return Shards([str(write_tar(folder / "a.tar", {"0.jpg": PICTURE, **members}))], caption)
+    return Shards([str(write_tar(folder / "a.tar", {"0.jpg": IMAGE, **members}))], caption)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -130,7 +130,7 @@ def test_json_of_any_kind_is_a_reason(tmp_path: Path, record: bytes, reason: str
 
 def test_of_a_list_of_captions_one_is_drawn_by_seed_sample_and_epoch(tmp_path: Path) -> None:
     record = json.dumps({"alt": ["a cat", "", None, "\ufeffa tabby ", "an animal"]}).encode()
-    members = {f"{i}.{ext}": content for i in range(6) for ext, content in (("jpg", PICTURE), ("json", record))}
+    members = {f"{i}.{ext}": content for i in range(6) for ext, content in (("jpg", IMAGE), ("json", record))}
     tar = str(write_tar(tmp_path / "a.tar", members))
 
     def drawn(seed: int) -> list[list[str]]:
@@ -153,7 +153,7 @@ def test_of_a_list_of_captions_one_is_drawn_by_seed_sample_and_epoch(tmp_path: P
 
 def test_a_reader_serves_other_captions_of_a_list_in_the_next_epoch(tmp_path: Path) -> None:
     record = json.dumps({"alt": [f"text {i}" for i in range(50)]}).encode()
-    members = {f"{i}.{ext}": content for i in range(8) for ext, content in (("jpg", PICTURE), ("json", record))}
+    members = {f"{i}.{ext}": content for i in range(8) for ext, content in (("jpg", IMAGE), ("json", record))}
     write_tar(tmp_path / "a.tar", members)
 
     def captions(seed: int) -> dict[tuple[int, str], str]:
@@ -172,7 +172,7 @@ def test_a_reader_serves_other_captions_of_a_list_in_the_next_epoch(tmp_path: Pa
 def test_an_error_about_a_missing_caption_field_lists_the_fields_found(tmp_path: Path) -> None:
     members: dict[str, bytes] = {}
     for i in range(40):
-        members |= {f"{i:02d}.jpg": PICTURE, f"{i:02d}.json": b'{"alt": "a", "url": "b", "": 1}'}
+        members |= {f"{i:02d}.jpg": IMAGE, f"{i:02d}.json": b'{"alt": "a", "url": "b", "": 1}'}
     write_tar(tmp_path / "a.tar", members)
     data = Pictures(train=(str(tmp_path),), streams=1)
     reader = SampleReader(data, LoaderSettings(), 0, "json:txt")
@@ -194,11 +194,9 @@ def test_an_error_about_a_missing_caption_field_lists_the_fields_found(tmp_path:
 def test_an_error_about_a_missing_caption_member_lists_the_members_found(
     tmp_path: Path, member: dict[str, bytes], has: str
 ) -> None:
-    write_tar(tmp_path / "a.tar", {"0.jpg": PICTURE, **{f"0.{ext}": content for ext, content in member.items()}})
+    write_tar(tmp_path / "a.tar", {"0.jpg": IMAGE, **{f"0.{ext}": content for ext, content in member.items()}})
     data = Pictures(train=(str(tmp_path),), streams=1)
-    with pytest.raises(
-        TooManyBadSamples, match=rf"data.caption=txt names a member .*picture they have {has}; set data"
-    ):
+    with pytest.raises(TooManyBadSamples, match=rf"data.caption=txt names a member .*image they have {has}; set data"):
         SampleReader(data, LoaderSettings(), 0, "txt")
 
 
@@ -227,7 +225,7 @@ def test_names_of_raw_bytes_and_control_characters_are_trained_on_and_logged(tmp
     for shard in range(2):
         write_tar(
             tmp_path / f"{shard}.tar",
-            {f"{name}.jpg": PICTURE, f"{name}.txt": b"x", "bad.jpg": b"<html>", "bad.txt": b"x"},
+            {f"{name}.jpg": IMAGE, f"{name}.txt": b"x", "bad.jpg": b"<html>", "bad.txt": b"x"},
         )
     data = Pictures(train=(str(tmp_path),), streams=1, max_bad_share=1.0)
     reader = SampleReader(data, LoaderSettings(), 0, "txt", bad_log=tmp_path / "bad.jsonl")

@@ -1,4 +1,9 @@
-"""Batches are a pure function of the step: on resume, on any world size, with a fifth of the corpus bad."""
+"""Batches are a pure function of the step: on resume, on any world size, with a fifth of the corpus bad.
+
+Images alone are the clip images of the same positions, at every world size, and need no captions.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -12,9 +17,11 @@ import pytest
 import torch
 
 from configs import Config, UserError
+from configs.data import ImageView, Pictures
+from configs.system import Loader as LoaderSettings
+from data.bad_samples import TooManyBadSamples
 from data.batch import Batch
-from data.health import TooManyBadSamples
-from data.loader import Loader
+from data.loader import BatchLoader, ImageLoader
 from tests.data.tar_shards import LetterEncoder, encoded, huge_png, write_corpus, write_tar
 from tests.tiny import tiny_config
 
@@ -35,8 +42,8 @@ def config_for(folder: Path, *overrides: str) -> Config:
 
 
 @contextmanager
-def loading(config: Config, **options: object) -> Iterator[Loader]:
-    loader = Loader(config, LetterEncoder(), **options)  # type: ignore[arg-type]
+def loading(config: Config, **options: object) -> Iterator[BatchLoader]:
+    loader = BatchLoader(config, LetterEncoder(), **options)  # type: ignore[arg-type]
     yield loader
     loader.close()
 
@@ -111,7 +118,7 @@ def test_objectives_that_are_off_leave_empty_tensors(corpus: Path) -> None:
     assert len(batch.masked_idx) == 0
 
 
-def test_without_the_clip_objective_pictures_need_no_captions(tmp_path: Path) -> None:
+def test_without_the_clip_objective_images_need_no_captions(tmp_path: Path) -> None:
     for shard in range(6):
         write_tar(tmp_path / f"{shard}.tar", {f"{i}.jpg": encoded(i) for i in range(4)})
     [[batch]] = batches(config_for(tmp_path, "objectives.clip.weight=0"), [0])
@@ -127,7 +134,7 @@ def test_no_local_crops_when_none_are_configured(corpus: Path) -> None:
 
 def test_a_world_size_that_does_not_divide_the_streams_is_a_user_error(corpus: Path) -> None:
     with pytest.raises(UserError, match=r"data\.streams=6 over 4 ranks"):
-        Loader(config_for(corpus), LetterEncoder(), rank=0, world_size=4)
+        BatchLoader(config_for(corpus), LetterEncoder(), rank=0, world_size=4)
 
 
 # --- iterating
@@ -167,7 +174,7 @@ def test_an_error_in_the_background_reaches_the_consumer_and_threads_end(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = threading.active_count()
-    loader = Loader(config_for(corpus), LetterEncoder())
+    loader = BatchLoader(config_for(corpus), LetterEncoder())
     monkeypatch.setattr(loader, "_captions", lambda rows: (_ for _ in ()).throw(RuntimeError("no more captions")))
     with pytest.raises(RuntimeError, match="no more captions"):
         next(loader.iterate())
@@ -237,8 +244,8 @@ def test_with_200_of_1000_samples_bad_every_good_one_is_seen_in_every_epoch(bad_
                 fills += own != key
                 if place.epoch in seen and own == key:
                     seen[place.epoch][key] += 1
-        assert loader.health.counts == EXPECTED
-        assert loader.health.share == pytest.approx(0.2, abs=0.01)
+        assert loader.bad_samples.counts == EXPECTED
+        assert loader.bad_samples.share == pytest.approx(0.2, abs=0.01)
     good = {f"{i // 100:05d}/{i:06d}" for i in range(1000) if i % 5 != 3}
     assert len(good) == GOOD
     for counts in seen.values():
@@ -262,7 +269,7 @@ def test_bad_places_are_filled_alike_on_resume_and_on_every_world_size(bad_corpu
 def test_above_the_configured_share_the_run_stops_with_the_counts(bad_corpus: Path, tmp_path: Path) -> None:
     log = tmp_path / "run" / "bad_samples.jsonl"
     with pytest.raises(TooManyBadSamples, match=rf"\(keys in {log}\)") as at_once:
-        Loader(config_for(bad_corpus, *CLIP_ONLY, "data.max_bad_share=0.05"), LetterEncoder(), bad_log=log)
+        BatchLoader(config_for(bad_corpus, *CLIP_ONLY, "data.max_bad_share=0.05"), LetterEncoder(), bad_log=log)
     assert at_once.value.counts == dict.fromkeys(SEEN_BY_INDEX, 20)
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert Counter(record["reason"] for record in records) == at_once.value.counts
@@ -301,7 +308,7 @@ def test_a_bad_sample_is_read_only_once(bad_corpus: Path, monkeypatch: pytest.Mo
     assert {reads[key] for key in bad} == {1}
 
 
-def test_a_corpus_without_one_readable_picture_ends_in_a_user_error(tmp_path: Path) -> None:
+def test_a_corpus_without_one_readable_image_ends_in_a_user_error(tmp_path: Path) -> None:
     for shard in range(6):
         write_tar(tmp_path / f"{shard}.tar", {"0.jpg": b"<html>", "0.txt": b"page"})
     config = config_for(tmp_path, "data.max_bad_share=1.0")
@@ -335,3 +342,61 @@ def test_a_pinned_batch_is_the_same_batch(corpus: Path, monkeypatch: pytest.Monk
         assert torch.equal(pinned.global_crops, batch.global_crops)
         assert pinned.global_crops.data_ptr() != batch.global_crops.data_ptr()
         assert (pinned.step, pinned.keys) == (batch.step, batch.keys)
+
+
+VIEW = ImageView(image_size=16)
+
+
+@pytest.fixture(scope="module")
+def image_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, num_shards=6, per_shard=7)
+    return folder
+
+
+@contextmanager
+def loading_images(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[ImageLoader]:
+    data = Pictures(train=(f"{folder}/*.tar",), streams=6)
+    loader = ImageLoader(data, VIEW, 12, 0, LoaderSettings(), rank=rank, world_size=world_size)
+    yield loader
+    loader.close()
+
+
+def test_they_are_the_images_that_pre_training_sees_at_the_same_step(image_corpus: Path) -> None:
+    config = tiny_config(f"data.train=[{image_corpus}/*.tar]", "views.image_size=16", "views.global_size=16")
+    pretraining = BatchLoader(config, LetterEncoder())
+    with loading_images(image_corpus) as loader:
+        for step in (0, 9):
+            expected, found = pretraining.batch(step), loader.batch(step)
+            assert found.keys == expected.keys
+            assert found.images.equal(expected.images)
+            assert found.step == step
+    pretraining.close()
+
+
+def test_the_global_batch_is_the_same_on_three_ranks_as_on_one(image_corpus: Path) -> None:
+    with loading_images(image_corpus) as loader:
+        whole = loader.batch(5)
+    parts = []
+    for rank in range(3):
+        with loading_images(image_corpus, rank, 3) as loader:
+            parts.append(loader.batch(5).images)
+    assert torch.stack(parts, dim=1).flatten(0, 1).equal(whole.images)
+
+
+def test_with_an_offset_a_step_begins_so_many_samples_later(image_corpus: Path) -> None:
+    with loading_images(image_corpus) as loader:
+        whole = [*loader.batch(2).keys, *loader.batch(3).keys]
+        assert next(loader.iterate(4, -18)).keys == tuple(whole[6:18])
+
+
+def test_iterating_starts_where_it_is_told_and_needs_no_captions(tmp_path: Path) -> None:
+    for shard in range(6):
+        write_tar(tmp_path / f"{shard}.tar", {f"{i}.jpg": encoded(i) for i in range(4)})
+    with loading_images(tmp_path) as loader:
+        ahead = loader.iterate(3)
+        first, second = next(ahead), next(ahead)
+        assert (first.step, second.step) == (3, 4)
+        assert first.images.equal(loader.batch(3).images)
+        assert loader.wait_seconds > 0
+        assert not loader.bad_samples.counts

@@ -17,11 +17,10 @@ import pytest
 
 from configs import UserError
 from data import http_files, remote
-from data.http_files import FileVersion, error_for_status
-from data.patience import Patience, RetryLater
+from data.http_files import FileVersion, RetryLater, error_for_status
 from data.shards import Shards
-from data.storage import Disk, expand
-from data.tars.indexes import Indexes, ensure_sidecar
+from data.storage import ShardStorage, StorageRetries, expand_patterns
+from data.tar_index import ShardIndexes, ensure_index
 from tests.data.loopback_http import HttpServer, serving
 from tests.data.tar_shards import encoded, write_tar
 from tests.harness import free_port
@@ -33,7 +32,7 @@ PAGE = b"<!DOCTYPE html>\n<title>Sign in</title>" + b" " * 400
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.patience._FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("data.storage._FIRST_WAIT_SECONDS", 0.0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -60,7 +59,7 @@ def server() -> Iterator[HttpServer]:
 
 def captions_of(url: str, cache: Path, **options: int) -> list[str]:
     """As a new process reads the shard."""
-    shards = Shards(expand([url], cache), "txt", cache, **options)
+    shards = Shards(expand_patterns([url], cache), "txt", cache, **options)
     return [shards.read(0, i).caption for i in range(int(shards.sizes[0]))]
 
 
@@ -134,8 +133,8 @@ def test_http_statuses_map_to_exceptions() -> None:
 
 
 def test_retry_after_sets_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    patience, waits = Patience(tries=3), list[float]()
-    monkeypatch.setattr(patience._is_over, "wait", lambda seconds: waits.append(seconds))
+    retries, waits = StorageRetries(tries=3), list[float]()
+    monkeypatch.setattr(retries._is_stopped, "wait", lambda seconds: waits.append(seconds))
     answers = iter([RetryLater("busy", 7.0), RetryLater("busy", 3600.0)])
 
     def ask() -> str:
@@ -143,7 +142,7 @@ def test_retry_after_sets_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
             raise error
         return "here"
 
-    assert patience(ask) == "here"
+    assert retries(ask) == "here"
     assert waits == [7.0, 60.0]
 
 
@@ -173,7 +172,7 @@ def test_errors_of_client_libraries_always_have_a_message(
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", fail)
     with pytest.raises(kind) as caught:
-        Disk(tmp_path).fetch("memory://q/0.tar")
+        ShardStorage(tmp_path).fetch("memory://q/0.tar")
     assert str(caught.value) == says
 
 
@@ -191,7 +190,7 @@ def test_a_slow_download_is_not_limited_and_a_pause_without_data_is(
     monkeypatch.setattr(http_files, "_TIMEOUT_SECONDS", 0.1)
     server.pause_seconds = 60.0
     with pytest.raises(OSError, match=r"c/0\.tar: the server sent nothing for 0 s"):
-        Disk(tmp_path / "other").fetch(f"{server.url}/c/0.tar")
+        ShardStorage(tmp_path / "other").fetch(f"{server.url}/c/0.tar")
     assert files_below(tmp_path / "other") == []
 
 
@@ -199,17 +198,17 @@ def test_a_slow_download_is_not_limited_and_a_pause_without_data_is(
 def test_a_copy_that_ends_early_is_an_error_and_leaves_nothing(server: HttpServer, tmp_path: Path, size: int) -> None:
     server.cut_after = size
     with pytest.raises(OSError, match=rf"gave {size} of {len(TWO)} bytes"):
-        Disk(tmp_path).fetch(f"{server.url}/c/0.tar")
+        ShardStorage(tmp_path).fetch(f"{server.url}/c/0.tar")
     assert files_below(tmp_path) == []
 
 
 def test_a_closed_connection_is_an_error_with_its_url(server: HttpServer, tmp_path: Path) -> None:
     server.closes_connections = True
     with pytest.raises(OSError, match=rf"^{server.url}/c/0\.tar: RemoteDisconnected: Remote end closed connection"):
-        Disk(tmp_path).fetch(f"{server.url}/c/0.tar")
+        ShardStorage(tmp_path).fetch(f"{server.url}/c/0.tar")
     nobody = f"http://127.0.0.1:{free_port()}/c/0.tar"
     with pytest.raises(OSError, match=rf"^{nobody}: \[Errno \d+\] Connection refused$"):
-        Disk(tmp_path).fetch(nobody)
+        ShardStorage(tmp_path).fetch(nobody)
 
 
 # --- one copy, of what the server has
@@ -217,7 +216,7 @@ def test_a_closed_connection_is_an_error_with_its_url(server: HttpServer, tmp_pa
 
 def test_an_address_with_a_query_is_fetched_once_under_its_own_name(server: HttpServer, tmp_path: Path) -> None:
     for _ in range(2):
-        shards = Shards(expand([f"{server.url}/c/{{0..0}}.tar?download=true"], tmp_path), "txt", tmp_path)
+        shards = Shards(expand_patterns([f"{server.url}/c/{{0..0}}.tar?download=true"], tmp_path), "txt", tmp_path)
         assert [shards.read(0, i).key for i in range(2)] == ["0/0", "0/1"]
     assert server.requests == [
         "GET /c/0.idx?download=true",
@@ -230,9 +229,9 @@ def test_an_address_with_a_query_is_fetched_once_under_its_own_name(server: Http
 def test_threads_and_processes_make_one_copy_of_a_shard(
     server: HttpServer, tmp_path: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Disk stands for a process: file locks know open files, not processes."""
+    """A ShardStorage stands for a process: file locks know open files, not processes."""
     monkeypatch.setattr(remote, "_LOCK_POLL_SECONDS", 0.01)
-    disks, url = [Disk(tmp_path) for _ in range(num_processes)], f"{server.url}/c/0.tar"
+    disks, url = [ShardStorage(tmp_path) for _ in range(num_processes)], f"{server.url}/c/0.tar"
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(lambda i: disks[i % num_processes].fetch(url), range(8)))) == 1
     assert server.requests.count("GET /c/0.tar") == 1
@@ -246,14 +245,14 @@ def test_a_copy_is_made_on_a_file_system_without_locks(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(remote.fcntl, "flock", fail)
-    assert Disk(tmp_path).fetch(f"{server.url}/c/0.tar").read_bytes() == TWO
+    assert ShardStorage(tmp_path).fetch(f"{server.url}/c/0.tar").read_bytes() == TWO
 
 
 def test_urls_that_differ_in_their_query_are_different_shards(tmp_path: Path) -> None:
     names = ["http://h/get?file=1", "http://h/get?file=2"]
-    assert Indexes(names, "txt", Disk(tmp_path), tmp_path, 4).labels == names
-    assert remote.index_name(names[0]) is None
-    copies = remote.RemoteCopies(tmp_path)
+    assert ShardIndexes(names, "txt", ShardStorage(tmp_path), tmp_path, 4).labels == names
+    assert remote.remote_index_name(names[0]) is None
+    copies = remote.RemoteCache(tmp_path)
     long = f"http://h/{'x' * 300}.tar?X-Amz-Signature={'0' * 500}"
     assert len({copies._path(name) for name in (*names, long)}) == 3
     assert len(copies._path(long).name) < 256
@@ -299,7 +298,7 @@ def test_the_copy_is_used_where_the_server_does_not_answer(server: HttpServer, t
 
 
 def test_partial_downloads_are_removed_after_a_day(server: HttpServer, tmp_path: Path) -> None:
-    disk, url = Disk(tmp_path), f"{server.url}/c/0.tar"
+    disk, url = ShardStorage(tmp_path), f"{server.url}/c/0.tar"
     folder = disk.fetch(url).parent
     old, fresh = folder / "0.tar.1.2.part", folder / "0.tar.3.4.part"
     for partial in (old, fresh):
@@ -325,7 +324,7 @@ def test_a_cached_copy_that_is_not_a_tar_is_downloaded_again(
 ) -> None:
     """Its size and its noted ETag are those of the server's file."""
     url = f"{server.url}/c/0.tar"
-    Disk(tmp_path).fetch(url).write_bytes(content.ljust(len(TWO), content[-1:]))
+    ShardStorage(tmp_path).fetch(url).write_bytes(content.ljust(len(TWO), content[-1:]))
     assert captions_of(url, tmp_path) == ["a cat", "a dog"]
     assert server.requests.count("GET /c/0.tar") == 2
 
@@ -342,7 +341,7 @@ def test_an_outdated_remote_index_is_replaced_by_that_of_the_copy(server: HttpSe
     old = write_tar(
         tmp_path / "0.tar", {"x.jpg": encoded(0), "x.txt": b"a cat", "y.jpg": encoded(0), "y.txt": b"a dog"}
     )
-    server.files |= {"/c/0.idx": ensure_sidecar(old).content(), "/c/0.tar": old.read_bytes()}
+    server.files |= {"/c/0.idx": ensure_index(old).content(), "/c/0.tar": old.read_bytes()}
     url, cache = f"{server.url}/c/0.tar", tmp_path / "cache"
     server.files["/c/0.tar"] = TWO.ljust(old.stat().st_size, b"\0")
     for _ in range(2):
@@ -358,13 +357,13 @@ def test_directory_pages_are_globbed_and_redirects_keep_the_method_but_not_the_p
         b'<a href="/">up</a><a href="1%20a.tar">1</a><a href="/list/0.tar">0</a><a href="2.txt">2</a>'
     )
     server.answers["/list/"] = [503, 200]
-    names = expand([f"{server.url}/list/*.tar"], tmp_path)
+    names = expand_patterns([f"{server.url}/list/*.tar"], tmp_path)
     assert [name.removeprefix(server.url) for name in names] == ["/list/0.tar", "/list/1%20a.tar"]
     server.answers["/list/"] = [403]
     with pytest.raises(UserError, match=r"cannot be listed \(.*/list/: the server answers 403 Forbidden\)"):
-        expand([f"{server.url}/list/*.tar"], tmp_path)
+        expand_patterns([f"{server.url}/list/*.tar"], tmp_path)
     with pytest.raises(UserError, match=r"wildcards may only follow the last /"):
-        expand([f"{server.url}/*/0.tar"], tmp_path)
+        expand_patterns([f"{server.url}/*/0.tar"], tmp_path)
     with serving({"/elsewhere.tar": TWO}) as other:
         server.moved["/m.tar"] = f"{other.url}/elsewhere.tar"
         secret = f"{server.url}/m.tar".replace("//", "//ann:pass@")
@@ -385,7 +384,7 @@ def test_a_server_without_head_is_asked_for_one_byte(server: HttpServer, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(http_files, "_response", answer)
         with pytest.raises(PermissionError):
-            http_files.stat(f"{server.url}/c/0.tar")
+            http_files.http_version(f"{server.url}/c/0.tar")
     assert asked == ["HEAD None", "GET {'Range': 'bytes=0-0'}"]
     headers = HTTPMessage()
     headers["Content-Length"], headers["Content-Range"] = "1", "bytes 0-0/3000"

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from configs import UserError
+from data import tar_index
 from data.shards import BadMember, Shards, main
-from data.storage import expand
-from data.tars import sidecar
+from data.storage import expand_patterns
 from tests.data.tar_shards import encoded, index_of, write_corpus, write_tar
 
 pytestmark = pytest.mark.L0
@@ -24,15 +24,15 @@ pytestmark = pytest.mark.L0
 def refuse_writing(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> list[Path]:
     """Make directories read-only, for root too; return the list of writes tried there."""
     tried: list[Path] = []
-    write = sidecar.write
+    write = tar_index.write_atomic
 
-    def refused(content: bytes, target: Path) -> None:
+    def refused(target: Path, content: bytes, is_synced: bool) -> None:
         if target.parent in folders:
             tried.append(target)
             raise OSError(errno.EROFS, "Read-only file system", str(target))
-        write(content, target)
+        write(target, content, is_synced)
 
-    monkeypatch.setattr(sidecar, "write", refused)
+    monkeypatch.setattr(tar_index, "write_atomic", refused)
     return tried
 
 
@@ -42,13 +42,12 @@ def open_one(tar: Path, caption: str | None = "txt") -> Shards:
 
 def test_an_img2dataset_shard_is_read_as_it_is(tmp_path: Path) -> None:
     write_corpus(tmp_path, num_shards=2, per_shard=3)
-    shards = Shards(expand([str(tmp_path)]), "txt")
+    shards = Shards(expand_patterns([str(tmp_path)]), "txt")
     assert shards.sizes.tolist() == [3, 3]
     assert not shards.bad
     sample = shards.read(1, 2)
     assert (sample.key, sample.image, sample.caption) == ("00001/000005", encoded(5), "sample 5")
-    assert shards.field(1, 2, "label") == 0
-    assert shards.field(1, 2, "absent") is None
+    assert shards.label(1, 2) == 0
 
 
 def test_captions_come_from_a_json_field_when_told_so(tmp_path: Path) -> None:
@@ -71,7 +70,7 @@ def test_a_json_caption_that_cannot_be_read_says_why(tmp_path: Path, record: byt
         open_one(tar, "json:alt").read(0, 0)
 
 
-def test_without_captions_every_picture_counts(tmp_path: Path) -> None:
+def test_without_captions_every_image_counts(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", {"0.jpg": encoded(0), "1.jpg": encoded(1), "1.txt": b"one"})
     assert open_one(tar, None).sizes.tolist() == [2]
     assert open_one(tar, None).read(0, 0).caption == ""
@@ -158,7 +157,7 @@ def test_a_sidecar_is_reused_until_the_tar_changes(tmp_path: Path) -> None:
     os.utime(tar, ns=(written - 10**9, written - 10**9))  # older than the sidecar, but of another size
     assert open_one(tar).sizes.tolist() == [20]
     os.utime(tar, ns=(written + 10**12, written + 10**12))
-    assert sidecar.read_trailer(path, tar) is None
+    assert tar_index.read_trailer(path, tar) is None
 
 
 def test_an_unwritable_shard_directory_puts_the_sidecar_into_the_cache(
@@ -177,7 +176,7 @@ def test_an_index_without_a_writable_directory_stays_in_memory(tmp_path: Path, m
     write_corpus(corpus, num_shards=3, per_shard=2)
     before = sorted(corpus.iterdir())
     tried = refuse_writing(monkeypatch, corpus, cache)
-    shards = Shards(expand([str(corpus)]), "txt", cache, open_indexes=1, tries=6)
+    shards = Shards(expand_patterns([str(corpus)]), "txt", cache, open_indexes=1, tries=6)
     for _ in range(2):  # indexes are dropped and read again from memory
         assert [shards.read(i, 1).caption for i in range(3)] == ["sample 1", "sample 3", "sample 5"]
     assert len(tried) == 6  # each shard once in either place
@@ -185,15 +184,15 @@ def test_an_index_without_a_writable_directory_stays_in_memory(tmp_path: Path, m
     assert "3 shards, 6 samples; 3 indexes in memory only" in shards.summary(shards.bad)
     assert sorted(corpus.iterdir()) == before
     write_tar(corpus / "00001.tar", {"new.jpg": encoded(9), "new.txt": b"new"})
-    shards._indexes._kept.drop(1)
+    shards._indexes._loaded.drop(1)
     assert shards.read(1, 0).caption == "new"
 
 
 def test_indexes_beyond_the_memory_limit_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_corpus(tmp_path, num_shards=3, per_shard=2)
     refuse_writing(monkeypatch, tmp_path, tmp_path / "cache")
-    monkeypatch.setattr("data.tars.indexes._MOST_PACKED_BYTES", 0)
-    shards = Shards(expand([str(tmp_path)]), "txt", tmp_path / "cache", open_indexes=1)
+    monkeypatch.setattr("data.tar_index._MAX_PACKED_BYTES", 0)
+    shards = Shards(expand_patterns([str(tmp_path)]), "txt", tmp_path / "cache", open_indexes=1)
     assert [shards.read(i, 0).caption for i in (2, 0, 1, 2)] == ["sample 4", "sample 0", "sample 2", "sample 4"]
     assert shards.summary(shards.bad).startswith("3 shards, 6 samples; 1 index in memory only: ")
 
@@ -217,7 +216,7 @@ def test_a_damaged_index_that_cannot_be_replaced_is_ignored(tmp_path: Path, monk
     shards = Shards([str(tmp_path / "00000.tar")], "txt", tmp_path / "cache")
     for _ in range(2):
         assert shards.read(0, 2).caption == "sample 2"
-        shards._indexes._kept.drop(0)
+        shards._indexes._loaded.drop(0)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -265,7 +264,7 @@ def test_the_sidecar_lists_what_dalis_tool_lists(tmp_path: Path) -> None:
 def test_many_threads_read_many_shards_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.shards._OPEN_FILES", 3)
     write_corpus(tmp_path, num_shards=8, per_shard=4)
-    shards = Shards(expand([str(tmp_path)]), "txt", open_indexes=2)
+    shards = Shards(expand_patterns([str(tmp_path)]), "txt", open_indexes=2)
     places = [(shard, i) for i in range(4) for shard in range(8)] * 5
     with ThreadPoolExecutor(8) as pool:
         samples = list(pool.map(lambda place: shards.read(*place), places))
@@ -278,7 +277,7 @@ def test_shards_of_one_name_in_two_directories_have_different_keys(tmp_path: Pat
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_corpus(tmp_path / folder, num_shards=1, per_shard=1)
-    shards = Shards(expand([str(tmp_path / "*" / "*.tar")]), "txt")
+    shards = Shards(expand_patterns([str(tmp_path / "*" / "*.tar")]), "txt")
     assert [shards.read(i, 0).key for i in range(2)] == ["a/00000/000000", "b/00000/000000"]
 
 
@@ -324,13 +323,13 @@ def opened_by_ranks(names: list[str], world_size: int) -> list[Shards | UserErro
     everyone = threading.Barrier(world_size)
 
     def open_as(rank: int) -> Shards | UserError:
-        def exchange(own: object) -> list[object]:
+        def gather_objects(own: object) -> list[object]:
             told[rank] = own
             everyone.wait(timeout=30)
             return list(told)
 
         try:
-            return Shards(names, "txt", rank=rank, world_size=world_size, exchange=exchange)
+            return Shards(names, "txt", rank=rank, world_size=world_size, gather_objects=gather_objects)
         except UserError as error:
             return error
 
@@ -344,7 +343,7 @@ def test_ranks_that_exchange_counts_open_each_shard_once(tmp_path: Path, monkeyp
             f"{i}.{ext}": encoded(i) if ext == "jpg" else b"x" for i in range(1 + number) for ext in ("jpg", "txt")
         }
         write_tar(tmp_path / f"{number}.tar", {**members, "bad.jpg": encoded(0)})
-    names = expand([str(tmp_path)])
+    names = expand_patterns([str(tmp_path)])
     alone = Shards(names, "txt")
     counted: Counter[int] = Counter()
     count = Shards._count
@@ -361,6 +360,6 @@ def test_ranks_that_exchange_counts_open_each_shard_once(tmp_path: Path, monkeyp
 def test_a_shard_that_one_rank_cannot_open_is_an_error_on_all(tmp_path: Path) -> None:
     write_corpus(tmp_path, num_shards=3, per_shard=2)
     (tmp_path / "00001.tar").write_bytes(b"no tar at all" * 100)
-    found = opened_by_ranks(expand([str(tmp_path)]), world_size=2)
+    found = opened_by_ranks(expand_patterns([str(tmp_path)]), world_size=2)
     assert [type(error) for error in found] == [UserError, UserError]
     assert all("00001.tar is not an uncompressed tar file" in str(error) for error in found)

@@ -1,4 +1,4 @@
-"""Transparent pictures are shown on a background of one's choice, the same in loader, converter and evaluation."""
+"""Transparent images are shown on a background of one's choice, the same in loader, converter and evaluation."""
 
 import io
 import struct
@@ -14,25 +14,24 @@ from configs import UserError, fingerprint
 from configs.data import WHITE, ImageView, Pictures, Views
 from configs.system import Loader as LoaderSettings
 from configs.system import System
-from data import views
-from data.decode import Decoder, Picture, blend
-from data.headers import refusal
-from data.held_out import HeldOut
-from data.picture_loader import PictureLoader
-from data.pictures import load_picture
-from data.pillow_decoder import blend_on_colour
+from data import augment
+from data.corpora.samples import load_image
+from data.decode import DecodedImage, Decoder, blend_alpha
+from data.held_out import HeldOutImages
+from data.loader import ImageLoader
+from data.pillow_decoder import blend_on_colour, image_fault
 from tests.data.encoded_images import png, saved, with_png_chunk, with_tiff_number
-from tests.data.tar_shards import picture, write_tar
+from tests.data.tar_shards import drawn_image, write_tar
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
 
-RGB = np.asarray(picture(0))
-ALPHA = np.asarray(picture(1).convert("L"))[:, :, None]
-GREY = np.asarray(picture(0).convert("L"))[:, :, None]
+RGB = np.asarray(drawn_image(0))
+ALPHA = np.asarray(drawn_image(1).convert("L"))[:, :, None]
+GREY = np.asarray(drawn_image(0).convert("L"))[:, :, None]
 RGBA = Image.fromarray(np.concatenate([RGB, ALPHA], axis=2))
 LA = Image.fromarray(np.concatenate([GREY, ALPHA], axis=2))
-PALETTE = picture(0).convert("P", palette=Image.Palette.ADAPTIVE, colors=16)
+PALETTE = drawn_image(0).convert("P", palette=Image.Palette.ADAPTIVE, colors=16)
 OPAQUE = np.full_like(ALPHA, 255)
 KEY = RGB[3, 3]
 DEEP = np.concatenate([RGB, ALPHA], axis=2).astype(int) * 257
@@ -78,7 +77,7 @@ TRANSPARENT: dict[str, tuple[bytes, np.ndarray, float]] = {
         0,
     ),
     "rgb png of one transparent colour": (
-        saved(picture(0), "PNG", transparency=tuple(KEY.tolist())),
+        saved(drawn_image(0), "PNG", transparency=tuple(KEY.tolist())),
         blended(RGB, np.where((RGB == KEY).all(2, keepdims=True), 0, 255)),
         0,
     ),
@@ -102,15 +101,15 @@ TRANSPARENT: dict[str, tuple[bytes, np.ndarray, float]] = {
     ),
     "avif": (saved(RGBA, "AVIF", quality=95), blended(RGB, ALPHA), 30),
 }
-# Pictures whose format has alpha, and every pixel is opaque: what a decoder gives that has never heard of alpha.
+# Images whose format has alpha, and every pixel is opaque: what a decoder gives that has never heard of alpha.
 SOLID = Image.fromarray(np.concatenate([RGB, OPAQUE], axis=2))
 NOISE = np.random.default_rng(0).integers(0, 65536, (24, 32, 3))
-OPAQUE_PICTURES: dict[str, tuple[bytes, bytes]] = {
-    "png": (saved(SOLID, "PNG"), saved(picture(0), "PNG")),
+OPAQUE_IMAGES: dict[str, tuple[bytes, bytes]] = {
+    "png": (saved(SOLID, "PNG"), saved(drawn_image(0), "PNG")),
     "16-bit png": (png(np.concatenate([NOISE, np.full((24, 32, 1), 65535)], axis=2), 16, 6), png(NOISE, 16, 2)),
     "palette png": (saved(PALETTE, "PNG", transparency=b"\xff" * 16), saved(PALETTE, "PNG")),
-    "webp": (saved(SOLID, "WEBP", lossless=True), saved(picture(0), "WEBP", lossless=True)),
-    "tiff": (saved(SOLID, "TIFF"), saved(picture(0), "TIFF")),
+    "webp": (saved(SOLID, "WEBP", lossless=True), saved(drawn_image(0), "WEBP", lossless=True)),
+    "tiff": (saved(SOLID, "TIFF"), saved(drawn_image(0), "TIFF")),
 }
 
 
@@ -122,10 +121,10 @@ def decoder() -> Decoder:
     return Decoder("cpu", threads=2)
 
 
-def decoded(decoder: Decoder, data: bytes) -> Picture:
-    assert refusal(data, 10**6) is None
+def decoded(decoder: Decoder, data: bytes) -> DecodedImage:
+    assert image_fault(data, 10**6) is None
     [found] = decoder.decode([data])
-    assert isinstance(found, Picture), found
+    assert isinstance(found, DecodedImage), found
     return found
 
 
@@ -136,12 +135,12 @@ def test_every_kind_of_transparency_is_shown_on_white(decoder: Decoder, name: st
     assert np.abs(shown - expected).max() <= allowed
 
 
-@pytest.mark.parametrize("name", OPAQUE_PICTURES)
+@pytest.mark.parametrize("name", OPAQUE_IMAGES)
 def test_alpha_without_a_transparent_pixel_changes_no_bit(decoder: Decoder, name: str) -> None:
-    with_alpha, without = (decoded(decoder, data) for data in OPAQUE_PICTURES[name])
+    with_alpha, without = (decoded(decoder, data) for data in OPAQUE_IMAGES[name])
     assert torch.equal(with_alpha.pixels, without.pixels)
     random = Decoder("cpu", threads=1, background="random")
-    assert decoded(random, OPAQUE_PICTURES[name][0]).alpha_HW1 is None
+    assert decoded(random, OPAQUE_IMAGES[name][0]).alpha_HW1 is None
 
 
 def test_line_art_on_a_transparent_ground_is_black_on_white(decoder: Decoder) -> None:
@@ -164,7 +163,7 @@ def test_the_two_ways_of_blending_give_the_same_bits() -> None:
     image = Image.fromarray(np.concatenate([pixels, alpha], axis=2))
     for colour in (WHITE, (0, 1, 254), (127, 128, 129)):
         tensors = (torch.from_numpy(part.copy()) for part in (pixels, alpha, np.array(colour, np.uint8)))
-        assert (blend(*tensors).numpy() == np.asarray(blend_on_colour(image, colour))).all()
+        assert (blend_alpha(*tensors).numpy() == np.asarray(blend_on_colour(image, colour))).all()
 
 
 # --- a random background
@@ -172,11 +171,11 @@ def test_the_two_ways_of_blending_give_the_same_bits() -> None:
 
 def crops(decoder: Decoder, names: list[str], keys: list[int], epochs: list[int], data: list[bytes]) -> torch.Tensor:
     found = decoder.decode(data)
-    pictures = [item for item in found if isinstance(item, Picture)]
-    sides = [p.height for p in pictures], [p.width for p in pictures]
+    images = [item for item in found if isinstance(item, DecodedImage)]
+    sides = [p.height for p in images], [p.width for p in images]
     config = Views(image_size=16, global_size=16, local_size=16, jitter=0, blur=(0, 0, 0), grey=0, solarise=0, flip=0)
-    drawn = [views.draw(name, config, 7, keys, epochs, *sides) for name in names]
-    return decoder.render(pictures, views.concatenate(drawn))
+    drawn = [augment.draw_view(name, config, 7, keys, epochs, *sides) for name in names]
+    return decoder.render(images, augment.concatenate_views(drawn))
 
 
 def test_a_random_background_depends_on_sample_epoch_and_view_alone() -> None:
@@ -192,9 +191,9 @@ def test_a_random_background_depends_on_sample_epoch_and_view_alone() -> None:
     alone = crops(decoder, ["local3"], [3], [0], [clear])
     assert torch.equal(alone[0], shown[2, 2])
     assert not torch.equal(crops(decoder, ["local3"], [3], [1], [clear])[0], alone[0])
-    drawn = views.draw("local3", Views(), 7, [3], [0], [30], [40]).background[0]
+    drawn = augment.draw_view("local3", Views(), 7, [3], [0], [30], [40]).background[0]
     assert alone[0, :, 0, 0].tolist() == drawn.tolist()
-    many = views.draw("image", Views(), 0, np.arange(4000), np.zeros(4000), [9] * 4000, [9] * 4000).background
+    many = augment.draw_view("image", Views(), 0, np.arange(4000), np.zeros(4000), [9] * 4000, [9] * 4000).background
     assert np.abs(many.mean(axis=0) - 127.5).max() < 5  # 4 standard errors of a mean of 4,000
     assert (many.min(), many.max()) == (0, 255)
 
@@ -202,22 +201,22 @@ def test_a_random_background_depends_on_sample_epoch_and_view_alone() -> None:
 def test_a_random_background_is_blended_into_the_window_of_each_view() -> None:
     random, white = Decoder("cpu", threads=1, background="random"), Decoder("cpu", threads=1)
     data = TRANSPARENT["rgba png"][0]
-    [picture] = [p for p in random.decode([data]) if isinstance(p, Picture)]
+    [image] = [p for p in random.decode([data]) if isinstance(p, DecodedImage)]
     config = Views(image_size=16)
-    numbers = views.draw("image", config, 0, [5], [0], [24], [32])
+    numbers = augment.draw_view("image", config, 0, [5], [0], [24], [32])
     colour = tuple(numbers.background[0].tolist())
-    [expected] = [p for p in Decoder("cpu", threads=1, background=colour).decode([data]) if isinstance(p, Picture)]
-    shown = random.render([picture], numbers)
+    [expected] = [p for p in Decoder("cpu", threads=1, background=colour).decode([data]) if isinstance(p, DecodedImage)]
+    shown = random.render([image], numbers)
     assert torch.equal(shown, white.render([expected], numbers))
     # the way on a GPU; measured 0.02 apart, for the borders of the window; without the background 60
-    windows = views.whole_pixels(numbers.windows, [24], [32])
+    windows = augment.round_windows(numbers.windows, [24], [32])
     by_dali = white.render_with_dali([expected.pixels], windows, numbers)
     assert (by_dali.float() - shown.float()).abs().mean() < 1
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_gpu_shows_transparent_pictures_as_the_cpu_does() -> None:
+def test_the_gpu_shows_transparent_images_as_the_cpu_does() -> None:
     data = [TRANSPARENT[name][0] for name in ("rgba png", "gif", "lossless webp")]
     shown = [crops(Decoder(device, 2, "random"), ["image", "global0"], [1, 2, 3], [0, 0, 0], data) for device in _BOTH]
     assert (shown[0].float() - shown[1].cpu().float()).abs().mean() < 3
@@ -233,7 +232,7 @@ def test_loader_converter_and_evaluation_decode_transparency_alike(tmp_path: Pat
         square = RGBA.crop((0, 0, 16, 16))
         (tmp_path / name).write_bytes(saved(square, kind, **({"lossless": True} if kind == "WEBP" else {})))
         members[name] = (tmp_path / name).read_bytes()
-        content, extension, _ = load_picture(tmp_path / name, None)
+        content, extension, _ = load_image(tmp_path / name, None)
         converted[f"{name[0]}.{extension}"] = content
     (tmp_path / "direct").mkdir()
     (tmp_path / "folder").mkdir()
@@ -243,11 +242,11 @@ def test_loader_converter_and_evaluation_decode_transparency_alike(tmp_path: Pat
     green = (0, 200, 40)
     expected = np.rint(blended(RGB[:16, :16], ALPHA[:16, :16], green)).transpose(2, 0, 1)
     for folder in ("direct", "folder"):
-        held_out = HeldOut([f"{tmp_path}/{folder}/*.tar"], 16, System(), 10**6, background=green)
+        held_out = HeldOutImages([f"{tmp_path}/{folder}/*.tar"], 16, System(), 10**6, background=green)
         [batch] = held_out.batches(8)
         assert np.abs(batch.images.numpy() - expected).max() <= 1
         data = Pictures(train=(f"{tmp_path}/{folder}/*.tar",), streams=1, background=green)
-        loader = PictureLoader(data, ImageView(image_size=16, image_scale=(1, 1)), 3, 0, LoaderSettings())
+        loader = ImageLoader(data, ImageView(image_size=16, image_scale=(1, 1)), 3, 0, LoaderSettings())
         assert np.abs(loader.batch(0).images.numpy() - expected).max() <= 1
         held_out.close()
         loader.close()
@@ -255,7 +254,7 @@ def test_loader_converter_and_evaluation_decode_transparency_alike(tmp_path: Pat
 
 def test_a_smaller_copy_keeps_its_transparency(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(TRANSPARENT["palette png"][0])
-    content, extension, size = load_picture(tmp_path / "a.png", 16)
+    content, extension, size = load_image(tmp_path / "a.png", 16)
     image = Image.open(io.BytesIO(content))
     assert (extension, size, image.mode, image.size) == ("png", (16, 12), "RGBA", (16, 12))
     full = Image.fromarray(np.rint(TRANSPARENT["palette png"][1]).astype(np.uint8))

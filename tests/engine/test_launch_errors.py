@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from data import corpus_of_a_run
+from data import order
 from data.captions import train_bpe
-from data.corpus_of_a_run import Found
+from data.order import CorpusRecord
 from tests.data.tar_shards import write_corpus
 from tests.engine.small_runs import write_checkpoint
 from tests.harness import free_port
@@ -157,8 +157,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(here / "runs" / "trained", here / "runs" / "half")
     (here / "runs" / "half" / "checkpoints" / "step-00000003" / "state.json").unlink()
     shutil.copytree(here / "runs" / "trained", here / "runs" / "moved")
-    found = Found({"gone/0.tar": 6, "gone/1.tar": 6}, Counter())
-    corpus_of_a_run.write(here / "runs" / "moved" / "corpus.json", ("shards",), "txt", found)
+    found = CorpusRecord({"gone/0.tar": 6, "gone/1.tar": 6}, Counter())
+    order.write_corpus_record(here / "runs" / "moved" / "corpus.json", ("shards",), "txt", found)
     return here
 
 

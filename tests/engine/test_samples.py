@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from configs import UserError
-from data.order import Order
-from data.sequence import CorpusFacts
+from data.order import CorpusFacts, Order
 from engine import archive
 from engine.health import rollback
 from engine.health.guard import GoBack

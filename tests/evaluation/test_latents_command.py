@@ -191,7 +191,7 @@ def test_a_file_that_cannot_be_written_is_a_user_error(
     def full(*_: object) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("data.latents.writer.save_file", full)
+    monkeypatch.setattr("data.latents.store.save_file", full)
     with pytest.raises(UserError, match=r"cannot be written .No space left on device.: see whether the disk is full"):
         extract(trained, tmp_path / "store", Options())
     assert list((tmp_path / "store").iterdir()) == []

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import Config, load_config, load_run
-from data.to_device import to_device
+from data.batch import to_device
 from engine.assemble import CHILDREN
 from engine.corruption import corruptor
 from engine.drop_path import drop_path

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.latents.files import shard_name, write_statistics
+from data.latents.channel_statistics import write_channel_statistics
+from data.latents.files import latent_file_name
 
 
 def random_latents(count: int, shape: tuple[int, int, int] = (3, 2, 2), seed: int = 0) -> dict[str, Tensor]:
-    """latents, latents_flip and labels (0 1 2 3 0 1 ...) of `count` pictures; channels of unlike means and spreads."""
+    """latents, latents_flip and labels (0 1 2 3 0 1 ...) of `count` images; channels of unlike means and spreads."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.arange(1, shape[0] + 1).view(1, -1, 1, 1)
     latents = torch.randn(count, *shape, generator=generator) * spread + spread
@@ -24,17 +25,17 @@ def random_latents(count: int, shape: tuple[int, int, int] = (3, 2, 2), seed: in
 
 
 def write_public_store(directory: Path, counts: Sequence[int], shape: tuple[int, int, int] = (3, 2, 2)) -> Path:
-    """Files of so many pictures each with exactly the public keys, and statistics; no manifest."""
+    """Files of so many images each with exactly the public keys, and statistics; no manifest."""
     directory.mkdir(exist_ok=True)
     whole = random_latents(sum(counts), shape)
     start = 0
     for number, count in enumerate(counts):
         save_file(
             {key: rows[start : start + count].clone() for key, rows in whole.items()},
-            directory / shard_name(0, number),
+            directory / latent_file_name(0, number),
             {"total_size": str(count)},
         )
         start += count
     channels_first = torch.cat([whole["latents"], whole["latents_flip"]]).transpose(0, 1).flatten(1)
-    write_statistics(directory, channels_first.mean(1), channels_first.std(1))
+    write_channel_statistics(directory, channels_first.mean(1), channels_first.std(1))
     return directory

@@ -1,4 +1,4 @@
-"""The order of latents: every picture once an epoch, the same rows on any number of ranks, a resume anywhere."""
+"""The order of latents: every image once an epoch, the same rows on any number of ranks, a resume anywhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import UserError
-from data.latents.files import shard_files
+from data.latents.files import list_latent_files
 from data.latents.loader import LatentLoader
 from data.latents.store import LatentStore
 from tests.data.latents.stores import random_latents, write_public_store
@@ -27,7 +27,7 @@ def indices(loader: LatentLoader, first: int, count: int) -> np.ndarray:
     return loader.locate(np.arange(first, first + count))[0]
 
 
-def test_an_epoch_holds_every_picture_once_in_an_order_of_its_own(store: LatentStore) -> None:
+def test_an_epoch_holds_every_image_once_in_an_order_of_its_own(store: LatentStore) -> None:
     loader = LatentLoader(store, 0, 6, True)
     epochs = [indices(loader, 17 * epoch, 17) for epoch in (0, 1, 5)]
     assert all(sorted(epoch) == list(range(17)) for epoch in epochs)
@@ -41,8 +41,8 @@ def test_an_epoch_holds_every_picture_once_in_an_order_of_its_own(store: LatentS
 def test_half_of_the_samples_are_mirrored_anew_each_epoch_or_none(store: LatentStore) -> None:
     loader = LatentLoader(store, 0, 6, True)
     places, is_flipped = loader.locate(np.arange(17 * 400))
-    by_picture = np.array([is_flipped[places == i].mean() for i in range(17)])
-    assert 0.4 < by_picture.min() < by_picture.max() < 0.6  # 400 draws of 1/2: a deviation of 0.025
+    by_image = np.array([is_flipped[places == i].mean() for i in range(17)])
+    assert 0.4 < by_image.min() < by_image.max() < 0.6  # 400 draws of 1/2: a deviation of 0.025
     assert not LatentLoader(store, 0, 6, False).locate(np.arange(100))[1].any()
 
 
@@ -103,7 +103,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(store: LatentStore) -> N
 
 
 def test_flips_without_mirrored_latents_are_refused(tmp_path: Path) -> None:
-    [path] = shard_files(write_public_store(tmp_path, [3]))
+    [path] = list_latent_files(write_public_store(tmp_path, [3]))
     save_file({key: rows for key, rows in load_file(path).items() if key != "latents_flip"}, path)
     with pytest.raises(UserError, match=r"latents\.flip=false"):
         LatentLoader(LatentStore(tmp_path), 0, 3, True)

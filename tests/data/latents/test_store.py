@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import UserError
-from data import patience
+from data import storage
+from data.bad_samples import StorageError
+from data.durable_files import write_manifest
 from data.latents import channel_statistics
 from data.latents import store as latent_store
-from data.latents.files import shard_files, write_statistics
-from data.latents.store import LatentStore
-from data.latents.writer import LatentWriter, Tally
-from data.losses import StorageFails
-from data.manifest import write_manifest
+from data.latents.channel_statistics import ChannelSums, write_channel_statistics
+from data.latents.files import list_latent_files
+from data.latents.store import LatentStore, LatentWriter
 from data.storage import OpenFile
 from tests.data.latents.stores import random_latents, write_public_store
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.L0
 
 
 def write_ours(directory: Path, world_size: int, count: int = 11, batch: int = 2, shard_size: int = 3) -> Path:
-    """A store of `count` pictures that `world_size` ranks wrote, rank r the pictures r, r + W, ..."""
+    """A store of `count` images that `world_size` ranks wrote, rank r the images r, r + W, ..."""
     directory.mkdir()
     whole = random_latents(count) | {"positions": torch.arange(count)}
     tallies = []
@@ -37,7 +37,7 @@ def write_ours(directory: Path, world_size: int, count: int = 11, batch: int = 2
             writer.add(*(rows[start : start + batch] for rows in own.values()))
         tallies.append(writer.close())
     tally = sum(tallies[1:], tallies[0])
-    write_statistics(directory, *tally.statistics())
+    write_channel_statistics(directory, *tally.statistics())
     write_manifest(directory, {"tokenizer": "ab12", "crop": 32}, tally.samples)
     return directory
 
@@ -55,7 +55,7 @@ def test_what_ranks_wrote_is_read_in_the_order_of_the_corpus(tmp_path: Path, wor
 
 
 def test_files_have_the_public_names_keys_and_sizes(tmp_path: Path) -> None:
-    names = [path.name for path in shard_files(write_ours(tmp_path / "store", world_size=2))]
+    names = [path.name for path in list_latent_files(write_ours(tmp_path / "store", world_size=2))]
     assert names == [f"latents_rank{rank:02d}_shard{number:03d}.safetensors" for rank in (0, 1) for number in (0, 1)]
     files = [load_file(tmp_path / "store" / name) for name in names]
     assert [len(file["labels"]) for file in files] == [3, 3, 3, 2]
@@ -76,7 +76,7 @@ def test_statistics_are_those_of_all_stored_values(tmp_path: Path, dtype: torch.
     # Measured 1e-16 and 4e-16; without the mirrored latents the means differ by 0.12.
     torch.testing.assert_close(mean, values.mean(dim=(0, 2, 3)), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(std, values.transpose(0, 1).flatten(1).std(dim=1), rtol=1e-13, atol=1e-13)
-    write_statistics(tmp_path, mean, std)
+    write_channel_statistics(tmp_path, mean, std)
     stored = torch.load(tmp_path / "latents_stats.pt", weights_only=True)
     assert stored["mean"].shape == stored["std"].shape == (1, 3, 1, 1)
     store = LatentStore(tmp_path)
@@ -92,21 +92,21 @@ def test_a_public_store_without_statistics_is_measured(
     store = write_public_store(tmp_path / "public", [300, 7])
     (store / "latents_stats.pt").unlink()
     if not has_flips:
-        for path in shard_files(store):
+        for path in list_latent_files(store):
             _without(path, "latents_flip")
     assert channel_statistics.main([str(store)]) == 0
     whole = random_latents(307)
     values = torch.cat([whole[key] for key in ("latents", "latents_flip")[: 1 + has_flips]]).transpose(0, 1).flatten(1)
     torch.testing.assert_close(LatentStore(store).mean, values.mean(1))
     torch.testing.assert_close(LatentStore(store).std, values.std(1))
-    for directory, expected in ((store, "is there already"), (tmp_path, "holds no latents")):
+    for directory, expected in ((store, "exists already"), (tmp_path, "holds no latents")):
         assert channel_statistics.main([str(directory)]) == 2
         assert expected in capsys.readouterr().err
 
 
-def test_a_rank_without_pictures_adds_nothing(tmp_path: Path) -> None:
+def test_a_rank_without_images_adds_nothing(tmp_path: Path) -> None:
     writer = LatentWriter(tmp_path, 0)
-    tally = writer.close() + Tally()
+    tally = writer.close() + ChannelSums()
     assert (tally.samples, tally.num_values) == ({}, 0)
     assert list(tmp_path.iterdir()) == []
 
@@ -128,7 +128,7 @@ def test_files_come_by_number_not_by_letter(tmp_path: Path) -> None:
     ]
     for name in reversed(names):
         (tmp_path / f"{name}.safetensors").touch()
-    assert [path.stem for path in shard_files(tmp_path)] == names
+    assert [path.stem for path in list_latent_files(tmp_path)] == names
 
 
 def test_reading_rows_leaves_the_rest_on_the_disk(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def _anonymous_bytes() -> int:
 
 def test_a_store_without_mirrored_latents_gives_the_others(tmp_path: Path) -> None:
     write_public_store(tmp_path, [3])
-    [path] = shard_files(tmp_path)
+    [path] = list_latent_files(tmp_path)
     save_file({key: rows for key, rows in load_file(path).items() if key != "latents_flip"}, path)
     store = LatentStore(tmp_path)
     assert not store.has_flips
@@ -200,15 +200,15 @@ DAMAGES = {
     ),
     "statistics of another width": (
         "is for 8 channels, the latents beside it have 3",
-        lambda store, file: write_statistics(store, torch.zeros(8), torch.ones(8)),
+        lambda store, file: write_channel_statistics(store, torch.zeros(8), torch.ones(8)),
     ),
     "a dead channel": (
         "channel 1 has mean 0 and deviation 0",
-        lambda store, file: write_statistics(store, torch.zeros(3), torch.tensor([1.0, 0.0, 1.0])),
+        lambda store, file: write_channel_statistics(store, torch.zeros(3), torch.tensor([1.0, 0.0, 1.0])),
     ),
     "damaged manifest": ("is not a manifest", lambda store, file: (store / "manifest.json").write_text("[]")),
     "a file the manifest lists is gone": (
-        "is missing or cut short, says manifest.json",
+        "is missing or cut short, by manifest.json",
         lambda store, file: write_json_with_a_lost_file(store),
     ),
 }
@@ -227,7 +227,7 @@ def write_json_with_a_lost_file(store: Path) -> None:
 def test_damage_is_one_clear_error(tmp_path: Path, name: str) -> None:
     expected, damage = DAMAGES[name]
     store = write_public_store(tmp_path / "store", [4, 3])
-    damage(store, shard_files(store)[1])
+    damage(store, list_latent_files(store)[1])
     with pytest.raises(UserError, match=expected):
         LatentStore(store)
 
@@ -253,7 +253,7 @@ class _Unsteady:
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatentStore:
     """A store that is being read, one file of which is open; no time is spent on waiting for storage."""
-    monkeypatch.setattr(patience, "_FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "_FIRST_WAIT_SECONDS", 0.0)
     monkeypatch.setattr(latent_store, "_OPEN_FILES", 1)
     store = LatentStore(write_public_store(tmp_path / "store", [4, 3]), tries=3)
     store.read([0, 1], [False, True])
@@ -266,7 +266,7 @@ CHANGES = {
     "gone": (r"shard001.*is gone since the start", lambda file: file.unlink()),
     "another": (r"shard001.*it holds \(3, 4, 2, 2\)", lambda file: write_unlike(file)),
     "of another type": (r"shard001.*another type", lambda file: write_halves(file)),
-    "no header": (r"shard001.*its header is none", lambda file: file.write_bytes(bytes([2]) + bytes(200))),
+    "no header": (r"shard001.*its header is unreadable", lambda file: file.write_bytes(bytes([2]) + bytes(200))),
 }
 
 
@@ -277,14 +277,14 @@ def write_halves(file: Path) -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_file_that_changes_under_a_run_is_one_clear_error(opened: LatentStore, name: str) -> None:
     expected, change = CHANGES[name]
-    change(shard_files(opened.directory)[1])
+    change(list_latent_files(opened.directory)[1])
     with pytest.raises(UserError, match=expected):
         opened.read([6], [True])
 
 
 def test_an_open_file_is_read_on_when_it_is_unlinked_and_told_when_it_is_cut_off(opened: LatentStore) -> None:
     """Through a map, the second would have ended this process."""
-    expected, file = random_latents(7)["latents_flip"], shard_files(opened.directory)[0]
+    expected, file = random_latents(7)["latents_flip"], list_latent_files(opened.directory)[0]
     os.link(file, file.with_suffix(".kept"))
     file.unlink()
     assert opened.read([2], [True])[0].equal(expected[2:3])
@@ -298,5 +298,5 @@ def test_storage_that_fails_for_a_while_changes_nothing(opened: LatentStore, mon
     monkeypatch.setattr(OpenFile, "read", lambda *asked: unsteady.read(*asked))
     assert opened.read([5], [False])[0].equal(random_latents(7)["latents"][5:6])
     unsteady.times = 3
-    with pytest.raises(StorageFails, match=r"shard000.*Input/output error.*tried system\.loader\.tries=3 times"):
+    with pytest.raises(StorageError, match=r"shard000.*Input/output error.*tried system\.loader\.tries=3 times"):
         opened.read([0], [False])

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from configs import Config, DecoderGan, Run
 from configs.ds import load_ds_config
+from data.batch import RestartablePrefetcher
 from data.order import Order
-from data.prefetch import Ahead
 from engine import archive, run
 from engine.assemble import assemble
 from engine.checkpoint.pieces import Pieces
@@ -62,8 +62,8 @@ class Drawn:
     """A loader over drawn batches."""
 
     def __init__(self, make: Callable[[int], Any], order: Order) -> None:
-        self._ahead: Ahead[Any] = Ahead(make, 2)
-        self.health = SimpleNamespace(counts=Counter(), left_out=Counter())
+        self._ahead: RestartablePrefetcher[Any] = RestartablePrefetcher(make, 2)
+        self.bad_samples = SimpleNamespace(counts=Counter(), left_out=Counter())
         shards = SimpleNamespace(names=("drawn",))
         self.reader = SimpleNamespace(shards=shards, order=order, logs=(), summary=lambda: "corpus: drawn")
         self.wait_seconds = 0.0

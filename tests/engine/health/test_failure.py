@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from data.losses import StorageFails
+from data.bad_samples import StorageError
 from engine import launch, run, world
 from engine.exits import FAILED, LOST_RANK
 from engine.health.failure import TrainingFailed
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.L0
     ("error", "code"),
     [
         (TrainingFailed("nonfinite", "3 non-finite losses up to step 120"), FAILED),
-        (StorageFails("8 shards in a row cannot be read"), LOST_RANK),
+        (StorageError("8 shards in a row cannot be read"), LOST_RANK),
     ],
 )
 def test_it_ends_with_its_code_and_one_line(

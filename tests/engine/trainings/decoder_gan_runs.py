@@ -12,7 +12,7 @@ from torch import Tensor
 from configs import DecoderGan
 from configs.ds import load_ds_config
 from configs.load import validate
-from data.picture_loader import PictureBatch
+from data.loader import ImageBatch
 from engine import zero
 from engine.optim import parameter_groups
 from engine.schedule import learning_rate
@@ -57,12 +57,12 @@ def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return tree | changed
 
 
-def pictures(config: DecoderGan, step: int, comm: Comm) -> PictureBatch:
+def pictures(config: DecoderGan, step: int, comm: Comm) -> ImageBatch:
     """This rank's rows of a global batch that depends on the step alone."""
     generator = torch.Generator().manual_seed(step)
     size = (config.batch.images, 3, config.views.image_size, config.views.image_size)
     images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-    return PictureBatch(images[comm.rank :: comm.world_size], step, ())
+    return ImageBatch(images[comm.rank :: comm.world_size], step, ())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from configs import Config, DecoderGan, UserError
 from configs.data import ImageView, Pictures
 from configs.ds import load_ds_config
 from configs.system import Loader
-from data.picture_loader import PictureLoader
+from data.loader import ImageLoader
 from engine import run
 from evaluation.corpus_network import CorpusNetwork, write_corpus_network
 from evaluation.run import evaluate
@@ -58,7 +58,7 @@ def stage_1(config: Config, corpus: Path, steps: int = 200) -> dict[str, torch.T
     stage = DecoderStage(config.model)
     stage.load_state_dict({name: state[name] for name in stage.state_dict()})
     data, view = Pictures(train=(f"{corpus}/train/*.tar",), streams=2), ImageView(image_size=32)
-    loader = PictureLoader(data, view, 10, 0, Loader())
+    loader = ImageLoader(data, view, 10, 0, Loader())
     optimizer = torch.optim.AdamW(stage.decoder.parameters(), lr=3e-3)
     for step in range(steps):
         outputs = stage(loader.batch(step).images)

@@ -1,0 +1,1 @@
+"""Corpora to write: image folders, synthetic scenes of shapes, scenes of emoji."""
