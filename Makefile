@@ -1,4 +1,4 @@
-# Everything a newcomer types. `make demo` and `make test` set the environment up by themselves.
+# Commands for users and developers. `make demo` and `make test` set up the environment if there is none.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 DEMO      := runs/demo
 DEMO_DATA := demo_data
 GPU_OUT   := runs/gpu_check
-# One rank per GPU, two at most (the demo deals its data to two streams); two ranks on a machine without a GPU.
+# One rank per GPU, two at most (the demo has two sample streams); two ranks on a machine without a GPU.
 RANKS = $(shell $(BIN)/python -c "import torch; print(min(torch.cuda.device_count(), 2) or 2)")
 
 .PHONY: demo demo-seeds test test-all fuzz soak gpu-check checks pins setup format clean
@@ -21,26 +21,26 @@ demo: setup
 	python -m evaluation.summary $(DEMO)
 	python -m profiling.report $(DEMO)
 
-# The demo with the seed that ships and two others, each held against its bounds.
+# The demo with its own seed and two others, each checked against the bounds of its preset.
 demo-seeds: setup
 	python -m pytest -m demo -s
 
-# Seconds to a minute each; `test-all` adds those of minutes (tier L2).
+# Tests of seconds to a minute each; `test-all` adds those of minutes (tier L2).
 test: checks
 	python -m pytest -n 2 --dist loadfile --durations 30 -m "(L0 or L1) and not L2"
 
 test-all: checks
 	python -m pytest -n 2 --dist loadfile --durations 30 -m "L0 or L1 or L2"
 
-# 100,000 hostile inputs for each reader of what comes from outside: shards, indexes, captions, picture headers; minutes.
+# Fuzz every reader of outside data (shards, indexes, captions, image headers) with 100,000 hostile inputs; minutes.
 fuzz: setup
 	python -m tests.fuzz
 
-# Half an hour of training under random faults, then the same undisturbed, compared; docs/reliability.md.
+# Train for half an hour under random faults and compare with an undisturbed run; docs/reliability.md.
 soak: setup
 	python -m tests.soak
 
-# What was built for GPUs, shown to work on one; with the Python and the packages that are there, and no network.
+# Check the GPU paths on one GPU, with the installed Python and packages, without a network.
 gpu-check:
 	$(PYTHON) -m profiling.gpu_check --out $(GPU_OUT)
 
@@ -51,7 +51,7 @@ checks: setup
 	python -m pytest -q tests/test_layering.py
 	python -m tests.resolution
 
-# Rewrite constraints.txt: one set of versions for every supported Python and every extra.
+# Rewrite constraints.txt: one set of versions for all supported Pythons and extras.
 pins: setup
 	python -m tests.resolution --update
 

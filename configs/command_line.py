@@ -1,7 +1,9 @@
-"""Command-line parser of every command: no abbreviated options; an error is one line and exit code 2.
+"""Command-line parser of every command, its argument types, and the mode of the files that commands write.
 
-parser = CommandParser(prog="python -m profiling.plan", description=__doc__)
-parser.add_argument("--json", type=output_file)      # creates the directory of the file, or is an error
+    parser = CommandParser(prog="python -m profiling.plan", description=__doc__)
+    parser.add_argument("--json", type=output_file)      # creates the directory of the file, or is an error
+
+No abbreviated options; an error is one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ UNRECOGNIZED = "unrecognized arguments: "
 
 
 class CommandParser(argparse.ArgumentParser):
-    """ArgumentParser without abbreviations, whose meaning new options would change. Subcommands use it too."""
+    """ArgumentParser without abbreviated options, which a new option could make ambiguous; subcommands use it too."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
@@ -46,7 +48,7 @@ def seed(text: str) -> int:
 def output_file(text: str) -> Path:
     """Parse the path of an output file and create its directory (an argparse type).
 
-    Raises ArgumentTypeError, before any work is done, where it is a directory or cannot be written.
+    Raises ArgumentTypeError, before any work is done, if it is a directory or cannot be written.
     """
     path = Path(text)
     try:
@@ -58,3 +60,13 @@ def output_file(text: str) -> Path:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written (no permission): choose another")
     return path
+
+
+def apply_umask(path: Path | str) -> None:
+    """Give a file the mode that `open` would have given it: 0600 -> 0644 under the usual umask 022.
+
+    safetensors 0.8 writes files of mode 0600, which nobody else on a shared disk could read.
+    """
+    mask = os.umask(0)
+    os.umask(mask)  # the umask cannot be read without being set
+    os.chmod(path, 0o666 & ~mask)

@@ -1,8 +1,8 @@
-"""What a step is given: where samples come from, how many, in which crops, under which masks.
+"""Input sections: where samples come from, batch sizes, crops and augmentation, masks.
 
-    Views(local_size=64).num_locals        # 8, as without it
+    Views(local_size=64).num_locals        # 8, the default
 
-*Science*: each of these changes results. Rules and tags as in configs/schema.py.
+*Science*: every setting changes results. Rules and tags as in configs/schema.py.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from configs.section import (
+    AddedLater,
     AreaRange,
     Count,
     Digest,
-    Later,
+    Fraction,
+    FractionRange,
     NotBool,
     Number,
     Paths,
     PixelRange,
     Positive,
     Section,
-    Share,
-    ShareRange,
     UserError,
     Width,
 )
@@ -40,9 +40,9 @@ _BINARY_EXTS = (
 
 
 def check_caption(caption: str, key: str = "") -> str:
-    """Check a value of data.caption, a member that can hold text, and return it. Raises UserError.
+    """Return the value of data.caption if it names a member that can hold text; raise UserError otherwise.
 
-    `key` is the option that has the value, for the message.
+    `key` is the name of the option, for the message.
     """
     extension, colon, field = caption.partition(":")
     found = f"{key}{caption!r}"
@@ -86,25 +86,28 @@ def _parse_background(value: object) -> object:
 Background = Annotated[Literal["random"] | Colour, BeforeValidator(_parse_background)]
 
 
-class Pictures(Section):
-    """Where pictures come from and in which order they arrive (data/order.py)."""
+class ImageData(Section):
+    """Where images come from and in which order they arrive (data/order.py)."""
 
     train: Paths  # shard paths or URLs; globs and brace ranges allowed
     held_out: Paths = ()  # read by evaluation only
     streams: Positive  # C canonical streams; every world size must divide it
     block_shards: Positive = 4  # samples are shuffled inside blocks of this many shards of one stream
-    max_bad_share: Share = 0.02  # above this share of bad samples the run stops
+    max_bad_share: Fraction = 0.02  # above this fraction of bad samples the run stops
     max_pixels: Positive = 50_000_000  # larger images are bad samples: they would stall a whole step
     # Background of transparent images. random: a colour for each view and epoch, in evaluation white
-    background: Annotated[Background, Later()] = WHITE
+    background: Annotated[Background, AddedLater()] = WHITE
 
     @property
     def fixed_background(self) -> Colour:
-        """The background where nothing is random, as in evaluation: white in place of random."""
+        """The background of evaluation, where nothing is random: white in place of random."""
         return WHITE if self.background == "random" else self.background
 
     def check_world(self, world_size: int) -> None:
-        """Every rank serves whole streams, so that the global batches are the same at every world size."""
+        """Raise UserError if `world_size` does not divide the streams.
+
+        Every rank serves whole streams, so that global batches are the same at every world size.
+        """
         if self.streams % world_size:
             sizes = ", ".join(str(size) for size in range(1, self.streams + 1) if self.streams % size == 0)
             raise UserError(
@@ -113,18 +116,18 @@ class Pictures(Section):
             )
 
 
-class Data(Pictures):
-    """Pictures and what is said of them."""
+class ImageTextData(ImageData):
+    """Images and their captions."""
 
     tokenizer: str  # a tokenizer.json file, or a Hugging Face hub name (CLIP's for the real presets)
-    # sha256 of that file: filled in at the start; a given one is compared with the file
-    tokenizer_sha256: Annotated[Digest | None, Later()] = None
-    # Extension of the caption's member, or "json:KEY" for a field of the .json member; of a list one is drawn by hash
+    # sha256 of that file: filled in at the start; if given, the file must match
+    tokenizer_sha256: Annotated[Digest | None, AddedLater()] = None
+    # Extension of the caption's member, or "json:KEY" for a field of the .json member; of a list, one is drawn by hash
     caption: Annotated[str, AfterValidator(check_caption)] = "txt"
 
 
-class Batch(Section):
-    """The asymmetric split, in images over all ranks. Recipe ratio 1 : 1/4 : 1/8 [P]."""
+class BatchSizes(Section):
+    """Images of each objective in a step, over all ranks. Ratio in the paper 1 : 1/4 : 1/8 [P]."""
 
     clip: Positive
     ssl: Count
@@ -132,7 +135,7 @@ class Batch(Section):
     layout: Literal["nested", "disjoint"] = "nested"  # ssl and rec both lead, or rec follows ssl
 
     @model_validator(mode="after")
-    def _fits(self) -> Batch:
+    def _fits(self) -> BatchSizes:
         used = max(self.ssl, self.rec) if self.layout == "nested" else self.ssl + self.rec
         if used > self.clip:
             raise ValueError(
@@ -144,34 +147,34 @@ class Batch(Section):
 
 
 class ImageView(Section):
-    """The crop that clip and rec see. Sizes in pixels, scales as shares of the image area."""
+    """The crop that clip and rec see. Sizes in pixels, scales as fractions of the image area."""
 
     image_size: Width = 256  # [P]
     image_scale: AreaRange = (0.9, 1.0)
 
 
 class Views(ImageView):
-    """All crops, and colours. [D] of DINOv2."""
+    """All crops and colour augmentation. [D] of DINOv2."""
 
     global_size: Width = 256
     global_scale: AreaRange = (0.32, 1.0)
     local_size: Width = 96
     local_scale: AreaRange = (0.05, 0.32)
     num_locals: Annotated[int, Field(ge=0, le=1024), NotBool] = 8
-    flip: Share = 0.5  # ssl crops only: captions speak of left and right
-    jitter: Share = 0.8  # probability of the colour jitter
+    flip: Fraction = 0.5  # ssl crops only: captions mention left and right
+    jitter: Fraction = 0.8  # probability of the colour jitter
     brightness: Jitter = 0.4
     contrast: Jitter = 0.4
     saturation: Jitter = 0.2
     hue: Number = Field(0.1, ge=0, le=0.5)  # in turns of the colour circle
-    grey: Share = 0.2
-    blur: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)  # probability on global view 0, on 1, on local ones
+    grey: Fraction = 0.2
+    blur: tuple[Fraction, Fraction, Fraction] = (1.0, 0.1, 0.5)  # probability on global view 0, on 1, on local ones
     blur_sigma: PixelRange = (0.1, 2.0)  # in pixels at the crop's own size
-    solarise: Share = 0.2  # global view 1 only
+    solarise: Fraction = 0.2  # global view 1 only
 
 
 class Masks(Section):
-    """Which patches of the global crops the student does not see. iBOT block-wise masking [D]."""
+    """iBOT block-wise masking of patches of the student's global crops [D]."""
 
-    share_of_crops: Share = 0.5
-    ratio: ShareRange = (0.1, 0.5)
+    share_of_crops: Fraction = 0.5  # that are masked
+    ratio: FractionRange = (0.1, 0.5)

@@ -1,9 +1,9 @@
-"""Stage 2: the decoder alone, trained on with an adversarial term; encoder and bottleneck stay as they are.
+"""Stage 2: the decoder is fine-tuned with an adversarial loss; encoder and bottleneck stay frozen.
 
     Gan(balance="fixed", weight=0.1).kind        # "hinge"
 
-*Science* but for `system` and `profile`. Rules and tags as in configs/schema.py. VTP's own numbers are not published
-(docs/recipe.md, "Stage 2"): where a paper is named, a number is its.
+*Science* except `system` and `profile`. Rules and tags as in configs/schema.py. VTP's own numbers are not published
+(docs/recipe.md, "Stage 2"); a number is that of the paper named beside it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from configs.data import ImageView, Pictures
-from configs.learning import require_lpips_weights
-from configs.run import Run
+from configs.data import ImageData, ImageView
+from configs.run import RunConfig
+from configs.schema import require_lpips_weights
 from configs.section import (
+    AddedLater,
     Betas,
     ClipNorm,
     Digest,
-    Later,
     LearningRate,
     Momentum,
     NotBool,
@@ -30,64 +30,63 @@ from configs.section import (
     WeightDecay,
 )
 
-StartShare = Annotated[Number, Field(ge=0.0, le=1.0)]  # 1: never, which is how stage 2 without the term is measured
+StartFraction = Annotated[Number, Field(ge=0.0, le=1.0)]  # 1: never, to measure stage 2 without the term
 
 
 class Tokenizer(Section):
-    """The trained tokenizer whose decoder is trained on; the file says what its model is."""
+    """The trained tokenizer whose decoder is fine-tuned; its weights file describes its model."""
 
-    weights: str  # a weights file of ours; where it lies is not science, what it holds is
-    sha256: str | None = None  # of its tensors; filled in at the start, and one that is given must be the file's
+    weights: str  # a weights file of ours; its path is not science, its content is
+    sha256: str | None = None  # of its tensors: filled in at the start; if given, the file must match
 
 
-class DecoderBatch(Section):
-    """How many pictures a step takes: a multiple of data.streams."""
+class DecoderBatchSize(Section):
+    """Images a step."""
 
-    images: Positive  # over all ranks
+    images: Positive  # over all ranks; a multiple of data.streams
 
 
 class Discriminator(Section):
-    """The PatchGAN (model/losses/gan.py) and its AdamW; steps, warm-up, eps and precision are the decoder's."""
+    """PatchGAN (model/losses/gan.py) and its AdamW; steps, warm-up, eps and precision are the decoder's."""
 
-    width: Annotated[int, Field(ge=8, le=8192, multiple_of=8), NotBool] = (
-        64  # channels of the first layer; later norms take 16 at a time
-    )
+    # Channels of the first layer; later group norms take 16 at a time
+    width: Annotated[int, Field(ge=8, le=8192, multiple_of=8), NotBool] = 64
     layers: Annotated[int, Field(ge=1, le=6), NotBool] = 3
-    lr: LearningRate = 2e-4  # peak, at optim.lr_batch pictures a step [D]
-    betas: Betas = (0.5, 0.9)  # [D of VQGAN]: little memory, because its task moves
+    lr: LearningRate = 2e-4  # peak, at optim.lr_batch images a step [D]
+    betas: Betas = (0.5, 0.9)  # [D of VQGAN]: short averages, because the decoder it judges changes
     weight_decay: WeightDecay = 0.0
     clip_norm: ClipNorm = 1.0
 
 
 class PixelLosses(Section):
-    """What holds the decoder to the picture: rec = l1 * L1 + perceptual * LPIPS, one of them at least."""
+    """Reconstruction losses: rec = l1 * L1 + perceptual * LPIPS; at least one has weight."""
 
     l1: Weight = 1.0
     perceptual: Weight = 1.0  # L1 : LPIPS = 1 : 1, as in stage 1 [P]; needs lpips_weights
     lpips_weights: str | None = None  # safetensors with VGG-16 features and LPIPS heads
-    # sha256 of its tensors: filled in at the start; a given one is compared with the file
-    lpips_sha256: Annotated[Digest | None, Later()] = None
+    # sha256 of its tensors: filled in at the start; if given, the file must match
+    lpips_sha256: Annotated[Digest | None, AddedLater()] = None
 
     @model_validator(mode="after")
     def _perceptual_is_explicit(self) -> PixelLosses:
         require_lpips_weights(self.perceptual, self.lpips_weights, self.lpips_sha256)
         if not (self.l1 or self.perceptual):
-            raise ValueError("l1=0 and perceptual=0: nothing holds the decoder to the picture; set one of them")
+            raise ValueError("l1=0 and perceptual=0: nothing holds the decoder to the image; set one of them")
         return self
 
 
 class Gan(Section):
-    """The adversarial term. The discriminator learns first, the decoder listens to it later."""
+    """The adversarial loss. The discriminator starts to learn first; the loss reaches the decoder later."""
 
     kind: Literal["hinge", "vanilla"] = "hinge"
     balance: Literal["adaptive", "fixed"] = "adaptive"  # adaptive: times |grad rec| / |grad gan| at the last layer
     weight: Number = Field(0.75, gt=0, le=1e6)  # adaptive 0.5 to 0.75, fixed about 0.1 [D of RAE, VA-VAE, l-DeTok]
     limit: Number = Field(1e4, gt=0, le=1e9)  # of the adaptive ratio [D of VQGAN]
-    discriminator_start: StartShare = 0.375  # of optim.steps: the discriminator steps from here on [D]
-    start: StartShare = 0.5  # of optim.steps: the term is in the decoder's loss from here on [D of l-DeTok]
+    discriminator_start: StartFraction = 0.375  # of optim.steps: the discriminator steps from here on [D]
+    start: StartFraction = 0.5  # of optim.steps: the term is in the decoder's loss from here on [D of l-DeTok]
 
     @model_validator(mode="after")
-    def _the_discriminator_leads(self) -> Gan:
+    def _the_discriminator_starts_first(self) -> Gan:
         if self.start < self.discriminator_start:
             raise ValueError(
                 f"start={self.start:g} is before discriminator_start={self.discriminator_start:g}: the decoder would "
@@ -108,24 +107,24 @@ class DecoderObjectives(Section):
     gan: Gan = Gan()
 
 
-class DecoderGan(Run):
-    """A stage-2 run; configs/run.py has what it shares with other kinds of runs."""
+class DecoderGan(RunConfig):
+    """Config of a stage-2 run; `RunConfig` has what all kinds of runs share."""
 
-    places: ClassVar[dict[str, Any]] = {"tokenizer": {"weights"}}
+    unhashed_paths: ClassVar[dict[str, Any]] = {"tokenizer": {"weights"}}
     digest_keys: ClassVar[dict[str, str]] = {"objectives.rec.lpips_weights": "objectives.rec.lpips_sha256"}
 
     kind: Literal["decoder_gan"] = "decoder_gan"
     tokenizer: Tokenizer
-    data: Pictures
-    batch: DecoderBatch
+    data: ImageData
+    batch: DecoderBatchSize
     views: ImageView = ImageView()
     objectives: DecoderObjectives
     discriminator: Discriminator = Discriminator()
-    ema: Momentum = 0.999  # of the averaged decoder, which is what is written: the share kept at a step [D of l-DeTok]
+    ema: Momentum = 0.999  # of the averaged decoder, which is what the run writes [D of l-DeTok]
 
     @property
     def samples_per_step(self) -> int:
-        """Pictures."""
+        """Images a step over all ranks."""
         return self.batch.images
 
     @property
@@ -134,7 +133,7 @@ class DecoderGan(Run):
         return self.data.streams
 
     def check_world(self, world_size: int) -> None:
-        """Raises UserError where so many ranks cannot share the corpus."""
+        """Raise UserError if `world_size` does not divide the sample streams."""
         self.data.check_world(world_size)
 
     @model_validator(mode="after")
@@ -142,16 +141,16 @@ class DecoderGan(Run):
         if self.batch.images % self.data.streams:
             raise ValueError(
                 f"batch.images={self.batch.images} is not a multiple of data.streams={self.data.streams}: every step "
-                "takes the same number of pictures from each stream; change either"
+                "takes the same number of images from each stream; change either"
             )
         return self
 
     @model_validator(mode="after")
-    def _pictures_hold_a_logit(self) -> DecoderGan:
+    def _the_discriminator_has_logits(self) -> DecoderGan:
         least = 3 * 2**self.discriminator.layers
         if self.views.image_size < least:
             raise ValueError(
-                f"discriminator.layers={self.discriminator.layers} halve pictures of "
+                f"discriminator.layers={self.discriminator.layers} halve images of "
                 f"views.image_size={self.views.image_size} until no logit is left: they need {least} pixels; lower "
                 "discriminator.layers"
             )

@@ -28,7 +28,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from configs import UserError
-from configs.data import Data
+from configs.data import ImageTextData
 from configs.section import require_digest
 
 # A batch of captions takes about a millisecond on one thread, and the loader has threads of its own: a second
@@ -147,7 +147,7 @@ class CaptionEncoder:
         return rows
 
 
-def with_tokenizer_digest(data: Data) -> Data:
+def with_tokenizer_digest(data: ImageTextData) -> ImageTextData:
     """Return the section with tokenizer_sha256 filled in: the digest of the tokenizer.json file, also for a hub name.
 
     Raises UserError where the file is missing, or does not have the digest that the section gives.

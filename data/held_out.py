@@ -38,7 +38,7 @@ from torch import Tensor
 
 from configs import UserError
 from configs.data import WHITE, Colour
-from configs.system import System
+from configs.run import System
 from data.annotations import ClassIndex
 from data.decode import DecodedImage, Decoder
 from data.sample_reader import read_sample

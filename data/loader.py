@@ -24,8 +24,8 @@ from typing import Protocol
 import torch
 
 from configs import Config
-from configs.data import ImageView, Pictures, Views
-from configs.system import Loader as LoaderSettings
+from configs.data import ImageData, ImageView, Views
+from configs.run import LoaderSettings as LoaderSettings
 from data.augment import view_names
 from data.batch import Batch, RestartablePrefetcher
 from data.masking import MaskSampler
@@ -151,7 +151,7 @@ class ImageLoader:
 
     def __init__(
         self,
-        data: Pictures,
+        data: ImageData,
         view: ImageView,
         batch: int,
         seed: int,

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from configs import UserError
-from configs.data import Pictures, Views
-from configs.system import Loader as LoaderSettings
+from configs.data import ImageData, Views
+from configs.run import LoaderSettings as LoaderSettings
 from data.augment import concatenate_views, draw_view
 from data.bad_samples import BadSample, BadSampleTracker, StorageError, UnreadableLog, UnreadableShards
 from data.decode import DecodedImage, Decoder
@@ -71,7 +71,7 @@ class SampleReader:
 
     def __init__(
         self,
-        data: Pictures,
+        data: ImageData,
         loader: LoaderSettings,
         seed: int,
         caption: str | None,
@@ -267,7 +267,7 @@ class SampleReader:
 
 
 def _read_agreed_record(
-    path: Path, data: Pictures, caption: str | None, gather_objects: GatherObjects | None
+    path: Path, data: ImageData, caption: str | None, gather_objects: GatherObjects | None
 ) -> CorpusRecord | None:
     """Read the run's corpus record; None where it is missing or ranks read different ones. A collective."""
     read = read_corpus_record(path, data.train, caption)
@@ -278,7 +278,7 @@ def _read_agreed_record(
 def _write_record(
     record: CorpusRecord,
     path: Path,
-    data: Pictures,
+    data: ImageData,
     caption: str | None,
     rank: int,
     gather_objects: GatherObjects | None,

@@ -14,9 +14,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from configs import Config, DecoderGan, Run, UserError, fingerprint, load_run
+from configs import Config, DecoderGan, RunConfig, UserError, fingerprint, load_run
 from configs.command_line import CommandParser, output_file
-from configs.generation import Generation
+from configs.generator import GeneratorConfig
 from configs.load import science_changes
 from data.durable_files import fsync_path
 from engine.checkpoint.directory import SUMS, candidates, step_directories
@@ -75,7 +75,7 @@ def find(root: Path) -> Path:
     raise UserError(f"{root} has no complete checkpoint (a directory with {SUMS})")
 
 
-def check_start(config: Run, resume: bool, allowed_changes: tuple[str, ...]) -> None:
+def check_start(config: RunConfig, resume: bool, allowed_changes: tuple[str, ...]) -> None:
     """Refuses to write over a run, or to resume another one, before anything heavy is loaded."""
     if resume:
         check_science(_checkpoint_to_resume(config), config, allowed_changes)
@@ -86,7 +86,7 @@ def check_start(config: Run, resume: bool, allowed_changes: tuple[str, ...]) -> 
         )
 
 
-def _checkpoint_to_resume(config: Run) -> Path:
+def _checkpoint_to_resume(config: RunConfig) -> Path:
     """Return the checkpoint to resume from. Raises UserError where there is none, or it is past optim.steps."""
     try:
         path = find(checkpoints(config))
@@ -103,7 +103,7 @@ def _checkpoint_to_resume(config: Run) -> Path:
     return path
 
 
-def check_science(path: Path, config: Run, allowed: tuple[str, ...] = ()) -> None:
+def check_science(path: Path, config: RunConfig, allowed: tuple[str, ...] = ()) -> None:
     """Refuse a resume whose science differs from the checkpoint's, unless every changed key is in `allowed`.
 
     A change of a key that decides names, shapes or meaning of the weights is refused in any case.
@@ -151,7 +151,7 @@ def whole_weights(path: Path, key: str = MASTER) -> dict[str, Tensor]:
     return {name: pieces.read(key, name).reshape(shape) for name, shape in state.shapes.items()}
 
 
-def consolidate(path: Path, out: Path, run: Run | None = None) -> None:
+def consolidate(path: Path, out: Path, run: RunConfig | None = None) -> None:
     """What a checkpoint's run is for, as one weights file: of pre-training the student or, with `ema`, its average
     (model/weights.py), of stage 2 the tokenizer with the averaged decoder, of a generator its average
     (model/generator/factory.py).
@@ -170,9 +170,9 @@ def consolidate(path: Path, out: Path, run: Run | None = None) -> None:
         raise OSError(f"could not write {out}: {error}") from error
 
 
-def _write(path: Path, out: Path, run: Run | None) -> None:
+def _write(path: Path, out: Path, run: RunConfig | None) -> None:
     config = load_run(path / "config.yaml")
-    if isinstance(config, Generation):
+    if isinstance(config, GeneratorConfig):
         _write_generator(path, out, config)
     elif isinstance(config, DecoderGan):
         if isinstance(run, DecoderGan):  # the tokenizer may have been moved since the checkpoint
@@ -183,7 +183,7 @@ def _write(path: Path, out: Path, run: Run | None) -> None:
         write_weights(out, weights, config.model, WeightsOrigin.of(config, read_state(path).step))
 
 
-def _write_generator(path: Path, out: Path, config: Generation) -> None:
+def _write_generator(path: Path, out: Path, config: GeneratorConfig) -> None:
     pieces = Pieces(path)
     whole = {name: pieces.read(WHOLE, name) for name in pieces.names(WHOLE)}
     write_generator(

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs import Config, Run, UserError
-from configs.ds import offloads_optimizer, overlap_summary, zero_stage
-from configs.learning import Optim
-from configs.scale_out import asks_deepcompile, said_of
+from configs import Config, RunConfig, UserError
+from configs.deepspeed import offloads_optimizer, overlap_summary, uses_deepcompile, zero_stage
+from configs.run import Optim
 from engine import deterministic, linears, optim, world, zero
 from engine.average import Average
 from engine.checkpoint.pieces import MAIN
@@ -153,7 +152,7 @@ def assemble(
 
 
 def start(
-    config: Run,
+    config: RunConfig,
     ds_config: dict[str, Any],
     device: torch.device,
     *,
@@ -175,7 +174,7 @@ def start(
     optimizer = optim.resolve(config, ds_config, device)
     attention = _attention(config, device)
     is_compiled, why = resolve_compile(config, device)
-    is_whole = asks_deepcompile(ds_config)
+    is_whole = uses_deepcompile(ds_config)
     if is_whole:
         is_compiled, why = False, "the whole model by DeepCompile (--ds_config)"
     with zero.construction(ds_config, config.optim.precision, device, config.system.timeout_minutes):
@@ -198,7 +197,7 @@ def start(
             "linear": products,
             "compile": f"{'on' if is_compiled else 'off'} ({why})",
             "optimizer": f"{settings.kind} by {optimizer.name} ({optimizer.reason})",
-            "zero": f"stage {zero_stage(ds_config)}{said_of(ds_config)} (--ds_config)",
+            "zero": f"stage {zero_stage(ds_config)}{scale_out_summary(ds_config)} (--ds_config)",
             "gradients": overlap_summary(ds_config, world.world_size()),
             "activation checkpointing": f"{config.system.activation_checkpointing} (system.activation_checkpointing)",
             "precision": f"{config.optim.precision} (optim.precision)",
@@ -209,7 +208,7 @@ def start(
 
 
 def timed(
-    config: Run,
+    config: RunConfig,
     device: torch.device,
     engine: Any,
     children: Mapping[str, str],
@@ -247,7 +246,7 @@ def fill_parameters(parameters: Iterable[tuple[str, nn.Parameter]], fill: Callab
                 fill(name, parameter.data)
 
 
-def _attention(config: Run, device: torch.device) -> AttentionBackend:
+def _attention(config: RunConfig, device: torch.device) -> AttentionBackend:
     try:
         return resolve_attention(
             config.system.attention, device, zero.DTYPES[config.optim.precision], config.system.deterministic
@@ -256,7 +255,7 @@ def _attention(config: Run, device: torch.device) -> AttentionBackend:
         raise UserError(f"system.attention={config.system.attention}: {error}") from None
 
 
-def resolve_compile(config: Run, device: torch.device) -> tuple[bool, str]:
+def resolve_compile(config: RunConfig, device: torch.device) -> tuple[bool, str]:
     """Whether blocks are compiled, and why."""
     if config.system.compile != "auto":
         return config.system.compile == "on", "named in the config"

@@ -18,12 +18,12 @@ from importlib import import_module
 
 import torch
 
-from configs import Run, UserError
+from configs import RunConfig, UserError
 
 WORKSPACE = ":4096:8"  # eight buffers of 4 MiB: what cuBLAS's documentation gives for reproducible products
 
 
-def enforce(config: Run, device: torch.device) -> str:
+def enforce(config: RunConfig, device: torch.device) -> str:
     """Sets it for the life of the process, where system.deterministic asks for it; says so. UserError where it cannot
     be."""
     if not config.system.deterministic:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from configs import Config, UserError
-from configs.architecture import Model
-from configs.learning import Align
+from configs.model import Model
+from configs.schema import AlignmentConfig
 from configs.section import require_digest
 from model.factory import TRAINING_ONLY
 from model.frozen import check_frozen_file
@@ -80,7 +80,7 @@ def perceptual_digest(path: str | None, given: str | None) -> str:
     return found
 
 
-def _pinned_align(config: Config, align: Align) -> Config:
+def _pinned_align(config: Config, align: AlignmentConfig) -> Config:
     """A resumed run needs the file too: no checkpoint holds a frozen encoder."""
     check_frozen_file(align)
     found = digest(Path(align.weights))

@@ -19,10 +19,10 @@ import signal  # noqa: E402
 import time  # noqa: E402
 from typing import Any, NoReturn  # noqa: E402
 
-from configs import Config, DecoderGan, Run, UserError, load_run  # noqa: E402
+from configs import Config, DecoderGan, RunConfig, UserError, load_run  # noqa: E402
 from configs.command_line import CommandParser  # noqa: E402
-from configs.ds import load_ds_config  # noqa: E402
-from configs.generation import Generation  # noqa: E402
+from configs.deepspeed import load_ds_config  # noqa: E402
+from configs.generator import GeneratorConfig  # noqa: E402
 from engine.checkpoint.directory import candidates  # noqa: E402
 from engine.complaint import complain, ignore_output_errors  # noqa: E402
 from engine.launcher import end_with_launcher, rank_environment  # noqa: E402
@@ -86,7 +86,7 @@ def _explicit(arguments: list[str]) -> list[str]:
     return [f"{word}=latest" if word == "--resume" and after not in modes else word for word, after in pairs]
 
 
-def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, tuple[str, ...]]:
+def preflight(options: argparse.Namespace) -> tuple[RunConfig, dict[str, Any], bool, tuple[str, ...]]:
     """The resolved config, DeepSpeed dictionary, whether the run goes on, and what may differ then; all checked that
     needs no model."""
     world_size = rank_environment()["WORLD_SIZE"]
@@ -98,7 +98,7 @@ def preflight(options: argparse.Namespace) -> tuple[Run, dict[str, Any], bool, t
         config = _check_pretraining(config, resume)
     elif isinstance(config, DecoderGan):
         config = _check_decoder_gan(config, resume)
-    elif isinstance(config, Generation):
+    elif isinstance(config, GeneratorConfig):
         from engine.trainings import latents
 
         config = latents.pinned(config)
@@ -135,7 +135,7 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
     return supervise(options.launcher, Path(__file__).resolve(), arguments, run_directory(config), options.max_restarts)
 
 
-def _train(config: Run, ds_config: dict[str, Any], resume: bool, allowed_changes: tuple[str, ...]) -> int:
+def _train(config: RunConfig, ds_config: dict[str, Any], resume: bool, allowed_changes: tuple[str, ...]) -> int:
     from data.bad_samples import StorageError
     from engine import run, world
     from engine.exits import FAILED, LOST_RANK
@@ -185,7 +185,7 @@ def _require_shards(config: Config | DecoderGan, resume: bool) -> None:
         storage.require_any_shard(recorded)
 
 
-def _require_profiled_ranks(config: Run, world_size: int) -> None:
+def _require_profiled_ranks(config: RunConfig, world_size: int) -> None:
     missing = [rank for rank in config.profile.ranks if rank >= world_size]
     if missing:
         raise UserError(

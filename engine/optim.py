@@ -23,10 +23,10 @@ import torch
 from torch import nn
 from torch.utils.cpp_extension import get_default_build_root
 
-from configs import Run, UserError
-from configs.ds import offloads_optimizer
-from configs.learning import Optim
+from configs import RunConfig, UserError
+from configs.deepspeed import offloads_optimizer
 from configs.load import one_line
+from configs.run import Optim
 from engine import zero
 
 LONGEST_BUILD = 20 * 60  # seconds; of one of DeepSpeed's optimizers, a minute or two on a quiet machine
@@ -44,7 +44,7 @@ class Choice:
     reason: str
 
 
-def resolve(config: Run, ds_config: dict[str, Any], device: torch.device) -> Choice:
+def resolve(config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> Choice:
     """What system.optimizer means for this run. Raises UserError where it cannot be had."""
     name, is_lamb = config.system.optimizer, config.optim.kind == "lamb"
     states = torch.device("cpu") if offloads_optimizer(ds_config) else device  # where the step is computed

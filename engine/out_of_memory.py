@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from configs import Config, Run, UserError
+from configs import Config, RunConfig, UserError
 from configs.load import one_line
 from engine.zero import DTYPES
 from kernels.attention import DENSE_KERNELS, resolve_attention
@@ -46,7 +46,7 @@ def ran_out(error: BaseException | None) -> bool:
 class Memory:
     """A rank's account of its memory, drawn up when there is not enough."""
 
-    config: Run
+    config: RunConfig
     ds_config: dict[str, Any]
     run_dir: Path
     rank: int

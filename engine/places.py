@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs import Run
+from configs import RunConfig
 
 
-def run_directory(config: Run) -> Path:
+def run_directory(config: RunConfig) -> Path:
     """system.run_dir, or runs/NAME below the working directory."""
     return Path(config.system.run_dir or f"runs/{config.name}")
 
 
-def checkpoints(config: Run) -> Path:
+def checkpoints(config: RunConfig) -> Path:
     """The directory of its checkpoints."""
     return run_directory(config) / "checkpoints"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs import Run, UserError, to_yaml
+from configs import RunConfig, UserError, to_yaml
 from engine import archive, stop_file, world
 from engine.agreement import on_first, trouble_of_first
 from engine.checkpoint.contents import Consumed
@@ -56,7 +56,7 @@ NFS_LEASE_SECONDS = 90.0  # how long an NFS server keeps the lock of a host that
 
 
 def train(
-    config: Run, ds_config: dict[str, Any], comm: Comm, resume: bool, allowed_changes: tuple[str, ...] = ()
+    config: RunConfig, ds_config: dict[str, Any], comm: Comm, resume: bool, allowed_changes: tuple[str, ...] = ()
 ) -> int:
     """Trains to optim.steps, or to a stop signal; gives the exit code. `allowed_changes` are science keys that may
     differ from the checkpoint's, or sections of them. A collective."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 
-from configs import Config, Run
+from configs import Config, RunConfig
 
 
-def learning_rate(step: int, config: Run) -> float:
+def learning_rate(step: int, config: RunConfig) -> float:
     """Linear warm-up, then cosine to final_lr. The peak scales with the square root of the batch [D of OpenCLIP]."""
     optim = config.optim
     peak = optim.lr * math.sqrt(config.samples_per_step / optim.lr_batch)

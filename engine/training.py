@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from configs import Run
+from configs import RunConfig
 from data.durable_files import AppendOnlyFile
 from engine.checkpoint.pieces import Piece, Pieces
 from engine.health.judge import Judge
@@ -99,7 +99,7 @@ class Training(Protocol):
     """One kind of run, assembled on this rank. Methods are called on all ranks alike: each may be a collective."""
 
     @property
-    def config(self) -> Run:
+    def config(self) -> RunConfig:
         """The run's settings."""
         ...
 

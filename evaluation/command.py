@@ -1,10 +1,10 @@
-"""What the commands of this package have in common: ranks where a launcher started them, one line for a mistake.
+"""Shared parts of the evaluation's commands: ranks under a launcher, errors, options, output folder, progress bar.
 
 def main(arguments):
     given = parser.parse_args(arguments)
     return run_command(lambda: show(evaluate(given.source)))     # 0, or 2 after "error: ..." on stderr
 
-for batch in with_progress(pictures.batches(128), "evaluating", total=79): ...
+for batch in with_progress(images.batches(128), "evaluating", total=79): ...
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from engine import world
 from engine.complaint import ignore_output_errors
 from engine.launcher import end_with_launcher
 
-TIMEOUT_MINUTES = 240  # while the first rank learns, the others wait
+TIMEOUT_MINUTES = 240  # of collectives: the other ranks wait while the first trains probes
 
 
 def run_command(work: Callable[[], None]) -> int:
-    """`work` among the ranks that a launcher started, or alone; the exit code. The first rank says what is wrong."""
+    """Run `work` on the ranks that a launcher started, or alone, and return the exit code.
+
+    A UserError is printed by the first rank and gives 2.
+    """
     ignore_output_errors()
     end_with_launcher()
     is_launched = "RANK" in os.environ
@@ -44,8 +47,8 @@ def run_command(work: Callable[[], None]) -> int:
     return 0
 
 
-def made(folder: Path) -> Path:
-    """The directory for results, there from now on. Raises UserError where it cannot be: before hours, not after."""
+def create_output_folder(folder: Path) -> Path:
+    """Create the directory for results and return it. Raises UserError, before any work, if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -58,12 +61,12 @@ def made(folder: Path) -> Path:
 
 
 def check_counts(given: argparse.Namespace, *names: str) -> None:
-    """Raises UserError where an option of these names is given and below 1."""
+    """Raise UserError if an option of these names is given and below 1."""
     for name in names:
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: give a number from 1 on")
 
 
 def with_progress(items: Iterable, title: str, total: int) -> Iterable:
-    """The items, with a bar where somebody looks."""
+    """Yield the items, with a progress bar on the first rank if stdout is a terminal."""
     return track(items, title, total=total, disable=not (sys.stdout.isatty() and world.is_first()))

@@ -1,9 +1,8 @@
-"""python -m evaluation.latents RUN_OR_WEIGHTS --data SHARDS --out DIR: a corpus as latents, to train generators on.
+"""python -m evaluation.latents RUN_OR_WEIGHTS --data SHARDS --out DIR: encode a corpus, to train generators on it.
 
-Encodes every labelled picture, centre-cropped, and its mirror image, and writes them with the statistics of their
-channels in LightningDiT's layout (data/latents/store.py). The store appears whole or not at all, and a second run of
-the same command finds it there and does nothing. Under a launcher the ranks share the pictures, and the store reads
-the same:
+Encodes every labelled image, centre-cropped, and its mirror image, and writes the latents with the statistics of their
+channels in LightningDiT's layout (data/latents/store.py). The store is published atomically, and a second run of the
+same command finds it there and does nothing. Under a launcher the ranks share the images, with the same result:
 
     torchrun --nproc-per-node 8 -m evaluation.latents runs/vtp_l --data imagenet/train --out latents --dtype bfloat16
 """
@@ -31,15 +30,15 @@ from data.latents.store import ChannelSums, LatentStore, LatentWriter
 from engine import world
 from engine.agreement import on_first, with_one_answer
 from evaluation.command import check_counts, run_command, with_progress
-from evaluation.source import Source, open_source
+from evaluation.tokenizer_source import TokenizerSource, open_tokenizer
 
-FORMAT = 2  # raise when the same arguments would give other files
+FORMAT = 2  # to be raised when the same arguments would give other files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line may ask for; without `data` the run's own training shards are encoded."""
+class LatentOptions:
+    """Command-line options; without `data` the run's own training shards are encoded."""
 
     data: tuple[str, ...] = ()
     crop: int | None = None
@@ -48,65 +47,65 @@ class Options:
     limit: int | None = None
 
 
-def extract(path: str | Path, out: Path, options: Options) -> LatentStore:
-    """The store in `out`, written unless it is there already. A collective.
+def write_latents(path: str | Path, out: Path, options: LatentOptions) -> LatentStore:
+    """Encode a corpus and write the store `out`, unless it is there already; return the store. A collective.
 
-    Raises UserError, on every rank, for what cannot be opened, for a picture without a label, and where `out` holds
+    Raises UserError, on every rank, for what cannot be opened, for an image without a label, and if `out` holds
     anything else.
     """
-    source, pictures, arguments = with_one_answer(lambda: _prepare(path, options))
+    source, images, arguments = with_one_answer(lambda: _prepare(path, options))
     if not on_first(lambda: is_published(out, arguments)):
-        on_first(lambda: _check_room(source, pictures.num_samples, out, options.dtype))
+        on_first(lambda: _check_free_space(source, images.num_samples, out, options.dtype))
         with staged_by_first(out) as directory:
-            tallies = world.gather_objects(with_one_answer(lambda: _encode(source, pictures, directory, options)))
-            bad = sum(world.gather_objects(pictures.bad), Counter())
-            on_first(lambda: _describe(directory, arguments, sum(tallies[1:], tallies[0]), bad))
-    pictures.close()
+            tallies = world.gather_objects(with_one_answer(lambda: _encode(source, images, directory, options)))
+            bad = sum(world.gather_objects(images.bad), Counter())
+            on_first(lambda: _finish_store(directory, arguments, sum(tallies[1:], tallies[0]), bad))
+    images.close()
     return with_one_answer(lambda: LatentStore(out))
 
 
 @contextmanager
 def staged_by_first(out: Path) -> Iterator[Path]:
-    """Yield data.durable_files.staged_directory on all ranks: the first opens it, and publishes it at the end."""
+    """Stage a directory for all ranks (data.durable_files.staged_directory): the first creates it, and publishes it at the end."""
     with ExitStack() as stack:
         on_first(lambda: bool(stack.enter_context(staged_directory(out))))
         yield out / PARTIAL
-    world.barrier()  # nobody looks before it is published
+    world.barrier()  # no rank opens the store before it is published
 
 
-def _prepare(path: str | Path, options: Options) -> tuple[Source, HeldOutImages, dict[str, Any]]:
-    """What is encoded, and what tells this store from another."""
-    source = open_source(path, world.device(), options.crop)
+def _prepare(path: str | Path, options: LatentOptions) -> tuple[TokenizerSource, HeldOutImages, dict[str, Any]]:
+    """Open tokenizer and images; return them with the arguments that identify the store in its manifest."""
+    source = open_tokenizer(path, world.device(), options.crop)
     data = options.data or (source.config.data.train if source.config else ())
     if not data:
         raise UserError("nothing to encode: there is no run to name training shards; name labelled ones with --data")
-    pictures = source.pictures(data, "--data" if options.data else "data.train", options.limit)
+    images = source.open_images(data, "--data" if options.data else "data.train", options.limit)
     arguments = {
         "format": FORMAT, "tokenizer": source.latent_digest(), "crop": source.crop, "dtype": options.dtype,
-        "corpus": list(data), "pictures": pictures.num_samples, "background": list(source.background),
+        "corpus": list(data), "pictures": images.num_samples, "background": list(source.background),
     }  # fmt: skip
-    return source, pictures, arguments
+    return source, images, arguments
 
 
-def _check_room(source: Source, count: int, out: Path, dtype: str) -> None:
-    """Raises UserError where the disk of `out` cannot hold the latents: hours later it would be a pity."""
+def _check_free_space(source: TokenizerSource, count: int, out: Path, dtype: str) -> None:
+    """Raise UserError, before hours of encoding, if the disk of `out` cannot hold the latents."""
     model = source.tokenizer.model
-    latent = model.latent_channels * (source.crop // model.patch_size) ** 2
-    wanted = 2 * count * latent * DTYPES[dtype].itemsize
-    there = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-    if wanted > (free := shutil.disk_usage(there).free):
+    numbers_per_latent = model.latent_channels * (source.crop // model.patch_size) ** 2
+    needed = 2 * count * numbers_per_latent * DTYPES[dtype].itemsize
+    existing = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    if needed > (free := shutil.disk_usage(existing).free):
         raise UserError(
-            f"--out {out}: {count} pictures and as many mirrored ones take {wanted / 1e9:.1f} GB in {dtype}, the disk "
+            f"--out {out}: {count} images and as many mirrored ones take {needed / 1e9:.1f} GB in {dtype}, the disk "
             f"has {free / 1e9:.1f} GB left; make room, or store them as bfloat16"
         )
 
 
-def _encode(source: Source, pictures: HeldOutImages, directory: Path, options: Options) -> ChannelSums:
-    """Writes this rank's files."""
+def _encode(source: TokenizerSource, corpus: HeldOutImages, directory: Path, options: LatentOptions) -> ChannelSums:
+    """Encode this rank's images and write its files."""
     writer, device, dtype = LatentWriter(directory, world.rank()), world.device(), DTYPES[options.dtype]
-    total = -(-len(pictures) // options.batch_size)
-    for batch in with_progress(pictures.batches(options.batch_size), "encoding", total):
-        pictures.classes.require_known()
+    total = -(-len(corpus) // options.batch_size)
+    for batch in with_progress(corpus.batches(options.batch_size), "encoding", total):
+        corpus.classes.require_known()
         if (batch.labels < 0).any():
             row = int((batch.labels < 0).nonzero()[0])
             raise UserError(
@@ -120,10 +119,10 @@ def _encode(source: Source, pictures: HeldOutImages, directory: Path, options: O
     return writer.close()
 
 
-def _describe(directory: Path, arguments: dict[str, Any], tally: ChannelSums, bad: Counter[str]) -> None:
-    """Statistics and manifest. Raises UserError where there is nothing to describe, or nothing to divide by."""
+def _finish_store(directory: Path, arguments: dict[str, Any], tally: ChannelSums, bad: Counter[str]) -> None:
+    """Write statistics and manifest. Raises UserError if there are no latents, or a channel has no deviation."""
     if not tally.samples:
-        raise UserError(f"no picture of {arguments['corpus']} could be decoded ({dict(bad)}); mend the shards")
+        raise UserError(f"no image of {arguments['corpus']} could be decoded ({dict(bad)}); repair the shards")
     mean, std = tally.statistics()
     check_channel_statistics(mean, std, f"latents in {arguments['dtype']}")
     write_channel_statistics(directory, mean, std)
@@ -131,14 +130,14 @@ def _describe(directory: Path, arguments: dict[str, Any], tally: ChannelSums, ba
 
 
 def main(arguments: list[str]) -> int:
-    """Command line of this module; the exit code."""
-    parser = CommandParser(prog="python -m evaluation.latents", description="Write a corpus as latents.")
+    """Run the command line of this module and return the exit code."""
+    parser = CommandParser(prog="python -m evaluation.latents", description="Encode a corpus as latents.")
     add = parser.add_argument
     add("source", help="a run directory, a directory in the public layout, a weights file, or hf://OWNER/NAME")
     add("--data", nargs="+", default=(), metavar="SHARDS", help="labelled shards (default: the run's data.train)")
     add("--out", type=Path, required=True, help="directory of the store")
     add("--crop", type=int, help="side of the centre crop in pixels (default: the run's; 256 without one)")
-    add("--batch-size", type=int, default=128, help="pictures a rank encodes together (%(default)s)")
+    add("--batch-size", type=int, default=128, help="images a rank encodes together (%(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of the stored latents (%(default)s)")
     add("--limit", type=int, help="encode this many samples, evenly spaced")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher's; LOCAL_RANK says the same
@@ -146,8 +145,8 @@ def main(arguments: list[str]) -> int:
 
     def work() -> None:
         check_counts(given, "crop", "batch_size", "limit")
-        options = Options(tuple(given.data), given.crop, given.batch_size, given.dtype, given.limit)
-        store = extract(given.source, given.out, options)
+        options = LatentOptions(tuple(given.data), given.crop, given.batch_size, given.dtype, given.limit)
+        store = write_latents(given.source, given.out, options)
         if world.is_first():
             _show(store)
 
@@ -157,7 +156,7 @@ def main(arguments: list[str]) -> int:
 def _show(store: LatentStore) -> None:
     skipped = "".join(f"; {count} {reason}" for reason, count in store.notes.get("bad_samples", {}).items())
     print(
-        f"{store.directory}: {store.num_samples} pictures of {store.num_classes} classes as {store.dtype} latents "
+        f"{store.directory}: {store.num_samples} images of {store.num_classes} classes as {store.dtype} latents "
         f"{tuple(store.shape)}, channel means {store.mean.min():.3g} to {store.mean.max():.3g}, deviations "
         f"{store.std.min():.3g} to {store.std.max():.3g}{skipped}"
     )

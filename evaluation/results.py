@@ -1,13 +1,16 @@
-"""What an evaluation leaves behind: evaluation.json, pictures, a table on the screen.
+"""Results of the evaluation tasks: in memory, in evaluation.json, on the screen.
+
+    TaskResult({"latent_top1": 0.81}, [{"features": "latent", "lr": 0.1, "top1": 0.81}], {"lr_sweep": draw})
+
+evaluation.json has one object of metrics for each task; `rows` holds what is longer than a metric, such as a sweep:
 
     {"zero_shot": {"top1": 0.114, ...}, "linear_probe": {...}, "rows": [{"task": "linear_probe", ...}],
      "source": "runs/demo", "weights": "9f86d0...", "steps": 400, "latents": "60303a...",
      "held_out": ["demo_data/held_out-*.tar"], "crop": 64, "bad_samples": {}}
 
-One object of plain figures for each task; `rows` holds what is longer than a figure, such as a whole sweep.
-`weights` is the sha256 of all tensors that were measured, `steps` the number of training steps (null where the
-file does not record it), `latents` the sha256 of those that the latents come from: a latent store and a generator on it
-name their tokenizer by the latter.
+`weights` is the sha256 of all tensors that were evaluated, `steps` the number of training steps (null if the file does
+not record it), `latents` the sha256 of the tensors that latents come from: a latent store, and a generator trained on
+it, identify their tokenizer by the latter.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,25 +30,48 @@ from configs import UserError
 from configs.load import one_line
 from data.durable_files import write_atomic
 from engine.complaint import complain
-from evaluation.outcome import Figure, Outcome
+from evaluation.tokenizer_source import TokenizerOutputs
+
+MetricValue = float | int | str
 
 
-def as_json(outcomes: Mapping[str, Outcome], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of evaluation.json; `about` is what belongs to no task.
+@dataclass(frozen=True)
+class TaskResult:
+    """Metrics of one task, rows of further detail, and plots."""
 
-    Raises UserError for a figure that is no number: JSON has no word for it, and nobody could compare it.
+    metrics: Mapping[str, MetricValue]  # a string is the reason why a metric was not computed
+    rows: list[dict[str, MetricValue]] = field(default_factory=list)
+    plots: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)  # name -> writes the PNG to a path
+
+
+class Task(Protocol):
+    """One evaluation of a tokenizer. All tasks of a run share one pass over the held-out images."""
+
+    def add(self, batch: TokenizerOutputs) -> None:
+        """Process a batch. Not a collective: ranks may have different numbers of batches."""
+        ...
+
+    def result(self) -> TaskResult:
+        """Return the result over all ranks. Called once after the last batch, on every rank in the same order."""
+        ...
+
+
+def to_json(results: Mapping[str, TaskResult], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the content of evaluation.json; `about` holds what belongs to no task.
+
+    Raises UserError for a metric that is not finite: JSON cannot hold it, and nobody could compare it.
     """
-    for task, outcome in outcomes.items():
-        check_numbers(outcome.figures, task)
-    rows: list[dict[str, Figure]] = [
-        {"task": task, **row} for task, outcome in outcomes.items() for row in outcome.rows
+    for task, result in results.items():
+        check_finite_metrics(result.metrics, task)
+    rows: list[dict[str, MetricValue]] = [
+        {"task": task, **row} for task, result in results.items() for row in result.rows
     ]
-    return {task: dict(outcome.figures) for task, outcome in outcomes.items()} | {"rows": rows} | dict(about)
+    return {task: dict(result.metrics) for task, result in results.items()} | {"rows": rows} | dict(about)
 
 
-def check_numbers(figures: Mapping[str, Any], where: str) -> None:
-    """Raises UserError for a figure that is infinite or none; `where` is what it is of."""
-    for name, value in figures.items():
+def check_finite_metrics(metrics: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a metric that is infinite or NaN; `where` names the task in the message."""
+    for name, value in metrics.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(
                 f"{where}: {name} is {value}: the weights are finite, but so large that what is computed with them is "
@@ -52,27 +79,27 @@ def check_numbers(figures: Mapping[str, Any], where: str) -> None:
             )
 
 
-def write(folder: Path, found: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
-    """Write evaluation.json, of `found`, then pictures/*.png into `folder`. Raises as `write_figures` does."""
-    write_figures(folder / "evaluation.json", found)
-    for outcome in outcomes.values():
-        for name, draw in outcome.pictures.items():
-            draw_picture(folder / "pictures" / f"{name}.png", draw)
+def write_results(folder: Path, content: Mapping[str, Any], results: Mapping[str, TaskResult]) -> None:
+    """Write evaluation.json with `content`, then pictures/*.png, into `folder`. Raises as `write_json` does."""
+    write_json(folder / "evaluation.json", content)
+    for result in results.values():
+        for name, draw in result.plots.items():
+            write_plot(folder / "pictures" / f"{name}.png", draw)
 
 
-def write_figures(path: Path, found: Mapping[str, Any]) -> None:
-    """Write `found` as JSON, whole or not at all. Raises UserError, with the figures in its message, on failure."""
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write results as JSON, atomically. Raises UserError, with the results in its message, on failure."""
     try:
-        write_atomic(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
+        write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}): free disk space and evaluate again; the figures "
-            f"are {json.dumps(found)}"
+            f"are {json.dumps(content)}"
         ) from None
 
 
-def draw_picture(path: Path, draw: Callable[[Path], None]) -> None:
-    """Draw a picture to `path`; a failure is a line on stderr, not an error, since the figures are written already."""
+def write_plot(path: Path, draw: Callable[[Path], None]) -> None:
+    """Write a plot to `path`; a failure is a line on stderr, not an error, since the metrics are written already."""
     try:
         path.parent.mkdir(exist_ok=True)
         draw(path)
@@ -80,19 +107,19 @@ def draw_picture(path: Path, draw: Callable[[Path], None]) -> None:
         complain(f"could not draw {path}: {type(error).__name__}: {one_line(error)}")
 
 
-def show(found: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints every task's figures, one line each."""
-    table = Table("task", "figure", "value", title="what the tokenizer is worth")
-    for task, figures in found.items():
-        if isinstance(figures, dict) and task != "bad_samples":
-            for idx, (name, value) in enumerate(figures.items()):
-                table.add_row("" if idx else task, escape(name), escape(words(value)))
+def show_results(content: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print a table with one line for each metric."""
+    table = Table("task", "metric", "value", title="evaluation of the tokenizer")
+    for task, metrics in content.items():
+        if isinstance(metrics, dict) and task != "bad_samples":
+            for idx, (name, value) in enumerate(metrics.items()):
+                table.add_row("" if idx else task, escape(name), escape(format_value(value)))
             table.add_section()
-    for reason, count in found["bad_samples"].items():
+    for reason, count in content["bad_samples"].items():
         table.add_row("bad samples", reason, str(count))
     (console or Console()).print(table)
 
 
-def words(value: Figure) -> str:
-    """A figure with four digits; counts and sentences as they are."""
+def format_value(value: MetricValue) -> str:
+    """Format a float with four digits; counts and strings as they are."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""python -m evaluation.summary RUN [RUN ...]: what a run reached, from its log and its evaluation, on one screen."""
+"""python -m evaluation.summary RUN [RUN ...]: summarise the log and evaluation of runs on one screen."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LOSSES = ("clip", "ssl", "rec")
 
 
 def summarise(run: Path) -> dict[str, str]:
-    """The lines of the summary, as words. Raises UserError for a directory that is no finished run."""
-    log, results = read_run(run), _results(run)
+    """Return the lines of the summary: title -> text. Raises UserError for a directory that is no finished run."""
+    log, results = read_run(run), _read_results(run)
     lines = {"run": str(run), "steps": str(log.steps[-1])}
     for name in LOSSES:
         if f"loss/{name}" in log.keys:
@@ -40,7 +40,7 @@ def summarise(run: Path) -> dict[str, str]:
     return lines
 
 
-def _results(run: Path) -> dict[str, Any]:
+def _read_results(run: Path) -> dict[str, Any]:
     path = run / "evaluation.json"
     if not path.exists():
         raise UserError(f"{path} does not exist; run `python -m evaluation.run {run}` first")
@@ -49,7 +49,7 @@ def _results(run: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Command line of this module; the exit code."""
+    """Run the command line of this module and return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.architecture import Vit
+from configs.model import Vit
 from kernels.attention import Segments, attend
 from model.packing import TokenSubset, kept_segments
 from model.rope import apply_rope

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.architecture import Conv, Model
+from configs.model import Conv, Model
 from kernels.attention import attend
 from model.latent import feature_width
 from model.packing import PackedLayout, TokenSubset, packed_layout

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.architecture import Model
+from configs.model import Model
 from model.block import Block, build_norm
 from model.imagenet import normalise
 from model.latent import build_bottleneck, mode

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from configs import Config, DecoderGan
-from configs.architecture import Model, Text, Vit
+from configs.model import Model, Text, Vit
 from model.conv import level_channels
 from model.decoder import DecoderStage
 from model.latent import hidden_patch_probabilities, num_patches

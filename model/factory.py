@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from configs.architecture import Model
+from configs.model import Model
 from model.conv import ConvDecoder, ConvEncoder
 from model.decoder import PixelDecoder
 from model.heads import ClipHeads

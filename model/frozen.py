@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import UserError
-from configs.architecture import Model, Vit
-from configs.learning import Align
+from configs.model import Model, Vit
+from configs.schema import AlignmentConfig
 from kernels.attention import Segments
 from model.block import Attention, LayerNorm, LayerScale
 from model.trunk import PatchEmbed, Trunk
@@ -51,7 +51,7 @@ class FrozenTrunk(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def load(cls, align: Align, attention: str, dtype: torch.dtype) -> FrozenTrunk:
+    def load(cls, align: AlignmentConfig, attention: str, dtype: torch.dtype) -> FrozenTrunk:
         """Load the trunk in `align.weights`, rounded to `dtype`.
 
         Raises UserError where the file is missing or damaged, or has no trunk or another one than `align` describes.
@@ -129,7 +129,7 @@ class Dinov2(nn.Module):
 FrozenNetwork = FrozenTrunk | Dinov2
 
 
-def load_frozen(align: Align, attention: str, dtype: torch.dtype) -> FrozenNetwork:
+def load_frozen(align: AlignmentConfig, attention: str, dtype: torch.dtype) -> FrozenNetwork:
     """Load the frozen encoder that `align` describes, rounded to `dtype`.
 
     Raises UserError like `check_frozen_file`, and where tensors are missing.
@@ -143,7 +143,7 @@ def load_frozen(align: Align, attention: str, dtype: torch.dtype) -> FrozenNetwo
         raise UserError(f"{ALIGN_KEY}.weights: {error}") from None
 
 
-def build_frozen_without_weights(align: Align, attention: str) -> FrozenNetwork:
+def build_frozen_without_weights(align: AlignmentConfig, attention: str) -> FrozenNetwork:
     """Build the encoder from the config section alone, without weights: for counting and prediction."""
     if align.kind == "dinov2":
         return Dinov2(align.encoder, align.patch_size, align.registers, DINOV2_NUM_POSITIONS, attention)
@@ -151,7 +151,7 @@ def build_frozen_without_weights(align: Align, attention: str) -> FrozenNetwork:
     return FrozenTrunk(Model(**sizes, trunk=align.encoder, decoder=align.encoder), attention)
 
 
-def describe_alignment(align: Align | None) -> str:
+def describe_alignment(align: AlignmentConfig | None) -> str:
     """Describe the alignment in one line, for the run's list of choices."""
     if align is None:
         return "off (objectives.rec.align is not set)"
@@ -159,7 +159,7 @@ def describe_alignment(align: Align | None) -> str:
     return f"with the frozen {align.kind} of {align.weights}, weight {align.weight:g}, {how}"
 
 
-def check_frozen_file(align: Align) -> None:
+def check_frozen_file(align: AlignmentConfig) -> None:
     """Raise UserError where the file is missing or damaged, or holds another encoder than `align` describes."""
     if align.kind == "trunk":
         read_frozen_model(align)
@@ -177,7 +177,7 @@ def check_frozen_file(align: Align) -> None:
     }, path)  # fmt: skip
 
 
-def read_frozen_model(align: Align) -> Model:
+def read_frozen_model(align: AlignmentConfig) -> Model:
     """Read the model section of the file and check it against `align`. Raises UserError like FrozenTrunk.load."""
     path = Path(align.weights)
     try:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.architecture import Prototypes
+from configs.model import Prototypes
 
 MAX_LOGIT_SCALE = math.log(100)  # [C]
 

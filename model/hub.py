@@ -26,7 +26,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from torch import Tensor
 
 from configs import UserError
-from configs.architecture import Model
+from configs.model import Model
 from model.public_config import official_class_note, read_key
 from model.public_layout import (
     PUBLIC_CONFIG,

@@ -37,8 +37,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from configs import Config
-from configs.architecture import Model
-from configs.learning import Noise
+from configs.model import Model
+from configs.schema import LatentNoise
 from configs.section import MaskRange
 
 # exp of both ends is still a float32; what latent diffusion's code clamps to.
@@ -112,7 +112,7 @@ class RecNoise(NamedTuple):
     noise_RVL: Tensor | None = None  # float32 standard normals: the noise e before scaling
 
 
-def add_rec_noise(latent: Tensor | DiagonalGaussian, rec_noise: RecNoise, noise: Noise) -> Tensor:
+def add_rec_noise(latent: Tensor | DiagonalGaussian, rec_noise: RecNoise, noise: LatentNoise) -> Tensor:
     """Add the step's noise to the latent: the decoder's input (R, V, L). Computed in float32, in the latent's dtype."""
     if isinstance(latent, DiagonalGaussian):
         latent = latent.mean if rec_noise.sample_RVL is None else latent.sample(rec_noise.sample_RVL)

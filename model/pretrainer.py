@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config
-from configs.architecture import Model
+from configs.model import Model
 from model.factory import build_decoder, build_encoder
 from model.heads import ClipHeads, PrototypeHead
 from model.imagenet import normalise

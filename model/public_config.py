@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from configs import UserError
-from configs.architecture import Model, Text, Vit
+from configs.model import Model, Text, Vit
 from model.block import swiglu_hidden
 
 OFFICIAL_DECODER_PATCH = 16  # pixels a side; the official class builds its decoder for it, ignoring vision_patch_size

@@ -36,8 +36,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs import UserError
-from configs.architecture import Model
-from configs.permissions import follow_umask
+from configs.command_line import apply_umask
+from configs.model import Model
 from model.block import swiglu_hidden
 from model.factory import TokenizerModules, is_tokenizer_parameter
 from model.public_config import (
@@ -91,7 +91,7 @@ def write_public(directory: Path, state: dict[str, Tensor], model: Model, origin
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in public.items()}
     save_file(tensors, directory / PUBLIC_WEIGHTS, {"format": "pt", ORIGIN_KEY: origin.to_json()})
-    follow_umask(directory / PUBLIC_WEIGHTS)
+    apply_umask(directory / PUBLIC_WEIGHTS)
     (directory / PUBLIC_CONFIG).write_text(json.dumps(described, indent=2) + "\n")
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.architecture import Model, Vit
+from configs.model import Model, Vit
 from model.packing import PackedLayout
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

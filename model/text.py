@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from configs.architecture import Text
+from configs.model import Text
 from kernels.attention import Segments, Spans, attend
 from model.block import LayerNorm
 

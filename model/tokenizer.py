@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import Config, UserError, load_run
-from configs.architecture import Model
+from configs.model import Model
 from model.factory import Decoder, TokenizerModules, is_tokenizer_parameter
 from model.hub import HubMixin
 from model.imagenet import denormalise, normalise

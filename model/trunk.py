@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.architecture import Model
+from configs.model import Model
 from model.block import Block, build_norm
 from model.packing import ALIGN, PackedLayout, TokenSubset, kept_segments, packed_layout
 from model.rope import build_rope

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs import Config, UserError, fingerprint, load_config
-from configs.architecture import Model
-from configs.permissions import follow_umask
+from configs.command_line import apply_umask
+from configs.model import Model
 
 ORIGIN_KEY = "vtp_engine.origin"  # key in the metadata of a safetensors file
 RUN_WEIGHTS = "weights.safetensors"  # in a run's directory
@@ -68,7 +68,7 @@ def write_weights(
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     metadata = {"model": model.model_dump_json()} | ({} if origin is None else {ORIGIN_KEY: origin.to_json()})
     save_file(tensors, path, metadata)
-    follow_umask(path)
+    apply_umask(path)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Model]:

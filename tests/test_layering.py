@@ -52,8 +52,8 @@ DOORS = {
     "pynvml": ("profiling/instruments/energy.py",),
     "tensorboard": ("engine/report/event_file.py",),
     "torch.utils.tensorboard": ("engine/report/event_file.py",),
-    "matplotlib": ("profiling/report/plots.py", "evaluation/figures.py"),
-    "torchmetrics": ("evaluation/fidelity.py",),
+    "matplotlib": ("profiling/report/plots.py", "evaluation/plots.py"),
+    "torchmetrics": ("evaluation/fid.py",),
     "jinja2": ("profiling/report/page.py",),
 }
 SAYS_NOTHING = re.compile(r"^_?(utils?|helpers?|misc|common)$")

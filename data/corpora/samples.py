@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from configs.data import Pictures
+from configs.data import ImageData
 from data.image_headers import detect_type
 from data.pillow_decoder import UndecodableImage, decode_with_pillow, image_fault, is_animated
 from data.processes import map_in_order
@@ -47,7 +47,7 @@ MIN_POOL_PIXELS = 2_000_000  # pixels; below it, starting processes takes longer
 KEPT_TYPES = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # type of data.image_headers -> member extension
 ENCODERS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _MAX_PIXELS_TO_SHRINK = 178_956_970  # of an image to be made smaller: 0.7 GB
-_MAX_PIXELS_TO_KEEP: int = Pictures.model_fields["max_pixels"].default
+_MAX_PIXELS_TO_KEEP: int = ImageData.model_fields["max_pixels"].default
 _decoder_lock = threading.Lock()  # the fallback decoder is shared by all threads
 ImageFile = tuple[bytes, str, tuple[int, int]]  # file bytes, member extension, (width, height) of the upright image
 

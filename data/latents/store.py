@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs import UserError
-from configs.permissions import follow_umask
+from configs.command_line import apply_umask
 from data.bad_samples import StorageError
 from data.durable_files import MANIFEST
 from data.latents.channel_statistics import ChannelSums, read_channel_statistics
@@ -203,7 +203,7 @@ class LatentWriter:
         described = {"total_size": str(self._count), "dtype": str(tensors[LATENTS].dtype), "device": "cpu"}
         try:
             save_file(tensors, self._directory / name, described)
-            follow_umask(self._directory / name)
+            apply_umask(self._directory / name)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self._directory / name} cannot be written ({error}): see whether the disk is full; "

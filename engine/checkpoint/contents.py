@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from configs import Run, UserError, fingerprint
+from configs import RunConfig, UserError, fingerprint
 from engine import world, zero
 from engine.archive import State, read_state
 from engine.checkpoint.pieces import MAIN, MASTER, MOMENTS, WHOLE, Piece, Pieces, label
@@ -56,7 +56,7 @@ class Consumed:
 NOTHING = Consumed()
 
 
-def state_of(step: int, kept: Kept, config: Run, consumed: Consumed = NOTHING) -> State:
+def state_of(step: int, kept: Kept, config: RunConfig, consumed: Consumed = NOTHING) -> State:
     """What a checkpoint of now knows besides its pieces. `step` is how many are finished."""
     trainable = (item for item in kept.engines[MAIN].module.named_parameters() if item[1].requires_grad)
     shapes = {name: list(zero.full_shape(parameter)) for name, parameter in trainable}

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs import UserError
-from configs.permissions import follow_umask
+from configs.command_line import apply_umask
 from data.durable_files import fsync_path
 
 MASTER, TEACHER, AVERAGE, WHOLE = "fp32", "teacher", "average", "whole"  # the keys a checkpoint has
@@ -52,7 +52,7 @@ def write_pieces(path: Path, pieces: list[Piece]) -> None:
     tensors = {f"{piece.key}/{piece.name}": piece.values.detach().cpu().contiguous() for piece in pieces}
     starts = {f"{piece.key}/{piece.name}": piece.start for piece in pieces}
     save_file(tensors, path, metadata={"starts": json.dumps(starts)})
-    follow_umask(path)
+    apply_umask(path)
     fsync_path(path)
 
 

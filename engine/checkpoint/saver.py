@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from configs import Run, UserError, to_yaml
+from configs import RunConfig, UserError, to_yaml
 from engine import world
 from engine.agreement import trouble_of_first
 from engine.checkpoint import contents, directory
@@ -45,7 +45,7 @@ class News:
 class Saver:
     """Of the checkpoints in `root`, on every rank. Methods but `close` are collectives."""
 
-    def __init__(self, root: Path, config: Run) -> None:
+    def __init__(self, root: Path, config: RunConfig) -> None:
         self._root, self._config = root, config
         self._copies = Copies()
         self._writing: Writing | None = None
@@ -139,7 +139,7 @@ class Saver:
         return News(f"could not save {directory.name_of(step)}: {trouble}; {last}", {"checkpoint/failed": 1.0}, False)
 
 
-def save(root: Path, step: int, kept: Kept, config: Run) -> Path:
+def save(root: Path, step: int, kept: Kept, config: RunConfig) -> Path:
     """One checkpoint, on disk when this returns. A collective. Raises CheckpointError."""
     saver = Saver(root, config)
     saver.save(step, kept)

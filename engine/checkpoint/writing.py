@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import UserError
-from configs.system import Checkpoint
+from configs.run import Checkpoint
 from data.durable_files import write_atomic
 from engine.checkpoint.directory import commit, retain, sum_of
 from engine.checkpoint.pieces import Piece, write_pieces

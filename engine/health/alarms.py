@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from configs import Config, Run
+from configs import Config, RunConfig
 
 _INSIDE = 0.1  # of a limit
 
@@ -37,7 +37,7 @@ class Rule:
         return self.low * (1 + _INSIDE) <= value <= self.high * (1 - _INSIDE)
 
 
-def rules(config: Run) -> list[Rule]:
+def rules(config: RunConfig) -> list[Rule]:
     """Of this kind of run: a report without a figure raises no alarm over it."""
     if not isinstance(config, Config):
         return []

@@ -25,7 +25,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from configs.health import Health
+from configs.run import AnomalyPolicy
 from engine import stop_file, world
 from engine.health.failure import TrainingFailed
 from engine.health.judge import Judge
@@ -71,7 +71,7 @@ class GoBack(Exception):
 class Guard:
     """Counts what goes wrong on the device and remembers a stop signal."""
 
-    def __init__(self, comm: Comm, device: torch.device, health: Health, judges: Sequence[Judge]) -> None:
+    def __init__(self, comm: Comm, device: torch.device, health: AnomalyPolicy, judges: Sequence[Judge]) -> None:
         self._comm, self._health, self._judges = comm, health, judges
         self._non_finite = torch.zeros((), device=device)
         self._was_asked, self._first_sigint = False, math.inf  # time.monotonic() of the first SIGINT

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from configs.health import Health
+from configs.run import AnomalyPolicy
 from engine import world
 from engine.checkpoint.pieces import NORMS, Piece, Pieces
 
@@ -27,7 +27,7 @@ class Judge:
     `recent` (spike_window,) float32 is that window, oldest first, NaN where no step was yet; None with spike=off.
     """
 
-    def __init__(self, health: Health, device: torch.device, name: str) -> None:
+    def __init__(self, health: AnomalyPolicy, device: torch.device, name: str) -> None:
         self._health, self._name = health, name
         self.counts = torch.zeros(2, device=device)
         self.recent = None if health.spike == "off" else torch.full((health.spike_window,), math.nan, device=device)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configs import Run, UserError, fingerprint, load_run
+from configs import RunConfig, UserError, fingerprint, load_run
 from engine import archive
 from engine.agreement import on_first
 from engine.checkpoint.contents import load
@@ -40,12 +40,12 @@ class Cursor:
     samples_digest: str = ""  # of what made the weights (data/order.py)
     offset: int = 0  # position of step 0 with none skipped; not 0 after a resume with another batch size
 
-    def position(self, done: int, config: Run) -> int:
+    def position(self, done: int, config: RunConfig) -> int:
         """Return the position in the data, in samples, of the first sample of the step after `done`."""
         return self.offset + (done + self.skipped_steps) * config.samples_per_step
 
 
-def resume_cursor(path: Path, config: Run) -> Cursor:
+def resume_cursor(path: Path, config: RunConfig) -> Cursor:
     """Return the cursor of a resume: it starts at the first sample not yet taken, also with another batch size.
 
     With another data.streams it starts at the next position that is a multiple of it.
@@ -56,7 +56,7 @@ def resume_cursor(path: Path, config: Run) -> Cursor:
     return Cursor(state.step, state.skipped_steps, state.samples_digest, offset)
 
 
-def batch_change_message(path: Path, config: Run) -> str:
+def batch_change_message(path: Path, config: RunConfig) -> str:
     """Return a log line for a resume with another batch size or data.streams; "" where the position is unaffected."""
     if archive.read_state(path).fingerprint == fingerprint(config):
         return ""
@@ -91,7 +91,7 @@ def check_corpus(training: Training, path: Path, allowed: tuple[str, ...]) -> No
         )
 
 
-def _next_position(path: Path, config: Run) -> int:
+def _next_position(path: Path, config: RunConfig) -> int:
     """Return the number of samples that the steps before a checkpoint have taken or skipped."""
     state = archive.read_state(path)
     if state.position is not None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from configs import Run
+from configs import RunConfig
 from engine.training import Training
 from profiling.cost.flops import StepFlops
 from profiling.instruments.machine import MemoryBandwidth, PeakFlops, bandwidth, measured_bandwidth, measured_peak, peak
@@ -81,5 +81,5 @@ def utilisation(training: Training) -> Utilisation:
     return Utilisation(precision, training.backend, training.flops, best, memory, name)
 
 
-def _precision(config: Run) -> str:
+def _precision(config: RunConfig) -> str:
     return config.optim.precision if config.system.linear == "bf16" else "fp8"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from configs import DecoderGan
-from configs.architecture import Model
-from configs.learning import Optim
+from configs.model import Model
+from configs.run import Optim
 from data.loader import ImageBatch, ImageLoader
 from engine import world
 from engine.assemble import fill_parameters, start, timed

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configs import DecoderGan, UserError, fingerprint
-from configs.architecture import Model
+from configs.model import Model
 from configs.section import require_digest
 from engine.initial import perceptual_digest
 from model.decoder import PixelDecoder

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from configs.generation import Generation
+from configs.generator import GeneratorConfig
 from data.batch import RestartablePrefetcher
 from data.durable_files import AppendOnlyFile
 from data.hashing import hash_words
@@ -63,7 +63,7 @@ class GeneratorTraining:
     """A Training (engine/training.py)."""
 
     def __init__(
-        self, config: Generation, comm: Comm, device: torch.device, store: LatentStore, started: assemble.Started
+        self, config: GeneratorConfig, comm: Comm, device: torch.device, store: LatentStore, started: assemble.Started
     ) -> None:
         self.config, self.comm, self.device, self.choices = config, comm, device, started.choices
         self._store, self._engine = store, started.engine
@@ -181,7 +181,7 @@ class GeneratorTraining:
         return Step(batch, draws, step)
 
 
-def generation(config: Generation, ds_config: dict[str, Any], comm: Comm) -> GeneratorTraining:
+def generation(config: GeneratorConfig, ds_config: dict[str, Any], comm: Comm) -> GeneratorTraining:
     """Assembled on this rank; a collective. Raises UserError for a store that cannot serve the run."""
     store, device = LatentStore(config.latents.train, config.system.loader.tries), world.device()
     shape, section = LatentShape(*store.shape), config.generator

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from configs import Config, DecoderGan, Run
-from configs.generation import Generation
+from configs import Config, DecoderGan, RunConfig
+from configs.generator import GeneratorConfig
 from engine.training import Training
 from engine.trainings.decoder_gan import decoder_gan
 from engine.trainings.generation import generation
@@ -17,9 +17,9 @@ from engine.trainings.pretraining import pretraining
 from model.losses.comm import Comm
 
 
-def assemble(config: Run, ds_config: dict[str, Any], comm: Comm, run_dir: Path, is_resumed: bool) -> Training:
+def assemble(config: RunConfig, ds_config: dict[str, Any], comm: Comm, run_dir: Path, is_resumed: bool) -> Training:
     """The training on this rank; a collective. With `is_resumed` the caller loads a checkpoint next."""
-    if isinstance(config, Generation):
+    if isinstance(config, GeneratorConfig):
         return generation(config, ds_config, comm)
     if isinstance(config, DecoderGan):
         return decoder_gan(config, ds_config, comm, run_dir, is_resumed)

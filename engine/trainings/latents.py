@@ -6,11 +6,11 @@ config = pinned(config)          # latents.tokenizer is now that of the director
 from __future__ import annotations
 
 from configs import UserError
-from configs.generation import Generation
+from configs.generator import GeneratorConfig
 from data.latents.store import LatentStore
 
 
-def pinned(config: Generation) -> Generation:
+def pinned(config: GeneratorConfig) -> GeneratorConfig:
     """The config with latents.tokenizer filled in. Raises UserError where the store is missing, or another one."""
     given, found = config.latents, LatentStore(config.latents.train).tokenizer
     if given.tokenizer not in (None, found):

@@ -22,8 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs import Run, UserError
-from configs.system import Watch as Settings
+from configs import RunConfig, UserError
+from configs.run import WatchdogTimeouts as Settings
 from engine import world
 from engine.complaint import complain
 from engine.exits import FAILED, LOST_RANK, MISTAKE
@@ -140,7 +140,7 @@ class Watch:
 
 
 @contextmanager
-def watched(config: Run, run_dir: Path) -> Iterator[Place]:
+def watched(config: RunConfig, run_dir: Path) -> Iterator[Place]:
     """Inside, this rank is watched where it is not alone. A collective, also at an end without an exception."""
     place = Place()
     if world.world_size() == 1:

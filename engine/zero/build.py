@@ -23,8 +23,7 @@ from deepspeed.utils import groups, logger, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from configs import UserError
-from configs.ds import zero_stage
-from configs.scale_out import GRADIENTS, WEIGHTS, asks_deepcompile, is_asked
+from configs.deepspeed import QUANTIZED_GRADIENTS, QUANTIZED_WEIGHTS, is_enabled, uses_deepcompile, zero_stage
 from engine import world
 from engine.zero import quantise
 from engine.zero.optimizer import gate
@@ -44,7 +43,7 @@ def construction(
     """
     _require_device(ds_config, device)
     _prepare()
-    if is_asked(ds_config["zero_optimization"], WEIGHTS):
+    if is_enabled(ds_config["zero_optimization"], QUANTIZED_WEIGHTS):
         quantise.take_over()
     deepspeed.init_distributed(dist_init_required=False)  # takes over the group engine.world formed
     _lend_timeout(timeout_minutes)
@@ -91,7 +90,7 @@ def start(
     (engine/zero/optimizer.py): which steps the optimizer does not take."""
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     gate(engine.optimizer, optimizer, is_left_out)
-    if asks_deepcompile(ds_config):
+    if uses_deepcompile(ds_config):
         engine.compile()  # whose graph has streams and waits of its own
     else:
         let_host_run_ahead(engine)
@@ -110,12 +109,12 @@ def one_reduction(engine: Any, num_backwards: int) -> AbstractContextManager[Non
 def _require_device(ds_config: dict[str, Any], device: torch.device) -> None:
     if device.type == "cuda":
         return
-    if is_asked(ds_config["zero_optimization"], GRADIENTS):
+    if is_enabled(ds_config["zero_optimization"], QUANTIZED_GRADIENTS):
         raise UserError(
-            f"zero_optimization.{GRADIENTS}=true on {device.type}: DeepSpeed reduces int4 gradients by CUDA kernels "
+            f"zero_optimization.{QUANTIZED_GRADIENTS}=true on {device.type}: DeepSpeed reduces int4 gradients by CUDA kernels "
             "alone; remove it from --ds_config, or run on GPUs"
         )
-    if asks_deepcompile(ds_config):
+    if uses_deepcompile(ds_config):
         raise UserError(
             f"compile.deepcompile=true on {device.type}: DeepCompile's collectives are a CUDA extension; remove it "
             "from --ds_config, or run on GPUs"

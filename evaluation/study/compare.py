@@ -1,4 +1,4 @@
-"""python -m evaluation.study.compare THERE HERE: how far the figures of two pages of the same study differ.
+"""python -m evaluation.study.compare THERE HERE: compare the FIDs of two pages of the same study.
 
 THERE and HERE are pages that `python -m evaluation.study --page` wrote, of two machines, two seeds or two versions.
 Prints, for every column of FID, figure here over figure there of the cells that both have; and on each page, budget by
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from configs import UserError
 from configs.command_line import CommandParser
+from evaluation.study.cells import JOINT, OBJECTIVES, REC
 from evaluation.study.page import COLUMNS
-from evaluation.study.preset import JOINT, OBJECTIVES, REC
 
 FID = ("gfid", "gfid_guided", "rfid")
 CELL = ("objective", "FLOPs")  # the columns that name one
@@ -27,13 +27,13 @@ Cells = Mapping[tuple[str, str], Mapping[str, float]]
 
 
 def main(arguments: list[str]) -> int:
-    """Command line of this module; the exit code."""
+    """Run the command line of this module and return the exit code."""
     parser = CommandParser(prog="python -m evaluation.study.compare", description=__doc__.split("\n")[0])
     parser.add_argument("there", type=Path, help="a page of the study")
     parser.add_argument("here", type=Path, help="another")
     given = parser.parse_args(arguments)
     try:
-        print("\n".join(compared(read_cells(given.there), read_cells(given.here))))
+        print("\n".join(comparison_lines(read_cells(given.there), read_cells(given.here))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_cells(page: Path) -> Cells:
-    """(objective, FLOPs), as the page writes them -> its figures of FID, from the table under "Every cell".
+    """Read a page's table "Every cell": (objective, FLOPs), as written there, -> its FIDs.
 
     Raises UserError where there is no such page or table.
     """
@@ -49,10 +49,11 @@ def read_cells(page: Path) -> Cells:
         lines = iter(page.read_text().splitlines())
     except OSError as error:
         raise UserError(f"{page} cannot be read ({error.strerror}): give a page of the study") from None
-    header: list[str] = next((_parts(line) for line in lines if line.startswith(f"| {CELL[0]} |")), [])
+    header: list[str] = next((_split_row(line) for line in lines if line.startswith(f"| {CELL[0]} |")), [])
     next(lines, "")  # the rule below the header
     rows = [
-        dict(zip(header, _parts(line), strict=False)) for line in takewhile(lambda line: line.startswith("|"), lines)
+        dict(zip(header, _split_row(line), strict=False))
+        for line in takewhile(lambda line: line.startswith("|"), lines)
     ]
     titles = {COLUMNS[figure][0]: figure for figure in FID}
     if not rows or not {*CELL, *titles} <= {*header}:
@@ -63,11 +64,11 @@ def read_cells(page: Path) -> Cells:
             for row in rows
         }
     except (ValueError, KeyError) as error:
-        raise UserError(f"{page}: a cell of its table is torn ({error}): have the page written again") from None
+        raise UserError(f"{page}: a row of its table is broken ({error}): write the page again") from None
 
 
-def compared(there: Cells, here: Cells) -> Iterator[str]:
-    """Markdown, a line at a time. Raises UserError where no cell is in both."""
+def comparison_lines(there: Cells, here: Cells) -> Iterator[str]:
+    """Yield the lines of the comparison, in Markdown. Raises UserError if no cell is on both pages."""
     both = [cell for cell in there if cell in here]
     if not both:
         raise UserError("the two pages have no cell in common: give pages of the same preset")
@@ -78,7 +79,7 @@ def compared(there: Cells, here: Cells) -> Iterator[str]:
             yield _line(COLUMNS[figure][0], quotients)
     yield from ("", "gFID of the joint objective over that of reconstruction alone, by budget:", "")
     for name, cells in {"there": there, "here": here}.items():
-        yield f"- {name}: " + ", ".join(f"{quotient:.2f}" for quotient in _answer(cells))
+        yield f"- {name}: " + ", ".join(f"{quotient:.2f}" for quotient in _joint_over_rec(cells))
 
 
 def _line(title: str, quotients: list[float]) -> str:
@@ -87,7 +88,7 @@ def _line(title: str, quotients: list[float]) -> str:
     return f"| {title} | {len(quotients)} | {statistics.median(quotients):.2f} | {spread:.2f} | {ends} |"
 
 
-def _answer(cells: Cells) -> Iterator[float]:
+def _joint_over_rec(cells: Cells) -> Iterator[float]:
     titles = {objective.name: objective.title for objective in OBJECTIVES}
     for budget in dict.fromkeys(flops for _, flops in cells):
         joint, rec = (cells.get((titles[name], budget), {}).get("gfid") for name in (JOINT, REC))
@@ -95,7 +96,7 @@ def _answer(cells: Cells) -> Iterator[float]:
             yield joint / rec
 
 
-def _parts(line: str) -> list[str]:
+def _split_row(line: str) -> list[str]:
     return [part.strip() for part in line.strip().strip("|").split("|")]
 
 

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import UserError
-from configs.autoregressive import Autoregressive
+from configs.generator import Autoregressive
 from model.generator import ddpm, flow_matching
 from model.generator.autoregressive_networks import CausalBackbone, DiffusionHead, MaskedBackbone
 from model.generator.draws import DrawCounts, RandomDraws

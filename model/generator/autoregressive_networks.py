@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.autoregressive import Autoregressive, Head
+from configs.generator import Autoregressive, DiffusionHeadConfig
 from kernels.attention import Spans
 from model.block import LayerNorm
 from model.generator.blocks import ClassEmbedding, KeyValueCache, PlainLayerNorm, TimeEmbedding, TokenBlock
@@ -197,7 +197,7 @@ class HeadConditions(nn.Module):
 class DiffusionHead(nn.Module):
     """Denoising MLP: (noisy token, time, condition) -> the prediction of noise or velocity."""
 
-    def __init__(self, head: Head, channels: int, condition: int) -> None:
+    def __init__(self, head: DiffusionHeadConfig, channels: int, condition: int) -> None:
         super().__init__()
         self.linear = nn.Linear(channels, head.width)
         self.time = TimeEmbedding(head.width)

@@ -29,9 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.architecture import Vit
-from configs.autoregressive import Autoregressive
-from configs.generator import Diffusion
+from configs.generator import Autoregressive, Diffusion
+from configs.model import Vit
 from kernels.attention import Segments, Spans, attend
 from model.block import Attention, LayerNorm, RmsNorm, SwiGlu
 

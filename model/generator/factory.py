@@ -24,9 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs import UserError
-from configs.autoregressive import Autoregressive
-from configs.generator import Generator
-from configs.permissions import follow_umask
+from configs.command_line import apply_umask
+from configs.generator import Autoregressive, Generator
 from model.generator.autoregressive import AutoregressiveGenerator
 from model.generator.autoregressive_networks import HeadBlock
 from model.generator.blocks import ModulatedBlock, TokenBlock
@@ -97,7 +96,7 @@ def write_generator(
     }
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, path, {GENERATOR_KEY: json.dumps(described)})
-    follow_umask(path)
+    apply_umask(path)
 
 
 def read_generator(path: str | Path, attention: str = "sdpa") -> LoadedGenerator:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs import UserError
-from configs.generator import Times
+from configs.generator import TimeDistribution
 from model.generator.sampling import Sampling
 
 # Vectors shorter than this count as this long. A fresh model predicts zeros, where the gradient of the cosine is 1 /
@@ -47,7 +47,7 @@ MIN_STEP = 1e-5  # of dopri5
 VelocityField = Callable[[Tensor, float], Tensor]
 
 
-def sample_times(uniform_B: Tensor, times: Times) -> Tensor:
+def sample_times(uniform_B: Tensor, times: TimeDistribution) -> Tensor:
     """Map uniforms (B,) of the open interval (0, 1) to times (B,), distributed as `times` describes."""
     if times.kind == "uniform":
         return uniform_B

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from configs.autoregressive import MaskRatio
+from configs.generator import MaskRatio
 
 
 @dataclass(frozen=True)

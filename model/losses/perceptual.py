@@ -27,8 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import UserError
-from configs.command_line import CommandParser, output_file
-from configs.permissions import follow_umask
+from configs.command_line import CommandParser, apply_umask, output_file
 from model.weights import read_torch_tensors
 
 # Convolutions before each tap; a 2x2 max pool follows every tap but the last.
@@ -140,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         weights = convert_public_weights(read_torch_tensors(given.vgg16), read_torch_tensors(given.lpips))
         LpipsDistance(weights, source=f"{given.vgg16} and {given.lpips}")
         save_file(weights, given.out)
-        follow_umask(given.out)
+        apply_umask(given.out)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from configs.learning import Align, Clip, Objectives, Rec, Ssl
+from configs.schema import AlignmentConfig, Clip, Objectives, Rec, Ssl
 from kernels.prototypes import target_statistics
 from model.frozen import FrozenNetwork
 from model.losses.alignment import alignment_cosine_loss, alignment_distance_loss
@@ -185,7 +185,7 @@ def _rec(rec: RecOutputs, config: Rec, perceptual: LpipsDistance | None, frozen:
     return ObjectiveLoss("rec", config.weight, tuple(terms), diagnostics)
 
 
-def _align(rec: RecOutputs, config: Align, frozen: FrozenNetwork) -> list[LossTerm]:
+def _align(rec: RecOutputs, config: AlignmentConfig, frozen: FrozenNetwork) -> list[LossTerm]:
     """Alignment terms with their fixed weight: the adaptive ratio is computed in backward (balance_gradients)."""
     assert rec.align is not None, "rec.align is set but the model gave no latents to align"
     feature_RPW = frozen(rec.target, (rec.latent.shape[2], rec.latent.shape[3]))

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
-from configs.architecture import Vit
+from configs.model import Vit
 from model import block
 from model.block import Block
 from model.describe import step_layout

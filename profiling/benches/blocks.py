@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from configs.architecture import Vit
-from configs.autoregressive import Autoregressive
+from configs.generator import Autoregressive
+from configs.model import Vit
 from engine.assemble import compile_blocks
 from engine.drop_path import DropPath
 from kernels.attention import (

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from configs import Config, UserError
-from configs.architecture import Vit
+from configs.model import Vit
 from engine.linears import convert_blocks
 from engine.step import train_step
 from kernels import fp8

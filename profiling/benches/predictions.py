@@ -32,7 +32,7 @@ from torch import Tensor
 
 import configs
 from configs import Config, load_config
-from configs.ds import load_ds_config
+from configs.deepspeed import load_ds_config
 from data.batch import Batch
 from engine.assemble import LEAVES
 from engine.host_memory import keep_freed_blocks

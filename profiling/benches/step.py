@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from configs.learning import Objectives
+from configs.schema import Objectives
 from data.batch import Batch
 from engine import optim
 from engine.assemble import compile_blocks

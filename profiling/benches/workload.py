@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from configs import Config, load_config
-from configs.ds import load_ds_config
+from configs.deepspeed import load_ds_config
 from data.batch import Batch
 from engine import world
 from engine.assemble import Assembly, assemble

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from configs.architecture import Text, Vit
+from configs.model import Text, Vit
 from kernels.attention import Spans
 from model.block import Block, swiglu_hidden
 from model.text import TextBlock

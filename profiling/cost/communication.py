@@ -31,9 +31,8 @@ from typing import Any
 import torch
 
 from configs import Config, UserError
-from configs.ds import zero_stage
-from configs.scale_out import HPZ, WEIGHTS, is_asked
-from configs.system import System
+from configs.deepspeed import HPZ_SIZE, QUANTIZED_WEIGHTS, is_enabled, zero_stage
+from configs.run import System
 from engine.optim import parameter_groups
 from engine.zero.quantise import RUN
 from model.latent import feature_width, head_width, moment_channels
@@ -197,10 +196,10 @@ def _zero3(
     for (purpose, name), count in gathers.parameters.items():
         sizes[purpose] += count * padded[name]
     for purpose, size in sizes.items():
-        is_quantised = is_asked(zero, WEIGHTS) and purpose != AFTER
+        is_quantised = is_enabled(zero, QUANTIZED_WEIGHTS) and purpose != AFTER
         each = QUANTISED if is_quantised else DTYPE_BYTES[config.optim.precision]
         messages = gathers.messages[purpose] * (2 if is_quantised else 1)  # scales travel by themselves
-        among = zero[HPZ] if purpose.endswith(INSIDE) else None
+        among = zero[HPZ_SIZE] if purpose.endswith(INSIDE) else None
         yield Collective(
             "all_gather", f"parameters, {purpose}", round(size * each), messages, waits=purpose == AFTER, among=among
         )

@@ -21,10 +21,9 @@ from typing import Any
 from rich.table import Table
 
 from configs import Config
-from configs.architecture import Conv, Model, Prototypes, Text, Vit
-from configs.autoregressive import Autoregressive
-from configs.generator import Diffusion, Generator
-from configs.learning import Align
+from configs.generator import Autoregressive, Diffusion, Generator
+from configs.model import Conv, Model, Prototypes, Text, Vit
+from configs.schema import AlignmentConfig
 from model.block import swiglu_hidden
 from model.conv import conv_section, level_channels
 from model.frozen import DINOV2_MLP_RATIO
@@ -212,7 +211,7 @@ def prototype_mlp(head: Prototypes, width: int, rows: int) -> float:
     return linear(rows, width, head.hidden) + inner + linear(rows, head.hidden, head.bottleneck)
 
 
-def frozen_encoder_flops(align: Align, rows: int, image_size: int, patches: int) -> FlopsComponent:
+def frozen_encoder_flops(align: AlignmentConfig, rows: int, image_size: int, patches: int) -> FlopsComponent:
     """The frozen encoder of objectives.rec.align, forward only, on `rows` images whose latents have `patches` cells.
 
     DINOv2 sees as many patches, a trunk those of its own patch size, in a padded sequence.

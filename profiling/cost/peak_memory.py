@@ -51,9 +51,8 @@ import torch
 from pydantic import ValidationError
 
 from configs import Config, UserError
-from configs.architecture import Text, Vit
-from configs.ds import offloads_optimizer, zero_stage
-from configs.scale_out import HPZ, is_asked
+from configs.deepspeed import HPZ_SIZE, is_enabled, offloads_optimizer, zero_stage
+from configs.model import Text, Vit
 from data.batch import Batch
 from model.pretrainer import Pretrainer
 from profiling.cost.block_traffic import kept_bytes
@@ -171,7 +170,7 @@ def _zero3_states(
     if world_size == 1:  # a lone rank's shard is the parameter: gathering copies nothing
         whole = gathered = 0
     freed = sum(p.numel() for p in model.parameters()) - sum(shards[name] for name in small) * world_size
-    second = freed // zero[HPZ] if is_asked(zero, HPZ) else 0
+    second = freed // zero[HPZ_SIZE] if is_enabled(zero, HPZ_SIZE) else 0
     return [
         MemoryComponent("parameters", (trained + whole) * each),
         MemoryComponent("frozen teacher", frozen * each),

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from configs.ds import offloads_optimizer, zero_stage
+from configs.deepspeed import offloads_optimizer, zero_stage
 from model.describe import step_layouts
 from model.packing import RankBatchSizes
 from model.text import pack_captions, packed_row_width

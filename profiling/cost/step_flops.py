@@ -23,8 +23,8 @@ from itertools import groupby
 import torch
 
 from configs import Config, DecoderGan
-from configs.architecture import Model
 from configs.decoder_gan import Discriminator
+from configs.model import Model
 from data.masking import num_masked_patches
 from kernels.prototypes import KEEP_BYTES
 from model.describe import step_layout, step_layouts

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from configs import Config
-from configs.scale_out import HPZ, is_asked
+from configs.deepspeed import HPZ_SIZE, is_enabled
 from engine.assemble import LEAVES
 from model.pretrainer import Pretrainer
 
@@ -82,7 +82,7 @@ class GatherSettings:
             reuse=int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
             max_live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
             persistence=int(zero.get("stage3_param_persistence_threshold", 100_000)),
-            has_second_copies=is_asked(zero, HPZ),
+            has_second_copies=is_enabled(zero, HPZ_SIZE),
         )
 
 

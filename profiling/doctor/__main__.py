@@ -91,7 +91,7 @@ def _groups(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], lis
 def _backends(options: argparse.Namespace, imports: dict[str, ImportResult]) -> list[CheckResult]:
     def load() -> list[CheckResult]:
         from configs import UserError, load_config
-        from configs.ds import load_ds_config
+        from configs.deepspeed import load_ds_config
 
         try:
             config = load_config(options.config)

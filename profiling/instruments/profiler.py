@@ -43,7 +43,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from configs import Run
+from configs import RunConfig
 from profiling.instruments.phases import PhaseTimer
 
 
@@ -71,7 +71,7 @@ class ProfilerWindow:
     """
 
     def __init__(
-        self, config: Run, phases: PhaseTimer, run_dir: Path, rank: int, log: Callable[[str], object] = print
+        self, config: RunConfig, phases: PhaseTimer, run_dir: Path, rank: int, log: Callable[[str], object] = print
     ) -> None:
         is_recorded = config.profile.steps is not None and rank in config.profile.ranks
         self._first, self._end = config.profile.span if is_recorded else (0, 0)

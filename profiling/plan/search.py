@@ -26,8 +26,7 @@ from pydantic import ValidationError
 
 import configs
 from configs import Config, UserError
-from configs.ds import complete
-from configs.scale_out import HPZ, SHARDED
+from configs.deepspeed import HPZ_SIZE, ZERO_3, complete_ds_config
 from model.packing import RankBatchSizes
 from profiling.cost.communication import Collective, predict_collectives
 from profiling.cost.flops import StepFlops
@@ -86,12 +85,12 @@ class LayoutVariant:
         if self.persistence is not None:
             found["zero_optimization"]["stage3_param_persistence_threshold"] = self.persistence
         if self.hpz > 1:
-            found["zero_optimization"][HPZ] = self.hpz
+            found["zero_optimization"][HPZ_SIZE] = self.hpz
         return found
 
     def ds_config(self, config: Config, world_size: int) -> dict[str, Any]:
         """What DeepSpeed gets: the JSON completed from the config."""
-        return complete(self.ds_json(), config, world_size)
+        return complete_ds_config(self.ds_json(), config, world_size)
 
     def apply(self, config: Config) -> Config:
         """The config with these settings. Raises UserError where its rules refuse them."""
@@ -236,7 +235,7 @@ class _LayoutSearch:
         found = list(self._with_products(variant))
         yield from found
         links, gpus = self.cluster.links, self.cluster.gpus
-        if links is None or variant.stage != SHARDED or gpus <= links.per_node or gpus % links.per_node:
+        if links is None or variant.stage != ZERO_3 or gpus <= links.per_node or gpus % links.per_node:
             return
         if any(plan.time.exposed > WAITS * plan.time.seconds for plan in found):
             second = self._with_products(replace(variant, hpz=links.per_node))

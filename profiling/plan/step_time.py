@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from configs import Config
-from configs.architecture import Text, Vit
-from configs.system import System
+from configs.model import Text, Vit
+from configs.run import System
 from kernels.fp8 import LinearBackend
 from model.block import swiglu_hidden
 from model.describe import count_parameters, step_layout

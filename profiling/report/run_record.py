@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import Config, UserError, load_run
-from configs.run import Run as AnyRunConfig
+from configs.run import RunConfig as AnyRunConfig
 
 _STEP_LINE = re.compile(r"step \d+/\d+  ")
 _PEAK = re.compile(r"peak memory of this rank: ([\d.]+) GiB")

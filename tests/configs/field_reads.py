@@ -3,7 +3,7 @@
 A plain search for `.width` would find any width; this follows what holds a section: parameters and fields by
 their annotations, names by what they are assigned, attributes of our own classes across modules.
 
-    read_fields(ROOT, ("engine", "configs/ds.py"))      # {("Optim", "lr"), ("Config", "optim"), ...}
+    read_fields(ROOT, ("engine", "configs/deepspeed.py"))      # {("Optim", "lr"), ("Config", "optim"), ...}
 """
 
 from __future__ import annotations

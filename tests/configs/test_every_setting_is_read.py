@@ -11,8 +11,8 @@ from tests.configs.field_reads import all_fields, read_fields
 pytestmark = pytest.mark.L0
 
 ROOT = Path(__file__).resolve().parents[2]
-# configs/ds.py hands settings on to DeepSpeed; nothing else in configs has a use for them.
-READERS = ("kernels", "data", "model", "profiling", "engine", "evaluation", "configs/ds.py")
+# configs/deepspeed.py hands settings on to DeepSpeed; nothing else in configs has a use for them.
+READERS = ("kernels", "data", "model", "profiling", "engine", "evaluation", "configs/deepspeed.py")
 
 
 def test_every_setting_is_read_outside_configs() -> None:
@@ -25,7 +25,7 @@ def test_only_what_holds_a_section_counts_as_reading(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "step.py").write_text(
         "from configs import Config\n"
-        "from configs.learning import Optim\n"
+        "from configs.run import Optim\n"
         "class Step:\n"
         "    def __init__(self, config: Config) -> None:\n"
         "        self.optim, self.eps = config.optim, 1\n"
@@ -36,5 +36,5 @@ def test_only_what_holds_a_section_counts_as_reading(tmp_path: Path) -> None:
         "    for key in ('rec', 'ssl'):\n"
         "        print(getattr(step.optim, 'steps'), key)\n"
     )
-    expected = {("Run", "optim"), ("Optim", "lr"), ("Optim", "steps")}
+    expected = {("RunConfig", "optim"), ("Optim", "lr"), ("Optim", "steps")}
     assert read_fields(tmp_path, ("engine",)) == expected

@@ -10,7 +10,7 @@ import pytest
 
 from configs import Config, fingerprint, load_run
 from configs.load import science_changes
-from configs.section import Later, Section, leave_out_later
+from configs.section import AddedLater, Section, drop_added_later_defaults
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -114,7 +114,7 @@ def test_a_file_is_compared_by_its_digest_where_both_runs_have_one() -> None:
 
 class Inner(Section):
     width: int = 8
-    later: typing.Annotated[int, Later()] = 3
+    later: typing.Annotated[int, AddedLater()] = 3
 
 
 class Outer(Section):
@@ -125,7 +125,7 @@ class Outer(Section):
 def test_a_setting_that_came_later_counts_where_it_is_not_at_its_default() -> None:
     outer = Outer(inner=Inner(later=4), other=Inner())
     tree = outer.model_dump()
-    leave_out_later(outer, tree)
+    drop_added_later_defaults(outer, tree)
     assert tree == {"inner": {"width": 8, "later": 4}, "other": {"width": 8}}
     plain, learnt = (load_run("configs/dit_b.yaml", [f"generator.variance={kind}"]) for kind in ("fixed", "learnt"))
     assert fingerprint(plain) != fingerprint(learnt)

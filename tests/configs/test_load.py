@@ -50,8 +50,8 @@ def test_an_unknown_key_names_its_nearest_neighbour(override: str, suggestion: s
     [
         ("generator.hads=5", "unknown key generator.hads, did you mean generator.heads?"),
         ("generator.heads=5", "generator: width=192 over heads=5"),
-        ("generator.order=masked", "generator.order is not of generator.model=diffusion: remove it"),
-        ("generator.model=autoregressive", "generator.time_scale is not of generator.model=autoregressive"),
+        ("generator.order=masked", "generator.order does not belong to generator.model=diffusion: remove it"),
+        ("generator.model=autoregressive", "generator.time_scale does not belong to generator.model=autoregressive"),
         ("generator.model=gan", "generator.model='gan': input should be one of diffusion, autoregressive"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.permissions import follow_umask
+from configs.command_line import apply_umask
 from engine.checkpoint.pieces import Piece, write_pieces
 from model.weights import write_weights
 from tests.tiny import tiny_config
@@ -32,7 +32,7 @@ def mode(path: Path) -> int:
 def test_a_file_has_the_mode_that_open_would_have_given_it(umask: int, tmp_path: Path) -> None:
     ours, plain = tmp_path / "ours", tmp_path / "plain"
     ours.touch(0o600)
-    follow_umask(ours)
+    apply_umask(ours)
     plain.write_text("")
     assert mode(ours) == mode(plain) == 0o666 & ~umask
     assert os.umask(umask) == umask, "and the umask is as it was"

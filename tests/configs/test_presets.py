@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from configs import Config, DecoderGan, Run, load_config, load_run
-from configs.generation import Generation
-from configs.generator import DIT, SIT, Diffusion
+from configs import Config, DecoderGan, RunConfig, load_config, load_run
+from configs.generator import DIT, SIT, Diffusion, GeneratorConfig
 from model.describe import count_parameters, step_layout
 from model.generator.factory import build_generator
 from model.generator.tokens import LatentShape
@@ -33,7 +32,7 @@ def preset(name: str) -> Config:
     return load_config(FOLDER / f"{name}.yaml")
 
 
-def kind(name: str) -> Run:
+def kind(name: str) -> RunConfig:
     return load_run(FOLDER / f"{name}.yaml")
 
 
@@ -97,7 +96,7 @@ SIZES_OF_GENERATORS = {"lightningdit_b": 130, "lightningdit_xl": 675, "sit_b": 1
 @pytest.mark.parametrize("name", GENERATORS)
 def test_a_generator_has_the_published_number_of_parameters(name: str) -> None:
     config = kind(name)
-    assert isinstance(config, Generation)
+    assert isinstance(config, GeneratorConfig)
     with torch.device("meta"):
         generator = build_generator(config.generator, LatentShape(16, 16, 16), num_classes=1000)
     count = sum(parameter.numel() for parameter in generator.parameters())
@@ -109,7 +108,7 @@ def test_a_generator_has_the_published_number_of_parameters(name: str) -> None:
 )
 def test_the_kinds_of_diffusion_differ_as_their_papers_say(name: str, differs: dict[str, Any]) -> None:
     config = kind(name)
-    assert isinstance(config, Generation)
+    assert isinstance(config, GeneratorConfig)
     expected = Diffusion(**{"width": 768, "depth": 12, "heads": 12, **differs})
     found = config.generator
     assert isinstance(found, Diffusion)
@@ -212,7 +211,7 @@ def training_flops(name: str) -> float:
     config = kind(name)
     if isinstance(config, Config):
         return sample_flops(config)
-    assert isinstance(config, Generation)
+    assert isinstance(config, GeneratorConfig)
     shape = LatentShape(16 if name == "mar_b" else 64, 16, 16)
     return 3 * generator_flops(config.generator, shape, num_classes=1000, batch=1)
 

@@ -22,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from configs import Config, DecoderGan, Run, UserError, load_run
-from configs.generation import Generation
-from configs.load import KINDS
+from configs import Config, DecoderGan, RunConfig, UserError, load_run
+from configs.generator import GeneratorConfig
+from configs.load import RUN_KINDS
 from configs.section import Section
 from data.augment import Renderer, round_windows, view_names
 from data.augment import draw_view as draw_view
@@ -136,9 +136,9 @@ def _sections(annotation: Any) -> Iterator[type[Section]]:
         yield from _sections(part)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUN_KINDS)
 def test_every_number_has_a_least_and_a_greatest_value(kind: str) -> None:
-    found = list(settings_of(KINDS[kind]))
+    found = list(settings_of(RUN_KINDS[kind]))
     assert len(found) > 50
     assert [key for key, ranges, _ in found if any(None in (r.least, r.greatest) for r in ranges)] == []
 
@@ -157,7 +157,7 @@ def runs(data: st.DrawFn) -> tuple[Path, list[str]]:
     return path, [*overrides, *changed]
 
 
-def _has(run: Run, key: str) -> bool:
+def _has(run: RunConfig, key: str) -> bool:
     """Whether the run has the section that the key is in."""
     *sections, leaf = key.split(".")
     part: Any = run
@@ -178,7 +178,7 @@ def test_a_config_at_its_edges_takes_a_step_or_is_refused_in_one_line(run: tuple
     assert "\n" not in refusal
 
 
-def take_a_step(config: Run) -> None:
+def take_a_step(config: RunConfig) -> None:
     """Builds what the run trains, and where that is small takes a step of it: loss, gradient and weights are finite."""
     for step in (0, config.optim.steps // 2, config.optim.steps - 1):
         assert 0 <= learning_rate(step, config) < math.inf
@@ -186,7 +186,7 @@ def take_a_step(config: Run) -> None:
         _pretrain(config)
     elif isinstance(config, DecoderGan):
         _discriminate(config)
-    elif isinstance(config, Generation):
+    elif isinstance(config, GeneratorConfig):
         _generate(config)
 
 
@@ -199,7 +199,7 @@ def _built(make: Any, num_pixels: int, num_layers: int) -> Any:
     return make() if size <= MOST_PARAMETERS and num_pixels <= MOST_PIXELS else None
 
 
-def _learn(model: nn.Module, loss: Tensor, config: Run) -> None:
+def _learn(model: nn.Module, loss: Tensor, config: RunConfig) -> None:
     loss.backward()
     optim = config.optim
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -242,7 +242,7 @@ def _pretrain(config: Config) -> None:
 
 
 def _render(config: Config) -> None:
-    """One picture of 40 x 30 pixels through every view."""
+    """One image of 40 x 30 pixels through every view."""
     picture, sides = torch.zeros(40, 30, 3, dtype=torch.uint8), ([40], [30])
     renderer = Renderer(threads=1)
     for name in ("image", *view_names(config.views)[:3]):
@@ -269,7 +269,7 @@ def _discriminate(config: DecoderGan) -> None:
     _learn(model, logits.square().mean(), config.model_copy(update={"optim": optim}))
 
 
-def _generate(config: Generation) -> None:
+def _generate(config: GeneratorConfig) -> None:
     shape, section = LatentShape(3, 4, 4), config.generator
     layers = section.depth + (section.head.depth if hasattr(section, "head") else 0)
     large = config.batch.samples * (section.buffer * section.head.repeats if hasattr(section, "head") else 1)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from configs import UserError
-from configs.system import System
+from configs.run import System
 from data.held_out import HeldOutImages, adm_crop
 from tests.data.tar_shards import encoded, write_corpus, write_tar
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from configs import UserError
-from configs.data import Pictures, Views
-from configs.system import Loader as LoaderSettings
+from configs.data import ImageData, Views
+from configs.run import LoaderSettings as LoaderSettings
 from data.bad_samples import TooManyBadSamples
 from data.captions import CaptionEncoder, train_bpe
 from data.hashing import hash_text
@@ -157,7 +157,7 @@ def test_a_reader_serves_other_captions_of_a_list_in_the_next_epoch(tmp_path: Pa
     write_tar(tmp_path / "a.tar", members)
 
     def captions(seed: int) -> dict[tuple[int, str], str]:
-        reader = SampleReader(Pictures(train=(str(tmp_path),), streams=1), LoaderSettings(), seed, "json:alt")
+        reader = SampleReader(ImageData(train=(str(tmp_path),), streams=1), LoaderSettings(), seed, "json:alt")
         rows = reader.rows(np.arange(16))
         reader.close()
         return {(row.epoch, row.sample.key): row.sample.caption for row in rows}
@@ -174,7 +174,7 @@ def test_an_error_about_a_missing_caption_field_lists_the_fields_found(tmp_path:
     for i in range(40):
         members |= {f"{i:02d}.jpg": IMAGE, f"{i:02d}.json": b'{"alt": "a", "url": "b", "": 1}'}
     write_tar(tmp_path / "a.tar", members)
-    data = Pictures(train=(str(tmp_path),), streams=1)
+    data = ImageData(train=(str(tmp_path),), streams=1)
     reader = SampleReader(data, LoaderSettings(), 0, "json:txt")
     with pytest.raises(TooManyBadSamples) as caught:
         reader.rows(np.arange(20))
@@ -195,7 +195,7 @@ def test_an_error_about_a_missing_caption_member_lists_the_members_found(
     tmp_path: Path, member: dict[str, bytes], has: str
 ) -> None:
     write_tar(tmp_path / "a.tar", {"0.jpg": IMAGE, **{f"0.{ext}": content for ext, content in member.items()}})
-    data = Pictures(train=(str(tmp_path),), streams=1)
+    data = ImageData(train=(str(tmp_path),), streams=1)
     with pytest.raises(TooManyBadSamples, match=rf"data.caption=txt names a member .*image they have {has}; set data"):
         SampleReader(data, LoaderSettings(), 0, "txt")
 
@@ -227,7 +227,7 @@ def test_names_of_raw_bytes_and_control_characters_are_trained_on_and_logged(tmp
             tmp_path / f"{shard}.tar",
             {f"{name}.jpg": IMAGE, f"{name}.txt": b"x", "bad.jpg": b"<html>", "bad.txt": b"x"},
         )
-    data = Pictures(train=(str(tmp_path),), streams=1, max_bad_share=1.0)
+    data = ImageData(train=(str(tmp_path),), streams=1, max_bad_share=1.0)
     reader = SampleReader(data, LoaderSettings(), 0, "txt", bad_log=tmp_path / "bad.jsonl")
     rows = reader.rows(np.arange(8))
     assert {row.sample.key for row in rows} == {f"{shard}/{name}" for shard in range(2)}

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from configs import Config, UserError
-from configs.data import ImageView, Pictures
-from configs.system import Loader as LoaderSettings
+from configs.data import ImageData, ImageView
+from configs.run import LoaderSettings as LoaderSettings
 from data.bad_samples import TooManyBadSamples
 from data.batch import Batch
 from data.loader import BatchLoader, ImageLoader
@@ -356,7 +356,7 @@ def image_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def loading_images(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[ImageLoader]:
-    data = Pictures(train=(f"{folder}/*.tar",), streams=6)
+    data = ImageData(train=(f"{folder}/*.tar",), streams=6)
     loader = ImageLoader(data, VIEW, 12, 0, LoaderSettings(), rank=rank, world_size=world_size)
     yield loader
     loader.close()

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.data import Pictures
-from configs.system import Loader
+from configs.data import ImageData
+from configs.run import LoaderSettings
 from data.bad_samples import TooManyBadSamples
 from data.sample_reader import SampleReader
 from data.shards import Shards
@@ -103,9 +103,9 @@ def test_every_lost_image_counts_as_a_bad_sample_in_the_share(tmp_path: Path, ex
     tar = write_tar(tmp_path / "a.tar", [(name, b"x") for name in lost + good])
     shards = Shards([str(tar)], "txt")
     assert (shards.sizes.tolist(), shards.bad) == ([180], {reason: 20})
-    data = Pictures(train=(str(tar),), streams=1, max_bad_share=0.09)
+    data = ImageData(train=(str(tar),), streams=1, max_bad_share=0.09)
     with pytest.raises(TooManyBadSamples, match=rf"10\.0% of the samples are bad \(20 {reason}\)"):
-        SampleReader(data, Loader(), 0, "txt")
+        SampleReader(data, LoaderSettings(), 0, "txt")
 
 
 def test_members_that_are_not_adjacent_are_joined_by_their_key(tmp_path: Path) -> None:

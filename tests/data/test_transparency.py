@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from configs import UserError, fingerprint
-from configs.data import WHITE, ImageView, Pictures, Views
-from configs.system import Loader as LoaderSettings
-from configs.system import System
+from configs.data import WHITE, ImageData, ImageView, Views
+from configs.run import LoaderSettings as LoaderSettings
+from configs.run import System
 from data import augment
 from data.corpora.samples import load_image
 from data.decode import DecodedImage, Decoder, blend_alpha
@@ -245,7 +245,7 @@ def test_loader_converter_and_evaluation_decode_transparency_alike(tmp_path: Pat
         held_out = HeldOutImages([f"{tmp_path}/{folder}/*.tar"], 16, System(), 10**6, background=green)
         [batch] = held_out.batches(8)
         assert np.abs(batch.images.numpy() - expected).max() <= 1
-        data = Pictures(train=(f"{tmp_path}/{folder}/*.tar",), streams=1, background=green)
+        data = ImageData(train=(f"{tmp_path}/{folder}/*.tar",), streams=1, background=green)
         loader = ImageLoader(data, ImageView(image_size=16, image_scale=(1, 1)), 3, 0, LoaderSettings())
         assert np.abs(loader.batch(0).images.numpy() - expected).max() <= 1
         held_out.close()

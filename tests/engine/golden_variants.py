@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from configs import Config, DecoderGan, Run
-from configs.ds import load_ds_config
-from configs.generation import Generation
+from configs import Config, DecoderGan, RunConfig
+from configs.deepspeed import load_ds_config
+from configs.generator import GeneratorConfig
 from configs.load import load_run
 from engine.assemble import assemble
 from engine.step import train_step
@@ -65,7 +65,7 @@ class Variant:
         """The variant with its files in place."""
         return replace(self, overrides=tuple(each.replace("{files}", str(files)) for each in self.overrides))
 
-    def config(self) -> Run:
+    def config(self) -> RunConfig:
         """Its settings, validated."""
         return load_run(ROOT / self.preset_path, self.overrides)
 
@@ -314,7 +314,7 @@ def steps_of(comm: Comm, variant: Variant, run_dir: Path) -> Steps:
     return found
 
 
-def _records(config: Run, variant: Variant, comm: Comm, run_dir: Path) -> Iterator[Any]:
+def _records(config: RunConfig, variant: Variant, comm: Comm, run_dir: Path) -> Iterator[Any]:
     path = ranks.DEEPSPEED / f"{variant.stage}.json"
     ds_config = load_ds_config(path, config, comm.world_size)
     ds_config["zero_optimization"] |= variant.ds
@@ -325,7 +325,7 @@ def _records(config: Run, variant: Variant, comm: Comm, run_dir: Path) -> Iterat
         for step in range(STEPS):
             yield training.step(decoder_gan_runs.pictures(config, step, comm))
     else:
-        assert isinstance(config, Generation)
+        assert isinstance(config, GeneratorConfig)
         training = kinds.assemble(config, ds_config, comm, run_dir, False)
         batches = training.batches(0)
         for _ in range(STEPS):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from configs.ds import load_ds_config
+from configs.deepspeed import load_ds_config
 from engine import archive, zero
 from engine.assemble import Assembly, assemble
 from engine.checkpoint.contents import load

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from configs import Run, fingerprint, to_yaml
+from configs import RunConfig, fingerprint, to_yaml
 from data import corpus
 from engine import launch
 from engine.archive import State
@@ -45,7 +45,7 @@ def arguments(shards: Path, run_dir: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def write_checkpoint(root: Path, config: Run, step: int = 3, **state: Any) -> Path:
+def write_checkpoint(root: Path, config: RunConfig, step: int = 3, **state: Any) -> Path:
     """Write a checkpoint as far as a start reads it before its weights; `state` are further fields of State."""
     path = root / name_of(step)
     path.mkdir(parents=True)

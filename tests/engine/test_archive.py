@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import UserError
-from configs.generation import Generation
+from configs.generator import GeneratorConfig
 from configs.load import validate
 from engine import archive
 from engine.archive import check_start
@@ -75,11 +75,11 @@ def test_a_setting_that_no_weight_depends_on_can_change_and_allow_change_is_sugg
 
 @pytest.mark.L0
 def test_a_generators_times_may_change_and_its_width_may_not(tmp_path: Path) -> None:
-    def generator(**section: object) -> Generation:
+    def generator(**section: object) -> GeneratorConfig:
         tree = {"width": 32, "depth": 2, "heads": 2, "model": "diffusion", **section}
         latents = {"train": "latents"}
         run = {"name": "g", "kind": "generator", "generator": tree, "latents": latents, "batch": {"samples": 4}}
-        return validate(run | {"optim": {"steps": 4}, "system": {"run_dir": str(tmp_path)}}, "test", Generation)
+        return validate(run | {"optim": {"steps": 4}, "system": {"run_dir": str(tmp_path)}}, "test", GeneratorConfig)
 
     write_checkpoint(tmp_path / "checkpoints", generator())
     check_start(generator(times={"mean": 1.0}), True, ("generator.times.mean",))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import Config
-from configs.ds import complete
+from configs.deepspeed import complete_ds_config
 from engine.assemble import Assembly, assemble
 from engine.health.guard import Guard
 from engine.report.meter import Meter
@@ -86,7 +86,7 @@ def count_waits(comm: Comm, config: Config, stage: str) -> Counter[str]:
     given = json.loads((ranks.DEEPSPEED / f"{stage}.json").read_text())
     if stage == "zero3_hpz":
         given["zero_optimization"]["zero_hpz_partition_size"] = 2
-    parts = assemble(config, complete(given, config, comm.world_size), comm)
+    parts = assemble(config, complete_ds_config(given, config, comm.world_size), comm)
     _, centres = ranks.run_steps(parts, config, comm, 0, 2)
     meter, guard = Meter(comm, config.optim.steps, config.batch.clip), guard_of(comm, config, parts)
     batch = random_batch(config, 2, comm.rank, comm.world_size)
@@ -153,7 +153,7 @@ def order_of_streams(comm: Comm, stage: str) -> Counter[str]:
         limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
         given["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits} | {"zero_hpz_partition_size": 2}
         mark_copies(computes, shards)
-    parts = assemble(config, complete(given, config, comm.world_size), comm)
+    parts = assemble(config, complete_ds_config(given, config, comm.world_size), comm)
     assert parts.teacher is not None
     zero, backend = parts.engine.optimizer, deepspeed.comm.comm.cdb
     reduces = zero.reduction_stream if stage == "zero2" else zero.reduce_and_partition_stream

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import _get_build_directory
 
 from configs import UserError
-from configs.ds import load_ds_config
-from configs.learning import Optim
+from configs.deepspeed import load_ds_config
+from configs.run import Optim
 from engine import optim, zero
 from model.losses.comm import Comm
 from tests.engine import ranks

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from configs import Config, UserError
-from configs.ds import load_ds_config
+from configs.deepspeed import load_ds_config
 from engine import out_of_memory, run
 from engine.health.rollback import Cursor, Rollbacks
 from engine.out_of_memory import Memory

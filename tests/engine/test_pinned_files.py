@@ -13,8 +13,8 @@ from configs.load import science_changes
 from data.captions import train_bpe, with_tokenizer_digest
 from engine.initial import pinned as with_digests
 from engine.launch import parse, preflight
-from evaluation.source import open_source
-from evaluation.tasks import Options, Setup, _perceptual
+from evaluation.run import EvaluationOptions, EvaluationSetup, _perceptual
+from evaluation.tokenizer_source import open_tokenizer
 from tests.data.tar_shards import write_corpus
 from tests.engine.small_runs import write_checkpoint
 from tests.engine.trainings.decoder_gan_runs import stage_config
@@ -113,11 +113,11 @@ def test_evaluation_refuses_files_that_the_run_was_not_trained_with(here: Path) 
     config = tiny_config(f"data.tokenizer={here}/one.json", "model.text.vocab=512", LPIPS,
                          f"objectives.rec.lpips_weights={here}/one.safetensors")  # fmt: skip
     config = with_digests(config.model_copy(update={"data": with_tokenizer_digest(config.data)}), resume=False)
-    source = open_source(write_run(here / "run", config), torch.device("cpu"))
-    assert source.encoder().vocab_size <= 512
+    source = open_tokenizer(write_run(here / "run", config), torch.device("cpu"))
+    assert source.caption_encoder().vocab_size <= 512
     for name in ("one.json", "one.safetensors"):
         (here / "other").with_suffix(Path(name).suffix).replace(here / name)
     with pytest.raises(UserError, match=r"is not the file the text tower was trained with .*--tokenizer"):
-        source.encoder()
+        source.caption_encoder()
     with pytest.raises(UserError, match=r"is not the file the run was trained with .*--lpips"):
-        _perceptual(Setup(source, Options(tasks=(), data=("a.tar",)), torch.device("cpu"), here))
+        _perceptual(EvaluationSetup(source, EvaluationOptions(tasks=(), data=("a.tar",)), torch.device("cpu"), here))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.architecture import Text, Vit
+from configs.model import Text, Vit
 from engine.recompute import Mode, recompute_blocks
 from kernels.attention import Spans
 from model.block import Block

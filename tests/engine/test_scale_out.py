@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import UserError
-from configs.ds import complete
+from configs.deepspeed import complete_ds_config
 from engine import archive
 from engine.assemble import Assembly, assemble
 from engine.checkpoint.contents import load
@@ -35,7 +35,7 @@ HPZ, QWZ = {"zero_hpz_partition_size": 2}, {"zero_quantized_weights": True}
 
 def build(comm: Comm, keys: dict[str, Any]) -> Assembly:
     ds_config = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 100_000, **FREED, **keys}}
-    return assemble(CONFIG, complete(ds_config, CONFIG, comm.world_size), comm)
+    return assemble(CONFIG, complete_ds_config(ds_config, CONFIG, comm.world_size), comm)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def asks_for_a_gpu(comm: Comm) -> list[str]:
         {"zero_optimization": {"stage": 2}, "compile": {"deepcompile": True}},
     ):
         with pytest.raises(UserError) as caught:
-            assemble(CONFIG, complete(more, CONFIG, comm.world_size), comm)
+            assemble(CONFIG, complete_ds_config(more, CONFIG, comm.world_size), comm)
         found.append(str(caught.value))
     return found
 
@@ -172,7 +172,7 @@ def steps_by_zero_2(comm: Comm, *extras: dict[str, Any]) -> list[tuple[bool, lis
     config = tiny_config("system.phases=false", "optim.precision=bf16", "system.compile=off")
     found = []
     for extra in extras:
-        parts = assemble(config, complete({"zero_optimization": {"stage": 2}, **extra}, config, 1), comm)
+        parts = assemble(config, complete_ds_config({"zero_optimization": {"stage": 2}, **extra}, config, 1), comm)
         losses, _ = ranks.run_steps(parts, config, comm, 0, 8)
         found.append((parts.engine.is_deepcompile_active(), losses))
     return found

@@ -19,15 +19,13 @@ from configs.generator import DIT, Diffusion, Generator
 from data.latents.store import LatentStore
 from engine.checkpoint.directory import name_of
 from engine.world import Ranks
-from evaluation import figures, generate
+from evaluation import generate, plots
 from evaluation import run as evaluation_run
-from evaluation.corpus_network import CorpusNetwork, write_corpus_network
-from evaluation.generation import Generation, Options
-from evaluation.latents import Options as LatentOptions
-from evaluation.latents import extract
-from evaluation.sample_grid import SampleGrid
-from evaluation.samples import Pair, Samples
-from evaluation.source import open_source
+from evaluation.features import CorpusNetwork, write_corpus_network
+from evaluation.generate import GenerationOptions, GeneratorEvaluation
+from evaluation.latents import LatentOptions, write_latents
+from evaluation.samples import SampleBatch, SampleGrid, SamplingPipeline
+from evaluation.tokenizer_source import open_tokenizer
 from model.generator.draws import DrawCounts, RandomDraws
 from model.generator.factory import LoadedGenerator, build_generator, write_generator
 from model.generator.sampling import Sampling
@@ -50,10 +48,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained a little on the pictures of the corpus: an untrained one decodes all latents to much the same."""
+    """Trained a little on the images of the corpus: an untrained one decodes all latents to much the same."""
     run = write_run(tmp_path_factory.mktemp("runs") / "tiny", corpus)
-    source = open_source(run, CPU)
-    [batch] = source.pictures([f"{corpus}/train/*.tar"], "data.train").batches(30)
+    source = open_tokenizer(run, CPU)
+    [batch] = source.open_images([f"{corpus}/train/*.tar"], "data.train").batches(30)
     parts, images = source.tokenizer.requires_grad_(True), normalise(batch.images)
     optimizer = torch.optim.AdamW(parts.parameters(), 5e-3)
     assert parts.bottleneck is not None
@@ -71,7 +69,7 @@ def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentStore:
-    return extract(tokenizer, tmp_path_factory.mktemp("store") / "latents", LatentOptions())
+    return write_latents(tokenizer, tmp_path_factory.mktemp("store") / "latents", LatentOptions())
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +112,11 @@ def test_outdated_weights_of_a_generators_run_are_refused(store: LatentStore, tm
     with pytest.raises(
         UserError, match="holds the weights of step 100, but the run's latest checkpoint is step-00000200"
     ):
-        Pair.open(folder, "unused", torch.device("cpu"))
+        SamplingPipeline.open(folder, "unused", torch.device("cpu"))
 
 
 class Replay(nn.Module):
-    """Gives the latent of picture n for class n, as training saw it."""
+    """Gives the latent of image n for class n, as training saw it."""
 
     def __init__(self, store: LatentStore) -> None:
         super().__init__()
@@ -154,7 +152,7 @@ def loaded(module: nn.Module, store: LatentStore, **changed: Any) -> LoadedGener
 def test_true_latents_reach_the_rfid_of_their_tokenizer_and_noise_does_not(
     tokenizer: Path, store: LatentStore, network: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    """The generation side decodes, quantises and compares as the reconstruction does, against the same pictures."""
+    """The generation side decodes, quantises and compares as the reconstruction does, against the same images."""
     shards = f"{corpus}/train/*.tar"
     asked = [tokenizer, "--tasks", "reconstruction", "--fid", network, "--data", shards, "--out", tmp_path]
     assert evaluation_run.main([*map(str, asked)]) == 0
@@ -162,8 +160,8 @@ def test_true_latents_reach_the_rfid_of_their_tokenizer_and_noise_does_not(
     [rfid] = [value for name, value in found.items() if name.startswith("rfid[")]
     gfid = {}
     for kind in (Replay, Noise):
-        pair = Pair(loaded(kind(store), store), open_source(tokenizer, CPU), CPU)
-        [row] = Generation(pair, Options(num_samples=30, fid=(network,), batch_size=8)).judge(1.0)
+        pair = SamplingPipeline(loaded(kind(store), store), open_tokenizer(tokenizer, CPU), CPU)
+        [row] = GeneratorEvaluation(pair, GenerationOptions(num_samples=30, fid=(network,), batch_size=8)).evaluate(1.0)
         gfid[kind] = row["gfid"]
     # Measured 5e-6 relative: normalising and back rounds, and a pixel may round to the next of 256 values.
     assert gfid[Replay] == pytest.approx(rfid, rel=1e-4)
@@ -176,7 +174,7 @@ def generated(out: Path, *arguments: object) -> dict[str, Any]:
     return found
 
 
-def test_the_command_leaves_figures_a_table_and_a_picture(
+def test_the_command_leaves_figures_a_table_and_an_image(
     trained: Path, tokenizer: Path, network: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = (trained, "--tokenizer", tokenizer, "--num-samples", 12)
@@ -213,7 +211,7 @@ def test_results_say_by_digest_whose_weights_they_are_of(
     ]
     [ours, by_file, others] = [row["generator_weights"] for row in found]
     assert ours == by_file != others
-    assert {row["tokenizer_weights"] for row in found} == {open_source(tokenizer, CPU).digest()}
+    assert {row["tokenizer_weights"] for row in found} == {open_tokenizer(tokenizer, CPU).digest()}
 
 
 def test_samplers_differ_in_how_often_they_ask(trained: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -240,13 +238,16 @@ def test_an_autoregressive_generator_is_judged_alike(
 def test_a_sampler_of_another_objective_shows_before_the_corpus_is_read(
     trained: Path, tokenizer: Path, network: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Generation, "_look", lambda _: pytest.fail("the corpus was read"))
-    judged = Generation(Pair.open(trained, tokenizer, CPU), Options(Sampling("ddim"), num_samples=4, fid=(network,)))
+    monkeypatch.setattr(GeneratorEvaluation, "_add_reference", lambda _: pytest.fail("the corpus was read"))
+    evaluator = GeneratorEvaluation(
+        SamplingPipeline.open(trained, tokenizer, CPU),
+        GenerationOptions(Sampling("ddim"), num_samples=4, fid=(network,)),
+    )
     with pytest.raises(UserError, match="sampler=ddim for a generator of objective=velocity"):
-        judged.judge(1.0)
+        evaluator.evaluate(1.0)
 
 
-def test_other_pictures_and_fewer_of_them_can_be_the_reference(
+def test_other_images_and_fewer_of_them_can_be_the_reference(
     trained: Path, tokenizer: Path, network: Path, corpus: Path, tmp_path: Path
 ) -> None:
     asked = (trained, "--tokenizer", tokenizer, "--num-samples", 6, "--steps", 1, "--fid", network)
@@ -259,7 +260,7 @@ def test_other_pictures_and_fewer_of_them_can_be_the_reference(
 
 
 def test_a_sample_depends_on_seed_and_number_alone(trained: Path, tokenizer: Path) -> None:
-    pair = Pair.open(trained, tokenizer, CPU)
+    pair = SamplingPipeline.open(trained, tokenizer, CPU)
 
     def images(numbers: list[int], seed: int = 0, batch_size: int = 3) -> Tensor:
         batches = list(pair.samples(np.array(numbers), Sampling(steps=2), seed, batch_size))
@@ -273,8 +274,8 @@ def test_a_sample_depends_on_seed_and_number_alone(trained: Path, tokenizer: Pat
     assert (whole[5] - whole[0]).abs().max() > 0.01  # the same class, other noise
 
 
-def test_products_in_half_precision_change_a_picture_little(trained: Path, tokenizer: Path, tmp_path: Path) -> None:
-    pair, numbers = Pair.open(trained, tokenizer, CPU), np.arange(6)
+def test_products_in_half_precision_change_an_image_little(trained: Path, tokenizer: Path, tmp_path: Path) -> None:
+    pair, numbers = SamplingPipeline.open(trained, tokenizer, CPU), np.arange(6)
     whole, half = (
         torch.cat([batch.images for batch in pair.samples(numbers, Sampling(steps=4), 0, 6, precision)])
         for precision in ("float32", "bfloat16")
@@ -293,10 +294,12 @@ def test_a_grid_shows_the_first_samples_of_classes_spread_over_all() -> None:
     numbers = np.arange(50)
     images = torch.from_numpy(numbers).view(-1, 1, 1, 1).expand(50, 3, 2, 2) / 255
     for own in (slice(0, 33), slice(33, 50)):
-        grid.add("guidance 1", Samples(numbers[own], torch.from_numpy(numbers[own] % 20), images[own].float()))
+        grid.add("guidance 1", SampleBatch(numbers[own], torch.from_numpy(numbers[own] % 20), images[own].float()))
     grid.gather()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluation.sample_grid.sample_grid", lambda *given: drawn.update(zip("pnf", given, strict=True)))
+        patch.setattr(
+            "evaluation.samples.draw_sample_grid", lambda *given: drawn.update(zip("pnf", given, strict=True))
+        )
         grid.draw([f"kind {i}" for i in range(20)], Path("samples.png"))
     assert drawn["n"] == [f"kind {label}" for label in grid.classes]
     shown = drawn["p"]["guidance 1"][:, :, 0, 0, 0]
@@ -311,25 +314,25 @@ def test_a_grid_of_few_samples_shows_what_there_is(classes: int, samples: int, r
 def test_a_decoder_that_was_trained_further_decodes_the_same_latents(
     trained: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    """By itself, too, as a weights file: the size of pictures is that of the generator's latents."""
+    """By itself, too, as a weights file: the size of images is that of the generator's latents."""
     state, model = read_weights(tokenizer / "weights.safetensors")
     further = {name: tensor * (0.5 if name.startswith("decoder") else 1) for name, tensor in state.items()}
     write_weights(tmp_path / "stage2.safetensors", further, model)
     [first], [second] = (
-        Pair.open(trained, path, CPU).samples(np.arange(2), Sampling(steps=1), 0, 2)
+        SamplingPipeline.open(trained, path, CPU).samples(np.arange(2), Sampling(steps=1), 0, 2)
         for path in (tokenizer, tmp_path / "stage2.safetensors")
     )
     assert first.images.shape == second.images.shape == (2, 3, 32, 32)
     assert (first.images - second.images).abs().max() > 0.01
 
 
-def _generate(_: Ranks, generator: Path, tokenizer: Path, out: Path, options: Options) -> dict[str, Any]:
+def _generate(_: Ranks, generator: Path, tokenizer: Path, out: Path, options: GenerationOptions) -> dict[str, Any]:
     return generate.generate(generator, tokenizer, out, options)
 
 
 @pytest.mark.L1
 def test_ranks_reach_the_figures_of_one_rank(trained: Path, tokenizer: Path, network: Path, tmp_path: Path) -> None:
-    options = Options(Sampling(steps=2), (1.0, 3.0), num_samples=11, batch_size=3, fid=(network,))
+    options = GenerationOptions(Sampling(steps=2), (1.0, 3.0), num_samples=11, batch_size=3, fid=(network,))
     alone = generate.generate(trained, tokenizer, tmp_path / "alone", options)
     first, second = run_ranks(_generate, 2, trained, tokenizer, tmp_path / "together", options)
     assert first == second
@@ -388,7 +391,7 @@ def test_every_mistake_is_one_line(
         ("matches no file", (trained, "--fid", network, "--data", tmp_path / "*.tar")),
         ("names 1 classes, the generator has 5", (trained, "--classes", few)),
         ("give --data", (trained, "--fid", network, "--tokenizer", weights)),
-        ("is not finite: the training went astray", (astray,)),
+        ("is not finite: the training diverged", (astray,)),
         (
             "guidance 4, network corpus:",
             (overflows, "--fid", network, "--guidance", 4),
@@ -408,7 +411,7 @@ def test_every_mistake_is_one_line(
 @pytest.mark.L0
 def test_names_of_classes_are_whole_beside_the_samples(tmp_path: Path) -> None:
     panels = {"guidance 1": torch.zeros(8, 4, 64, 64, 3, dtype=torch.uint8)}
-    figures.sample_grid(panels, ["red circle"] * 6 + ["orange square", "yellow triangle"], tmp_path / "grid.png")
+    plots.draw_sample_grid(panels, ["red circle"] * 6 + ["orange square", "yellow triangle"], tmp_path / "grid.png")
     pixels = np.array(Image.open(tmp_path / "grid.png").convert("L"))
     assert (pixels[:, :3] == 255).all(), "the left edge is empty"
     assert (pixels < 128).any()

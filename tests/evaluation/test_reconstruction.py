@@ -16,9 +16,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from configs import UserError
-from evaluation.feature_network import FeatureNetwork, open_perceptual
-from evaluation.fidelity import Fid, quantised, ssim
-from evaluation.reconstruction import Extremes, Reconstruction, psnr
+from evaluation.fid import FeatureNetwork, Fid, open_perceptual, quantise, ssim
+from evaluation.reconstruction import ExtremePairs, Reconstruction, psnr
 from model.losses.perceptual import CONVS_PER_TAP, LpipsDistance
 
 pytestmark = pytest.mark.L0
@@ -26,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def pair(count: int, side: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Smooth pictures and noisy copies."""
+    """Smooth images and noisy copies."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 6, 6, generator=generator)
     target = nn.functional.interpolate(coarse, (side, side), mode="bilinear")
@@ -35,7 +34,7 @@ def pair(count: int, side: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 class Means(nn.Module):
-    """Features that can be told by hand: six weighted means of a picture."""
+    """Features that can be told by hand: six weighted means of an image."""
 
     def forward(self, images: Tensor) -> Tensor:
         half = images.shape[-1] // 2
@@ -71,7 +70,7 @@ def test_the_frechet_distance_is_its_formula() -> None:
     (real, fake), fid = pair(40), Fid(network(), CPU)
     for some in range(0, 40, 15):
         fid.add(real[some : some + 15], fake[some : some + 15])
-    a, b = (Means()(quantised(x)).double().numpy() for x in (real, fake))
+    a, b = (Means()(quantise(x)).double().numpy() for x in (real, fake))
     covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
@@ -100,25 +99,25 @@ def compared(task: Reconstruction, target: Tensor, recon: Tensor) -> Reconstruct
 def test_the_result_holds_the_means_and_names_the_feature_network(tmp_path: Path) -> None:
     target, recon = pair(10)
     outcome = compared(Reconstruction([network()], None, CPU), target, recon).result()
-    assert outcome.figures["psnr_db"] == pytest.approx(float(psnr(target, recon).mean()), rel=1e-6)
-    assert outcome.figures["ssim"] == pytest.approx(float(ssim(target, recon).mean()), rel=1e-6)
-    assert outcome.figures["images"] == 10
-    assert isinstance(outcome.figures["rfid[means:0, 6-d]"], float)
+    assert outcome.metrics["psnr_db"] == pytest.approx(float(psnr(target, recon).mean()), rel=1e-6)
+    assert outcome.metrics["ssim"] == pytest.approx(float(ssim(target, recon).mean()), rel=1e-6)
+    assert outcome.metrics["images"] == 10
+    assert isinstance(outcome.metrics["rfid[means:0, 6-d]"], float)
     for name in ("best", "worst"):
-        outcome.pictures[f"reconstructions_{name}"](tmp_path / f"{name}.png")
+        outcome.plots[f"reconstructions_{name}"](tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
 def test_what_was_not_computed_says_so_and_is_no_number() -> None:
-    figures = compared(Reconstruction([], None, CPU), *pair(3)).result().figures
+    figures = compared(Reconstruction([], None, CPU), *pair(3)).result().metrics
     assert figures["lpips"] == "not computed: no weights (--lpips FILE)"
     assert figures["rfid"] == "not computed: no feature network (--fid FILE)"
 
 
-def test_pictures_without_a_window_of_ssim_and_no_pictures_at_all_are_errors_and_no_numbers() -> None:
-    with pytest.raises(UserError, match="pictures of 10 x 10: SSIM compares windows of 11 x 11"):
+def test_images_without_a_window_of_ssim_and_no_images_at_all_are_errors_and_no_numbers() -> None:
+    with pytest.raises(UserError, match="images of 10 x 10: SSIM compares windows of 11 x 11"):
         compared(Reconstruction([], None, CPU), *pair(2, side=10))
-    with pytest.raises(UserError, match="no held-out picture could be decoded"):
+    with pytest.raises(UserError, match="no held-out image could be decoded"):
         Reconstruction([], None, CPU).result()
 
 
@@ -133,7 +132,7 @@ def test_lpips_is_the_objectives_own_in_signed_space_and_names_its_weights(tmp_p
     save_file(convs | heads, tmp_path / "lpips.safetensors")
     digest = hashlib.sha256((tmp_path / "lpips.safetensors").read_bytes()).hexdigest()
     network = open_perceptual(tmp_path / "lpips.safetensors", "--lpips")
-    figures = compared(Reconstruction([], network, CPU), target, recon).result().figures
+    figures = compared(Reconstruction([], network, CPU), target, recon).result().metrics
     expected = float(perceptual(2 * recon - 1, 2 * target - 1).mean())
     assert expected > 0
     assert figures[f"lpips[vgg16:{digest[:6]}]"] == pytest.approx(expected, rel=1e-4)
@@ -142,7 +141,7 @@ def test_lpips_is_the_objectives_own_in_signed_space_and_names_its_weights(tmp_p
 
 def test_psnr_says_what_the_mean_colour_would_reach() -> None:
     target = torch.cat([torch.zeros(1, 3, 8, 16), torch.ones(1, 3, 8, 16)], dim=2)  # half black, half white
-    figures = compared(Reconstruction([], None, CPU), target, target.clamp(0.1, 0.9)).result().figures
+    figures = compared(Reconstruction([], None, CPU), target, target.clamp(0.1, 0.9)).result().metrics
     assert figures["psnr_db"] == pytest.approx(20.0, abs=1e-4)
     assert figures["psnr_db_of_mean_colour"] == pytest.approx(-20 * math.log10(0.5), abs=1e-4)
 
@@ -151,10 +150,10 @@ def test_psnr_says_what_the_mean_colour_would_reach() -> None:
 def test_the_extremes_of_all_batches_are_kept_in_order(is_largest: bool) -> None:
     values = torch.tensor([3.0, 9.0, 1.0, 7.0, 5.0, 2.0, 8.0])
     target = (values / 10).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    kept = Extremes(3, is_largest)
+    kept = ExtremePairs(3, is_largest)
     for part in (slice(0, 2), slice(2, 5), slice(5, 7)):
         kept.add(values[part], target[part], 1 - target[part])
-    shown = kept.gathered()
+    shown = kept.gather()
     expected = [0.9, 0.8, 0.7] if is_largest else [0.1, 0.2, 0.3]
     assert (shown[:, 0, 0, 0, 0].float() / 255).tolist() == pytest.approx(expected, abs=0.002)
     assert (shown[:, 1, 0, 0, 0].float() / 255).tolist() == pytest.approx([1 - x for x in expected], abs=0.002)

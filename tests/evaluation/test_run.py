@@ -20,9 +20,9 @@ from data.captions import train_bpe
 from engine.checkpoint.directory import name_of
 from engine.world import Ranks
 from evaluation import results, run
-from evaluation.corpus_network import CorpusNetwork, write_corpus_network
-from evaluation.outcome import Outcome
-from evaluation.tasks import Options
+from evaluation.features import CorpusNetwork, write_corpus_network
+from evaluation.results import TaskResult
+from evaluation.run import EvaluationOptions
 from model.tokenizer import VisualTokenizer
 from model.weights import WeightsOrigin, read_weights, write_weights
 from tests.data.tar_shards import encoded, write_tar
@@ -58,7 +58,7 @@ def evaluated(out: Path, *arguments: object) -> dict[str, Any]:
     return found
 
 
-def test_all_tasks_share_a_pass_and_leave_figures_and_pictures(
+def test_all_tasks_share_a_pass_and_leave_figures_and_images(
     trained: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = evaluated(tmp_path, trained, "--tasks", ALL, "--fid", network, "--batch-size", 4)
@@ -82,21 +82,21 @@ def test_all_tasks_share_a_pass_and_leave_figures_and_pictures(
     assert again == found
 
 
-def test_figures_survive_failures_of_pictures_and_of_their_file(
+def test_figures_survive_failures_of_images_and_of_their_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(path: Path) -> None:
         raise RuntimeError("svd:\nfailed")
 
-    outcome = Outcome({"top1": 0.5}, pictures={"first": fail, "second": Path.touch})
-    results.write(tmp_path, {"knn": {"top1": 0.5}}, {"knn": outcome})
+    outcome = TaskResult({"top1": 0.5}, plots={"first": fail, "second": Path.touch})
+    results.write_results(tmp_path, {"knn": {"top1": 0.5}}, {"knn": outcome})
     assert json.loads((tmp_path / "evaluation.json").read_text()) == {"knn": {"top1": 0.5}}
     assert (tmp_path / "pictures" / "second.png").exists()
     assert capsys.readouterr().err == f"could not draw {tmp_path}/pictures/first.png: RuntimeError: svd: failed\n"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "evaluation.json").mkdir()
     with pytest.raises(UserError, match=r'cannot be written .*the figures are {"knn": {"top1": 0.5}}'):
-        results.write(tmp_path / "full", {"knn": {"top1": 0.5}}, {})
+        results.write_results(tmp_path / "full", {"knn": {"top1": 0.5}}, {})
 
 
 def test_results_go_into_the_run_unless_told_otherwise(trained: Path, tmp_path: Path) -> None:
@@ -176,7 +176,9 @@ def test_a_limit_holds_for_both_corpora(trained: Path, tmp_path: Path) -> None:
     assert (found["knn"]["images"], found["knn"]["train_images"]) == (10, 10)
 
 
-def _on_a_rank(_: Ranks, wrong: tuple[Path, Options, Path], right: tuple[Path, Options, Path]) -> str:
+def _on_a_rank(
+    _: Ranks, wrong: tuple[Path, EvaluationOptions, Path], right: tuple[Path, EvaluationOptions, Path]
+) -> str:
     """The error that the first evaluation ends with; the second writes its results."""
     message = ""
     try:
@@ -200,14 +202,14 @@ def test_ranks_find_what_one_rank_finds_and_fail_together(
 ) -> None:
     asked = [trained, "--tasks", ALL, "--fid", network, "--batch-size", 4]
     alone = evaluated(tmp_path / "alone", *asked)
-    right = Options(tasks=tuple(ALL.split(",")), fid=(network,), batch_size=4)
+    right = EvaluationOptions(tasks=tuple(ALL.split(",")), fid=(network,), batch_size=4)
     table = corpus / "held_out" / "classes.json"
-    wrong = Options(tasks=("zero_shot",), data=(_write_a_label_that_one_rank_meets(tmp_path),), classes=table)
+    wrong = EvaluationOptions(tasks=("zero_shot",), data=(_write_a_label_that_one_rank_meets(tmp_path),), classes=table)
     messages = run_ranks(_on_a_rank, 2, (trained, wrong, tmp_path), (trained, right, tmp_path / "together"))
     assert (
         messages
         == [
-            "a sample has label 99, the class table 5 classes: labels are places in the table, from 0 on; "
+            "a sample has label 99, the class table 5 classes: labels are indices into the table, from 0 on; "
             "give the table of this corpus with --classes"
         ]
         * 2
@@ -266,13 +268,13 @@ def test_every_mistake_is_one_line(
     mistakes: list[tuple[str, tuple[object, ...]]] = [
         ("'rfid' is not one of zero_shot, linear_probe, knn, reconstruction", (trained, "--tasks", "zero_shot,rfid")),
         ("is no run directory", (tmp_path / "nowhere",)),
-        ("holds programs of torch.export: to load one may run what its file holds", (programs,)),
+        ("holds programs of torch.export: loading one may run code from its file", (programs,)),
         ("holds programs of torch.export", (programs / "encode.pt2",)),
         ("is no run directory", (tmp_path,)),
         ("or of the hub hf://OWNER/NAME", ("someone/tiny",)),
         ("hf://tiny is no hub name: those are hf://OWNER/NAME or", ("hf://tiny",)),
         ("hf://some/thing/else is no hub name", ("hf://some/thing/else",)),
-        ("here is a directory tests/evaluation, which would be taken", ("hf://tests/evaluation",)),
+        ("there is a directory tests/evaluation here, which would be taken", ("hf://tests/evaluation",)),
         ("is not a safetensors file", (weights, "--data", shards)),
         ("do not fit the model that describes them", (misfit, "--data", shards)),
         ("name labelled shards with --data", (lonely,)),
@@ -280,7 +282,7 @@ def test_every_mistake_is_one_line(
         ("give --tokenizer", (lonely, "--data", shards, "--crop", 32, *table)),
         ("--crop 30: sides must be multiples of the patch size 8; give 24", (trained, "--crop", 30)),
         ("--crop 100000: 10,000,000,000 pixels, above data.max_pixels=50,000,000", (trained, "--crop", 100_000)),
-        ("the most a picture is read with; give 7064 at most", (lonely, "--data", shards, "--crop", 7072)),
+        ("the most an image is read with; give 7064 at most", (lonely, "--data", shards, "--crop", 7072)),
         ("--crop 0: give a number from 1 on", (trained, "--crop", 0)),
         ("--limit -1: give a number from 1 on", (trained, "--limit", -1)),
         ("no held-out sample has a label", (trained, "--tasks", "zero_shot", "--data", shards, *table)),
@@ -292,7 +294,7 @@ def test_every_mistake_is_one_line(
             (trained, "--tasks", "reconstruction", "--lpips", tmp_path / "none.safetensors"),
         ),
         ("does not exist: FID needs a feature network", (trained, "--fid", tmp_path / "none.pth")),
-        ("no held-out picture could be decoded", (trained, "--tasks", "reconstruction", "--data", empty)),
+        ("no held-out image could be decoded", (trained, "--tasks", "reconstruction", "--data", empty)),
         ("has label 123456789012: labels number the classes", (trained, "--tasks", "knn", "--data", hashes)),
         ("named/0 has label 'dog', a class name, and there is no", (trained, "--tasks", "knn", "--data", named)),
         ("has label 'dog', a class name, and", (trained, "--tasks", "zero_shot", "--data", named, *table)),

@@ -10,10 +10,8 @@ import torch
 from PIL import Image
 
 from configs import UserError
-from evaluation import templates
-from evaluation.classes import OWN, TEMPLATES, ClassTable
-from evaluation.figures import confusion_matrix
-from evaluation.zero_shot import ZeroShot, classifier
+from evaluation.plots import draw_confusion_matrix
+from evaluation.zero_shot import CLIP_TEMPLATES, OWN_PROMPTS, ClassTable, ZeroShot, class_embeddings, imagenet_prompts
 from model.losses.comm import Solo
 
 pytestmark = pytest.mark.L0
@@ -29,20 +27,20 @@ def test_accuracy_counts_labelled_images_only(tmp_path: Path) -> None:
     images = torch.eye(8)[[0, 1, 2, 3]] + 0.1 * torch.eye(8)[[1, 0, 3, 7]]
     task.count(images, torch.tensor([0, 0, 2, -1]))  # right, second best, right, without a label
     outcome = task.result()
-    figures = outcome.figures
+    figures = outcome.metrics
     assert figures["top1"] == pytest.approx(2 / 3)
     assert figures["top5"] == 1.0
     assert figures["chance"] == 1 / 8
     assert figures["times_chance"] == pytest.approx(16 / 3)
     assert (figures["classes"], figures["images"]) == (8, 3)
-    assert figures["prompts"] == OWN
-    outcome.pictures["zero_shot_confusion"](tmp_path / "confusion.png")
+    assert figures["prompts"] == OWN_PROMPTS
+    outcome.plots["zero_shot_confusion"](tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_confusion_matrix_has_room_for_the_names_of_its_classes(tmp_path: Path) -> None:
     names = [f"a class called {number}" for number in range(64)]
-    confusion_matrix(torch.eye(64).long(), names, tmp_path / "confusion.png")
+    draw_confusion_matrix(torch.eye(64).long(), names, tmp_path / "confusion.png")
     with Image.open(tmp_path / "confusion.png") as picture:
         assert min(picture.size) / len(names) > 25, "pixels a class: letters of 9 points at 150 dots an inch have 19"
 
@@ -50,7 +48,7 @@ def test_a_confusion_matrix_has_room_for_the_names_of_its_classes(tmp_path: Path
 def test_the_five_best_are_told_from_the_rest() -> None:
     task = zero_shot(8)
     task.count(torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]] * 3), torch.tensor([4, 5, 0]))
-    assert task.result().figures["top5"] == pytest.approx(2 / 3)
+    assert task.result().metrics["top5"] == pytest.approx(2 / 3)
 
 
 class Words:
@@ -65,7 +63,7 @@ class Words:
 
 def test_a_class_is_the_normed_mean_of_its_prompts() -> None:
     words: Any = Words()
-    found = classifier(words, words, [["[1.0, 0.0]", "[0.0, 1.0]"], ["[0.6, 0.8]"]], torch.device("cpu"))
+    found = class_embeddings(words, words, [["[1.0, 0.0]", "[0.0, 1.0]"], ["[0.6, 0.8]"]], torch.device("cpu"))
     torch.testing.assert_close(found, torch.tensor([[0.5**0.5, 0.5**0.5], [0.6, 0.8]]))
 
 
@@ -87,12 +85,12 @@ def test_names_without_prompts_are_put_into_the_80_templates(tmp_path: Path) -> 
     path.write_text(json.dumps({"classes": [{"name": "tench"}, {"name": "goldfish"}]}))
     table = ClassTable.read(path)
     assert table.names == ("tench", "goldfish")
-    assert table.prompt_source == TEMPLATES
-    assert table.prompts[1] == templates.prompts("goldfish")
+    assert table.prompt_source == CLIP_TEMPLATES
+    assert table.prompts[1] == imagenet_prompts("goldfish")
 
 
 def test_there_are_80_different_templates_with_the_published_ones_among_them() -> None:
-    prompts = templates.prompts("tench")
+    prompts = imagenet_prompts("tench")
     assert len(prompts) == len(set(prompts)) == 80
     published = (
         "a bad photo of a tench.", "itap of my tench.", "the tench in a video game.", "a photo of one tench.",

@@ -1,4 +1,4 @@
-"""A labelled corpus of a few pictures, and a run directory with untrained weights that fits it."""
+"""A labelled corpus of a few images, and a run directory with untrained weights that fits it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = 5  # of tests.data.tar_shards.write_corpus
 
 
 def write_labelled_corpus(folder: Path) -> Path:
-    """train/ with 30 pictures, held_out/ with 11, classes.json beside the latter, tokenizer.json."""
+    """train/ with 30 images, held_out/ with 11, classes.json beside the latter, tokenizer.json."""
     for name, num_shards, per_shard in (("train", 2, 15), ("held_out", 1, 11)):
         (folder / name).mkdir(parents=True)
         write_corpus(folder / name, num_shards, per_shard)

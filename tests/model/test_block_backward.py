@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.fx import GraphModule
 
-from configs.architecture import Vit
+from configs.model import Vit
 from model.block import Block, fused_swiglu, linear_with_detached_bias, rotated_qkv
 from model.packing import CropGroup, PackedLayout
 from model.rope import Rope, apply_rope

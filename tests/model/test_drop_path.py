@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import UserError
-from configs.architecture import Vit
+from configs.model import Vit
 from engine.drop_path import DropPath, drop_path
 from kernels.attention import Segments
 from model.block import Block

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs import Config, UserError
-from configs.learning import Align
+from configs.schema import AlignmentConfig
 from model.frozen import FrozenTrunk
 from model.imagenet import normalise
 from model.tokenizer import VisualTokenizer
@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("frozen") / "run", tiny_config())
 
 
-def align_of(weights: Path, *overrides: str) -> Align:
+def align_of(weights: Path, *overrides: str) -> AlignmentConfig:
     config: Config = tiny_config(f"objectives.rec.align.weights={weights}", ENCODER, PATCH, *overrides)
     assert config.objectives.rec.align is not None
     return config.objectives.rec.align

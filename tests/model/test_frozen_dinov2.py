@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 from configs import Config, UserError
-from configs.learning import Align
+from configs.schema import AlignmentConfig
 from model.frozen import Dinov2Shape, check_frozen_file, load_frozen, read_dinov2_shape
 from tests.model.dinov2_files import DEPTH, HEADS, PATCH, SIDE, WIDTH, images, write_timm, write_transformers
 from tests.tiny import tiny_config
@@ -30,7 +30,7 @@ REFERENCE = {
 }
 
 
-def align_of(path: Path, *overrides: str) -> Align:
+def align_of(path: Path, *overrides: str) -> AlignmentConfig:
     vit = f"{{width: {WIDTH}, depth: {DEPTH}, heads: {HEADS}}}"
     section = f"{{kind: dinov2, weights: {path}, encoder: {vit}, patch_size: {PATCH}}}"
     config: Config = tiny_config(f"objectives.rec.align={section}", *overrides)

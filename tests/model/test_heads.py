@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configs.architecture import Prototypes
+from configs.model import Prototypes
 from model.block import LayerNorm, RmsNorm, SwiGlu
 from model.heads import PrototypeHead
 from tests.parity import reference

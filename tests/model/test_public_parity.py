@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.architecture import Model
+from configs.model import Model
 from model.imagenet import denormalise, normalise
 from model.public_layout import from_public, to_public
 from model.text import pack_captions

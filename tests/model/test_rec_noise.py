@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from configs.learning import Noise
+from configs.schema import LatentNoise
 from model.imagenet import normalise
 from model.latent import NUM_HIDDEN_FRACTIONS, DiagonalGaussian, RecNoise, add_rec_noise, hidden_patch_probabilities
 from model.losses.comm import Solo
@@ -37,20 +37,20 @@ def test_noise_is_mixed_in_or_added_by_the_level_of_its_image() -> None:
     latent, level_R = torch.tensor([[[2.0, -4.0]], [[1.0, 1.0]]]), torch.tensor([0.25, 0.5])
     draws = RecNoise(level_R=level_R, noise_RVL=torch.tensor([[[1.0, 2.0]], [[-1.0, 0.0]]]))
     # t = 1/4, x = (2, -4), e = 3 * (1, 2): 3/4 x + 1/4 e; t = 1/2, x = (1, 1), e = (-3, 0).
-    mixed = add_rec_noise(latent, draws, Noise(kind="interpolative", scale=3))
+    mixed = add_rec_noise(latent, draws, LatentNoise(kind="interpolative", scale=3))
     assert mixed.tolist() == [[[2.25, -1.5]], [[-1.0, 0.5]]]
-    added = add_rec_noise(latent, draws, Noise(kind="additive", scale=3))
+    added = add_rec_noise(latent, draws, LatentNoise(kind="additive", scale=3))
     assert added.tolist() == [[[2.75, -2.5]], [[-0.5, 1.0]]]
-    assert add_rec_noise(latent.bfloat16(), draws, Noise(kind="additive")).dtype == torch.bfloat16
+    assert add_rec_noise(latent.bfloat16(), draws, LatentNoise(kind="additive")).dtype == torch.bfloat16
 
 
 def test_a_gaussian_latent_is_drawn_before_its_noise() -> None:
     latent, sample, noise = DiagonalGaussian(randn(2, 3, 4), randn(2, 3, 4)), randn(2, 3, 4) + 1, randn(2, 3, 4) - 1
     level_R = torch.tensor([0.1, 0.9])
-    given = add_rec_noise(latent, RecNoise(None, sample, level_R, noise), Noise(kind="interpolative", scale=2))
+    given = add_rec_noise(latent, RecNoise(None, sample, level_R, noise), LatentNoise(kind="interpolative", scale=2))
     drawn, t = latent.mean + (latent.log_variance / 2).exp() * sample, level_R[:, None, None]
     torch.testing.assert_close(given, (1 - t) * drawn + t * 2 * noise)
-    assert torch.equal(add_rec_noise(latent, RecNoise(), Noise()), latent.mean)
+    assert torch.equal(add_rec_noise(latent, RecNoise(), LatentNoise()), latent.mean)
 
 
 def test_shares_are_those_of_the_docstring() -> None:

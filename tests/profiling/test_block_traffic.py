@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from configs.architecture import Text, Vit
+from configs.model import Text, Vit
 from engine.zero import DTYPES
 from model import block
 from profiling.benches.block_kernels import Target, generated

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from configs import Config, UserError
-from configs.ds import load_ds_config
+from configs.deepspeed import load_ds_config
 from engine.assemble import assemble
 from engine.report.traffic import counting
 from engine.step import train_step

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from configs import Config
-from configs.ds import load_ds_config
+from configs.deepspeed import load_ds_config
 from engine.assemble import assemble
 from model.losses.comm import Comm
 from profiling.cost.peak_memory import predict_states

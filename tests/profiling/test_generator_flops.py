@@ -9,8 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.autoregressive import Autoregressive, MaskRatio
-from configs.generator import DIT, SIT, Diffusion
+from configs.generator import DIT, SIT, Autoregressive, Diffusion, MaskRatio
 from model.generator.factory import build_generator
 from model.generator.tokens import LatentShape
 from profiling.cost.flops import generator_flops

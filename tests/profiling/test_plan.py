@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs import load_config
-from configs.ds import load_ds_config
+from configs.deepspeed import load_ds_config
 from profiling import scaling
 from profiling.benches import predictions as bench
 from profiling.benches.recorder import BenchRecorder

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from configs.ds import load_ds_config
+from configs.deepspeed import load_ds_config
 from profiling.cost.communication import by_kind, predict_collectives
 from profiling.cost.peak_memory import predict_peak
 from profiling.cost.roofline import phase_work

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import Config
-from configs.ds import load_ds_config
+from configs.deepspeed import load_ds_config
 from model.block import Block, swiglu_hidden
 from model.initialise import initialise
 from model.losses.comm import Solo

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs import Config
-from configs.ds import load_ds_config
+from configs.deepspeed import load_ds_config
 from engine.assemble import assemble
 from engine.step import train_step
 from model.losses.comm import Comm

@@ -33,7 +33,7 @@ from data.corpora.emoji_scenes import (
 )
 from data.corpora.synthetic_scenes import contrast, scene_random
 from data.corpus import build, main
-from evaluation.classes import ClassTable
+from evaluation.zero_shot import ClassTable
 
 pytestmark = pytest.mark.L0
 

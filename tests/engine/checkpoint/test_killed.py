@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.system import Checkpoint
+from configs.run import Checkpoint
 from engine.checkpoint import directory
 from engine.checkpoint.pieces import Piece, Pieces
 from engine.checkpoint.verified import newest_good

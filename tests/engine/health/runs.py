@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import Config, DecoderGan, Run
-from configs.ds import load_ds_config
+from configs import Config, DecoderGan, RunConfig
+from configs.deepspeed import load_ds_config
 from data.batch import RestartablePrefetcher
 from data.order import Order
 from engine import archive, run
@@ -78,7 +78,7 @@ class Drawn:
 
 def train(
     comm: Comm,
-    config: Run,
+    config: RunConfig,
     run_dir: Path,
     spoilt: Spoilt,
     resume: bool = False,
@@ -99,7 +99,7 @@ def train(
 
 
 def _assembled(
-    config: Run, ds_config: dict[str, Any], comm: Comm, spoilt: Spoilt, stage: str, resume: bool, corpus: Order
+    config: RunConfig, ds_config: dict[str, Any], comm: Comm, spoilt: Spoilt, stage: str, resume: bool, corpus: Order
 ) -> Training:
     def images(batch: Any, place: int) -> Any:
         moved = spoilt.moved(place)

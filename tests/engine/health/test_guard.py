@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.health import Health
+from configs.run import AnomalyPolicy
 from engine import stop_file
 from engine.health.failure import TrainingFailed
 from engine.health.guard import GoBack, Guard
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def guard(comm: Comm, **settings: Any) -> tuple[Guard, Judge]:
-    health = Health(**settings)
+    health = AnomalyPolicy(**settings)
     judge = Judge(health, CPU, "model")
     return Guard(comm, CPU, health, [judge]), judge
 
@@ -63,7 +63,7 @@ GUARD_PROCESS = """
 import signal, sys, torch
 from pathlib import Path
 from types import SimpleNamespace
-from configs.health import Health
+from configs.run import Health
 from engine.health import guard
 from model.losses.comm import Solo
 

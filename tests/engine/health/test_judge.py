@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.health import Health
+from configs.run import AnomalyPolicy
 from engine.checkpoint.pieces import Pieces, write_pieces
 from engine.health.judge import Judge
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.L0
 
 
 def judge(**settings: Any) -> Judge:
-    return Judge(Health(**settings), torch.device("cpu"), "model")
+    return Judge(AnomalyPolicy(**settings), torch.device("cpu"), "model")
 
 
 def judged(by: Judge, *norms: float) -> list[bool]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from configs import Run
+from configs import RunConfig
 from engine import archive
 from engine.health.failure import TrainingFailed
 from model.initialise import initialise
@@ -39,7 +39,7 @@ def say_why(comm: Comm, *arguments: Any) -> tuple[str, str]:
     return error.value.kind, str(error.value)
 
 
-def of_kind(kind: str, place: Path) -> Run:
+def of_kind(kind: str, place: Path) -> RunConfig:
     """A small run with often a report, and a policy to go back."""
     if kind == "generator":
         store = write_public_store(place / "store", [40, 24], SHAPE)
@@ -68,14 +68,16 @@ CENTRED = ("objectives.ssl.targets=centering", "ema=0.9", "model.trunk.drop_path
 
 
 @pytest.fixture(scope="module")
-def went_back(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+def went_back(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     """A run with bad data at place 5. Seen at step 6, it sends the run back to step 4."""
     config, run_dir = tiny_config(*TWELVE, BACK, *CENTRED), tmp_path_factory.mktemp("went_back")
     run_ranks(runs.train, 2, config, run_dir, Spoilt({5: "nan"}))
     return config, run_dir
 
 
-def test_a_run_that_went_back_is_the_run_without_the_bad_data(went_back: tuple[Run, Path], tmp_path: Path) -> None:
+def test_a_run_that_went_back_is_the_run_without_the_bad_data(
+    went_back: tuple[RunConfig, Path], tmp_path: Path
+) -> None:
     """The places 4 and 5 are left out."""
     config, bad = went_back
     good = run_ranks(runs.train, 2, config, tmp_path, Spoilt(left_out=(4, 5)))[0]
@@ -90,7 +92,7 @@ def test_a_run_that_went_back_is_the_run_without_the_bad_data(went_back: tuple[R
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.L2)])
-def test_a_run_resumed_is_the_run_that_went_on(went_back: tuple[Run, Path], tmp_path: Path, step: int) -> None:
+def test_a_run_resumed_is_the_run_that_went_on(went_back: tuple[RunConfig, Path], tmp_path: Path, step: int) -> None:
     """From step 8, which is after the roll-back; and from step 4, where the resumed run meets the bad data again."""
     config, whole = went_back
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs import DecoderGan
-from configs.ds import load_ds_config
+from configs.deepspeed import load_ds_config
 from configs.load import validate
 from data.loader import ImageBatch
 from engine import zero

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from configs import Run
-from configs.ds import load_ds_config
+from configs import RunConfig
+from configs.deepspeed import load_ds_config
 from engine import archive, zero
 from engine.checkpoint.contents import load
 from engine.checkpoint.saver import save
@@ -18,14 +18,14 @@ from model.losses.comm import Comm
 from tests.engine.ranks import DEEPSPEED
 
 
-def build(config: Run, comm: Comm, stage: str, run_dir: Path, is_resumed: bool = False) -> Training:
+def build(config: RunConfig, comm: Comm, stage: str, run_dir: Path, is_resumed: bool = False) -> Training:
     """Assembled under configs/deepspeed/{stage}.json."""
     ds_config = load_ds_config(DEEPSPEED / f"{stage}.json", config, comm.world_size)
     return kinds.assemble(config, ds_config, comm, run_dir, is_resumed)
 
 
 def train(
-    comm: Comm, config: Run, stage: str, run_dir: Path, last: int, start_from: Path | None = None
+    comm: Comm, config: RunConfig, stage: str, run_dir: Path, last: int, start_from: Path | None = None
 ) -> dict[str, Any]:
     """Steps up to `last`, from the start or from a checkpoint directory, and a checkpoint at the end.
 

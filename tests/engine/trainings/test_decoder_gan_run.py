@@ -13,14 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from configs import Config, DecoderGan, UserError
-from configs.data import ImageView, Pictures
-from configs.ds import load_ds_config
-from configs.system import Loader
+from configs.data import ImageData, ImageView
+from configs.deepspeed import load_ds_config
+from configs.run import LoaderSettings
 from data.loader import ImageLoader
 from engine import run
-from evaluation.corpus_network import CorpusNetwork, write_corpus_network
-from evaluation.run import evaluate
-from evaluation.tasks import Options
+from evaluation.features import CorpusNetwork, write_corpus_network
+from evaluation.run import EvaluationOptions, evaluate
 from model.decoder import DecoderStage
 from model.losses.comm import Comm
 from model.losses.pixels import l1_loss
@@ -57,8 +56,8 @@ def stage_1(config: Config, corpus: Path, steps: int = 200) -> dict[str, torch.T
     state = untrained(config).state_dict()
     stage = DecoderStage(config.model)
     stage.load_state_dict({name: state[name] for name in stage.state_dict()})
-    data, view = Pictures(train=(f"{corpus}/train/*.tar",), streams=2), ImageView(image_size=32)
-    loader = ImageLoader(data, view, 10, 0, Loader())
+    data, view = ImageData(train=(f"{corpus}/train/*.tar",), streams=2), ImageView(image_size=32)
+    loader = ImageLoader(data, view, 10, 0, LoaderSettings())
     optimizer = torch.optim.AdamW(stage.decoder.parameters(), lr=3e-3)
     for step in range(steps):
         outputs = stage(loader.batch(step).images)
@@ -93,7 +92,7 @@ def trained(place: Path) -> Path:
 
 
 def measured(path: Path, place: Path, **more: Any) -> dict[str, Any]:
-    options = Options(tasks=("reconstruction",), fid=(place / "net.safetensors",), **more)
+    options = EvaluationOptions(tasks=("reconstruction",), fid=(place / "net.safetensors",), **more)
     found: dict[str, Any] = evaluate(path, options, out=place / "results", crop=None if path.is_dir() else 32)
     return found["reconstruction"]
 
@@ -141,4 +140,4 @@ def test_a_finished_run_taken_up_again_by_one_rank_writes_the_same_weights(place
 
 def test_zero_shot_asks_for_the_captions_tokenizer_which_stage_2_does_not_know(place: Path, trained: Path) -> None:
     with pytest.raises(UserError, match="does not say with which tokenizer the text tower was trained"):
-        evaluate(trained, Options(tasks=("zero_shot",)), out=place / "results")
+        evaluate(trained, EvaluationOptions(tasks=("zero_shot",)), out=place / "results")

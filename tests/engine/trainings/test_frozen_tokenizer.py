@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import UserError, fingerprint
-from configs.architecture import Model
+from configs.model import Model
 from engine.trainings.frozen_tokenizer import described, initial_decoder
 from model.tokenizer import VisualTokenizer, decode_pixels
 from model.weights import digest, write_weights

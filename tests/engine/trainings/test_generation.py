@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs import UserError
-from configs.generation import Generation
+from configs.generator import GeneratorConfig
 from configs.load import validate
 from data.latents.store import LatentStore
 from engine import archive
@@ -40,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_public_store(tmp_path_factory.mktemp("latents") / "store", [40, 24], SHAPE)
 
 
-def tiny(store: Path, **changed: Any) -> Generation:
+def tiny(store: Path, **changed: Any) -> GeneratorConfig:
     tree = {
         "kind": "generator",
         "name": "tiny",
@@ -50,10 +50,10 @@ def tiny(store: Path, **changed: Any) -> Generation:
         "ema": 0.5,
         "optim": {"steps": 6, "lr": 1e-2, "lr_batch": 12, "warmup": 0.0, "final_lr": 1.0, "precision": "fp32"},
     }
-    return validate(tree | changed, "a test", Generation)
+    return validate(tree | changed, "a test", GeneratorConfig)
 
 
-def whole_and_halves(comm: Comm, config: Generation, stage: str, root: Path) -> list[dict[str, Any]]:
+def whole_and_halves(comm: Comm, config: GeneratorConfig, stage: str, root: Path) -> list[dict[str, Any]]:
     whole = trainings.train(comm, config, stage, root / "whole", 6)
     half = trainings.train(comm, config, stage, root / "half", 3)
     rest = trainings.train(comm, config, stage, root / "rest", 6, start_from=root / "half" / "checkpoints")
@@ -89,7 +89,7 @@ def test_a_step_is_the_same_on_any_number_of_ranks(store: Path, tmp_path: Path, 
     assert all(found == pytest.approx(losses[1], rel=1e-5) for found in losses.values())
 
 
-def averaged_by_hand(comm: Comm, config: Generation, run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def averaged_by_hand(comm: Comm, config: GeneratorConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights after each step, averaged outside of the engine, beside what the checkpoint holds."""
     average: dict[str, Any] = {}
     for step in range(4):  # one run of each length: every step's weights are those of the run that ends there
@@ -120,7 +120,7 @@ def test_a_run_ends_in_a_file_that_samples(store: Path, tmp_path: Path) -> None:
     assert loaded.module.sample(torch.tensor([0, 1, 3]), sampling, draws).shape == (3, *SHAPE)
 
 
-def resume_with(comm: Comm, config: Generation, run_dir: Path, checkpoint: Path) -> str:
+def resume_with(comm: Comm, config: GeneratorConfig, run_dir: Path, checkpoint: Path) -> str:
     try:
         trainings.train(comm, config, "zero3", run_dir, 4, start_from=checkpoint)
     except UserError as error:

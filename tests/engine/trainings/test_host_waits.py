@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs import DecoderGan
-from configs.generation import Generation
+from configs.generator import GeneratorConfig
 from configs.load import validate
 from model.losses.comm import Comm
 from tests import stream_stand_in
@@ -47,7 +47,7 @@ def test_a_step_of_stage_2_waits_for_nothing(tmp_path: Path) -> None:
     assert run_ranks(of_stage_2, 1, config) == [{}]
 
 
-def of_a_generator(comm: Comm, configs: list[Generation], root: Path) -> list[dict[str, int]]:
+def of_a_generator(comm: Comm, configs: list[GeneratorConfig], root: Path) -> list[dict[str, int]]:
     waits = stream_stand_in.install()
     found = []
     for number, config in enumerate(configs):
@@ -80,6 +80,6 @@ def test_a_step_of_a_generator_waits_for_nothing(tmp_path: Path) -> None:
     )
     tree = {"kind": "generator", "name": "tiny", "latents": {"train": str(store)}, "batch": {"samples": 12}}
     configs = [
-        validate(tree | {"generator": size | kind, "optim": {"steps": 6}}, "a test", Generation) for kind in kinds
+        validate(tree | {"generator": size | kind, "optim": {"steps": 6}}, "a test", GeneratorConfig) for kind in kinds
     ]
     assert run_ranks(of_a_generator, 1, configs, tmp_path) == [[{}, {}, {}]]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from configs.system import Watch as Settings
+from configs.run import WatchdogTimeouts as Settings
 from engine.watch import server
 from engine.watch.judge import Beat, Judge, Verdict
 from engine.watch.place import Place

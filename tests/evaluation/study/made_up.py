@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.study.preset import OBJECTIVES, PRESETS, Cell
-from evaluation.study.stages import Layout, Stage
+from evaluation.study.cells import OBJECTIVES, PRESETS, Cell, Stage, StudyLayout
 
 NAMES = ("tokenizer", "evaluation", "latents", "generator", "generation")
 EVALUATION = {
@@ -32,7 +31,7 @@ RESULTS = {"evaluation": EVALUATION, "generation": GENERATION}
 
 
 @dataclass(frozen=True)
-class MadeUp(Layout):
+class MadeUp(StudyLayout):
     """Stands in for the layout of a real study; `science` goes into every fingerprint of a tokenizer."""
 
     science: str = "one"

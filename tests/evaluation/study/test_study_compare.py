@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.study.compare import main
-from evaluation.study.page import page
+from evaluation.study.page import render_page
 from tests.evaluation.study.made_up import rows
 
 pytestmark = pytest.mark.L0
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.L0
 
 def written(path: Path, gfid_by_objective: dict[str, list[float]]) -> str:
     found = {"preset": "mini", "corpus": {}, "image_size": 32, "cells": rows(gfid_by_objective)}
-    path.write_text(page(found, {}))
+    path.write_text(render_page(found, {}))
     return str(path)
 
 

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from evaluation.study import __main__ as command
-from evaluation.study import preset, results
-from evaluation.study.answer import answer, crossover, others, slope, verdict
-from evaluation.study.page import page, write_page
-from evaluation.study.preset import OBJECTIVES, PRESETS, cells
-from evaluation.study.stages import Layout
+from evaluation.study import results
+from evaluation.study.cells import OBJECTIVES, PRESETS, StudyLayout, study_cells, tokenizer_config
+from evaluation.study.page import answer, answer_others, crossover, render_page, slope, verdict, write_page
 from tests.evaluation.study.made_up import four_cells, made_up, rows
 
 pytestmark = pytest.mark.L0
@@ -62,7 +60,7 @@ def test_the_slope_is_that_of_each_doubling() -> None:
 
 def test_further_objectives_are_held_against_reconstruction_alone_too() -> None:
     made = rows({"joint": FALLING, "rec": FLAT, "clip_rec": (70.0, 50.0, 40.0), "ssl_rec": FLAT[:1]})
-    [said] = others(made)
+    [said] = answer_others(made)
     assert said.startswith("With clip + rec, gFID keeps falling")
     assert "40 at 4.0e+12 FLOPs. It is ahead of reconstruction alone from about 1.7e+12 FLOPs on" in said  # 2^0.758
 
@@ -78,7 +76,7 @@ def test_the_page_carries_answer_figures_table_and_limits(tmp_path: Path) -> Non
     made = rows({"joint": FALLING, "rec": FLAT, "clip_rec": FALLING[:2]})
     made[-1] |= {"state": "failed"}
     found = {"preset": "mini", "cells": made, "corpus": {"train": 12000, "classes": 100}, "image_size": 32}
-    text = page(found, {"rec_generated.png": "rec, generated"})
+    text = render_page(found, {"rec_generated.png": "rec, generated"})
     flowing = " ".join(text.split())
     for sentence in answer(made):
         assert f"Without guidance: - {answer(made)[0]}" in flowing
@@ -92,14 +90,14 @@ def test_the_page_carries_answer_figures_table_and_limits(tmp_path: Path) -> Non
     assert all(len(line) <= 120 or line.startswith(("|", "![")) for line in text.splitlines())
 
 
-def test_the_page_is_written_with_its_figures_and_pictures(tmp_path: Path) -> None:
+def test_the_page_is_written_with_its_figures_and_images(tmp_path: Path) -> None:
     layout = made_up(tmp_path / "study")
     cell = four_cells()[2]
     for place in ("generation/pictures/samples.png", "evaluation/pictures/held_out.png"):
         (layout.cell(cell) / place).parent.mkdir(parents=True)
         (layout.cell(cell) / place).write_bytes(b"a picture")
     (tmp_path / "docs").mkdir()
-    write_page(layout, results.collect(layout, four_cells()), four_cells(), tmp_path / "docs" / "study.md")
+    write_page(layout, results.collect_results(layout, four_cells()), four_cells(), tmp_path / "docs" / "study.md")
     names = {path.name for path in (tmp_path / "docs" / "images" / "study").iterdir()}
     assert names == {
         "gfid.png", "gfid_guided.png", "probe.png", "probe_features.png", "rfid.png", "zero_shot.png",
@@ -110,7 +108,7 @@ def test_the_page_is_written_with_its_figures_and_pictures(tmp_path: Path) -> No
 
 def test_cells_cost_their_budget_and_come_cheapest_first() -> None:
     mini = PRESETS["mini"]
-    found = cells(mini)
+    found = study_cells(mini)
     assert len({cell.name for cell in found}) == len(OBJECTIVES) * len(mini.budgets) == 20
     assert [cell.budget_idx for cell in found] == sorted(cell.budget_idx for cell in found)
     for cell in found:
@@ -121,7 +119,7 @@ def test_cells_cost_their_budget_and_come_cheapest_first() -> None:
 
 
 def test_the_objectives_of_a_study_differ_in_their_objectives_alone() -> None:
-    configs = {objective.name: preset.config_of(PRESETS["mini"], objective) for objective in OBJECTIVES}
+    configs = {objective.name: tokenizer_config(PRESETS["mini"], objective) for objective in OBJECTIVES}
     weights = {name: (c.objectives.clip.weight > 0, c.batch.ssl > 0, c.batch.rec) for name, c in configs.items()}
     assert weights == {
         "rec": (False, False, 64), "clip_rec": (True, False, 64), "ssl_rec": (False, True, 64),
@@ -132,14 +130,14 @@ def test_the_objectives_of_a_study_differ_in_their_objectives_alone() -> None:
 
 
 @pytest.fixture
-def layout(tmp_path: Path) -> Layout:
+def layout(tmp_path: Path) -> StudyLayout:
     """The real commands; a tokenizer's config stands in for the generator's."""
     mini = PRESETS["mini"]
-    return Layout(tmp_path / "out", replace(mini, generator=mini.tokenizer))
+    return StudyLayout(tmp_path / "out", replace(mini, generator=mini.tokenizer))
 
 
-def test_the_commands_of_a_cell_name_each_others_results(layout: Layout) -> None:
-    cell = cells(layout.preset)[3]
+def test_the_commands_of_a_cell_name_each_others_results(layout: StudyLayout) -> None:
+    cell = study_cells(layout.preset)[3]
     tokenizer, evaluation, latents, generator, generation = layout.stages(cell)
     launched = replace(layout, ranks=2).stages(cell)[0].command
     assert tokenizer.command[1].endswith("engine/launch.py"), "a rank alone needs no launcher"
@@ -148,7 +146,7 @@ def test_the_commands_of_a_cell_name_each_others_results(layout: Layout) -> None
     assert f"optim.steps={cell.steps}" in tokenizer.command
     assert str(tokenizer.folder) in evaluation.command
     assert "linear_probe,reconstruction,zero_shot" in evaluation.command
-    assert "linear_probe,reconstruction" in layout.stages(cells(layout.preset)[0])[1].command
+    assert "linear_probe,reconstruction" in layout.stages(study_cells(layout.preset)[0])[1].command
     assert f'latents.train="{latents.folder}"' in generator.command
     assert str(generator.folder) in generation.command
     assert (tokenizer.is_training, latents.is_training, generator.is_training) == (True, False, True)
@@ -156,10 +154,10 @@ def test_the_commands_of_a_cell_name_each_others_results(layout: Layout) -> None
     assert len(set(folders)) == 7, "each stage owns what is thrown away with it"
 
 
-def test_fingerprints_follow_science_and_not_places_or_ranks(layout: Layout, tmp_path: Path) -> None:
-    cell = cells(layout.preset)[3]
+def test_fingerprints_follow_science_and_not_places_or_ranks(layout: StudyLayout, tmp_path: Path) -> None:
+    cell = study_cells(layout.preset)[3]
 
-    def prints(other: Layout) -> list[str]:
+    def prints(other: StudyLayout) -> list[str]:
         return [stage.fingerprint for stage in other.stages(cell)]
 
     assert prints(replace(layout, out=tmp_path / "elsewhere", ranks=2)) == prints(layout)
@@ -185,7 +183,7 @@ def test_a_dry_run_shows_cells_and_the_command_works_through_them(
 ) -> None:
     out = tmp_path / "study"
     monkeypatch.setattr(command, "_layout", lambda given: made_up(out))
-    monkeypatch.setattr(command, "cells", lambda preset: four_cells())
+    monkeypatch.setattr(command, "study_cells", lambda _: four_cells())
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     assert command.main(["--out", str(out), "--dry-run"]) == 0
     shown = capsys.readouterr().out

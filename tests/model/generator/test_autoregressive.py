@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from configs.autoregressive import Autoregressive
+from configs.generator import Autoregressive
 from kernels.attention import attend, attend_reference, resolve_attention
 from model.generator import autoregressive
 from model.generator.autoregressive_networks import known_spans

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.autoregressive import Head, MaskRatio
+from configs.generator import DiffusionHeadConfig, MaskRatio
 from model.generator import autoregressive
 from model.generator.autoregressive_networks import DiffusionHead
 from model.generator.sampling import METHODS_OF_OBJECTIVE, Sampling
@@ -39,7 +39,7 @@ def trained() -> dict[str, DiffusionHead]:
 def train(objective: Any) -> DiffusionHead:
     torch.manual_seed(0)
     random = torch.Generator().manual_seed(1)
-    head = DiffusionHead(Head(width=64, depth=2, objective=objective), channels=2, condition=KINDS)
+    head = DiffusionHead(DiffusionHeadConfig(width=64, depth=2, objective=objective), channels=2, condition=KINDS)
     initialise_generator(torch.nn.ModuleDict({"head": head}), section(), seed=0)
     optimizer = torch.optim.AdamW(head.parameters(), lr=4e-3, weight_decay=0)
     for step in range(STEPS):

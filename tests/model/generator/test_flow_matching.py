@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configs.generator import Times
+from configs.generator import TimeDistribution
 from model.generator.flow_matching import interpolate, sample_times, velocity_terms
 
 pytestmark = pytest.mark.L0
@@ -57,14 +57,14 @@ def test_zeros_cost_one_in_direction_and_have_a_gradient_that_leaves_the_velocit
 def test_logit_normal_times_have_a_normal_logit() -> None:
     """200,000 equally spaced shares of the distribution; its mean and deviation to 1e-3."""
     uniform = (torch.arange(200_000) + 0.5) / 200_000
-    logits = torch.logit(sample_times(uniform, Times(mean=-0.5, std=1.25)).double())
+    logits = torch.logit(sample_times(uniform, TimeDistribution(mean=-0.5, std=1.25)).double())
     assert logits.mean().item() == pytest.approx(-0.5, abs=1e-3)
     assert logits.std().item() == pytest.approx(1.25, abs=1e-3)
-    assert torch.equal(sample_times(uniform, Times(kind="uniform")), uniform)
+    assert torch.equal(sample_times(uniform, TimeDistribution(kind="uniform")), uniform)
 
 
 def test_half_of_the_standard_logit_normal_times_lie_below_the_middle() -> None:
-    times = sample_times(torch.tensor([0.5, 0.8413447]), Times())
+    times = sample_times(torch.tensor([0.5, 0.8413447]), TimeDistribution())
     torch.testing.assert_close(times, torch.tensor([0.5, 1 / (1 + math.exp(-1))]))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from configs.autoregressive import MaskRatio
+from configs.generator import MaskRatio
 from model.generator.tokens import (
     assign_head_rows,
     cosine_schedule,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.autoregressive import Autoregressive, Head
+from configs.generator import Autoregressive, DiffusionHeadConfig
 from model.generator.autoregressive import AutoregressiveGenerator
 from model.generator.draws import DrawCounts, RandomDraws, draw
 from model.generator.factory import build_generator
@@ -20,7 +20,7 @@ CLASSES = 4
 
 def section(order: str = "masked", objective: str = "noise", **settings: Any) -> Autoregressive:
     """Two blocks of width 32 and a head of two."""
-    head = Head(width=32, depth=2, objective=objective, repeats=settings.pop("repeats", 4))
+    head = DiffusionHeadConfig(width=32, depth=2, objective=objective, repeats=settings.pop("repeats", 4))
     sizes: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "buffer": 3, "head": head} | settings
     return Autoregressive(order=order, **sizes)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.learning import Clip, Objectives, Rec, Ssl
+from configs.schema import Clip, Objectives, Rec, Ssl
 from kernels import prototypes
 from model.losses.comm import Comm, Solo
 from model.losses.targets import dense_cross_entropy, dense_sinkhorn, dense_targets

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.learning import Clip, Objectives, Rec, Ssl
+from configs.schema import Clip, Objectives, Rec, Ssl
 from model.losses.comm import Comm, Solo
 from model.losses.total import TeacherCentres, compute_losses
 from model.outputs import ClipOutputs, Outputs, RecOutputs, SslOutputs

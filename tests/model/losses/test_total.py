@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.learning import Clip, Objectives, Rec, Ssl
+from configs.schema import Clip, Objectives, Rec, Ssl
 from model.losses.clip import softmax_clip_loss
 from model.losses.comm import Solo
 from model.losses.perceptual import CONVS_PER_TAP, WEIGHT_KEYS, LpipsDistance

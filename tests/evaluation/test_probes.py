@@ -14,12 +14,21 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from configs import UserError
-from evaluation import bank, knn
-from evaluation.bank import Bank, Features
-from evaluation.knn import TEMPERATURE, NearestNeighbours, nearest_neighbours
-from evaluation.learners import Corpora
-from evaluation.linear_probe import LRS, LinearProbe, Schedule, probe, statistics, train_heads
-from evaluation.products import Products
+from evaluation import feature_bank, probes
+from evaluation.feature_bank import FeatureBank, LabelledFeatures
+from evaluation.probes import (
+    KNN_TEMPERATURE,
+    LEARNING_RATES,
+    LinearProbe,
+    NearestNeighbours,
+    ProbeData,
+    ProbeSchedule,
+    column_statistics,
+    nearest_neighbours,
+    train_and_test,
+    train_heads,
+)
+from evaluation.tokenizer_source import TokenizerOutputs
 from tests.evaluation.tiny_runs import untrained
 from tests.tiny import tiny_config
 
@@ -35,7 +44,9 @@ def blobs(count: int, seed: int, classes: int = 6, width: int = 10, spread: floa
     return 7 + 0.01 * (centres[labels] + spread * torch.randn(count, width, generator=generator)), labels
 
 
-def one_rate_at_a_time(x: Tensor, labels: Tensor, classes: int, lr: float, schedule: Schedule) -> tuple[Tensor, Tensor]:
+def one_rate_at_a_time(
+    x: Tensor, labels: Tensor, classes: int, lr: float, schedule: ProbeSchedule
+) -> tuple[Tensor, Tensor]:
     """The oracle: a linear layer, torch.optim.SGD, torch's cosine schedule."""
     head = torch.nn.Linear(x.shape[1], classes)
     torch.nn.init.zeros_(head.weight)
@@ -57,8 +68,8 @@ def one_rate_at_a_time(x: Tensor, labels: Tensor, classes: int, lr: float, sched
 @pytest.mark.parametrize("batch", [16, 50])  # 50 leaves a smaller last batch
 def test_heads_trained_together_are_those_trained_one_by_one(batch: int) -> None:
     x, labels = blobs(120, seed=1)
-    schedule, lrs = Schedule(batch, epochs=3, least_steps=11), (0.01, 0.1, 1.0)
-    mean, deviation = statistics(x, CPU)
+    schedule, lrs = ProbeSchedule(batch, epochs=3, min_steps=11), (0.01, 0.1, 1.0)
+    mean, deviation = column_statistics(x, CPU)
     weights, bias = train_heads(x, labels, mean, deviation, 6, lrs, schedule, CPU)
     for idx, lr in enumerate(lrs):
         expected = one_rate_at_a_time((x - mean) / deviation, labels, 6, lr, schedule)
@@ -70,8 +81,10 @@ def test_heads_trained_together_are_those_trained_one_by_one(batch: int) -> None
 def test_the_best_rate_reaches_what_logistic_regression_reaches() -> None:
     x, labels = blobs(600, seed=1)
     test_x, test_labels = blobs(400, seed=2)
-    top1 = probe(x, labels, test_x, test_labels, 6, LRS, Schedule(batch=64, epochs=5, least_steps=300), CPU)
-    mean, deviation = statistics(x, CPU)
+    top1 = train_and_test(
+        x, labels, test_x, test_labels, 6, LEARNING_RATES, ProbeSchedule(batch=64, epochs=5, min_steps=300), CPU
+    )
+    mean, deviation = column_statistics(x, CPU)
     reference = LogisticRegression(max_iter=1000).fit(((x - mean) / deviation).numpy(), labels.numpy())
     expected = reference.score(((test_x - mean) / deviation).numpy(), test_labels.numpy())
     assert 0.6 < expected < 0.99  # neither hopeless nor trivial
@@ -80,7 +93,7 @@ def test_the_best_rate_reaches_what_logistic_regression_reaches() -> None:
 
 def test_statistics_are_those_of_float64_and_constant_columns_harmless() -> None:
     x = torch.cat([1000 + torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0)), torch.ones(20_000, 1)], 1)
-    mean, deviation = statistics(x, CPU)
+    mean, deviation = column_statistics(x, CPU)
     np.testing.assert_allclose(mean, x.double().mean(0), rtol=1e-6)
     np.testing.assert_allclose(deviation[:3], x[:, :3].double().std(0, correction=0), rtol=1e-4)
     assert deviation[3] > 0
@@ -88,11 +101,11 @@ def test_statistics_are_those_of_float64_and_constant_columns_harmless() -> None
 
 @pytest.mark.parametrize("keys", [65_536, 70])  # all training rows at once, and in chunks
 def test_neighbours_vote_as_scikit_learns_do(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knn, "_KEYS", keys)
+    monkeypatch.setattr(probes, "_KEY_ROWS", keys)
     (x, labels), (test_x, _) = blobs(300, seed=3), blobs(280, seed=4)
     x, test_x = x - 7, test_x - 7
     predicted = nearest_neighbours(x, labels, test_x, 6, CPU)
-    reference = KNeighborsClassifier(20, metric="cosine", weights=lambda far: np.exp((1 - far) / TEMPERATURE))
+    reference = KNeighborsClassifier(20, metric="cosine", weights=lambda far: np.exp((1 - far) / KNN_TEMPERATURE))
     expected = reference.fit(x.numpy(), labels.numpy()).predict(test_x.numpy())
     assert (predicted.numpy() == expected).all()
 
@@ -111,10 +124,12 @@ def test_fewer_training_rows_than_neighbours_all_vote() -> None:
     assert nearest_neighbours(x, labels, x, 2, CPU).tolist() == [0, 1, 1]
 
 
-def products(labels: list[int], positions: list[int] | None = None) -> Products:
+def products(labels: list[int], positions: list[int] | None = None) -> TokenizerOutputs:
     generator = torch.Generator().manual_seed(len(labels))
     where = torch.tensor(positions if positions is not None else range(len(labels)))
-    return Products(TOKENIZER, torch.rand(len(labels), 3, 32, 32, generator=generator), torch.tensor(labels), where)
+    return TokenizerOutputs(
+        TOKENIZER, torch.rand(len(labels), 3, 32, 32, generator=generator), torch.tensor(labels), where
+    )
 
 
 TOKENIZER = untrained(tiny_config())
@@ -136,11 +151,11 @@ def test_products_of_one_pass_are_those_of_the_tokenizers_own_methods() -> None:
 
 @pytest.mark.parametrize("limit_bytes", [0, 1 << 30])  # mapped from a file, in memory
 def test_a_bank_keeps_labelled_rows_once(limit_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bank, "MEMORY_BYTES", limit_bytes)
-    kept, first, second = Bank(5, tmp_path), products([3, -1, 0]), products([1, 1], [3, 4])
+    monkeypatch.setattr(feature_bank, "MEMORY_BYTES", limit_bytes)
+    kept, first, second = FeatureBank(5, tmp_path), products([3, -1, 0]), products([1, 1], [3, 4])
     for batch in (first, first, second):  # two tasks add the first
         kept.add(batch)
-    features = kept.gathered("held-out")
+    features = kept.gather("held-out")
     assert features is not None
     assert features.labels_N.tolist() == [3, 0, 1, 1]
     assert {name: x.shape for name, x in features.sets.items()} == {
@@ -151,26 +166,26 @@ def test_a_bank_keeps_labelled_rows_once(limit_bytes: int, tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def corpora(train: list[int], held_out: list[int]) -> Corpora:
-    learned, asked = Bank(len(train), Path()), Bank(len(held_out), Path())
+def corpora(train: list[int], held_out: list[int]) -> ProbeData:
+    learned, asked = FeatureBank(len(train), Path()), FeatureBank(len(held_out), Path())
     learned.add(products(train))
     asked.add(products(held_out))
-    return Corpora(asked, lambda: learned, CPU)
+    return ProbeData(asked, lambda: learned, CPU)
 
 
 def test_both_tasks_report_every_kind_of_feature_and_the_sweep(tmp_path: Path) -> None:
     both = corpora([0, 1, 2, 0, 1], [0, 1, 2])
-    outcome = LinearProbe(both, Schedule(batch=2, epochs=1, least_steps=5)).result()
+    outcome = LinearProbe(both, ProbeSchedule(batch=2, epochs=1, min_steps=5)).result()
     for name, width in (("latent", 8), ("last_1_block", 64), ("last_2_blocks", 96)):
         swept = [row["top1"] for row in outcome.rows if row["features"] == name]
-        assert len(swept) == len(LRS)
-        assert outcome.figures[f"{name}_top1"] == max(swept)  # type: ignore[type-var]
-        assert outcome.figures[f"{name}_width"] == width
-    assert (outcome.figures["train_images"], outcome.figures["images"], outcome.figures["steps"]) == (5, 3, 5)
-    assert outcome.figures["chance"] == pytest.approx(1 / 3)
-    outcome.pictures["linear_probe_lr"](tmp_path / "lr.png")
+        assert len(swept) == len(LEARNING_RATES)
+        assert outcome.metrics[f"{name}_top1"] == max(swept)  # type: ignore[type-var]
+        assert outcome.metrics[f"{name}_width"] == width
+    assert (outcome.metrics["train_images"], outcome.metrics["images"], outcome.metrics["steps"]) == (5, 3, 5)
+    assert outcome.metrics["chance"] == pytest.approx(1 / 3)
+    outcome.plots["linear_probe_lr"](tmp_path / "lr.png")
     assert (tmp_path / "lr.png").read_bytes()[:4] == b"\x89PNG"
-    neighbours = NearestNeighbours(both).result().figures
+    neighbours = NearestNeighbours(both).result().metrics
     assert {"latent_top1", "last_1_block_top1", "last_2_blocks_top1", "k"} <= set(neighbours)
     assert neighbours["k"] == 5
 
@@ -183,13 +198,13 @@ def test_wrong_labels_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no held-out sample has a label"):
         LinearProbe(corpora([0, 1], [-1, -1])).result()
     with pytest.raises(UserError, match="label -7"):
-        Bank(2, tmp_path).add(products([0, -7]))
+        FeatureBank(2, tmp_path).add(products([0, -7]))
 
 
 def test_a_tokenizer_without_a_part_says_which(tmp_path: Path) -> None:
     state = {name: x for name, x in TOKENIZER.state_dict().items() if not name.startswith(("clip.", "bottleneck."))}
     bare = type(TOKENIZER).from_state(TOKENIZER.model, state)
-    batch = Products(bare, torch.rand(1, 3, 32, 32), torch.tensor([0]), torch.tensor([0]))
+    batch = TokenizerOutputs(bare, torch.rand(1, 3, 32, 32), torch.tensor([0]), torch.tensor([0]))
     assert set(batch.features) == {"blocks"}
     for name in ("latent", "embedding"):
         with pytest.raises(UserError, match="these weights hold no"):
@@ -197,7 +212,7 @@ def test_a_tokenizer_without_a_part_says_which(tmp_path: Path) -> None:
 
 
 def test_features_of_a_trunk_without_a_bottleneck_have_no_latent() -> None:
-    assert list(Features(torch.zeros(2, 96), torch.zeros(2), {"blocks": 96}, 32).sets) == [
+    assert list(LabelledFeatures(torch.zeros(2, 96), torch.zeros(2), {"blocks": 96}, 32).sets) == [
         "last_1_block",
         "last_2_blocks",
     ]

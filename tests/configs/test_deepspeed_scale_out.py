@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from configs import Config, UserError, load_run
-from configs.ds import complete
-from configs.scale_out import asks_deepcompile, is_asked, said_of
+from configs.deepspeed import complete_ds_config, is_enabled, scale_out_summary, uses_deepcompile
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0
@@ -46,20 +45,23 @@ def test_what_cannot_be_is_refused_with_the_value_and_the_way_out(
     zero: dict[str, Any], world_size: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        complete(ds(zero), CONFIG, world_size)
+        complete_ds_config(ds(zero), CONFIG, world_size)
     assert "\n" not in str(caught.value)
 
 
 def test_what_does_nothing_is_let_pass_at_any_stage() -> None:
     nothing = {"stage": 1, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}
-    found = complete(ds(nothing), CONFIG, 6)
-    assert not any(is_asked(found["zero_optimization"], key) for key in nothing)
-    assert said_of(found) == ""
+    found = complete_ds_config(ds(nothing), CONFIG, 6)
+    assert not any(is_enabled(found["zero_optimization"], key) for key in nothing)
+    assert scale_out_summary(found) == ""
 
 
 def test_a_run_is_told_what_its_json_asks_for() -> None:
     asked = {"zero_hpz_partition_size": 2, "zero_quantized_weights": True}
-    assert said_of(complete(ds(asked), CONFIG, 6)) == ", zero_hpz_partition_size=2, zero_quantized_weights=true"
+    assert (
+        scale_out_summary(complete_ds_config(ds(asked), CONFIG, 6))
+        == ", zero_hpz_partition_size=2, zero_quantized_weights=true"
+    )
 
 
 DEEP = {"deepcompile": True}
@@ -77,22 +79,22 @@ DEEP = {"deepcompile": True}
 )
 def test_deepcompile_says_what_it_cannot_be_with(zero: dict[str, Any], overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"compile.deepcompile=true with {message}"):
-        complete(ds(zero, compile=DEEP), tiny_config(*overrides), 6)
+        complete_ds_config(ds(zero, compile=DEEP), tiny_config(*overrides), 6)
 
 
 def test_deepcompile_is_refused_where_two_models_take_turns() -> None:
     config = load_run("configs/decoder_gan.yaml", ["objectives.rec.lpips_weights=none"])
     with pytest.raises(UserError, match="kind=decoder_gan"):
-        complete(ds({"stage": 2}, compile=DEEP), config, 1)
+        complete_ds_config(ds({"stage": 2}, compile=DEEP), config, 1)
 
 
 @pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2}, {"stage": 3}])
 def test_deepcompile_passes_with_whole_parameters_or_without_a_teacher(zero: dict[str, Any]) -> None:
     config: Config = CONFIG if zero["stage"] < 3 else tiny_config("objectives.ssl.weight=0", "batch.ssl=0")
-    assert asks_deepcompile(complete(ds(zero, compile=DEEP), config, 6))
-    assert not asks_deepcompile(complete(ds(zero), config, 6))
+    assert uses_deepcompile(complete_ds_config(ds(zero, compile=DEEP), config, 6))
+    assert not uses_deepcompile(complete_ds_config(ds(zero), config, 6))
 
 
 def test_a_typo_below_compile_has_its_neighbour_named() -> None:
     with pytest.raises(UserError, match=r"unknown key compile.deepcompiled, did you mean compile.deepcompile\?"):
-        complete(ds(compile={"deepcompiled": True}), CONFIG, 1)
+        complete_ds_config(ds(compile={"deepcompiled": True}), CONFIG, 1)

@@ -1,6 +1,8 @@
-"""The sections of the model: what the trunk, the decoder, the text tower and the heads are.
+"""Sections of the model: trunk, decoder, convolutional autoencoder, text tower, heads.
 
-Rules and tags as in configs/schema.py, which holds the rest.
+    Vit(width=768, depth=12, heads=12).mlp_ratio        # 4.0
+
+*Science*: every setting changes results. Rules and tags as in configs/schema.py.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from pydantic import Field, WrapValidator, model_validator
 from configs.section import Count, MlpRatio, NotBool, Number, Section, SmallPositive, Width, require_hidden_units
 
 
-def _or_nothing(value: Any, validate: Callable[[Any], Any]) -> Any:
+def _allow_none(value: Any, validate: Callable[[Any], Any]) -> Any:
     return None if value is None else validate(value)
 
 
-def _nothing() -> Any:
+def _none() -> Any:
     return None
 
 
@@ -31,7 +33,7 @@ class Vit(Section):
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # eps 1e-5 / 1e-6 [C]
     qk_norm: bool = False
     layer_scale: Annotated[Number, Field(ge=0.0, le=100.0)] | None = None  # initial value; None is off [C]
-    drop_path: Number = Field(0.0, ge=0, lt=1)  # share of segments a branch leaves out; not published, off [D]
+    drop_path: Number = Field(0.0, ge=0, lt=1)  # fraction of segments a branch leaves out; not published, off [D]
 
     @model_validator(mode="after")
     def _head_dim(self) -> Vit:
@@ -45,18 +47,18 @@ class Vit(Section):
 
 
 class Conv(Section):
-    """A convolutional autoencoder in the place of trunk and decoder: latent diffusion's (arXiv 2112.10752).
+    """A convolutional autoencoder instead of trunk and decoder: latent diffusion's (arXiv 2112.10752).
 
-    One level of resolution for each multiplier, half of the one before: as many as patch_size has powers of two, and
-    one. Channels, multipliers and blocks are by default those of its f16 and of VA-VAE, both of which attend on the
-    coarsest level too; of f8 the multipliers are 1, 2, 4, 4, and it does not [C of latent diffusion].
+    Each multiplier is one level of resolution, half of the one before; there are log2(patch_size) + 1 of them. Default
+    channels, multipliers and blocks are those of its f16 and of VA-VAE, both of which attend on the coarsest level too;
+    f8 has the multipliers 1, 2, 4, 4 and attends in the middle only [C of latent diffusion].
     """
 
     channels: Width = 128
     multipliers: Annotated[tuple[SmallPositive, ...], Field(min_length=1, max_length=12)] = (1, 1, 2, 2, 4)
-    num_res_blocks: SmallPositive = 2  # of a level of the encoder; the decoder has one more
+    num_res_blocks: SmallPositive = 2  # in each level of the encoder; the decoder has one more
     groups: Width = 32  # of every norm
-    attention_levels: Count = 0  # so many of the coarsest attend behind every residual block; the middle always does
+    attention_levels: Count = 0  # coarsest levels with attention after every residual block; the middle always attends
 
     @model_validator(mode="after")
     def _groups_share_channels(self) -> Conv:
@@ -67,7 +69,7 @@ class Conv(Section):
         return self
 
     @model_validator(mode="after")
-    def _attends_on_levels_it_has(self) -> Conv:
+    def _attention_levels_exist(self) -> Conv:
         if self.attention_levels > len(self.multipliers):
             raise ValueError(
                 f"attention_levels={self.attention_levels} but multipliers={list(self.multipliers)} make "
@@ -95,7 +97,7 @@ class Text(Section):
 
 
 class Prototypes(Section):
-    """The one head shared by CLS and masked patches: MLP -> L2 norm -> weight-normed prototypes [D]."""
+    """Prototype head shared by CLS and masked patches: MLP -> L2 norm -> weight-normed prototypes [D]."""
 
     num: Annotated[int, Field(ge=2, le=2**24), NotBool] = 65_536
     hidden: Width = 2048
@@ -104,21 +106,24 @@ class Prototypes(Section):
 
 
 class Model(Section):
-    """Everything with weights: trunk, bottleneck, decoder, text tower, heads; with `conv`, convolutions in the place of
-    trunk and decoder. Which of them a run builds, its objectives' weights decide (model/pretrainer.py)."""
+    """All networks: trunk, bottleneck, decoder, text tower, heads; with `conv`, convolutions replace trunk and decoder.
+
+    A run builds those that its objectives with weight need (model/pretrainer.py).
+    """
 
     patch_size: SmallPositive = 16
     latent_channels: Width = 64  # "f16d64" [P]
-    latent: Literal["deterministic", "gaussian"] = "deterministic"  # point [P], or mean and variance
+    latent: Literal["deterministic", "gaussian"] = "deterministic"  # a point [P], or mean and variance
     bottleneck_ae_only: bool = True  # heads read features before the bottleneck [C]; False: after it
     image_feature: Literal["cls", "patch_mean"] = "cls"
     clip_width: Width = 768  # width of the joint image-text space [C]
     registers: Annotated[int, Field(ge=0, le=1024), NotBool] = 0
     rope_base: Number = Field(100.0, ge=1, le=1e9)
     rope_dtype: Literal["bf16", "fp32"] = "bf16"  # the released weights keep the periods in bf16 [C]
-    # Always there but with conv, and then neither is: nothing asks an autoencoder of convolutions for them.
-    trunk: Annotated[Vit, WrapValidator(_or_nothing)] = Field(default_factory=_nothing)
-    decoder: Annotated[Vit, WrapValidator(_or_nothing)] = Field(default_factory=_nothing)
+    # Both required, unless `conv` is set: then both are None. Typed without None, because code reads them after
+    # checking `conv`.
+    trunk: Annotated[Vit, WrapValidator(_allow_none)] = Field(default_factory=_none)
+    decoder: Annotated[Vit, WrapValidator(_allow_none)] = Field(default_factory=_none)
     conv: Conv | None = None
     text: Text = Text()
     prototypes: Prototypes = Prototypes()
@@ -136,7 +141,7 @@ class Model(Section):
         return self
 
     @model_validator(mode="after")
-    def _convolutions_make_patches(self) -> Model:
+    def _conv_levels_match_the_patch_size(self) -> Model:
         if self.conv is None:
             return self
         patch = 2 ** (len(self.conv.multipliers) - 1)
@@ -153,7 +158,7 @@ class Model(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_decoder_drops_nothing(self) -> Model:
+    def _the_decoder_has_no_drop_path(self) -> Model:
         if self.conv is None and self.decoder.drop_path:
             raise ValueError(
                 f"decoder.drop_path={self.decoder.drop_path:g}: stochastic depth is the trunk's alone, every image of "

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs import UserError
-from configs.ds import STAGES, ZERO_KEYS, load_ds_config, overlap_summary, zero_stage
+from configs.deepspeed import STAGES, ZERO_KEYS, load_ds_config, overlap_summary, zero_stage
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.L0

@@ -13,9 +13,8 @@ import pytest
 
 from configs import UserError
 from engine.lock import file_lock, lock_holder
-from evaluation.study import carry_out, results
-from evaluation.study.carry_out import Session, is_done, read_record
-from evaluation.study.work import failure, last_words, work
+from evaluation.study import results, runner
+from evaluation.study.runner import WorkSession, error_lines, is_done, read_failure, read_record, run_cells
 from tests.evaluation.study.made_up import NAMES, MadeUp, four_cells, made_up
 
 pytestmark = pytest.mark.L0
@@ -26,14 +25,14 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carry_out, "POLL_SECONDS", 0.005)
-    monkeypatch.setattr(carry_out, "GRACE_SECONDS", 5.0)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(runner, "GRACE_SECONDS", 5.0)
 
 
-def finish(layout: MadeUp, session: Session | None = None) -> tuple[dict[str, list[str]], list[str]]:
+def finish(layout: MadeUp, session: WorkSession | None = None) -> tuple[dict[str, list[str]], list[str]]:
     """The tally by list, and what was said."""
     said: list[str] = []
-    tally = work(layout, CELLS, session or Session(), said.append)
+    tally = run_cells(layout, CELLS, session or WorkSession(), said.append)
     return {name: cells for name, cells in vars(tally).items() if cells}, said
 
 
@@ -75,14 +74,14 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     tally, said = finish(layout)
     assert tally == {"done": ["clip_rec-0", "rec-1", "clip_rec-1"], "failed": ["rec-0"]}
     assert any("error: broken on purpose" in line and "latents.log" in line for line in said)
-    found = failure(layout.cell(CELLS[0]))
+    found = read_failure(layout.cell(CELLS[0]))
     assert found is not None
     assert (found["stage"], found["last_words"]) == ("latents", "error: broken on purpose")
-    assert results.state_of(layout, CELLS[0]) == "failed"
+    assert results.cell_state(layout, CELLS[0]) == "failed"
     sign.unlink()
     assert finish(layout)[0]["done"] == [cell.name for cell in CELLS]
     assert layout.ran()[-3:] == ["rec-0-latents", "rec-0-generator", "rec-0-generation"]
-    assert failure(layout.cell(CELLS[0])) is None
+    assert read_failure(layout.cell(CELLS[0])) is None
 
 
 def test_a_failure_of_this_session_is_left_alone_by_those_that_were_there_before(tmp_path: Path) -> None:
@@ -106,7 +105,7 @@ def test_without_what_all_share_nothing_starts(tmp_path: Path) -> None:
 def test_a_training_cut_off_by_the_limit_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     layout = made_up(tmp_path)
     (tmp_path / "hang-clip_rec-0-generator").touch()
-    tally, _ = finish(layout, Session(deadline=time.monotonic() + 1.5))
+    tally, _ = finish(layout, WorkSession(deadline=time.monotonic() + 1.5))
     assert tally == {"done": ["rec-0"], "stopped": ["clip_rec-0", "rec-1", "clip_rec-1"]}
     assert finish(layout)[0]["done"] == [cell.name for cell in CELLS]
     ran = layout.ran()
@@ -117,7 +116,7 @@ def test_a_training_cut_off_by_the_limit_resumes_from_its_checkpoint(tmp_path: P
 
 def test_a_session_that_is_over_starts_nothing(tmp_path: Path) -> None:
     layout = made_up(tmp_path)
-    tally, _ = finish(layout, Session(deadline=time.monotonic() - 1))
+    tally, _ = finish(layout, WorkSession(deadline=time.monotonic() - 1))
     assert tally == {"stopped": [cell.name for cell in CELLS]}
     assert [cell for cell in CELLS if layout.cell(cell).exists()] == []
 
@@ -177,7 +176,7 @@ def test_what_a_stopped_command_started_ends_with_it(tmp_path: Path) -> None:
     hanging = type(stage)("evaluation", ("/bin/sh", "-c", script), stage.result, stage.folder, "f")
     with file_lock(tmp_path / "lock") as lock:
         assert lock is not None
-        assert carry_out.carry_out(hanging, tmp_path, lock, Session(time.monotonic() + 0.3)) == "stopped"
+        assert runner.run_stage(hanging, tmp_path, lock, WorkSession(time.monotonic() + 0.3)) == "stopped"
     stat = Path(f"/proc/{int(pid_file.read_text())}/stat")
     assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z", "its child is still at work"
 
@@ -187,22 +186,22 @@ def test_a_command_that_ends_well_without_its_result_has_failed(tmp_path: Path) 
     empty = type(stage)("evaluation", ("/bin/sh", "-c", "true"), stage.result, stage.folder, "f")
     with file_lock(tmp_path / "lock") as lock:
         assert lock is not None
-        assert carry_out.carry_out(empty, tmp_path, lock, Session()) == "failed"
+        assert runner.run_stage(empty, tmp_path, lock, WorkSession()) == "failed"
 
 
 def test_the_words_of_a_failure_are_its_error_or_the_end_of_the_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("Traceback\n  File x\ndata.shards.BadCaption: no\nKeyError: 'probe'\n\n[launcher] exits with 1\n")
-    assert last_words(log) == "KeyError: 'probe'"
+    assert error_lines(log) == "KeyError: 'probe'"
     log.write_text("one\ntwo\nthree\nfour\n")
-    assert last_words(log) == "two | three | four"
+    assert error_lines(log) == "two | three | four"
 
 
 def test_results_are_collected_with_what_is_missing(tmp_path: Path) -> None:
     layout = made_up(tmp_path)
     (tmp_path / "break-rec-0-generation").touch()
     finish(layout)
-    found = results.collect(layout, CELLS)
+    found = results.collect_results(layout, CELLS)
     assert json.loads(json.dumps(found)) == found
     broken, whole = found["cells"][:2]
     assert broken["state"] == "failed"

@@ -1,4 +1,4 @@
-"""Extraction: what `encode` gives for every picture and its mirror image, the same from any number of ranks."""
+"""Extraction: what `encode` gives for every image and its mirror image, the same from any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from configs import UserError
 from data.latents.store import LatentStore
 from engine.world import Ranks
 from evaluation import latents
-from evaluation.latents import Options, extract
-from evaluation.source import open_source
+from evaluation.latents import LatentOptions, write_latents
+from evaluation.tokenizer_source import open_tokenizer
 from model.tokenizer import VisualTokenizer
 from model.weights import read_weights, write_weights
 from tests.data.tar_shards import encoded, write_tar
@@ -38,13 +38,13 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentStore:
-    return extract(trained, tmp_path_factory.mktemp("store") / "latents", Options(batch_size=7))
+    return write_latents(trained, tmp_path_factory.mktemp("store") / "latents", LatentOptions(batch_size=7))
 
 
 def test_a_store_holds_what_encode_gives(trained: Path, store: LatentStore) -> None:
-    """Of the run's training pictures, at its own crop, mirrored ones encoded as pictures."""
-    source = open_source(trained, torch.device("cpu"))
-    [batch] = source.pictures(source.config.data.train, "data.train").batches(100)  # type: ignore[union-attr]
+    """Of the run's training images, at its own crop, mirrored ones encoded as images."""
+    source = open_tokenizer(trained, torch.device("cpu"))
+    [batch] = source.open_images(source.config.data.train, "data.train").batches(100)  # type: ignore[union-attr]
     assert store.num_samples == len(batch.labels) == 30
     for is_flipped, images in ((False, batch.images), (True, batch.images.flip(-1))):
         found, labels = store.read(range(30), [is_flipped] * 30)
@@ -58,7 +58,7 @@ def test_a_store_holds_what_encode_gives(trained: Path, store: LatentStore) -> N
 
 def test_the_manifest_says_what_the_latents_are(trained: Path, store: LatentStore, corpus: Path) -> None:
     arguments = json.loads((store.directory / "manifest.json").read_text())["arguments"]
-    assert arguments["tokenizer"] == store.tokenizer == open_source(trained, torch.device("cpu")).latent_digest()
+    assert arguments["tokenizer"] == store.tokenizer == open_tokenizer(trained, torch.device("cpu")).latent_digest()
     assert (arguments["crop"], arguments["pictures"], arguments["dtype"]) == (32, 30, "float32")
     assert arguments["corpus"] == [f"{corpus}/train/*.tar"]
 
@@ -69,13 +69,13 @@ def test_a_digest_is_that_of_the_encoder_alone(trained: Path, tmp_path: Path) ->
     def digest(changed: str) -> str:
         state_now = {name: tensor + (name == changed) for name, tensor in state.items()}
         write_weights(tmp_path / "weights.safetensors", state_now, model)
-        return open_source(tmp_path / "weights.safetensors", torch.device("cpu"), 32).latent_digest()
+        return open_tokenizer(tmp_path / "weights.safetensors", torch.device("cpu"), 32).latent_digest()
 
     names = {part: next(name for name in state if name.startswith(part)) for part in ("trunk", "bottleneck", "decoder")}
     whole = digest("nothing")
-    tokenizer = open_source(trained, torch.device("cpu")).tokenizer
+    tokenizer = open_tokenizer(trained, torch.device("cpu")).tokenizer
     tokenizer.save_pretrained(tmp_path / "public")
-    assert open_source(tmp_path / "public", torch.device("cpu"), 32).latent_digest() == whole
+    assert open_tokenizer(tmp_path / "public", torch.device("cpu"), 32).latent_digest() == whole
     assert digest(names["decoder"]) == whole
     assert len({digest(names["trunk"]), digest(names["bottleneck"]), whole}) == 3
 
@@ -85,31 +85,33 @@ def test_a_second_run_does_nothing_and_another_is_refused(
 ) -> None:
     monkeypatch.setattr(VisualTokenizer, "encode", lambda *_: pytest.fail("encoded again"))
     assert latents.main([str(trained), "--out", str(store.directory)]) == 0
-    assert "30 pictures of 5 classes as torch.float32 latents" in capsys.readouterr().out
+    assert "30 images of 5 classes as torch.float32 latents" in capsys.readouterr().out
     assert latents.main([str(trained), "--out", str(store.directory), "--limit", "4"]) == 2
     assert "pictures: 30 there, 4 requested" in capsys.readouterr().err
 
 
 def test_limit_and_dtype_hold(trained: Path, tmp_path: Path) -> None:
-    store = extract(trained, tmp_path / "few", Options(limit=6, dtype="bfloat16"))
+    store = write_latents(trained, tmp_path / "few", LatentOptions(limit=6, dtype="bfloat16"))
     assert (store.num_samples, store.dtype) == (6, torch.bfloat16)
     assert store.labels.tolist() == [0, 0, 0, 0, 0, 0]
 
 
-def test_a_picture_that_cannot_be_decoded_is_left_out_and_counted(trained: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_is_left_out_and_counted(trained: Path, tmp_path: Path) -> None:
     members: dict[str, bytes] = {}
     for i in range(5):
         members |= {f"{i}.jpg": encoded(i)[: 200 if i == 2 else None], f"{i}.json": b'{"label": %d}' % i}
-    store = extract(trained, tmp_path / "store", Options(data=(str(write_tar(tmp_path / "0.tar", members)),)))
+    store = write_latents(
+        trained, tmp_path / "store", LatentOptions(data=(str(write_tar(tmp_path / "0.tar", members)),))
+    )
     assert store.labels.tolist() == [0, 1, 3, 4]
     assert sum(store.notes["bad_samples"].values()) == 1
 
 
 def _extract(_: Ranks, trained: Path, out: Path, unlabelled: Path) -> str:
     """Writes the store; the error that another corpus ends with."""
-    extract(trained, out, Options(batch_size=7))
+    write_latents(trained, out, LatentOptions(batch_size=7))
     try:
-        extract(trained, out.parent / "none", Options(data=(str(unlabelled),)))
+        write_latents(trained, out.parent / "none", LatentOptions(data=(str(unlabelled),)))
     except UserError as error:
         return str(error)
     return ""
@@ -177,12 +179,12 @@ def test_a_disk_without_room_shows_before_anything_is_encoded(
     wanted = 2 * 30 * 8 * 4 * 4 * 4  # pictures, mirrored too, of 8 x 4 x 4 in four bytes
     free = {"bytes": wanted - 1}
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free["bytes"]))
-    with pytest.raises(UserError, match=r"30 pictures and as many mirrored ones take 0\.0 GB in float32"):
-        extract(trained, tmp_path / "a" / "b", Options())
+    with pytest.raises(UserError, match=r"30 images and as many mirrored ones take 0\.0 GB in float32"):
+        write_latents(trained, tmp_path / "a" / "b", LatentOptions())
     assert not (tmp_path / "a").exists()
-    extract(trained, tmp_path / "half", Options(dtype="float16"))
+    write_latents(trained, tmp_path / "half", LatentOptions(dtype="float16"))
     free["bytes"] = wanted
-    extract(trained, tmp_path / "a" / "b", Options())
+    write_latents(trained, tmp_path / "a" / "b", LatentOptions())
 
 
 def test_a_file_that_cannot_be_written_is_a_user_error(
@@ -193,11 +195,11 @@ def test_a_file_that_cannot_be_written_is_a_user_error(
 
     monkeypatch.setattr("data.latents.store.save_file", full)
     with pytest.raises(UserError, match=r"cannot be written .No space left on device.: see whether the disk is full"):
-        extract(trained, tmp_path / "store", Options())
+        write_latents(trained, tmp_path / "store", LatentOptions())
     assert list((tmp_path / "store").iterdir()) == []
 
 
 def _shards(trained: Path) -> tuple[str, ...]:
-    config = open_source(trained, torch.device("cpu")).config
+    config = open_tokenizer(trained, torch.device("cpu")).config
     assert config is not None
     return config.data.train

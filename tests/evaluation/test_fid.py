@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from configs import UserError
 from evaluation import features
-from evaluation.feature_network import open_network
-from evaluation.inception import Convolution, Inception, Mixed, resized
+from evaluation.fid import open_network
+from evaluation.inception import ConvNormRelu, ConvTable, Inception, resize_as_tensorflow
 from tests.data.tar_shards import encoded, write_tar
 
 pytestmark = pytest.mark.L0
@@ -32,7 +32,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[Inception, Path
 
 def test_inception_has_the_layers_and_parameters_that_inception_v3_has(inception: tuple[Inception, Path]) -> None:
     network, _ = inception
-    assert sum(isinstance(module, Convolution) for module in network.modules()) == 94
+    assert sum(isinstance(module, ConvNormRelu) for module in network.modules()) == 94
     # Inception-v3 without classifiers: 21,768,352 in Keras, whose batch norms have no scale, and 17,216 scales.
     assert sum(parameter.numel() for parameter in network.parameters()) == 21_768_352 + 17_216
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -45,7 +45,7 @@ def test_inception_has_the_layers_and_parameters_that_inception_v3_has(inception
 def test_its_stages_have_the_published_sizes(inception: tuple[Inception, Path]) -> None:
     network, _ = inception
     seen = {}
-    stages = {name: module for name, module in network.named_children() if isinstance(module, Mixed)}
+    stages = {name: module for name, module in network.named_children() if isinstance(module, ConvTable)}
     hooks = [
         module.register_forward_hook(lambda _, __, x, name=name: seen.update({name: tuple(x.shape[1:])}))
         for name, module in stages.items()
@@ -71,14 +71,14 @@ def test_a_state_dict_is_loaded_and_named_by_its_hash(inception: tuple[Inception
         assert opened(image).equal(network(image))
 
 
-def test_pictures_are_resized_as_tensorflow_1_did() -> None:
+def test_images_are_resized_as_tensorflow_1_did() -> None:
     """Output i at input i * length / side, neighbours weighted by nearness, the last pixel repeated."""
     ramp = torch.tensor([0.0, 10.0, 40.0]).expand(1, 1, 2, 3)
-    assert resized(ramp, 6)[0, 0, 0].tolist() == pytest.approx([0, 5, 10, 25, 40, 40])
+    assert resize_as_tensorflow(ramp, 6)[0, 0, 0].tolist() == pytest.approx([0, 5, 10, 25, 40, 40])
     image = torch.rand(2, 3, 13, 13)
-    assert resized(image, 13).equal(image)
+    assert resize_as_tensorflow(image, 13).equal(image)
     twice = F.interpolate(image, (25, 25), mode="bilinear", align_corners=True)  # another grid
-    assert not torch.allclose(resized(image, 25), twice, atol=0.01)
+    assert not torch.allclose(resize_as_tensorflow(image, 25), twice, atol=0.01)
 
 
 def test_average_pools_do_not_count_padding(inception: tuple[Inception, Path]) -> None:
@@ -125,7 +125,7 @@ def test_damaged_and_foreign_files_are_one_error_each(inception: tuple[Inception
 
 
 def write_two_tone_corpus(folder: Path) -> Path:
-    """Dark pictures of class 0 and light ones of class 1."""
+    """Dark images of class 0 and light ones of class 1."""
     from PIL import Image
 
     def png(light: int, seed: int) -> bytes:
@@ -147,7 +147,7 @@ def test_a_network_learns_a_corpus_and_says_how_well(tmp_path: Path, capsys: pyt
     corpus, out = write_two_tone_corpus(tmp_path), tmp_path / "net.safetensors"
     asked = ["--data", str(corpus), "--out", str(out), "--size", "16", "--epochs", "30"]
     assert features.main(asked) == 0
-    assert "100.0% of the held-out pictures" in capsys.readouterr().out
+    assert "100.0% of the held-out images" in capsys.readouterr().out
     opened, first = open_network(out), out.read_bytes()
     assert opened.name == f"corpus:{hashlib.sha256(first).hexdigest()[:6]}, 64-d, 100 % acc"
     assert opened(torch.rand(3, 3, 16, 16)).shape == (3, 64)
@@ -163,7 +163,7 @@ def test_a_corpus_that_teaches_nothing_is_refused(tmp_path: Path, capsys: pytest
     assert features.main(asked) == 2
     assert "has a label, which is what the network learns from" in capsys.readouterr().err
     assert features.main([*asked, "--size", "4"]) == 2
-    assert "16 pixels or more" in capsys.readouterr().err
+    assert "16 pixels and 1 epoch or more" in capsys.readouterr().err
     assert features.main([*asked, "--out", str(tmp_path / "net.pth")]) == 2
     assert "name it" in capsys.readouterr().err
     for split in ("train", "held_out"):

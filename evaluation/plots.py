@@ -1,4 +1,4 @@
-"""The evaluation's drawings as PNG files: matplotlib's door on this side.
+"""Plots of the evaluation as PNG files; the evaluation's only use of matplotlib.
 
 lr_sweep([{"features": "latent", "lr": 0.1, "top1": 0.62}, ...], chance=0.02, path=Path("lr_sweep.png"))
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
 Points = Sequence[tuple[float, float]]
-_MOST_NAMES = 64  # on an axis, before they run into each other
-_MOST_SHARES = 12  # classes up to which shares are printed into the cells
+_MAX_AXIS_NAMES = 64  # class names that fit on an axis
+_MAX_PRINTED_FRACTIONS = 12  # classes up to which fractions are printed in the cells
 
 
-def lr_sweep(rows: Sequence[dict], chance: float, path: Path) -> None:
-    """Held-out accuracy over the learning rate, one line for each kind of feature; `rows` as a probe gives them."""
+def draw_lr_sweep(rows: Sequence[dict], chance: float, path: Path) -> None:
+    """Plot held-out accuracy over learning rate, one line for each kind of feature; `rows` of the linear probe."""
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(5.0, 3.2)
+        figure = _new_figure(5.0, 3.2)
         axes = figure.add_subplot()
         for name in dict.fromkeys(row["features"] for row in rows):
             points = sorted((row["lr"], row["top1"]) for row in rows if row["features"] == name)
@@ -32,41 +32,44 @@ def lr_sweep(rows: Sequence[dict], chance: float, path: Path) -> None:
         axes.axhline(chance, color="0.6", linestyle=":", label="chance")
         axes.set(xscale="log", xlabel="learning rate", ylabel="held-out top-1", ylim=(0, None))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
-        _name_lines(figure)
+        _add_legend(figure)
         figure.savefig(path, dpi=150)
 
 
-def confusion_matrix(counts_KK: Tensor, names: Sequence[str], path: Path) -> None:
-    """Which class (row) is taken for which (column), as shares of the row; a class without images is blank."""
+def draw_confusion_matrix(counts_KK: Tensor, names: Sequence[str], path: Path) -> None:
+    """Plot how often each class (row) is predicted as each class (column), as fractions of the row.
+
+    A class without images is blank.
+    """
     counts = counts_KK.double().cpu()
-    shares = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1)).numpy()
+    fractions = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1)).numpy()
     side = max(4.0, 2.5 + 0.17 * len(names))
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(side + 0.8, side)
+        figure = _new_figure(side + 0.8, side)
         axes = figure.add_subplot()
-        # Most shares are small: the square root spreads them over the colours.
-        drawn = axes.imshow(shares, norm=PowerNorm(0.5, vmin=0, vmax=1), cmap="Blues", interpolation="nearest")
-        if len(names) <= _MOST_NAMES:
+        # Most fractions are small: the square root spreads them over the colours.
+        drawn = axes.imshow(fractions, norm=PowerNorm(0.5, vmin=0, vmax=1), cmap="Blues", interpolation="nearest")
+        if len(names) <= _MAX_AXIS_NAMES:
             axes.set_xticks(range(len(names)), names, rotation=90)
             axes.set_yticks(range(len(names)), names)
-        if len(names) <= _MOST_SHARES:
-            for row, column in zip(*shares.nonzero(), strict=True):
-                share = shares[row, column]
-                ink = "white" if share > 0.3 else "black"
-                axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=ink)
+        if len(names) <= _MAX_PRINTED_FRACTIONS:
+            for row, column in zip(*fractions.nonzero(), strict=True):
+                fraction = fractions[row, column]
+                ink = "white" if fraction > 0.3 else "black"
+                axes.text(column, row, f"{fraction:.0%}", ha="center", va="center", fontsize=7, color=ink)
         bar = figure.colorbar(drawn, shrink=0.6, ticks=(0, 0.05, 0.2, 0.5, 1), format="{x:.0%}")
         bar.outline.set_visible(False)
-        axes.set(xlabel="taken for", ylabel="is", title="Share of each class's pictures")
+        axes.set(xlabel="predicted", ylabel="true", title="Fraction of each class's images")
         figure.savefig(path, dpi=150)
 
 
-def sample_grid(panels: Mapping[str, Tensor], names: Sequence[str], path: Path) -> None:
-    """Samples side by side: `panels` (rows, columns, H, W, 3) uint8 under their titles, `names` those of the rows."""
+def draw_sample_grid(panels: Mapping[str, Tensor], names: Sequence[str], path: Path) -> None:
+    """Plot panels of samples side by side: (rows, columns, H, W, 3) uint8 by title; `names` are those of the rows."""
     rows, columns, height, width, _ = next(iter(panels.values())).shape
     gap = max(1, width // 32)
     for_names = 0.4 + 0.08 * max(map(len, names))  # inches; constrained layout would cut long names off
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(for_names + len(panels) * columns * 0.75, 0.4 + rows * 0.75)
+        figure = _new_figure(for_names + len(panels) * columns * 0.75, 0.4 + rows * 0.75)
         for axes, (title, images) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
         ):
@@ -80,12 +83,12 @@ def sample_grid(panels: Mapping[str, Tensor], names: Sequence[str], path: Path) 
         figure.savefig(path, dpi=150)
 
 
-def curves(
+def draw_curves(
     lines: Mapping[str, Points], xlabel: str, ylabel: str, path: Path, log_across: bool = True, log_up: bool = False
 ) -> None:
-    """One line for each name, through its points in their order; which axes are in decades."""
+    """Plot one line for each name through its points, in their order; `log_across` and `log_up` set the axes."""
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(5.4, 3.4)
+        figure = _new_figure(5.4, 3.4)
         axes = figure.add_subplot()
         for number, (name, points) in enumerate(lines.items()):  # a name keeps its colour where others have no points
             if points:
@@ -96,7 +99,7 @@ def curves(
             axes.set_xticks([float(tick) for tick in ticks], ticks)
             axes.minorticks_off()
         if axes.lines:
-            _name_lines(figure)
+            _add_legend(figure)
         if axes.lines and log_up:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -105,12 +108,12 @@ def curves(
         figure.savefig(path, dpi=150)
 
 
-def _name_lines(figure: Figure) -> None:
-    """Below the axes: looking for the emptiest corner inside can take matplotlib long, of which it then warns."""
+def _add_legend(figure: Figure) -> None:
+    """Put the legend below the axes: finding the emptiest corner inside can take matplotlib long, and then it warns."""
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
-def _figure(width: float, height: float) -> Figure:
+def _new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
