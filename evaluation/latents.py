@@ -26,7 +26,7 @@ from configs.command_line import CommandParser
 from data.durable_files import PARTIAL, is_published, staged_directory, write_manifest
 from data.held_out import HeldOutImages, check_number_of_classes
 from data.latents.channel_statistics import ChannelSums, check_channel_statistics, write_channel_statistics
-from data.latents.store import ChannelSums, LatentStore, LatentWriter
+from data.latents.store import LatentStore, LatentWriter
 from engine import world
 from engine.agreement import on_first, with_one_answer
 from evaluation.command import check_counts, run_command, with_progress
@@ -66,7 +66,7 @@ def write_latents(path: str | Path, out: Path, options: LatentOptions) -> Latent
 
 @contextmanager
 def staged_by_first(out: Path) -> Iterator[Path]:
-    """Stage a directory for all ranks (data.durable_files.staged_directory): the first creates it, and publishes it at the end."""
+    """Stage a directory for all ranks: the first creates it, and publishes it at the end (data.durable_files)."""
     with ExitStack() as stack:
         on_first(lambda: bool(stack.enter_context(staged_directory(out))))
         yield out / PARTIAL
