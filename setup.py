@@ -11,8 +11,8 @@ setup(
     packages=[
         "configs", "kernels", "data", "data.corpora", "data.latents",
         "model", "model.generator", "model.losses",
-        "engine", "engine.checkpoint", "engine.health", "engine.report", "engine.trainings",
-        "engine.watch", "engine.zero",
+        "engine", "engine.checkpoint", "engine.health", "engine.reporting", "engine.tasks",
+        "engine.watchdog", "engine.zero",
         "evaluation", "evaluation.study",
         "profiling", "profiling.benches", "profiling.checks", "profiling.gpu_check", "profiling.plan",
         "profiling.report", "profiling.step",

@@ -11,7 +11,7 @@ Scale-out keys, for runs on many hosts (docs/scaling.md says when each pays):
 
     zero_hpz_partition_size   a second copy of the weights, partitioned over the ranks of one host: what is gathered
                               twice in a step is gathered the second time inside the host
-    zero_quantized_weights    weights travel as int8, about every 64 with a scale (engine/zero/quantise.py)
+    zero_quantized_weights    weights travel as int8, about every 64 with a scale (engine/zero/int8_weights.py)
     zero_quantized_gradients  gradients travel as int4, between ranks of a host, then between hosts
     compile.deepcompile       DeepSpeed compiles the whole model and puts its collectives into the graph
 

@@ -17,7 +17,7 @@ paper, [C] the code of the kind named beside it: LightningDiT (arXiv 2501.01423)
 (arXiv 2212.09748), MAR (arXiv 2406.11838).
 
 The config holds no tokenizer: its latents are written beforehand (`python -m evaluation.latents`), so one tokenizer
-serves many generators, and one generator any tokenizer (engine/trainings/generation.py).
+serves many generators, and one generator any tokenizer (engine/tasks/generator.py).
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class WatchdogTimeouts(Section):
 
 
 class AlarmThresholds(Section):
-    """Bounds of reported metrics; outside them a warning is logged (engine/health/alarms.py), nothing else. All [D]."""
+    """Bounds of reported metrics; outside them a warning is logged (engine/reporting/reporter.py). All [D]."""
 
     # As a fraction of ln K. Below: one-hot targets, as after a collapse; above: uniform targets.
     teacher_entropy: FractionRange = (0.02, 0.98)
@@ -136,7 +136,7 @@ class Checks(Section):
 
     # Steps between two checks that replicated values agree across ranks (engine/health/replicas.py); 0: none. [D]
     replicas_every: Count = 1000
-    # Steps between two measurements of each objective's fraction of the gradient (engine/health/shares.py); 0: none [D]
+    # Steps between two measurements of each objective's gradient fraction (engine/reporting/step_meter.py); 0: none [D]
     shares_every: Count = 100
     alarms: AlarmThresholds = AlarmThresholds()
 
@@ -156,14 +156,14 @@ class System(Section):
     run_dir: Directory | None = None  # runs/NAME when not given
     report_every: Positive = 10  # steps between two host syncs
     images_every: Count = 0  # steps between two image reports; 0: only at the end
-    phases: bool = True  # report the time of each phase of a step (engine/report/timing.py)
+    phases: bool = True  # report the time of each phase of a step (engine/reporting/phase_timing.py)
     compile: Literal["auto", "on", "off"] = "auto"
     attention: Literal["auto", "flash3", "varlen", "flash2", "xformers", "sdpa", "matmul"] = "auto"
-    activation_checkpointing: Literal["off", "selective", "full"] = "off"  # engine/recompute.py
+    activation_checkpointing: Literal["off", "selective", "full"] = "off"  # engine/block_transforms.py
     optimizer: Literal["auto", "torch", "torch_fused", "deepspeed", "deepspeed_cpu", "apex"] = "auto"
     linear: Literal["bf16", "fp8_torchao", "fp8_te"] = "bf16"  # linear layers of the blocks; FP8 differs in rounding
-    gather: Literal["flat", "by_host"] = "flat"  # how features are gathered across ranks (engine/hosts.py)
-    # Two runs agree bit for bit; a few per cent slower on GPUs (engine/deterministic.py). Differs in rounding only.
+    gather: Literal["flat", "by_host"] = "flat"  # how features are gathered across ranks (engine/distributed.py)
+    # Two runs agree bit for bit; a few per cent slower on GPUs (engine/process_settings.py). Differs in rounding only.
     deterministic: bool = False
     # Of a collective, before a rank counts as lost
     timeout_minutes: Annotated[int, Field(ge=1, le=365 * 24 * 60), NotBool] = 60

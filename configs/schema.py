@@ -194,7 +194,7 @@ class TeacherSchedule(Section):
 
 
 class Init(Section):
-    """Weights to start from (engine/initial.py); without a file, all are initialised (model/initialise.py)."""
+    """Weights to start from (engine/initial_weights.py); without a file, all are initialised (model/initialise.py)."""
 
     weights: str | None = None  # a weights file of ours; its path is not science, its content is
     sha256: str | None = None  # of its tensors: filled in at the start; if given, the file must match

@@ -1,1 +1,1 @@
-"""Where a run happens: launch -> assemble -> the loop of steps -> checkpoint and report. Imports all above."""
+"""The training engine: launch, build, train, checkpoint, report. May import every package but evaluation."""

@@ -1,19 +1,20 @@
-"""The gradient cache: a clip batch larger than memory, in parts, with the gradient of the whole batch.
+"""Gradient cache: a clip batch larger than memory, in micro-batches, with the gradient of the whole batch.
 
 The contrastive loss couples all pairs, but through their features alone. So (GradCache, arXiv 2101.06983):
 
-    1. every part but one runs forward without gradient; its image and text features are kept, as leaves
-    2. the shared part, which brings the ssl and rec rows along, runs forward with gradient; the loss is that of all
-       features together; its backward goes through the shared part and leaves d loss / d feature in the leaves
-    3. every other part runs again, with gradient, and takes its slice of d loss / d feature back through the model
+    1. every micro-batch but one runs forward without gradient; its image and text features are kept, as leaves
+    2. the shared micro-batch, which brings the ssl and rec rows along, runs forward with gradient; the loss is that of
+       all features together; its backward goes through the shared one and leaves d loss / d feature in the leaves
+    3. every other micro-batch runs again, with gradient, and takes its slice of d loss / d feature through the model
 
-    cache = GradientCache(batch, rows, run)             # 1.  32 rows in 4 parts: run(part) -> ClipOutputs of 8 rows
+    cache = GradientCache.forward(batch, rows, run)     # 1.  32 rows in 4 parts: run(part) -> ClipOutputs of 8 rows
     outputs = cache.complete(engine(cache.shared))      # 2.  outputs.clip has 32 rows again, in the batch's order
     engine.backward(compute(outputs, ...).total)
     cache.replay(engine.backward)                       # 3.
 
-The logit scale and bias come out of the shared part alone, so their gradient is counted once. With one part nothing is
-kept and nothing runs twice: the plain step. Step 3 must compute what step 1 did, and does: the model draws nothing.
+The logit scale and bias come out of the shared micro-batch alone, so their gradient is counted once. With one
+micro-batch nothing is kept and nothing runs twice: the plain step. Step 3 must compute what step 1 did, and does: the
+model draws no random numbers.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from data.batch import Batch
 from model.outputs import ClipOutputs, Outputs
 from model.packing import RankBatchSizes
 
-Run = Callable[[Batch], ClipOutputs]
+ClipForward = Callable[[Batch], ClipOutputs]  # the clip features of a micro-batch's rows alone
 
 
-def cut(batch: Batch, num_parts: int) -> list[Batch]:
+def split(batch: Batch, num_parts: int) -> list[Batch]:
     """Equal parts of the clip rows, in order; views, no copies. Each still names all ssl rows."""
     size = len(batch.images) // num_parts
     spans = [slice(number * size, (number + 1) * size) for number in range(num_parts)]
@@ -42,7 +43,7 @@ def cut(batch: Batch, num_parts: int) -> list[Batch]:
 
 
 @dataclass(frozen=True)
-class Part:
+class CachedFeatures:
     """A micro-batch without ssl rows, and its features: leaves, which hold the loss's gradient after its backward."""
 
     batch: Batch
@@ -50,41 +51,48 @@ class Part:
     text_BE: Tensor
 
     @classmethod
-    def keep(cls, batch: Batch, run: Run) -> Part:
-        """Runs the clip rows of `batch` forward without a graph and keeps the features."""
+    def forward(cls, batch: Batch, run: ClipForward) -> CachedFeatures:
+        """Run the clip rows of `batch` without a graph and keep the features."""
         names = ("global_crops", "local_crops", "masks", "masked_idx")
         batch = replace(batch, **{name: getattr(batch, name)[:0] for name in names})
         with torch.no_grad():
             clip = run(batch)
         return cls(batch, clip.image_BE.requires_grad_(), clip.text_BE.requires_grad_())
 
-    def along_gradient(self, clip: ClipOutputs) -> Tensor:
-        """A scalar whose gradient by this part's features, made anew, is that of the loss by the kept ones."""
+    def surrogate_loss(self, clip: ClipOutputs) -> Tensor:
+        """Return a scalar whose gradient by `clip`, these features computed anew, is the loss's by the cached ones."""
         assert self.image_BE.grad is not None, "the loss's backward comes first"
         assert self.text_BE.grad is not None
         return (clip.image_BE * self.image_BE.grad).sum() + (clip.text_BE * self.text_BE.grad).sum()
 
 
+@dataclass(frozen=True)
 class GradientCache:
-    """One step's batch in `rows.micro_batches` parts. `shared` is the part to run with ssl and rec."""
+    """One step's batch in `rows.micro_batches` parts; `shared` is the part to run with the ssl and rec rows."""
 
-    def __init__(self, batch: Batch, rows: RankBatchSizes, run: Run) -> None:
-        """Runs every part but the shared one without gradient. `run` gives the clip features of a part's rows alone."""
-        parts = cut(batch, rows.micro_batches)
-        self.shared, self._place, self._run = parts.pop(rows.shared_micro_batch), rows.shared_micro_batch, run
-        self._kept = [Part.keep(part, run) for part in parts]
+    shared: Batch
+    shared_idx: int  # which part it is
+    cached: list[CachedFeatures]  # of the other parts, in order
+    run: ClipForward
+
+    @classmethod
+    def forward(cls, batch: Batch, rows: RankBatchSizes, run: ClipForward) -> GradientCache:
+        """Run every part but the shared one without gradient."""
+        parts = split(batch, rows.micro_batches)
+        shared = parts.pop(rows.shared_micro_batch)
+        return cls(shared, rows.shared_micro_batch, [CachedFeatures.forward(part, run) for part in parts], run)
 
     def complete(self, outputs: Outputs) -> Outputs:
-        """The shared part's outputs with the clip features of the whole batch."""
-        if not self._kept:
+        """Return the shared part's outputs with the clip features of the whole batch."""
+        if not self.cached:
             return outputs
         assert outputs.clip is not None, "micro-batches are parts of the clip batch"
-        features = [(part.image_BE, part.text_BE) for part in self._kept]
-        features.insert(self._place, (outputs.clip.image_BE, outputs.clip.text_BE))
+        features = [(part.image_BE, part.text_BE) for part in self.cached]
+        features.insert(self.shared_idx, (outputs.clip.image_BE, outputs.clip.text_BE))
         image_BE, text_BE = (torch.cat(parts) for parts in zip(*features, strict=True))
         return replace(outputs, clip=replace(outputs.clip, image_BE=image_BE, text_BE=text_BE))
 
     def replay(self, backward: Callable[[Tensor], object]) -> None:
-        """Takes the gradient of every kept feature back through the model, part by part."""
-        for part in self._kept:
-            backward(part.along_gradient(self._run(part.batch)))
+        """Run the other parts again, with gradient, and take the gradient of their features through the model."""
+        for part in self.cached:
+            backward(part.surrogate_loss(self.run(part.batch)))

@@ -1,8 +1,8 @@
 """The command: deepspeed engine/launch.py --config configs/demo.yaml [--ds_config D] [--resume] [key=value ...]
 
-Checks everything a user can get wrong before anything heavy is imported, so that a typo costs a second, not a
-minute. Exit codes are those of engine/exits.py. With --max-restarts it starts the launcher itself, and again when a
-rank is lost (engine/supervise.py).
+Train: check everything a user can get wrong before anything heavy is imported, so that a typo costs a second, not a
+minute; then run this rank. Exit codes are those of engine/exits.py. With --max-restarts it starts the launcher itself,
+and again when a rank is lost (engine/launcher.py).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from configs import Config, DecoderGan, RunConfig, UserError, load_run  # noqa: 
 from configs.command_line import CommandParser  # noqa: E402
 from configs.deepspeed import load_ds_config  # noqa: E402
 from configs.generator import GeneratorConfig  # noqa: E402
-from engine.checkpoint.directory import candidates  # noqa: E402
-from engine.complaint import complain, ignore_output_errors  # noqa: E402
+from engine.checkpoint.directory import resume_candidates  # noqa: E402
 from engine.launcher import end_with_launcher, rank_environment  # noqa: E402
-from engine.places import checkpoints, run_directory  # noqa: E402
+from engine.run_directory import checkpoint_directory, run_directory  # noqa: E402
+from engine.stderr import ignore_output_errors, print_error  # noqa: E402
 
 MAX_PATH_BYTES, MAX_SUBPATH_BYTES = 4095, 200  # of a path on Linux; of a path inside a run directory
-FIRST_RANK_SECONDS = 10.0  # what rank 0 gets to name a mistake that all ranks see
+FIRST_RANK_SECONDS = 10.0  # rank 0 has to print a mistake that all ranks see, before another rank does
 
 
 class _Parser(CommandParser):
@@ -40,7 +40,7 @@ class _Parser(CommandParser):
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line. `--local_rank` is what the DeepSpeed launcher adds."""
+    """Parse the command line. `--local_rank` is what the DeepSpeed launcher adds."""
     parser = _Parser(
         prog="deepspeed engine/launch.py",
         description="Pre-train a visual tokenizer (VTP): clip + ssl + rec in one step; or what its config says.",
@@ -76,10 +76,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="overrides, for example optim.steps=100")
-    return parser.parse_intermixed_args(_explicit(arguments))
+    return parser.parse_intermixed_args(_with_resume_mode(arguments))
 
 
-def _explicit(arguments: list[str]) -> list[str]:
+def _with_resume_mode(arguments: list[str]) -> list[str]:
     """`--resume` alone is `--resume latest`: an override may follow it."""
     modes, following = ("auto", "latest"), [*arguments[1:], ""]
     pairs = zip(arguments, following, strict=True)
@@ -87,11 +87,12 @@ def _explicit(arguments: list[str]) -> list[str]:
 
 
 def preflight(options: argparse.Namespace) -> tuple[RunConfig, dict[str, Any], bool, tuple[str, ...]]:
-    """The resolved config, DeepSpeed dictionary, whether the run goes on, and what may differ then; all checked that
-    needs no model."""
+    """Check all that needs no model; return config, DeepSpeed JSON, whether to resume, and what may differ then."""
     world_size = rank_environment()["WORLD_SIZE"]
     config = load_run(options.config, options.overrides)
-    resume = options.resume == "latest" or (options.resume == "auto" and bool(candidates(checkpoints(config))))
+    resume = options.resume == "latest" or (
+        options.resume == "auto" and bool(resume_candidates(checkpoint_directory(config)))
+    )
     ds_config = load_ds_config(options.ds_config, config, world_size)
     _require_profiled_ranks(config, world_size)
     if isinstance(config, Config):
@@ -99,10 +100,10 @@ def preflight(options: argparse.Namespace) -> tuple[RunConfig, dict[str, Any], b
     elif isinstance(config, DecoderGan):
         config = _check_decoder_gan(config, resume)
     elif isinstance(config, GeneratorConfig):
-        from engine.trainings import latents
+        from engine.tasks.frozen_tokenizer import with_latents_digest
 
-        config = latents.pinned(config)
-    from engine.archive import check_start  # imports torch: after what needs milliseconds
+        config = with_latents_digest(config)
+    from engine.checkpoint.reading import check_start  # imports torch: after what needs milliseconds
 
     _require_writable(run_directory(config))
     allowed = tuple(filter(None, map(str.strip, options.allow_change.split(","))))
@@ -111,7 +112,7 @@ def preflight(options: argparse.Namespace) -> tuple[RunConfig, dict[str, Any], b
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one rank; the exit code."""
+    """Run one rank; return the exit code."""
     ignore_output_errors()
     end_with_launcher()
     try:
@@ -124,12 +125,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Start the launcher, and again where a rank is lost; return the exit code."""
     if "RANK" in os.environ:
         raise UserError(
             "--max-restarts, but a launcher has started this rank: a rank cannot start the others again; run `python "
             "engine/launch.py --max-restarts N --launcher 'deepspeed --hostfile ...' ...`"
         )
-    from engine.supervise import supervise
+    from engine.launcher import supervise
 
     config = load_run(options.config, options.overrides)
     return supervise(options.launcher, Path(__file__).resolve(), arguments, run_directory(config), options.max_restarts)
@@ -137,41 +139,41 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _train(config: RunConfig, ds_config: dict[str, Any], resume: bool, allowed_changes: tuple[str, ...]) -> int:
     from data.bad_samples import StorageError
-    from engine import run, world
+    from engine import distributed, trainer
     from engine.exits import FAILED, LOST_RANK
-    from engine.health.failure import TrainingFailed
+    from engine.health.anomalies import TrainingFailed
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, also where no launcher has set it
-    comm = world.start(config.system.timeout_minutes)
+    comm = distributed.start(config.system.timeout_minutes)
     try:
-        return run.train(config, ds_config, comm, resume, allowed_changes)
+        return trainer.train(config, ds_config, comm, resume, allowed_changes)
     except TrainingFailed as error:
-        if world.is_first():  # every rank has come to it
-            complain(f"error: {error}")
+        if distributed.is_first():  # every rank has come to it
+            print_error(f"error: {error}")
         return FAILED
     except StorageError as error:  # perhaps on this rank alone: engine/watch ends the others
-        complain(f"error: {error}")
+        print_error(f"error: {error}")
         return LOST_RANK
     finally:
-        world.stop()
+        distributed.stop()
 
 
 def _check_pretraining(config: Config, resume: bool) -> Config:
     """Check that the input files exist; return the config with their digests filled in."""
     _require_shards(config, resume)
     from data import captions
-    from engine.initial import pinned
+    from engine.initial_weights import with_digests
 
     config = config.model_copy(update={"data": captions.with_tokenizer_digest(config.data)})
-    return pinned(config, resume)
+    return with_digests(config, resume)
 
 
 def _check_decoder_gan(config: DecoderGan, resume: bool) -> DecoderGan:
     """Check that the input files exist; return the config with their digests filled in."""
     _require_shards(config, resume)
-    from engine.trainings.frozen_tokenizer import pinned
+    from engine.tasks.frozen_tokenizer import with_tokenizer_digests
 
-    return pinned(config)
+    return with_tokenizer_digests(config)
 
 
 def _require_shards(config: Config | DecoderGan, resume: bool) -> None:
@@ -209,15 +211,16 @@ def _require_writable(run_dir: Path) -> None:
 
 
 def _refuse(error: UserError) -> int:
-    """One line for all ranks. The launcher ends every rank when one leaves, so what rank 0 sees too, it tells alone.
+    """Print a mistake, once for all ranks; return the exit code.
 
-    Another rank speaks up when it is still there after a while: then it alone has met the mistake.
+    The launcher ends every rank when one leaves, so rank 0 alone prints what it sees too. Another rank prints when it
+    is still there after a while: then it alone has met the mistake.
     """
     rank = os.environ.get("RANK", "0")
     if rank.isdecimal() and int(rank) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's call; a running run would save first
         time.sleep(FIRST_RANK_SECONDS)
-    complain(f"error: {error}")
+    print_error(f"error: {error}")
     return 2
 
 

@@ -1,10 +1,10 @@
-"""The optimizer: AdamW in two groups, weight decay on matrices only; and who computes its step.
+"""The optimizer: AdamW or LAMB, weight decay on matrices only; and which library computes its step.
 
-    choice = resolve(config, ds_config, device)      # Choice("torch_fused", "auto: one pass over ...")
+    choice = resolve(config, ds_config, device)      # OptimizerChoice("torch_fused", "auto: one pass over ...")
     optimizer = build(model, config.optim, choice.name)
     set_learning_rate(engine, 1e-4)
 
-What a step does (AdamW, or LAMB) is science: optim.kind. Whose code does it is system: system.optimizer, and every
+What a step does (AdamW, or LAMB) is science: optim.kind. Which library does it is system: system.optimizer, and every
 AdamW here takes torch's steps to rounding. This file is the one door to NVIDIA's apex, which is built from its source;
 the package of that name on PyPI is another one.
 """
@@ -29,7 +29,7 @@ from configs.load import one_line
 from configs.run import Optim
 from engine import zero
 
-LONGEST_BUILD = 20 * 60  # seconds; of one of DeepSpeed's optimizers, a minute or two on a quiet machine
+MAX_BUILD_SECONDS = 20 * 60  # seconds; of one of DeepSpeed's optimizers, a minute or two on a quiet machine
 APEX_INSTALL = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex "
     "(compiles, with CUDA's toolkit)"
@@ -37,15 +37,15 @@ APEX_INSTALL = (
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Whose code takes the step, and why."""
+class OptimizerChoice:
+    """Which library computes the step, and why."""
 
     name: str
     reason: str
 
 
-def resolve(config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> Choice:
-    """What system.optimizer means for this run. Raises UserError where it cannot be had."""
+def resolve(config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> OptimizerChoice:
+    """Return what system.optimizer means for this run. Raises UserError where it is not possible."""
     name, is_lamb = config.system.optimizer, config.optim.kind == "lamb"
     states = torch.device("cpu") if offloads_optimizer(ds_config) else device  # where the step is computed
     if name == "auto":
@@ -65,11 +65,11 @@ def resolve(config: RunConfig, ds_config: dict[str, Any], device: torch.device) 
     if name == "deepspeed_cpu" and states.type != "cpu":
         raise UserError("system.optimizer=deepspeed_cpu steps on the host, the states are on the GPU: choose auto, or "
                         "a --ds_config with offload_optimizer (configs/deepspeed/zero3_offload.json)")  # fmt: skip
-    return Choice(name, reason)
+    return OptimizerChoice(name, reason)
 
 
 def build(model: nn.Module, optim: Optim, name: str) -> torch.optim.Optimizer:
-    """AdamW or LAMB over the trainable parameters, by `name` of `resolve`; every step's rate is set by the schedule.
+    """Build AdamW or LAMB over the trainable parameters, by `name` of `resolve`; the schedule sets each step's rate.
 
     Raises UserError where the library of that name is missing or its kernels do not build.
     """
@@ -78,7 +78,7 @@ def build(model: nn.Module, optim: Optim, name: str) -> torch.optim.Optimizer:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, one_each: bool = False) -> list[dict[str, Any]]:
-    """Two groups: matrices with decay; vectors (norms, biases, scales, tokens of one row) without.
+    """Split into two groups: matrices with decay; vectors (norms, biases, scales, tokens of one row) without.
 
     ZeRO flattens a group into one tensor; with `one_each` every matrix is a group, so that a norm over it can be taken.
     """
@@ -96,7 +96,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, one_each: bool = Fal
 
 
 def set_learning_rate(engine: Any, value: float) -> None:
-    """The same rate in every group; DeepSpeed hands the groups of the wrapped optimizer through."""
+    """Set the learning rate of every parameter group; DeepSpeed passes the wrapped optimizer's groups through."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value
 
@@ -108,7 +108,7 @@ def _torch(groups: list[dict[str, Any]], optim: Optim, is_fused: bool) -> torch.
 def _deepspeed(groups: list[dict[str, Any]], optim: Optim, kind: str) -> torch.optim.Optimizer:
     _refuse_stale_lock("cpu_adam" if kind == "deepspeed_cpu" else "fused_adam")
     try:
-        return zero.own_adamw(kind, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        return zero.deepspeed_adamw(kind, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     except Exception as error:  # whatever compilers and loaders raise
         cause = error.__cause__ or error
         raise UserError(
@@ -119,14 +119,14 @@ def _deepspeed(groups: list[dict[str, Any]], optim: Optim, kind: str) -> torch.o
 
 
 def _refuse_stale_lock(extension: str) -> None:
-    """A build that was killed leaves its lock behind, and torch waits for it without end and without a word."""
+    """Raise UserError for the lock of a build that was killed: torch would wait for it forever, without a message."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in root.glob(f"**/{extension}/lock"):
         age = time.time() - lock.stat().st_mtime
-        if age > LONGEST_BUILD:
+        if age > MAX_BUILD_SECONDS:
             raise UserError(
-                f"system.optimizer: {lock} is {age / 60:.0f} minutes old and no build takes {LONGEST_BUILD // 60}: one "
-                "was killed there, and every start would wait for it; remove the file"
+                f"system.optimizer: {lock} is {age / 60:.0f} minutes old and no build takes {MAX_BUILD_SECONDS // 60}: "
+                "one was killed there, and every start would wait for it; remove the file"
             )
 
 
@@ -147,8 +147,11 @@ def _apex(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
 
 
 def _on_filled_groups(kind: type[Any]) -> type[Any]:
-    """apex looks at the first parameter of every group and counts steps by group. ZeRO-3 calls `step` once for every
-    flat tensor, all other groups being empty then: so only filled groups are shown, and steps counted by tensor."""
+    """Make an optimizer class of apex work under ZeRO-3.
+
+    apex looks at the first parameter of every group and counts steps by group. ZeRO-3 calls `step` once for every flat
+    tensor, all other groups being empty then: so only filled groups are shown, and steps counted by tensor.
+    """
 
     class OnFilledGroups(kind):
         param_groups: list[dict[str, Any]]

@@ -1,12 +1,12 @@
-"""When memory runs out: what was held, what had been predicted, and which setting lowers it by how much.
+"""Explain a lack of memory: what was in use, what had been predicted, and which setting lowers it by how much.
 
-    memory = Memory(config, ds_config, run_dir, comm.rank, comm.world_size, device)
-    with memory.explained(f"step {step}"):
+    memory = MemoryAdvisor(config, ds_config, run_dir, comm.rank, comm.world_size, device)
+    with memory.explained(f"in step {step}"):
         train_step(...)
 
 A run that asks for more than there is ends with one error instead of a traceback into a kernel: every change that would
-lower the peak and leave the results alone, the largest saving first, predicted (profiling/cost/peak_memory.py). Beside the
-run
+lower the peak and leave the results alone, the largest saving first, predicted (profiling/cost/peak_memory.py). Beside
+the run
 
     runs/NAME/out_of_memory/rank3.json       what was held, predicted, advised
     runs/NAME/out_of_memory/rank3.pickle     on CUDA, the allocator's segments, for https://pytorch.org/memory_viz
@@ -31,20 +31,20 @@ from profiling.cost.peak_memory import MemoryFootprint, Saving, largest_parts, p
 from profiling.instruments.memory import memory_in_use
 
 # torch's allocator on the host, the kernel, CUDA and NCCL outside torch's allocator, cuBLAS.
-WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+MESSAGES = ("can't allocate memory", "Cannot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def ran_out(error: BaseException | None) -> bool:
-    """Whether this error, or what it was raised from, is a lack of memory."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one that it was raised from, is a lack of memory."""
     if error is None:
         return False
-    says_so = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in WORDS)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or says_so or ran_out(error.__cause__)
+    has_text = isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in MESSAGES)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or has_text or is_out_of_memory(error.__cause__)
 
 
 @dataclass(frozen=True)
-class Memory:
-    """A rank's account of its memory, drawn up when there is not enough."""
+class MemoryAdvisor:
+    """Write a report of a rank's memory, with advice, where there is not enough."""
 
     config: RunConfig
     ds_config: dict[str, Any]
@@ -55,25 +55,25 @@ class Memory:
 
     @contextmanager
     def explained(self, moment: str) -> Iterator[None]:
-        """Inside, a lack of memory becomes a UserError with advice. `moment` says what was being done."""
+        """Turn a lack of memory inside the `with` into a UserError with advice. `moment` names what was being done."""
         try:
             yield
         except Exception as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
-            raise UserError(self._account(moment, error)) from error
+            raise UserError(self._explain(moment, error)) from error
 
-    def _account(self, moment: str, error: Exception) -> str:
+    def _explain(self, moment: str, error: Exception) -> str:
         found = memory_in_use()
-        said = f"memory ran out on rank {self.rank} of {self.world_size}, {moment}: {one_line(error)}"
+        text = f"memory ran out on rank {self.rank} of {self.world_size}, {moment}: {one_line(error)}"
         try:
             predicted, advice = self._predict()
         except Exception as failure:  # a prediction that fails must not hide what happened
             details = self._write(moment, error, found, None, [])
-            return f"{said}. Nothing could be predicted ({one_line(failure)}); {details}"
+            return f"{text}. Nothing could be predicted ({one_line(failure)}); {details}"
         details = self._write(moment, error, found, predicted, advice)
-        lines = [said, f"predicted peak {predicted.device_bytes / 2**30:.1f} GiB (blocks not compiled): "
-                       f"{largest_parts(predicted)}; held: {_in_words(found)}"]  # fmt: skip
+        lines = [text, f"predicted peak {predicted.device_bytes / 2**30:.1f} GiB (blocks not compiled): "
+                       f"{largest_parts(predicted)}; held: {_describe(found)}"]  # fmt: skip
         if advice:
             lines += ["what lowers it and leaves the results alone, predicted:", *(f"  {each}" for each in advice)]
         else:
@@ -97,9 +97,9 @@ class Memory:
         predicted: MemoryFootprint | None,
         advice: list[Saving],
     ) -> str:
-        """Says where the details are, or why they are nowhere: that must not hide what happened."""
+        """Write the details; return where they are, or why they could not be written."""
         components = [] if predicted is None else [asdict(part) for part in predicted.components]
-        account = {
+        report = {
             "moment": moment,
             "error": str(error),
             "held": found,
@@ -108,18 +108,18 @@ class Memory:
             "advice": [asdict(each) for each in advice],
         }
         try:
-            self._place.parent.mkdir(parents=True, exist_ok=True)
-            self._place.write_text(json.dumps(account, indent=2) + "\n")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(report, indent=2) + "\n")
             if self.device.type == "cuda":
-                torch.cuda.memory._dump_snapshot(str(self._place.with_suffix(".pickle")))
+                torch.cuda.memory._dump_snapshot(str(self._path.with_suffix(".pickle")))
         except OSError as trouble:
             return f"details could not be written: {one_line(trouble)}"
-        return f"details: {self._place}"
+        return f"details: {self._path}"
 
     @property
-    def _place(self) -> Path:
+    def _path(self) -> Path:
         return self.run_dir / "out_of_memory" / f"rank{self.rank}.json"
 
 
-def _in_words(found: dict[str, int]) -> str:
+def _describe(found: dict[str, int]) -> str:
     return ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in found.items())

@@ -1,7 +1,7 @@
-"""Schedules: pure functions of the step, so a resumed run needs no scheduler state.
+"""Schedules of learning rate, teacher momentum and teacher temperature: pure functions of the step.
 
-learning_rate(0, config)      # one warm-up step above 0
-teacher_momentum(step, config)  # 0.994 -> 1 by a cosine
+learning_rate(0, config)          # one warm-up step above 0
+teacher_momentum(step, config)    # 0.994 -> 1 by a cosine
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def learning_rate(step: int, config: RunConfig) -> float:
 
 
 def teacher_momentum(step: int, config: Config) -> float:
-    """Share of the old teacher kept at this step: cosine from momentum to final_momentum (DINOv2)."""
+    """Fraction of the old teacher kept at this step: cosine from momentum to final_momentum (DINOv2)."""
     teacher = config.teacher
     return cosine(teacher.momentum, teacher.final_momentum, step / config.optim.steps)
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from rich.progress import track
 
 from configs import UserError
-from engine import world
-from engine.complaint import ignore_output_errors
+from engine import distributed
 from engine.launcher import end_with_launcher
+from engine.stderr import ignore_output_errors
 
 TIMEOUT_MINUTES = 240  # of collectives: the other ranks wait while the first trains probes
 
@@ -35,15 +35,15 @@ def run_command(work: Callable[[], None]) -> int:
     is_launched = "RANK" in os.environ
     try:
         if is_launched:
-            world.start(TIMEOUT_MINUTES)
+            distributed.start(TIMEOUT_MINUTES)
         work()
     except UserError as error:
-        if world.is_first():
+        if distributed.is_first():
             print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         if is_launched:
-            world.stop()
+            distributed.stop()
     return 0
 
 
@@ -69,4 +69,4 @@ def check_counts(given: argparse.Namespace, *names: str) -> None:
 
 def with_progress(items: Iterable, title: str, total: int) -> Iterable:
     """Yield the items, with a progress bar on the first rank if stdout is a terminal."""
-    return track(items, title, total=total, disable=not (sys.stdout.isatty() and world.is_first()))
+    return track(items, title, total=total, disable=not (sys.stdout.isatty() and distributed.is_first()))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from configs import UserError
 from data.held_out import check_number_of_classes
-from engine import world
+from engine import distributed
 from evaluation.tokenizer_source import TokenizerOutputs
 from model.latent import feature_width
 
@@ -99,14 +99,14 @@ class FeatureBank:
         Raises UserError, on every rank, if no sample of `split` has a label.
         """
         positions, labels = self._positions[: self._count], self._labels[: self._count]
-        parts = world.gather_objects((positions, labels, self._widths, self._trunk_width))
+        parts = distributed.gather_objects((positions, labels, self._widths, self._trunk_width))
         if not sum(len(part[0]) for part in parts):
             raise UserError(
                 f"no {split} sample has a label: a probe learns from the class number or name in field `label` of the "
                 ".json member, or in the .cls member; give labelled shards"
             )
         widths, trunk_width = next((part[2], part[3]) for part in parts if part[2])
-        if world.world_size() == 1:
+        if distributed.world_size() == 1:
             assert self._rows_NW is not None
             return LabelledFeatures(self._rows_NW[: self._count], labels, widths, trunk_width)
         order = torch.cat([part[0] for part in parts]).argsort()
@@ -121,10 +121,12 @@ class FeatureBank:
         `counts` are the numbers of rows of the ranks.
         """
         starts = [sum(counts[:rank]) for rank in range(len(counts))]
-        rows_NW = allocate_matrix(len(targets_N), sum(widths.values()), self._folder) if world.is_first() else None
+        rows_NW = (
+            allocate_matrix(len(targets_N), sum(widths.values()), self._folder) if distributed.is_first() else None
+        )
         for first in range(0, max(counts), CHUNK_ROWS):
             own = None if self._rows_NW is None else self._rows_NW[first : min(first + CHUNK_ROWS, self._count)].clone()
-            for start, part in zip(starts, world.gather_objects(own), strict=True):
+            for start, part in zip(starts, distributed.gather_objects(own), strict=True):
                 if rows_NW is not None and part is not None:
                     rows_NW[targets_N[start + first : start + first + len(part)]] = part
         return rows_NW

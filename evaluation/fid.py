@@ -25,7 +25,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from configs import UserError
-from engine import world
+from engine import distributed
 from evaluation.features import read_corpus_network
 from evaluation.inception import PUBLISHED_SHA256, read_inception
 from model.losses.perceptual import LpipsDistance
@@ -123,7 +123,7 @@ class Fid:
         NaN if features are not finite, on which some builds of LAPACK end the process. Raises UserError for fewer than
         two images.
         """
-        if not all(world.gather_objects(all(bool(sums.isfinite().all()) for sums in self._sums()))):
+        if not all(distributed.gather_objects(all(bool(sums.isfinite().all()) for sums in self._sums()))):
             return math.nan
         try:
             return float(self._metric.compute())

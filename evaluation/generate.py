@@ -32,8 +32,8 @@ from rich.table import Table
 from configs import UserError
 from configs.command_line import CommandParser
 from data.held_out import HeldOutImages
-from engine import world
-from engine.agreement import with_one_answer
+from engine import distributed
+from engine.distributed import raise_on_all_ranks
 from evaluation.command import check_counts, create_output_folder, run_command, with_progress
 from evaluation.fid import Fid, open_network
 from evaluation.reconstruction import FID_NOT_COMPUTED
@@ -82,9 +82,9 @@ class GeneratorEvaluation:
         Samples first, so that errors of the sampler show before the pass over the reference images.
         """
         options, sampling = self.options, replace(self.options.sampling, guidance=guidance)
-        with_one_answer(lambda: self._sample(sampling))
+        raise_on_all_ranks(lambda: self._sample(sampling))
         if not self._has_reference_features:
-            with_one_answer(self._add_reference)
+            raise_on_all_ranks(self._add_reference)
             self._has_reference_features = True
         row = asdict(self.pipeline.generator.module.resolve_sampling(sampling)) | {
             "samples": options.num_samples,
@@ -97,12 +97,12 @@ class GeneratorEvaluation:
 
     def bad_samples(self) -> Counter[str]:
         """Count reference images that could not be decoded, by reason. A collective."""
-        return sum(world.gather_objects(self.reference.bad if self.reference else Counter()), Counter())
+        return sum(distributed.gather_objects(self.reference.bad if self.reference else Counter()), Counter())
 
     def _sample(self, sampling: Sampling) -> None:
         """Add this rank's part of the samples to FID and grid, in place of those of the previous guidance scale."""
         options = self.options
-        numbers = np.arange(world.rank(), options.num_samples, world.world_size(), dtype=np.int64)
+        numbers = np.arange(distributed.rank(), options.num_samples, distributed.world_size(), dtype=np.int64)
         self.pipeline.calls.clear()
         for fid in self.fids:
             fid.reset_fake()
@@ -124,7 +124,7 @@ class GeneratorEvaluation:
 
     def _evaluations_per_batch(self) -> dict[str, float]:
         """Return how often a batch evaluated each part of the generator, on average. A collective."""
-        calls = sum(world.gather_objects(self.pipeline.calls), Counter())
+        calls = sum(distributed.gather_objects(self.pipeline.calls), Counter())
         return {name: count / calls["batches"] for name, count in calls.items() if name != "batches"}
 
     def _class_names(self) -> tuple[str, ...] | None:
@@ -154,15 +154,15 @@ def generate(generator: Path, tokenizer: str | Path, out: Path | None, options: 
     Raises UserError, on every rank, for what cannot be opened or does not belong together, and for a distance that is
     not finite.
     """
-    device = world.device()
+    device = distributed.device()
     folder = out or (generator if generator.is_dir() else generator.parent)
-    evaluator = with_one_answer(
+    evaluator = raise_on_all_ranks(
         lambda: GeneratorEvaluation(SamplingPipeline.open(generator, tokenizer, device), options)
     )
-    with_one_answer(lambda: create_output_folder(folder / "pictures"))
+    raise_on_all_ranks(lambda: create_output_folder(folder / "pictures"))
     rows: list[dict[str, Any]] = []
     for guidance in options.guidance:
-        rows += with_one_answer(partial(_check_finite_rows, evaluator.evaluate(guidance)))
+        rows += raise_on_all_ranks(partial(_check_finite_rows, evaluator.evaluate(guidance)))
     evaluator.grid.gather()
     content = {
         "generator": str(generator), "generator_weights": evaluator.pipeline.weights,
@@ -176,7 +176,7 @@ def generate(generator: Path, tokenizer: str | Path, out: Path | None, options: 
         write_json(folder / "generation.json", content)
         write_plot(folder / "pictures" / "samples.png", partial(evaluator.grid.draw, evaluator.names))
 
-    with_one_answer(lambda: write() if world.is_first() else None)
+    raise_on_all_ranks(lambda: write() if distributed.is_first() else None)
     return content
 
 
@@ -216,7 +216,7 @@ def main(arguments: list[str]) -> int:
 
     def work() -> None:
         content = generate(given.generator, given.tokenizer, given.out, _options(given))
-        if world.is_first():
+        if distributed.is_first():
             show_generation(content)
 
     return run_command(work)

@@ -27,8 +27,8 @@ from data.durable_files import PARTIAL, is_published, staged_directory, write_ma
 from data.held_out import HeldOutImages, check_number_of_classes
 from data.latents.channel_statistics import ChannelSums, check_channel_statistics, write_channel_statistics
 from data.latents.store import LatentStore, LatentWriter
-from engine import world
-from engine.agreement import on_first, with_one_answer
+from engine import distributed
+from engine.distributed import on_first_rank, raise_on_all_ranks
 from evaluation.command import check_counts, run_command, with_progress
 from evaluation.tokenizer_source import TokenizerSource, open_tokenizer
 
@@ -53,29 +53,31 @@ def write_latents(path: str | Path, out: Path, options: LatentOptions) -> Latent
     Raises UserError, on every rank, for what cannot be opened, for an image without a label, and if `out` holds
     anything else.
     """
-    source, images, arguments = with_one_answer(lambda: _prepare(path, options))
-    if not on_first(lambda: is_published(out, arguments)):
-        on_first(lambda: _check_free_space(source, images.num_samples, out, options.dtype))
+    source, images, arguments = raise_on_all_ranks(lambda: _prepare(path, options))
+    if not on_first_rank(lambda: is_published(out, arguments)):
+        on_first_rank(lambda: _check_free_space(source, images.num_samples, out, options.dtype))
         with staged_by_first(out) as directory:
-            tallies = world.gather_objects(with_one_answer(lambda: _encode(source, images, directory, options)))
-            bad = sum(world.gather_objects(images.bad), Counter())
-            on_first(lambda: _finish_store(directory, arguments, sum(tallies[1:], tallies[0]), bad))
+            tallies = distributed.gather_objects(
+                raise_on_all_ranks(lambda: _encode(source, images, directory, options))
+            )
+            bad = sum(distributed.gather_objects(images.bad), Counter())
+            on_first_rank(lambda: _finish_store(directory, arguments, sum(tallies[1:], tallies[0]), bad))
     images.close()
-    return with_one_answer(lambda: LatentStore(out))
+    return raise_on_all_ranks(lambda: LatentStore(out))
 
 
 @contextmanager
 def staged_by_first(out: Path) -> Iterator[Path]:
     """Stage a directory for all ranks: the first creates it, and publishes it at the end (data.durable_files)."""
     with ExitStack() as stack:
-        on_first(lambda: bool(stack.enter_context(staged_directory(out))))
+        on_first_rank(lambda: bool(stack.enter_context(staged_directory(out))))
         yield out / PARTIAL
-    world.barrier()  # no rank opens the store before it is published
+    distributed.barrier()  # no rank opens the store before it is published
 
 
 def _prepare(path: str | Path, options: LatentOptions) -> tuple[TokenizerSource, HeldOutImages, dict[str, Any]]:
     """Open tokenizer and images; return them with the arguments that identify the store in its manifest."""
-    source = open_tokenizer(path, world.device(), options.crop)
+    source = open_tokenizer(path, distributed.device(), options.crop)
     data = options.data or (source.config.data.train if source.config else ())
     if not data:
         raise UserError("nothing to encode: there is no run to name training shards; name labelled ones with --data")
@@ -102,7 +104,7 @@ def _check_free_space(source: TokenizerSource, count: int, out: Path, dtype: str
 
 def _encode(source: TokenizerSource, corpus: HeldOutImages, directory: Path, options: LatentOptions) -> ChannelSums:
     """Encode this rank's images and write its files."""
-    writer, device, dtype = LatentWriter(directory, world.rank()), world.device(), DTYPES[options.dtype]
+    writer, device, dtype = LatentWriter(directory, distributed.rank()), distributed.device(), DTYPES[options.dtype]
     total = -(-len(corpus) // options.batch_size)
     for batch in with_progress(corpus.batches(options.batch_size), "encoding", total):
         corpus.classes.require_known()
@@ -147,7 +149,7 @@ def main(arguments: list[str]) -> int:
         check_counts(given, "crop", "batch_size", "limit")
         options = LatentOptions(tuple(given.data), given.crop, given.batch_size, given.dtype, given.limit)
         store = write_latents(given.source, given.out, options)
-        if world.is_first():
+        if distributed.is_first():
             _show(store)
 
     return run_command(work)

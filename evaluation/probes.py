@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs import UserError
-from engine.agreement import on_first
+from engine.distributed import on_first_rank
 from evaluation.feature_bank import FeatureBank, LabelledFeatures
 from evaluation.plots import draw_lr_sweep
 from evaluation.results import MetricValue, TaskResult
@@ -53,7 +53,7 @@ class ProbeData:
     def evaluate(self, work: Callable[[LabelledFeatures, LabelledFeatures, int], TaskResult]) -> TaskResult:
         """Run `work`(training features, held-out features, number of classes) on the first rank; return it on all."""
         train, held_out = self._features
-        return on_first(lambda: work(train, held_out, _count_classes(train, held_out)))  # type: ignore[arg-type]
+        return on_first_rank(lambda: work(train, held_out, _count_classes(train, held_out)))  # type: ignore[arg-type]
 
     @staticmethod
     def counts(train: LabelledFeatures, held_out: LabelledFeatures, num_classes: int) -> dict[str, MetricValue]:

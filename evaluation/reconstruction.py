@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from engine import world
-from engine.agreement import in_order
-from engine.report.pictures import latent_colours, png, reconstructions
+from engine import distributed
+from engine.distributed import gather_sorted
+from engine.reporting.images import latent_colours, png, reconstructions
 from evaluation.fid import SSIM_WINDOW, FeatureNetwork, Fid, PerceptualNetwork, ssim
 from evaluation.results import MetricValue, TaskResult
 from evaluation.tokenizer_source import TokenizerOutputs
@@ -77,7 +77,7 @@ class Reconstruction:
         """Return means and distances over the images of all ranks. Raises UserError if there are none."""
         width = 3 if self._perceptual is None else 4
         own = torch.cat([torch.empty(0, width, dtype=torch.float64), *self._values])
-        values = in_order(own, torch.cat([torch.empty(0, dtype=torch.int64), *self._positions]))
+        values = gather_sorted(own, torch.cat([torch.empty(0, dtype=torch.int64), *self._positions]))
         if not len(values):
             raise UserError("no held-out image could be decoded: there is nothing to reconstruct; repair the shards")
         means = values.mean(dim=0).tolist()
@@ -116,7 +116,7 @@ class ExtremePairs:
     def gather(self) -> Tensor:
         """Return those of all ranks, (n, 2, 3, H, W), the most extreme first. A collective."""
         merged = ExtremePairs(self._count, self._is_largest)
-        for values, pairs in world.gather_objects((self._values, self._pairs)):
+        for values, pairs in distributed.gather_objects((self._values, self._pairs)):
             if pairs is not None:
                 merged._keep(values, pairs)
         assert merged._pairs is not None

@@ -29,7 +29,7 @@ from rich.table import Table
 from configs import UserError
 from configs.load import one_line
 from data.durable_files import write_atomic
-from engine.complaint import complain
+from engine.stderr import print_error
 from evaluation.tokenizer_source import TokenizerOutputs
 
 MetricValue = float | int | str
@@ -104,7 +104,7 @@ def write_plot(path: Path, draw: Callable[[Path], None]) -> None:
         path.parent.mkdir(exist_ok=True)
         draw(path)
     except Exception as error:
-        complain(f"could not draw {path}: {type(error).__name__}: {one_line(error)}")
+        print_error(f"could not draw {path}: {type(error).__name__}: {one_line(error)}")
 
 
 def show_results(content: Mapping[str, Any], console: Console | None = None) -> None:

@@ -27,8 +27,8 @@ import torch
 from configs import UserError
 from configs.command_line import CommandParser
 from data.held_out import HeldOutImages
-from engine import world
-from engine.agreement import with_one_answer
+from engine import distributed
+from engine.distributed import raise_on_all_ranks
 from evaluation.command import check_counts, create_output_folder, run_command, with_progress
 from evaluation.feature_bank import FeatureBank
 from evaluation.fid import PerceptualNetwork, open_network, open_perceptual
@@ -111,7 +111,7 @@ class EvaluationSetup:
             for batch in self.batches(training, "training features"):
                 bank.add(batch)
 
-        with_one_answer(fill)
+        raise_on_all_ranks(fill)
         return bank
 
     def _open_images(self, patterns: Sequence[str], key: str, classes: Path | None) -> HeldOutImages:
@@ -121,7 +121,7 @@ class EvaluationSetup:
 def _zero_shot(setup: EvaluationSetup) -> Task:
     table, source = setup.class_table, setup.source
     weights_KE = class_embeddings(source.tokenizer, source.caption_encoder(), table.prompts, setup.device)
-    return ZeroShot(weights_KE, table, world.Ranks())
+    return ZeroShot(weights_KE, table, distributed.Ranks())
 
 
 def _linear_probe(setup: EvaluationSetup) -> Task:
@@ -197,30 +197,30 @@ def evaluate(
     for metrics that are not finite.
     """
     task_names = check_tasks(options.tasks)
-    device = world.device()
+    device = distributed.device()
 
     def prepare() -> EvaluationSetup:
         source = open_tokenizer(path, device, crop, caption_tokenizer)
         return EvaluationSetup(source, options, device, create_output_folder(out or source.folder))
 
-    setup = with_one_answer(prepare)
-    tasks = with_one_answer(lambda: {name: TASKS[name](setup) for name in task_names})
+    setup = raise_on_all_ranks(prepare)
+    tasks = raise_on_all_ranks(lambda: {name: TASKS[name](setup) for name in task_names})
 
     def run_pass() -> None:
         for batch in setup.batches(setup.held_out, "evaluating"):
             for task in tasks.values():
                 task.add(batch)
 
-    with_one_answer(run_pass)
+    raise_on_all_ranks(run_pass)
     results: dict[str, TaskResult] = {name: task.result() for name, task in tasks.items()}
-    bad = sum(world.gather_objects(setup.held_out.bad), Counter())
+    bad = sum(distributed.gather_objects(setup.held_out.bad), Counter())
     source, origin = setup.source, setup.source.tokenizer.origin
     about = {
         "source": source.name, "weights": source.digest(), "steps": origin and origin.steps,
         "latents": source.latent_digest(), "held_out": list(setup.data), "crop": source.crop, "bad_samples": dict(bad),
     }  # fmt: skip
-    content = with_one_answer(lambda: to_json(results, about))
-    if world.is_first():
+    content = raise_on_all_ranks(lambda: to_json(results, about))
+    if distributed.is_first():
         write_results(setup.folder, content, results)
     return content
 
@@ -233,7 +233,7 @@ def main(arguments: list[str]) -> int:
         content = evaluate(
             given.source, _options(given), crop=given.crop, caption_tokenizer=given.tokenizer, out=given.out
         )
-        if world.is_first():
+        if distributed.is_first():
             show_results(content)
 
     return run_command(work)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs import UserError
-from engine import world
+from engine import distributed
 from evaluation.plots import draw_sample_grid
 from evaluation.tokenizer_source import TokenizerSource, check_finite, open_tokenizer
 from model.generator.draws import draw
@@ -154,7 +154,7 @@ class SampleGrid:
     def gather(self) -> None:
         """Collect the images of all ranks on each. A collective."""
         merged: dict[str, dict[int, Tensor]] = {}
-        for part in world.gather_objects(self._images):
+        for part in distributed.gather_objects(self._images):
             for panel, kept in part.items():
                 merged.setdefault(panel, {}).update(kept)
         self._images = merged

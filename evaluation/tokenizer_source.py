@@ -34,7 +34,7 @@ from configs.data import WHITE, Colour, ImageData, ImageTextData
 from configs.run import System
 from data.captions import CaptionEncoder, tokenizer_digest
 from data.held_out import HeldOutImages
-from engine import world
+from engine import distributed
 from model.conv import ConvEncoder
 from model.imagenet import normalise
 from model.latent import mode
@@ -98,7 +98,7 @@ class TokenizerSource:
         return HeldOutImages(
             patterns, self.crop, system, _max_pixels(self.config), background=self.background, key=key, limit=limit,
             classes=classes,
-            rank=world.rank(), world_size=world.world_size(),
+            rank=distributed.rank(), world_size=distributed.world_size(),
         )  # fmt: skip
 
     @property

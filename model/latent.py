@@ -17,7 +17,7 @@ Noise and masks for rec (l-DeTok, arXiv 2507.15856):
     model.latent           a Gaussian one is sampled: z = mean + std * e
     objectives.rec.noise   interpolative (1 - t) z + t e, or additive z + t e, t of each image, e ~ N(0, scale^2)
 
-All random numbers are inputs, drawn on the host by engine/corruption.py; nothing here draws any.
+All random numbers are inputs, drawn on the host by engine/random_draws.py; nothing here draws any.
 
 The hidden fraction is one of eight, 0, 1/8 ... 7/8, for all images of a step: a compiled block has one graph for each
 length of the packed sequence, and m itself would give as many lengths as an image has patches. An m between two
@@ -99,7 +99,7 @@ def head_width(model: Model) -> int:
 
 
 NUM_HIDDEN_FRACTIONS = (
-    8  # fractions of a grid that can be hidden; more would be more graphs (engine/assemble.py has a limit)
+    8  # fractions of a grid that can be hidden; more would be more graphs (engine/build.py has a limit)
 )
 
 

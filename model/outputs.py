@@ -72,7 +72,7 @@ class Outputs:
     """One forward pass of the Pretrainer.
 
     `branch_features` are views of the features (T, D), one for each objective by name, equal in value: the gradient at
-    one of them is that objective's alone (engine/health/shares.py).
+    one of them is that objective's alone (engine/reporting/step_meter.py).
     """
 
     clip: ClipOutputs | None

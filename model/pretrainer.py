@@ -261,7 +261,7 @@ class TeacherNetwork(nn.Module):
         teacher = TeacherNetwork(config.model, backend="sdpa")
         cls_GE, patch_ME, prototypes_KE = teacher(global_crops, masked_idx)      # under no_grad
 
-    engine/teacher.py moves its parameters after each step; student_teacher_pairs lists them.
+    engine/ema.py moves its parameters after each step; student_teacher_pairs lists them.
     """
 
     def __init__(self, model: Model, backend: str) -> None:

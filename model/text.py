@@ -177,7 +177,7 @@ class TextAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.in_product: Callable[[Tensor, Tensor, Tensor], Tensor] = (
             F.linear
-        )  # engine/linears.py may replace it for FP8
+        )  # engine/block_transforms.py may replace it for FP8
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_TD: Tensor, segments: Segments, spans: Spans) -> Tensor:

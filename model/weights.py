@@ -123,7 +123,8 @@ def open_weights(path: Path) -> Iterator[Any]:
     if not path.is_file():
         run = path.parent
         remedy = (
-            f"this one has checkpoints: `python -m engine.archive {run} --out {path}` writes the weights of the latest"
+            f"this one has checkpoints: `python -m engine.consolidate {run} --out {path}` writes the weights of the "
+            "latest"
             if any((run / "checkpoints").glob("step-*"))
             else "check the path"
         )
@@ -154,7 +155,7 @@ def weights_of_run(run: Path) -> Path:
     if steps is not None and named != f"step-{steps:08d}":
         raise UserError(
             f"{path} holds the weights of step {steps}, but the run's latest checkpoint is {named[:80]}: the run was "
-            f"resumed after they were written; write those of the checkpoint with `python -m engine.archive {run} "
+            f"resumed after they were written; write those of the checkpoint with `python -m engine.consolidate {run} "
             f"--out {path}`, or give the path of the file itself to use it as it is"
         )
     return path

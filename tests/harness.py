@@ -71,7 +71,7 @@ def _rank(rank: int, world_size: int, port: int, folder: Path, task: bytes, time
     )  # fmt: skip
     import torch
 
-    from engine import world
+    from engine import distributed
 
     torch.set_num_threads(1)
     with (folder / f"{rank}.stack").open("w") as stack:
@@ -79,8 +79,8 @@ def _rank(rank: int, world_size: int, port: int, folder: Path, task: bytes, time
         try:
             function, arguments = pickle.loads(task)
             if join:
-                comm = world.start(timeout / 60, rendezvous=f"file://{folder}/rendezvous")
-                world.barrier()  # a rank that is done at once must not leave while others still connect to it
+                comm = distributed.start(timeout / 60, rendezvous=f"file://{folder}/rendezvous")
+                distributed.barrier()  # a rank that is done at once must not leave while others still connect to it
                 arguments = (comm, *arguments)
             result = pickle.dumps(function(*arguments))
             (folder / f"{rank}.result").write_bytes(result)
@@ -89,7 +89,7 @@ def _rank(rank: int, world_size: int, port: int, folder: Path, task: bytes, time
             raise SystemExit(1) from None  # at once, so that nobody waits for this rank
         finally:
             faulthandler.cancel_dump_traceback_later()
-        world.stop()
+        distributed.stop()
 
 
 def _wait(ranks: Sequence[BaseProcess], folder: Path, deadline: float) -> None:

@@ -9,7 +9,7 @@ import importlib
 
 FOR_ENGINES = (
     "torch.distributed",
-    "engine.assemble",
+    "engine.build",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.module_inject.auto_ep_layer",

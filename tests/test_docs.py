@@ -165,7 +165,7 @@ def test_the_checks_find_what_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_
     page = ROOT / "docs" / "nowhere.md"
     wrong = (
         "[a](b.md) `engine/none.py` `engine/launch.py: none` `python -m engine.none` `make nothing`\n"
-        "    python -m engine.archive runs/demo --nothing\n"
+        "    python -m engine.consolidate runs/demo --nothing\n"
     )
     monkeypatch.setattr(
         Path, "read_text", lambda self, *_, _read=Path.read_text: wrong if self == page else _read(self)

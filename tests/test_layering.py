@@ -36,7 +36,7 @@ LIGHT = (*sys.stdlib_module_names, "yaml", "pydantic")
 # library: the files that may touch it. A folder ends with a slash.
 DOORS = {
     "deepspeed": ("engine/zero/",),
-    "torch.distributed": ("engine/world.py",),
+    "torch.distributed": ("engine/distributed.py",),
     "nvidia": ("data/decode.py",),
     "webdataset": ("data/corpus.py",),
     "fsspec": ("data/remote.py",),
@@ -50,8 +50,8 @@ DOORS = {
     "triton": ("kernels/",),
     "apex": ("engine/optim.py",),
     "pynvml": ("profiling/instruments/energy.py",),
-    "tensorboard": ("engine/report/event_file.py",),
-    "torch.utils.tensorboard": ("engine/report/event_file.py",),
+    "tensorboard": ("engine/reporting/sinks.py",),
+    "torch.utils.tensorboard": ("engine/reporting/sinks.py",),
     "matplotlib": ("profiling/report/plots.py", "evaluation/plots.py"),
     "torchmetrics": ("evaluation/fid.py",),
     "jinja2": ("profiling/report/page.py",),
@@ -162,7 +162,7 @@ def test_every_package_is_installed() -> None:
 
 def test_every_door_in_use_is_there() -> None:
     """A door whose file was renamed would let nobody in and nobody notice."""
-    in_use = ("engine/zero/", "engine/world.py", "data/decode.py", "data/corpus.py", "engine/report/event_file.py")
+    in_use = ("engine/zero/", "engine/distributed.py", "data/decode.py", "data/corpus.py", "engine/reporting/sinks.py")
     in_use += ("profiling/report/plots.py", "profiling/report/page.py")
     assert [door for door in in_use if not (ROOT / door).exists()] == []
 
@@ -192,7 +192,7 @@ BAD = {
         "from profiling.cost import flops",
         "imports profiling.cost: profiling/instruments may import configs",
     ),
-    "engine/run.py": (
+    "engine/trainer.py": (
         "from profiling.report.page import write_report",
         "imports profiling.report: engine may import configs",
     ),
@@ -209,11 +209,11 @@ GOOD = {
     "data/decode.py": "from nvidia.dali import types\nfrom configs import UserError",
     "model/decoder.py": "from kernels.attention import attend\nfrom model.block import Block\nimport torch",
     "profiling/instruments/energy.py": "def read():\n    import pynvml",
-    "profiling/report/page.py": "from engine import archive",
+    "profiling/report/page.py": "from engine.checkpoint import reading",
     "engine/out_of_memory.py": "from profiling.cost.peak_memory import predict_peak\nfrom profiling import instruments",
-    "engine/world.py": "import torch.distributed as dist",
+    "engine/distributed.py": "import torch.distributed as dist",
     "engine/zero/build.py": "import deepspeed\nfrom deepspeed.utils import logger",
-    "evaluation/run.py": "from engine import archive\nfrom data.held_out import HeldOutImages",
+    "evaluation/run.py": "from engine.checkpoint import reading\nfrom data.held_out import HeldOutImages",
 }
 
 

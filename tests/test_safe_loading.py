@@ -3,7 +3,7 @@ and tried with a pickle that would leave a trace.
 
     unsafe_loads(ROOT)         # [] or ["model/weights.py:12 torch.load: give weights_only=True", ...]
 
-Ranks send each other pickled objects (engine/world.py): they are processes of one run, as far as they trust each other.
+Ranks send each other pickled objects (engine/distributed.py): they are processes of one run, and trust each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from configs import UserError, load_run
 from data.latents.channel_statistics import STATISTICS, read_channel_statistics
 from data.latents.store import LatentStore
-from engine.checkpoint.pieces import Pieces
+from engine.checkpoint.tensor_ranges import RangeReader
 from evaluation.inception import read_inception
 from model.generator.factory import read_generator
 from model.public_layout import read_public
@@ -179,7 +179,7 @@ def public_directory(path: Path) -> object:
 
 def pieces_of(path: Path) -> object:
     (path.parent / "rank-00000.safetensors").write_bytes(path.read_bytes())
-    return Pieces(path.parent)
+    return RangeReader(path.parent)
 
 
 def latent_store(path: Path) -> object:

@@ -14,7 +14,7 @@ import torch
 
 from configs import Config, load_config
 from data.batch import Batch
-from engine.corruption import corruptor
+from engine.random_draws import rec_noise_draws
 from model.latent import RecNoise
 from model.text import pack_captions
 
@@ -46,13 +46,13 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
 
 def corruption(config: Config, step: int, rank: int = 0, world_size: int = 1) -> RecNoise | None:
     """What engine.step draws for rec beside `model_inputs`."""
-    draws = corruptor(config, rank, world_size)
+    draws = rec_noise_draws(config, rank, world_size)
     return draws and draws.draw(step)
 
 
 def step_that_hides(config: Config, hidden: int) -> int:
     """The first step in which the encoder does not see so many patches of a rec image."""
-    draws = corruptor(config, 0, 1)
+    draws = rec_noise_draws(config, 0, 1)
     return next(step for step in range(1000) if (draws.hidden(step) if draws else 0) == hidden)
 
 

@@ -1,6 +1,5 @@
-"""What a run notices of itself, and what it does about it: losses that are no numbers, spikes, replicas that differ.
+"""Health of a run: non-finite losses, spikes of the gradient, stop requests, replicas that differ.
 
-Per step everything stays on the device (judge.py); the host looks at reports (guard.py). What a person should see is an
-alarm (alarms.py); what must not go on raises a `TrainingFailed` (failure.py); what may, goes back to a checkpoint
-(rollback.py).
+Every step records on the device; the host looks at reports. What must not go on raises TrainingFailed; what may, goes
+back to a checkpoint (engine/resume.py). What a person should see is an alarm (engine/reporting/reporter.py).
 """

@@ -1,35 +1,35 @@
-"""DeepSpeed's one door: construction, the ZeRO engine, and a rank's own share of every parameter.
+"""DeepSpeed's one door: construction, the ZeRO engine, and a rank's own shard of every parameter.
 
 Under ZeRO-3 a parameter is an empty tensor outside the engine's forward; what a rank owns is a `Fragment`: a contiguous
 range of the flattened parameter, readable and writable for the fp32 master weight and for every optimizer moment.
-Checkpoints and the EMA teacher speak of fragments alone, so they are the same code for ZeRO-1, 2 and 3 and for any
-world size.
+Checkpoints and the EMA teacher read and write fragments alone, so they are the same code for ZeRO-1, 2 and 3 and for
+any world size.
 
     from engine import zero
 
-    with zero.construction(ds_config, "bf16", device, 60):   # ZeRO-3: parameters are born partitioned
+    with zero.construction(ds_config, "bf16", device, 60):   # ZeRO-3: parameters are partitioned as they are made
         model = Pretrainer(config, rows)
-    engine = zero.start(model, optimizer, ds_config, is_left_out=judge)
+    engine = zero.initialize(model, optimizer, ds_config)
     [f] = [f for f in zero.fragments(engine) if f.name == "trunk.norm.weight"]
 
-What each file says it measured was measured with deepspeed 0.19.8; docs/decisions/zero.md has the story.
+All measurements in these files are of deepspeed 0.19.8 (docs/decisions.md).
 """
 
-from engine.zero.build import DTYPES, construction, gathered, mark_leaves, one_reduction, start
-from engine.zero.exchange import collectives, observed
-from engine.zero.optimizer import can_build, make_moments, own_adamw, steps_taken
-from engine.zero.shares import (
+from engine.zero.build import DTYPES, construction, gathered, initialize, mark_leaves, reduce_once
+from engine.zero.optimizer import can_build, deepspeed_adamw, make_moments, skip_steps_where, steps_taken
+from engine.zero.param_shards import (
     Fragment,
-    copies,
+    drop_gathered,
     fragments,
     full_shape,
     is_partitioned,
     local_range,
-    publish,
-    release,
-    replicas,
+    replicated_tensors,
+    rounded_copies,
     shard,
+    sync_from_masters,
 )
+from engine.zero.streams import collectives, observe_deepspeed
 
 __all__ = [
     "DTYPES",
@@ -37,21 +37,22 @@ __all__ = [
     "can_build",
     "collectives",
     "construction",
-    "copies",
+    "deepspeed_adamw",
+    "drop_gathered",
     "fragments",
     "full_shape",
     "gathered",
+    "initialize",
     "is_partitioned",
     "local_range",
     "make_moments",
     "mark_leaves",
-    "observed",
-    "one_reduction",
-    "own_adamw",
-    "publish",
-    "release",
-    "replicas",
+    "observe_deepspeed",
+    "reduce_once",
+    "replicated_tensors",
+    "rounded_copies",
     "shard",
-    "start",
+    "skip_steps_where",
     "steps_taken",
+    "sync_from_masters",
 ]

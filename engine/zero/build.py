@@ -1,8 +1,8 @@
-"""From a model to a DeepSpeed engine: parameters born partitioned, gathered for a moment, handed over.
+"""Build a DeepSpeed engine: parameters partitioned as they are made, gathered for a moment, handed over.
 
     with construction(ds_config, "bf16", device, 60):    # ZeRO-3: a rank holds 1/world_size of each from the start
         model = Pretrainer(config, rows)
-    engine = start(model, optimizer, ds_config, judge)
+    engine = initialize(model, optimizer, ds_config)
 
 Measured with deepspeed 0.19.8: `zero.Init` must not replace `F.linear`, which it does by default, for the life of the
 process.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,13 +20,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import groups, logger, set_z3_leaf_modules
-from torch import Tensor, nn
+from torch import nn
 
 from configs import UserError
 from configs.deepspeed import QUANTIZED_GRADIENTS, QUANTIZED_WEIGHTS, is_enabled, uses_deepcompile, zero_stage
-from engine import world
-from engine.zero import quantise
-from engine.zero.optimizer import gate
+from engine import distributed
+from engine.zero.int8_weights import install_quantizer
 from engine.zero.streams import let_host_run_ahead
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -36,17 +35,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def construction(
     ds_config: dict[str, Any], precision: str, device: torch.device, timeout_minutes: float
 ) -> Iterator[None]:
-    """Parameters made inside have the run's dtype and device; with ZeRO-3 they are partitioned as they are made.
+    """Make parameters inside the `with` in the run's dtype and on its device; with ZeRO-3, partition them at once.
+
     `timeout_minutes` is that of every group of ranks that DeepSpeed makes, then or later.
 
     torch.distributed must be up. Raises UserError where the DeepSpeed JSON needs another device.
     """
     _require_device(ds_config, device)
-    _prepare()
+    _quiet_start()
     if is_enabled(ds_config["zero_optimization"], QUANTIZED_WEIGHTS):
-        quantise.take_over()
-    deepspeed.init_distributed(dist_init_required=False)  # takes over the group engine.world formed
-    _lend_timeout(timeout_minutes)
+        install_quantizer()
+    deepspeed.init_distributed(dist_init_required=False)  # takes over the group of engine.distributed
+    _set_group_timeout(timeout_minutes)
     default = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, default)
@@ -68,28 +68,27 @@ def construction(
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
-    """Inside, the parameters are whole. With `write`, what rank 0 leaves in them is scattered to all at the end."""
+    """Gather parameters inside the `with`. With `write`, what rank 0 leaves in them is scattered to all at the end."""
     with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None):
         yield
 
 
 def mark_leaves(model: nn.Module, kinds: list[type[nn.Module]]) -> None:
-    """ZeRO-3 gathers a module of these kinds as a whole, before its forward: inside it there are no hooks, so one
-    compiled graph can cover it. Raises if the model has no such module."""
+    """Let ZeRO-3 gather each module of these classes as a whole, before its forward.
+
+    Inside it there are no hooks, so one compiled graph can cover it. Raises if the model has no such module.
+    """
     if kinds:
         set_z3_leaf_modules(model, kinds)
 
 
-def start(
+def initialize(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ds_config: dict[str, Any],
-    is_left_out: Callable[[Tensor], Tensor],
 ) -> Any:
-    """A DeepSpeed engine around the model that was built inside `construction`. `is_left_out` is as of gate
-    (engine/zero/optimizer.py): which steps the optimizer does not take."""
+    """Return a DeepSpeed engine around the model that was built inside `construction`."""
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    gate(engine.optimizer, optimizer, is_left_out)
     if uses_deepcompile(ds_config):
         engine.compile()  # whose graph has streams and waits of its own
     else:
@@ -97,9 +96,10 @@ def start(
     return engine
 
 
-def one_reduction(engine: Any, num_backwards: int) -> AbstractContextManager[None]:
-    """Inside, `num_backwards` calls of engine.backward leave their gradients where they are; they are summed and
-    reduced over ranks once, at the end. A single backward is left alone: then ZeRO reduces while it computes.
+def reduce_once(engine: Any, num_backwards: int) -> AbstractContextManager[None]:
+    """Reduce the gradients of `num_backwards` calls of engine.backward once, at the end of the `with`.
+
+    Until then they are summed where they are. A single backward is left alone: then ZeRO reduces while it computes.
 
     The price is a whole gradient in the model's dtype on every rank until the end, whatever the stage.
     """
@@ -111,8 +111,8 @@ def _require_device(ds_config: dict[str, Any], device: torch.device) -> None:
         return
     if is_enabled(ds_config["zero_optimization"], QUANTIZED_GRADIENTS):
         raise UserError(
-            f"zero_optimization.{QUANTIZED_GRADIENTS}=true on {device.type}: DeepSpeed reduces int4 gradients by CUDA kernels "
-            "alone; remove it from --ds_config, or run on GPUs"
+            f"zero_optimization.{QUANTIZED_GRADIENTS}=true on {device.type}: DeepSpeed reduces int4 gradients by CUDA "
+            "kernels alone; remove it from --ds_config, or run on GPUs"
         )
     if uses_deepcompile(ds_config):
         raise UserError(
@@ -121,16 +121,20 @@ def _require_device(ds_config: dict[str, Any], device: torch.device) -> None:
         )
 
 
-def _lend_timeout(minutes: float) -> None:
-    """DeepSpeed's collectives run in groups of its own, be it one of all ranks again. It makes them without a timeout,
-    so they would have torch's, 10 minutes over NCCL and 30 over gloo, whatever that of the group it took over is."""
-    deepspeed.comm.comm.cdb.new_group = partial(world.make_group, timeout_minutes=minutes)
+def _set_group_timeout(minutes: float) -> None:
+    """Set the timeout of the process groups that DeepSpeed makes, even for all ranks again.
+
+    It makes them without one, so they would have torch's, 10 minutes over NCCL and 30 over gloo, whatever that of the
+    group it took over is.
+    """
+    deepspeed.comm.comm.cdb.new_group = partial(distributed.make_group, timeout_minutes=minutes)
 
 
-def _prepare() -> None:
-    """Keeps DeepSpeed's start-up talk off the terminal, with two warnings that are known here and harmless, and spares
-    its CPU build of a shared-memory collective, which serves inference only: a minute of C++ at the first start, and
-    a lock file that hangs every later one if that start is killed.
+def _quiet_start() -> None:
+    """Silence DeepSpeed's start messages and two harmless warnings; skip a C++ build that training never uses.
+
+    The build is that of a shared-memory collective on the CPU, for inference: a minute at the first start, and a lock
+    file that hangs every later one if that start is killed.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # 0.19 on torch 2.13

@@ -26,6 +26,7 @@ With the optimizer's states on the host, waits stay: the host's own step reads w
 how far the host runs ahead, three buckets and three gathered modules, which keep memory bounded and drain nothing.
 
 `check_known` compares the source of what is replaced, and of what the order relies on, with that of 0.19.8.
+`collectives` and `observe_deepspeed` give the calls that meet other ranks to what times them and what counts bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,7 +47,7 @@ from deepspeed.runtime.zero import partition_parameters, partitioned_param_coord
 from torch import Tensor
 
 from configs import UserError
-from engine import world
+from engine import distributed
 
 SHARDED, FLAT = stage3.DeepSpeedZeroOptimizer_Stage3, stage_1_and_2.DeepSpeedZeroOptimizer
 GATHERS = (
@@ -101,11 +102,11 @@ def let_host_run_ahead(engine: Any) -> None:
             zero._get_fp32_opt_state_partition = _without_host_wait(zero._get_fp32_opt_state_partition)
         coordinator = zero.parameter_offload.get_param_coordinator()
         gathers = getattr(coordinator, f"_{COORDINATOR.__name__}__allgather_stream")
-        if gathers is not None and world.world_size() > 1:  # a lone rank gathers nothing
+        if gathers is not None and distributed.world_size() > 1:  # a lone rank gathers nothing
             _order_gathers(engine, gathers)
     elif isinstance(zero, FLAT):
         zero.get_grad_norm_direct = partial(_norm_of_partition, zero)
-        if world.world_size() == 1 and zero.reduce_scatter and not zero.overlap_comm:
+        if distributed.world_size() == 1 and zero.reduce_scatter and not zero.overlap_comm:
             zero.average_tensor = partial(_average_of_one, zero.average_tensor)
         if zero.reduction_stream is not None and not zero.cpu_offload:
             _wait_on_stream(zero.reduction_stream)
@@ -237,3 +238,41 @@ def _norm_of_shards(zero: Any, gradients: Sequence[Tensor], params: Sequence[Ten
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
     """Return the sum of squares of all elements, in float64."""
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).pow(2).sum()
+
+
+def collectives(engine: Any) -> list[tuple[str, Any, str]]:
+    """List (kind, owner, method) of the calls in which a step of this engine waits for other ranks.
+
+    The methods are called from the stream that computes. `fetch_sub_module` makes it wait for gathers that run on
+    another; the epilogue waits for the reductions that backward has not hidden.
+    """
+    optimizer = engine.optimizer
+    calls = [("reduce_scatter", optimizer, "independent_gradient_partition_epilogue")]
+    if not isinstance(optimizer, stage3.DeepSpeedZeroOptimizer_Stage3):
+        return [
+            *calls,
+            ("reduce_scatter", optimizer, "reduce_ipg_grads"),
+            ("all_reduce", optimizer, "scaled_global_norm"),
+        ]
+    return [
+        *calls,
+        ("reduce_scatter", optimizer, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"),
+        ("all_reduce", optimizer, "_get_norm_groups"),
+        ("all_gather", optimizer.parameter_offload.get_param_coordinator(), "fetch_sub_module"),
+        ("all_gather", optimizer, "_post_step"),  # of the parameters that stay gathered
+    ]
+
+
+@contextmanager
+def observe_deepspeed(note: distributed.CollectiveObserver) -> Iterator[None]:
+    """Call `note` before each of DeepSpeed's gathers and reduce-scatters; distributed.observe_collectives has the rest.
+
+    DeepSpeed's backend holds these two functions by itself; torch's module no longer matters to it.
+    """
+    backend = deepspeed.comm.comm.cdb
+    with ExitStack() as stack:
+        for kind in ("all_gather", "reduce_scatter"):
+            name = f"{kind}_function"
+            stack.callback(setattr, backend, name, getattr(backend, name))
+            setattr(backend, name, distributed.observing(getattr(backend, name), kind, note))
+        yield

@@ -10,9 +10,9 @@
         cells/joint-2/tokenizer/  latents/  generator/  generation/  stages/  logs/
         locks/
 
-A budget is a number of training FLOPs of the tokenizer (profiling/cost/step_flops.py: forward and backward, each product
-once), not a number of steps: a step of the joint objective costs nearly twice one of reconstruction alone, and an equal
-number of steps would credit the joint objective with compute that the others never had. Each objective takes as many
+A budget is a number of training FLOPs of the tokenizer (profiling/cost/step_flops.py: forward and backward, each
+product once), not a number of steps: a step of the joint objective costs nearly twice one of reconstruction alone, and
+an equal number of steps would credit the joint objective with compute that the others never had. Each objective takes as many
 steps as the budget buys. Cells are ordered by budget, so that a study cut short is a smaller study rather than a third
 of one.
 
@@ -179,7 +179,7 @@ class StudyLayout:
         return self.out / "cells" / cell.name
 
     def lock(self, name: str) -> Path:
-        """The lock file (engine/lock.py) of a cell by its name, or of the shared stages ("shared")."""
+        """The lock file (engine/run_directory.py) of a cell by its name, or of the shared stages ("shared")."""
         return self.out / "locks" / name
 
     def shared(self) -> list[Stage]:

@@ -330,8 +330,8 @@ PAGE_LIMITS = """\
   hundred times smaller than VTP-L's, its largest budget less than a millionth of the paper's. It can show the shape of
   the effect; it cannot show its size, and a shape that it does not show may still be there at scale.
 - The horizontal axis is the analytic count of the tokenizer's training FLOPs, forward and backward, each matrix
-  product once (`profiling/cost/step_flops.py`). Every objective gets the same FLOPs, so reconstruction alone, whose step is
-  cheapest, takes the most steps. Learning rates were set once, for all objectives.
+  product once (`profiling/cost/step_flops.py`). Every objective gets the same FLOPs, so reconstruction alone, whose
+  step is cheapest, takes the most steps. Learning rates were set once, for all objectives.
 - One seed a cell: differences of a few per cent between neighbours are within what another seed would change.
 - FID here is measured with a small network trained on the same corpus's labels, and on {samples} samples; it ranks
   the cells of this study and says nothing beside a published FID.

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 from configs import UserError
 from data.durable_files import write_atomic
-from engine.lock import file_lock, lock_holder
+from engine.run_directory import file_lock, lock_holder
 from evaluation.study.cells import PORT, ROOT, Cell, Stage, StudyLayout
 
 StageOutcome = Literal["skipped", "done", "failed", "stopped"]

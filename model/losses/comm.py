@@ -1,6 +1,6 @@
 """Collectives that losses may use: an interface, and its implementation for one rank.
 
-Losses never import torch.distributed. They are given a `Comm`: `Solo` on one rank, `engine.world.Ranks` on several.
+Losses never import torch.distributed. They take a `Comm`: `Solo` on one rank, `engine.distributed.Ranks` on several.
 
 The gradient contract. ZeRO averages gradients over ranks, and each rank's loss is the mean over its own rows;
 so the backward of `gather_with_grad` gives a rank the SUM of the gradients of all ranks' losses at its rows,

@@ -17,8 +17,8 @@ from torch._dynamo.utils import counters
 
 from configs.generator import Autoregressive
 from configs.model import Vit
-from engine.assemble import compile_blocks
-from engine.drop_path import DropPath
+from engine.build import compile_blocks
+from engine.random_draws import DropPathDraws
 from kernels.attention import (
     DENSE_KERNELS,
     REQUIREMENTS,
@@ -181,7 +181,7 @@ def _measure_depth(dtype: torch.dtype, recorder: BenchRecorder) -> None:
     rope_2TE = Rope(vit.width // vit.heads, 100.0, torch.bfloat16).packed(layout, device())
     x_TD = torch.randn(layout.tokens, vit.width, device=device()).to(dtype).requires_grad_()
     kept = kept_segments(layout.segments, RATE)
-    drawn = DropPath(layout.segments, RATE, vit.depth, seed=0, rank=0).draw(0).to(device())
+    drawn = DropPathDraws(layout.segments, RATE, vit.depth, seed=0, rank=0).draw(0).to(device())
     tokens_L2K = kept.tokens(drawn, layout.segments)
 
     def step(tokens: Tensor | None) -> None:

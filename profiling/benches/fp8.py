@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from configs import Config, UserError
 from configs.model import Vit
-from engine.linears import convert_blocks
+from engine.block_transforms import convert_blocks_to_fp8
 from engine.step import train_step
 from kernels import fp8
 from kernels.attention import resolve_attention
@@ -145,7 +145,7 @@ def _measure_fp8_blocks(name: str, width: int, heads: int, images: int, recorder
     for kind in ("fp8_torchao", "fp8_te"):
         blocks = copy.deepcopy(plain)
         try:
-            notes.append(convert_blocks([(block, tower.layout.tokens) for block in blocks], kind, device()))
+            notes.append(convert_blocks_to_fp8([(block, tower.layout.tokens) for block in blocks], kind, device()))
         except UserError as reason:
             notes.append(f"without {kind}: {reason}")
             continue

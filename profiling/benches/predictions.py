@@ -6,8 +6,8 @@ predictions use data sheets and the assumptions of profiling/plan/rates.py, none
 
 `step_memory`: ViT-S at 256 px under ZeRO-1, 2 and 3, on 1 and 2 ranks, each case in processes of its own. *measured* is
 what tensors take, those an engine holds between steps and the most a step adds; *resident* is what the process grew by,
-libraries' workspaces included. In a run malloc keeps freed blocks (engine/host_memory.py) and more is resident; here it
-gives them back. `rounds` steps are measured, the largest counts; they hardly differ.
+libraries' workspaces included. In a run malloc keeps freed blocks (engine/process_settings.py), so more is resident;
+here it gives them back. `rounds` steps are measured, the largest counts; they hardly differ.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ import configs
 from configs import Config, load_config
 from configs.deepspeed import load_ds_config
 from data.batch import Batch
-from engine.assemble import LEAVES
-from engine.host_memory import keep_freed_blocks
-from engine.recompute import recompute_blocks
+from engine.block_transforms import checkpoint_activations
+from engine.build import BLOCK_CLASSES
+from engine.process_settings import keep_freed_blocks
 from engine.step import model_inputs
 from engine.zero import DTYPES
 from kernels.attention import resolve_attention
@@ -87,7 +87,7 @@ class PlanCase:
     def step(self) -> BenchStep:
         """The step to be timed, on random pixels and captions."""
         model = Pretrainer(self.config, self.rows, self.attention)
-        recompute_blocks(model, self.config.system.activation_checkpointing, tuple(LEAVES))
+        checkpoint_activations(model, self.config.system.activation_checkpointing, tuple(BLOCK_CLASSES))
         batch = random_batch(self.config)
         return BenchStep(model, self.config, batch, model_inputs, shared_loss, is_compiled=self.is_compiled)
 
@@ -303,15 +303,15 @@ def _rank(case: MemoryCase, rank: int, rounds: int, folder: str, results: Queue[
     alone = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.world_size, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in alone.items()})
     torch.set_num_threads(1)
-    from engine import world
-    from engine.assemble import assemble
+    from engine import distributed
+    from engine.build import build_pretraining
     from engine.step import train_step
     from profiling.cost.peak_memory import predict_peak
 
-    comm = world.start(TIMEOUT / 60, rendezvous=f"file://{folder}/rendezvous")
+    comm = distributed.start(TIMEOUT / 60, rendezvous=f"file://{folder}/rendezvous")
     config, ds_config = case.config(), case.ds_config()
     resident, before = resident_bytes(), tensor_bytes()
-    parts = assemble(config, ds_config, comm)
+    parts = build_pretraining(config, ds_config, comm)
     batch = _rank_batch(config, comm.world_size)
     attention = parts.engine.module.trunk.blocks[0].attn.backend
     for step in range(WARM_UP):
@@ -324,7 +324,7 @@ def _rank(case: MemoryCase, rank: int, rounds: int, folder: str, results: Queue[
     if rank == 0:
         predicted = predict_peak(config, ds_config, comm.world_size, attention, parts.device.type, batch)
         results.put(PeakComparison(case, predicted.device_bytes, held + added, grown))
-    world.stop()
+    distributed.stop()
 
 
 def _rank_batch(config: Config, world_size: int) -> Batch:

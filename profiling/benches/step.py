@@ -26,10 +26,10 @@ from configs import Config
 from configs.schema import Objectives
 from data.batch import Batch
 from engine import optim
-from engine.assemble import compile_blocks
-from engine.host_memory import keep_freed_blocks
+from engine.build import compile_blocks
+from engine.ema import TeacherEma
+from engine.process_settings import keep_freed_blocks
 from engine.step import model_inputs
-from engine.teacher import Teacher
 from kernels.attention import resolve_attention
 from kernels.contrastive import softmax_reference
 from model.initialise import initialise
@@ -224,7 +224,7 @@ class BenchStep:
             compile_blocks(self.model)
         self.config, self.batch, self.inputs, self.total = config, batch, inputs, total
         self.optimizer = optim.build(self.model, config.optim, "torch_fused")
-        self.teacher = Teacher(student_teacher_pairs(self.model))
+        self.teacher = TeacherEma(student_teacher_pairs(self.model))
 
     def loss(self) -> Tensor:
         """The total loss of the batch."""
@@ -235,7 +235,7 @@ class BenchStep:
         self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.teacher.follow(MOMENTUM)
+        self.teacher.update(MOMENTUM)
 
 
 PACKED_DRY = ("study_mini", 8)

@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 
 from configs import Config
-from engine.assemble import Assembly
+from engine.build import PretrainParts
 from model.losses.comm import Comm
 from model.packing import RankBatchSizes
 from model.text import pack_captions
@@ -172,7 +172,7 @@ def _peaks() -> tuple[PeakFlops, MemoryBandwidth]:
     return peak(name, kind) or measured_peak(kind), bandwidth(name) or measured_bandwidth()
 
 
-def _phase_ms(parts: Assembly, step: Callable[[], object], rounds: int) -> dict[str, float]:
+def _phase_ms(parts: PretrainParts, step: Callable[[], object], rounds: int) -> dict[str, float]:
     """Milliseconds of every phase of a step."""
     parts.phases.read()
     for _ in range(rounds):

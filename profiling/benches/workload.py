@@ -29,8 +29,8 @@ import torch
 from configs import Config, load_config
 from configs.deepspeed import load_ds_config
 from data.batch import Batch
-from engine import world
-from engine.assemble import Assembly, assemble
+from engine import distributed
+from engine.build import PretrainParts, build_pretraining
 from engine.step import train_step
 from model.losses.comm import Comm
 from profiling.cost.step_trace import random_captions
@@ -86,9 +86,9 @@ def one_rank(timeout_minutes: float = 10) -> Iterator[Comm]:
     """Make this process a world of one, inside."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, also without a launcher
     try:
-        yield world.start(timeout_minutes)
+        yield distributed.start(timeout_minutes)
     finally:
-        world.stop()
+        distributed.stop()
 
 
 def configured(name: str, clip: int, *overrides: str) -> Config:
@@ -102,7 +102,7 @@ def layout_of(config: Config) -> dict[str, Any]:
     return load_ds_config(CONFIGS / "deepspeed" / "zero1.json", config, world_size=1)
 
 
-def assembled(config: Config, comm: Comm, overlap_comm: bool | None = None) -> Assembly:
+def assembled(config: Config, comm: Comm, overlap_comm: bool | None = None) -> PretrainParts:
     """The engine under ZeRO-1, its weights drawn on the device: on a GPU in a second, for other numbers than a run's.
 
     `overlap_comm` takes the place of that of the DeepSpeed config.
@@ -110,10 +110,10 @@ def assembled(config: Config, comm: Comm, overlap_comm: bool | None = None) -> A
     layout = layout_of(config)
     if overlap_comm is not None:
         layout["zero_optimization"] = layout["zero_optimization"] | {"overlap_comm": overlap_comm}
-    return assemble(config, layout, comm, draw_device=device())
+    return build_pretraining(config, layout, comm, draw_device=device())
 
 
-def stepper(parts: Assembly, batch: Batch, config: Config) -> Callable[[], object]:
+def stepper(parts: PretrainParts, batch: Batch, config: Config) -> Callable[[], object]:
     """Return a call that runs the next training step, on one batch in memory: page-locked where it goes to a GPU."""
     numbers = count()
     if device().type == "cuda":

@@ -7,7 +7,7 @@
 A *message* is the whole tensor: the output of an all-gather, the input of a reduce-scatter, the tensor of an
 all-reduce. On the *wire* a rank sends, around a ring of W, (W-1)/W of the message of an all-gather or reduce-scatter,
 and twice that for an all-reduce. Both are per optimizer step and rank, of a steady step (ZeRO-3 learns its order in the
-first). engine/report/traffic.py counts messages of a run by the same convention, reported as comm/*_mb.
+first). engine/reporting/instruments.py counts messages of a run by the same convention, reported as comm/*_mb.
 
 What happens only at reports is not in it: means over ranks, phases, memory and stop flags all-reduce some 200 bytes and
 24 (CUDA 32) a rank of the world, once a report; bad samples and joules are sent pickled. The EMA teacher sends nothing:
@@ -34,7 +34,7 @@ from configs import Config, UserError
 from configs.deepspeed import HPZ_SIZE, QUANTIZED_WEIGHTS, is_enabled, zero_stage
 from configs.run import System
 from engine.optim import parameter_groups
-from engine.zero.quantise import RUN
+from engine.zero.int8_weights import RUN
 from model.latent import feature_width, head_width, moment_channels
 from model.packing import RankBatchSizes
 from model.pretrainer import Pretrainer
@@ -100,7 +100,7 @@ def predict_collectives(
 
 
 def by_kind(collectives: list[Collective]) -> dict[str, int]:
-    """Message bytes of a step by kind, as engine/report/traffic.py counts them."""
+    """Message bytes of a step by kind, as engine/reporting/instruments.py counts them."""
     counts: Counter[str] = Counter()
     for each in collectives:
         counts[each.kind] += each.message_bytes

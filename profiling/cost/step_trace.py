@@ -33,9 +33,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from configs import Config
 from data.batch import Batch
 from data.masking import num_masked_patches
-from engine.assemble import CHILDREN, LEAVES
+from engine.block_transforms import checkpoint_activations
+from engine.build import BLOCK_CLASSES, PHASE_OF_CHILD
 from engine.grad_cache import GradientCache
-from engine.recompute import recompute_blocks
 from engine.step import model_inputs
 from engine.zero import DTYPES
 from kernels import prototypes
@@ -83,7 +83,7 @@ def trace_step(
     batch = meta_batch(config, rows) if batch is None else batch
     num_unseen = longest_step(config, rows) if num_unseen is None else num_unseen
     is_collecting = gc.isenabled()
-    gc.disable()  # what is in a cycle stays, as in a run (engine/garbage.py)
+    gc.disable()  # what is in a cycle stays, as in a run (engine/process_settings.py)
     try:
         with _chunks_of(device):
             step = _TracedStep(_shallow(config, num_blocks), rows, attention, FakeComm(world_size), num_unseen,
@@ -120,7 +120,7 @@ class _TracedStep:
         self.corruption = _corruption(config, rows, num_unseen)
         self.replaced: dict[bool, tuple[torch.Size, torch.Size]] = {}
         self.waiting = list[Tensor]()  # gradients of the leaf whose backward runs
-        recompute_blocks(self.model, config.system.activation_checkpointing, tuple(LEAVES))
+        checkpoint_activations(self.model, config.system.activation_checkpointing, tuple(BLOCK_CLASSES))
         networks = [network for network in (self.model, self.perceptual, self.frozen) if network is not None]
         trace.ignore(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
 
@@ -131,7 +131,7 @@ class _TracedStep:
         """
         self.are_parts_alike = are_parts_alike
         inputs = {name: fake(value, self.mode) for name, value in vars(batch).items() if name != "captions"}
-        cache = GradientCache(Batch(**inputs, captions=batch.captions), self.model.rows, self._clip_alone)
+        cache = GradientCache.forward(Batch(**inputs, captions=batch.captions), self.model.rows, self._clip_alone)
         outputs = self._forward(cache.shared, kept_idx=self.kept_idx, rec_noise=fake(self.corruption, self.mode))
         with self.mode, self.trace.phase(OBJECTIVES):
             outputs = cache.complete(outputs)
@@ -165,7 +165,7 @@ class _TracedStep:
 
     def record_blocks_and_gradients(self, by_leaf: bool, keeps_gradients: bool) -> None:
         """Hook the model: phases of its children, where blocks begin, and gradients, which ZeRO takes or keeps."""
-        for name, phase in CHILDREN.items():
+        for name, phase in PHASE_OF_CHILD.items():
             child = getattr(self.model, name)
             if child is not None:
                 child.register_forward_pre_hook(lambda *_, phase=phase: self.trace.begin(phase))
@@ -173,7 +173,7 @@ class _TracedStep:
                 for number, block in self._blocks(name) if name in TOWERS else ():
                     block.register_forward_pre_hook(partial(self._begins, "forward", name, number))
                     block.register_forward_hook(partial(self._leaves, name, number))
-        leaves = [module for module in self.model.modules() if isinstance(module, tuple(LEAVES))]
+        leaves = [module for module in self.model.modules() if isinstance(module, tuple(BLOCK_CLASSES))]
         in_leaf = {parameter for leaf in leaves for parameter in leaf.parameters()} if by_leaf else set()
         kept: set[Tensor] = set()
         for parameter in self.model.parameters():
@@ -185,7 +185,7 @@ class _TracedStep:
         """Blocks and their numbers. Convolutional blocks differ in shape: all get number 0, which is never repeated."""
         if self.config.model.conv is not None:
             inside: nn.Module = getattr(self.model, tower)
-            return [(0, leaf) for leaf in inside.modules() if isinstance(leaf, tuple(LEAVES))]
+            return [(0, leaf) for leaf in inside.modules() if isinstance(leaf, tuple(BLOCK_CLASSES))]
         blocks = self.model.get_submodule(TOWERS[tower])
         assert isinstance(blocks, nn.ModuleList)
         return list(enumerate(blocks))

@@ -29,7 +29,7 @@ from torch import nn
 
 from configs import Config
 from configs.deepspeed import HPZ_SIZE, is_enabled
-from engine.assemble import LEAVES
+from engine.build import BLOCK_CLASSES
 from model.pretrainer import Pretrainer
 
 INSIDE = ", inside the host"  # ends the purpose of a gather from second copies
@@ -289,7 +289,7 @@ def _visits(model: Pretrainer, parts: list[str]) -> list[ModuleVisit]:
 
 def _walk(module: nn.Module, name: str) -> Iterator[ModuleVisit]:
     """Hooks are on every module that is called, but for those inside a leaf."""
-    is_leaf = isinstance(module, tuple(LEAVES))
+    is_leaf = isinstance(module, tuple(BLOCK_CLASSES))
     own, below = (
         tuple(f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=recurse))
         for recurse in (False, True)

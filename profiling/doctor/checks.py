@@ -196,7 +196,7 @@ def optimizers(run: CheckedRun, imports: Mapping[str, ImportResult]) -> Iterator
 
 def compilation(run: CheckedRun, imports: Mapping[str, ImportResult]) -> Iterator[CheckResult]:
     """system.compile, and the compiler that torch.compile generates code for."""
-    from engine.assemble import resolve_compile
+    from engine.build import resolve_compile
 
     compiler = os.environ.get("CXX", "g++")
     path = shutil.which(compiler)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import Config, UserError, load_config
-from engine.assemble import resolve_compile
+from engine.build import resolve_compile
 from engine.zero import DTYPES
 from kernels.attention import resolve_attention
 from model.describe import count_parameters

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from configs import load_run
-from engine import launch, world
+from engine import distributed, launch
 from tests.engine.small_runs import ROOT, WAIT_SECONDS, arguments, reported, wait_until, write_shards
 from tests.harness import free_port
 
@@ -114,7 +114,7 @@ def pods(name: str, here: Path, shards: Path, run_dir: Path) -> Iterator[list[su
         assert there in script
         script = script.replace(there, ours)
     script = f"{script.rstrip()} {shlex.join(rest)} optim.steps={STEPS} optim.warmup=0.0"
-    environment = {key: value for key, value in os.environ.items() if key not in world.LAUNCHER_VARIABLES}
+    environment = {key: value for key, value in os.environ.items() if key not in distributed.LAUNCHER_VARIABLES}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RUN_DIR": str(run_dir)}
     environment |= {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}
     port, started = free_port(), []

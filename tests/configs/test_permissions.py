@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.command_line import apply_umask
-from engine.checkpoint.pieces import Piece, write_pieces
+from engine.checkpoint.tensor_ranges import TensorRange, write_ranges
 from model.weights import write_weights
 from tests.tiny import tiny_config
 
@@ -40,6 +40,6 @@ def test_a_file_has_the_mode_that_open_would_have_given_it(umask: int, tmp_path:
 
 def test_weights_and_checkpoints_can_be_read_by_whom_the_umask_lets(umask: int, tmp_path: Path) -> None:
     write_weights(tmp_path / "weights.safetensors", {"a": torch.ones(2)}, tiny_config().model)
-    write_pieces(tmp_path / "rank-00000.safetensors", [Piece("fp32", "a", 0, torch.ones(2))])
+    write_ranges(tmp_path / "rank-00000.safetensors", [TensorRange("fp32", "a", 0, torch.ones(2))])
     for name in ("weights.safetensors", "rank-00000.safetensors"):
         assert mode(tmp_path / name) == 0o666 & ~umask

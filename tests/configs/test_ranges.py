@@ -30,8 +30,7 @@ from data.augment import Renderer, round_windows, view_names
 from data.augment import draw_view as draw_view
 from data.hashing import hash_words
 from data.masking import MaskSampler
-from engine.corruption import corruptor
-from engine.drop_path import drop_path
+from engine.random_draws import drop_path_draws, rec_noise_draws
 from engine.schedule import learning_rate, teacher_momentum, teacher_temperature
 from model.generator.draws import draw
 from model.generator.factory import build_generator
@@ -232,7 +231,7 @@ def _pretrain(config: Config) -> None:
         grid = views.global_size // config.model.patch_size
         masks, masked = MaskSampler(config.masks, config.seed, grid, config.batch.ssl, config.data.streams).masks(0)
         batch = dataclasses.replace(batch, masks=torch.from_numpy(masks), masked_idx=torch.from_numpy(masked))
-    draws, noise = drop_path(config, 0, 1), corruptor(config, 0, 1)
+    draws, noise = drop_path_draws(config, 0, 1), rec_noise_draws(config, 0, 1)
     kept = draws.draw(0, noise.hidden(0) if noise else 0) if draws else None
     outputs = model(**model_inputs(batch), rec_noise=corruption(config, 0), kept_idx=kept)
     is_centred = config.objectives.ssl.targets == "centering"

@@ -17,8 +17,7 @@ from configs.data import Views
 from data import augment
 from data.batch import Prefetcher, to_device, wait_for_event
 from data.decode import DecodedImage, Decoder
-from engine.corruption import corruptor
-from engine.drop_path import drop_path
+from engine.random_draws import drop_path_draws, rec_noise_draws
 from engine.step import model_inputs
 from tests.data.tar_shards import encoded
 from tests.stream_stand_in import Stream, stand_in_for_cuda
@@ -103,7 +102,7 @@ class Copies:
 
 def test_all_that_a_step_moves_goes_out_of_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config("model.trunk.drop_path=0.4", "objectives.rec.noise={kind: additive, scale: 0.1}")
-    batch, drops, disturbs = random_batch(config, 0), drop_path(config, 0, 1), corruptor(config, 0, 1)
+    batch, drops, disturbs = random_batch(config, 0), drop_path_draws(config, 0, 1), rec_noise_draws(config, 0, 1)
     assert drops is not None
     assert disturbs is not None
     copies = Copies(monkeypatch)
@@ -118,7 +117,7 @@ def test_all_that_a_step_moves_goes_out_of_page_locked_memory(monkeypatch: pytes
 
 def test_tuples_keep_their_kind_and_none_stays_none() -> None:
     config = tiny_config("objectives.rec.noise={kind: additive, scale: 0.1}")
-    disturbs = corruptor(config, 0, 1)
+    disturbs = rec_noise_draws(config, 0, 1)
     assert disturbs is not None
     drawn = disturbs.draw(0)
     found = to_device(drawn, torch.device("cpu"))

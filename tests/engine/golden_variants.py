@@ -22,13 +22,13 @@ from configs import Config, DecoderGan, RunConfig
 from configs.deepspeed import load_ds_config
 from configs.generator import GeneratorConfig
 from configs.load import load_run
-from engine.assemble import assemble
+from engine import trainer
+from engine.build import build_pretraining
 from engine.step import train_step
-from engine.trainings import kinds
 from model.losses.comm import Comm
 from tests.data.latents.stores import write_public_store
 from tests.engine import ranks
-from tests.engine.trainings import decoder_gan_runs
+from tests.engine.tasks import decoder_gan_runs
 from tests.model.dinov2_files import write_transformers
 from tests.model.tiny_weights import write_run
 from tests.tiny import CONV, random_batch, tiny_config
@@ -326,15 +326,15 @@ def _records(config: RunConfig, variant: Variant, comm: Comm, run_dir: Path) -> 
             yield training.step(decoder_gan_runs.pictures(config, step, comm))
     else:
         assert isinstance(config, GeneratorConfig)
-        training = kinds.assemble(config, ds_config, comm, run_dir, False)
-        batches = training.batches(0)
+        training = trainer.assemble(config, ds_config, comm, run_dir, False)
+        batches = training.data.batches(0)
         for _ in range(STEPS):
             yield training.step(next(batches))
-        training.close()
+        training.data.close()
 
 
 def _of_pretraining(config: Config, ds_config: dict[str, Any], comm: Comm) -> Iterator[Any]:
-    parts = assemble(config, ds_config, comm)
+    parts = build_pretraining(config, ds_config, comm)
     centres = parts.centres
     for step in range(STEPS):
         record = train_step(parts, random_batch(config, step, comm.rank, comm.world_size), centres, config)

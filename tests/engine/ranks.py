@@ -10,10 +10,12 @@ from torch import Tensor
 
 from configs import Config
 from configs.deepspeed import load_ds_config
-from engine import archive, zero
-from engine.assemble import Assembly, assemble
-from engine.checkpoint.contents import load
+from engine import zero
+from engine.build import PretrainParts, build_pretraining
+from engine.checkpoint import reading
+from engine.checkpoint.contents import load_checkpoint
 from engine.checkpoint.saver import save
+from engine.ema import CentreState
 from engine.step import train_step
 from model.losses.comm import Comm
 from model.losses.total import TeacherCentres
@@ -31,13 +33,13 @@ class Trained:
     teacher: dict[str, Tensor]  # whole teacher weights as the model holds them
 
 
-def build(config: Config, comm: Comm, stage: str) -> Assembly:
+def build(config: Config, comm: Comm, stage: str) -> PretrainParts:
     """The tiny engine under configs/deepspeed/{stage}.json."""
-    return assemble(config, load_ds_config(DEEPSPEED / f"{stage}.json", config, comm.world_size), comm)
+    return build_pretraining(config, load_ds_config(DEEPSPEED / f"{stage}.json", config, comm.world_size), comm)
 
 
 def run_steps(
-    parts: Assembly, config: Config, comm: Comm, first: int, last: int, centres: TeacherCentres | None = None
+    parts: PretrainParts, config: Config, comm: Comm, first: int, last: int, centres: TeacherCentres | None = None
 ) -> tuple[list[float], TeacherCentres | None]:
     """Steps first .. last - 1 on random batches; each step's total as the mean over ranks."""
     losses, centres = [], centres if centres is not None else parts.centres
@@ -48,7 +50,7 @@ def run_steps(
     return losses, centres
 
 
-def outcome(parts: Assembly, losses: list[float]) -> Trained:
+def outcome(parts: PretrainParts, losses: list[float]) -> Trained:
     """Gathers everything to be compared; a collective."""
     named = dict(parts.engine.module.named_parameters())
     weights, teacher = {}, {}
@@ -102,12 +104,24 @@ def train_plainly(config: Config, steps: int) -> Trained:
     )
 
 
+def save_steps(root: Path, step: int, parts: PretrainParts, centres: TeacherCentres | None, config: Config) -> None:
+    """Save a checkpoint of `step` steps, with the centres that the last of them left."""
+    save(root, step, parts.train_state(CentreState(centres)), config)
+
+
+def load_newest(root: Path, parts: PretrainParts) -> tuple[int, TeacherCentres | None]:
+    """Load the newest checkpoint of `root`; return its step and its centres."""
+    centre = CentreState(parts.centres)
+    state = load_checkpoint(reading.latest_readable(root), parts.train_state(centre))
+    return state.step, centre.value
+
+
 def save_and_go_on(comm: Comm, config: Config, root: Path) -> tuple[list[float], list[float]]:
     """Losses of steps 3 to 5 of a run that never stops and of one that goes on from its checkpoint."""
     parts = build(config, comm, "zero3")
     run_steps(parts, config, comm, 0, 3)
-    save(root, 3, parts.kept(None), config)
+    save_steps(root, 3, parts, None, config)
     whole, _ = run_steps(parts, config, comm, 3, 6)
     again = build(config, comm, "zero3")
-    load(archive.find(root), again.kept(None))
+    load_newest(root, again)
     return whole, run_steps(again, config, comm, 3, 6)[0]

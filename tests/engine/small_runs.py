@@ -20,8 +20,8 @@ import torch
 from configs import RunConfig, fingerprint, to_yaml
 from data import corpus
 from engine import launch
-from engine.archive import State
-from engine.checkpoint.directory import LATEST, SUMS, name_of, sum_of
+from engine.checkpoint.directory import LATEST, SUMS, checkpoint_name, checksum_line
+from engine.checkpoint.reading import CheckpointState
 from model.weights import read_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,13 +47,15 @@ def arguments(shards: Path, run_dir: Path) -> list[str]:
 
 def write_checkpoint(root: Path, config: RunConfig, step: int = 3, **state: Any) -> Path:
     """Write a checkpoint as far as a start reads it before its weights; `state` are further fields of State."""
-    path = root / name_of(step)
+    path = root / checkpoint_name(step)
     path.mkdir(parents=True)
     (root / LATEST).write_text(path.name)
     (path / "config.yaml").write_text(to_yaml(config))
     fields = {"optimizer_steps": {"model": step}, "world_size": 1, "shapes": {}} | state
-    (path / "state.json").write_text(json.dumps(asdict(State(step=step, fingerprint=fingerprint(config), **fields))))
-    (path / SUMS).write_text("".join(sum_of(path / name) for name in ("config.yaml", "state.json")))
+    (path / "state.json").write_text(
+        json.dumps(asdict(CheckpointState(step=step, fingerprint=fingerprint(config), **fields)))
+    )
+    (path / SUMS).write_text("".join(checksum_line(path / name) for name in ("config.yaml", "state.json")))
     return path
 
 

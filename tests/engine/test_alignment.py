@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs import Config, UserError, fingerprint
-from engine.initial import pinned
+from engine.initial_weights import with_digests
 from engine.step import train_step
 from model.frozen import FrozenTrunk, load_frozen
 from model.losses.comm import Comm
@@ -128,15 +128,15 @@ def test_what_an_aligned_step_sends_and_holds_is_what_is_predicted(encoder: Path
 def test_the_frozen_encoder_is_pinned_by_what_it_holds_and_needed_by_a_resumed_run_too(encoder: Path) -> None:
     moved = encoder.with_name("moved.safetensors")
     moved.write_bytes(encoder.read_bytes())
-    here, there = pinned(aligned(encoder), False), pinned(aligned(moved), False)
+    here, there = with_digests(aligned(encoder), False), with_digests(aligned(moved), False)
     assert here.objectives.rec.align is not None
     assert here.objectives.rec.align.sha256
     assert fingerprint(here) == fingerprint(there) != fingerprint(aligned(encoder))
     with pytest.raises(UserError, match=r"objectives.rec.align.weights=.* has the digest .*: this is another file"):
-        pinned(aligned(encoder, f"objectives.rec.align.sha256={'0' * 64}"), False)
+        with_digests(aligned(encoder, f"objectives.rec.align.sha256={'0' * 64}"), False)
     moved.unlink()
     with pytest.raises(UserError, match=r"moved\.safetensors does not exist"):
-        pinned(there, resume=True)
+        with_digests(there, resume=True)
 
 
 @pytest.mark.L0

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.assemble import MOST_GRAPHS
+from engine.build import MAX_GRAPHS
 from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
@@ -78,7 +78,7 @@ def test_every_number_of_hidden_patches_has_two_graphs_and_all_are_fewer_than_th
     """The blocks of the student's trunk, and its last."""
     found = run_ranks(count_graphs_of_hidden_patches, 1)[0]
     assert found == [(6 + 2 * number, 0) for number in range(7)]
-    assert found[-1][0] < MOST_GRAPHS
+    assert found[-1][0] < MAX_GRAPHS
 
 
 def test_micro_batches_share_their_graphs() -> None:

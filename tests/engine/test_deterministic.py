@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs import UserError
-from engine import deterministic
+from engine import process_settings
 from kernels.attention import resolve_attention
 from model.losses.comm import Comm
 from tests.engine.health import runs
@@ -47,16 +47,16 @@ def test_what_cannot_be_deterministic_is_refused(monkeypatch: pytest.MonkeyPatch
         tiny_config("system.deterministic=true", "system.loader.device=gpu")
     with pytest.raises(UserError, match="deterministic=true but linear=fp8_te"):
         tiny_config("system.deterministic=true", "system.linear=fp8_te", "optim.precision=bf16")
-    with pytest.raises(UserError, match=r"system\.loader\.device=auto: pictures would be decoded on the GPU"):
-        deterministic.enforce(tiny_config("system.deterministic=true"), torch.device("cuda"))
+    with pytest.raises(UserError, match=r"system\.loader\.device=auto: images would be decoded on the GPU"):
+        process_settings.enforce_determinism(tiny_config("system.deterministic=true"), torch.device("cuda"))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:0:0"):
-        deterministic.enforce(tiny_config(*ASKED), torch.device("cpu"))
+        process_settings.enforce_determinism(tiny_config(*ASKED), torch.device("cpu"))
     assert not torch.are_deterministic_algorithms_enabled()
     for backend in ("flash3", "xformers"):
         with pytest.raises(ValueError, match="not deterministic"):
             resolve_attention(backend, "cuda", is_deterministic=True)
-    assert deterministic.enforce(tiny_config(), torch.device("cpu")).startswith("no more")
+    assert process_settings.enforce_determinism(tiny_config(), torch.device("cpu")).startswith("no more")
 
 
 def steps_twice(comm: Comm) -> list[str]:

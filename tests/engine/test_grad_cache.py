@@ -50,7 +50,7 @@ def gradients(config: Config) -> dict[str, Tensor]:
         assert isinstance(clip, ClipOutputs)
         return clip
 
-    cache = GradientCache(random_batch(config, 0), model.rows, run)
+    cache = GradientCache.forward(random_batch(config, 0), model.rows, run)
     outputs = cache.complete(model(**model_inputs(cache.shared, CPU)))
     compute_losses(outputs, config.objectives, 0.05, Solo()).total.backward()
     cache.replay(torch.Tensor.backward)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.L1
 
 
 def minutes_of_groups(comm: Comm, stage: str) -> list[float]:
-    """Of every group but the one of world.start, once an engine stands."""
+    """Of every group but the one of distributed.start, once an engine stands."""
     ranks.build(tiny_config("system.timeout_minutes=7"), comm, stage)
     made = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
     timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in made]

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import Config
 from configs.deepspeed import complete_ds_config
-from engine.assemble import Assembly, assemble
-from engine.health.guard import Guard
-from engine.report.meter import Meter
+from engine.build import PretrainParts, build_pretraining
+from engine.health.anomalies import AnomalyMonitor
+from engine.reporting.step_meter import StepMeter
 from engine.step import train_step
 from model.losses.comm import Comm
 from tests import stream_stand_in
@@ -76,8 +76,8 @@ class HostReads(TorchDispatchMode):
         return method
 
 
-def guard_of(comm: Comm, config: Config, parts: Assembly) -> Guard:
-    return Guard(comm, parts.device, config.health, [parts.judge])
+def guard_of(comm: Comm, config: Config, parts: PretrainParts) -> AnomalyMonitor:
+    return AnomalyMonitor(comm, parts.device, config.health, [parts.grad_norm_guard])
 
 
 def count_waits(comm: Comm, config: Config, stage: str) -> Counter[str]:
@@ -86,9 +86,9 @@ def count_waits(comm: Comm, config: Config, stage: str) -> Counter[str]:
     given = json.loads((ranks.DEEPSPEED / f"{stage}.json").read_text())
     if stage == "zero3_hpz":
         given["zero_optimization"]["zero_hpz_partition_size"] = 2
-    parts = assemble(config, complete_ds_config(given, config, comm.world_size), comm)
+    parts = build_pretraining(config, complete_ds_config(given, config, comm.world_size), comm)
     _, centres = ranks.run_steps(parts, config, comm, 0, 2)
-    meter, guard = Meter(comm, config.optim.steps, config.batch.clip), guard_of(comm, config, parts)
+    meter, guard = StepMeter(comm, config.optim.steps, config.batch.clip), guard_of(comm, config, parts)
     batch = random_batch(config, 2, comm.rank, comm.world_size)
     waits.clear()
     with HostReads() as reads:
@@ -153,7 +153,7 @@ def order_of_streams(comm: Comm, stage: str) -> Counter[str]:
         limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
         given["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits} | {"zero_hpz_partition_size": 2}
         mark_copies(computes, shards)
-    parts = assemble(config, complete_ds_config(given, config, comm.world_size), comm)
+    parts = build_pretraining(config, complete_ds_config(given, config, comm.world_size), comm)
     assert parts.teacher is not None
     zero, backend = parts.engine.optimizer, deepspeed.comm.comm.cdb
     reduces = zero.reduction_stream if stage == "zero2" else zero.reduce_and_partition_stream
@@ -182,7 +182,7 @@ def order_of_streams(comm: Comm, stage: str) -> Counter[str]:
 
     written(zero, "reduce_independent_p_g_buckets_and_remove_grads", gradients)
     written(zero.optimizer, "step", shards)
-    written(parts.teacher, "follow", shards)
+    written(parts.teacher, "update", shards)
     read(zero, "get_grad_norm_direct", "norm", reduces.seen)
     read(backend, "all_reduce" if stage == "zero2" else "reduce_scatter_function", "reduction", gradients)
     read(backend, "all_gather_function", "gather", shards)

@@ -158,11 +158,11 @@ def test_under_zero_3_apex_takes_torchs_steps_and_lamb_others() -> None:
 
 @L0
 def test_auto_names_its_reason_and_every_dead_end_its_remedy() -> None:
-    def resolve(stage: str, device: torch.device, *overrides: str) -> optim.Choice:
+    def resolve(stage: str, device: torch.device, *overrides: str) -> optim.OptimizerChoice:
         config = tiny_config(*overrides)
         return optim.resolve(config, load_ds_config(ranks.DEEPSPEED / f"{stage}.json", config, 1), device)
 
-    assert resolve("zero3", GPU) == optim.Choice(
+    assert resolve("zero3", GPU) == optim.OptimizerChoice(
         "torch_fused", "auto: one pass over weights, gradients and moments on cuda"
     )
     assert resolve("zero3_offload", GPU).reason.endswith("on cpu")
@@ -184,7 +184,7 @@ def test_what_is_not_installed_or_does_not_compile_is_said(monkeypatch: pytest.M
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("DeepSpeedCPUAdam requires the cpu_adam op") from OSError("no compiler:\n g++ not found")
 
-    monkeypatch.setattr(zero, "own_adamw", fail)
+    monkeypatch.setattr(zero, "deepspeed_adamw", fail)
     with pytest.raises(
         UserError, match=r"deepspeed_cpu: .* failed \(OSError: no compiler: g\+\+ not found\); it wants"
     ):

@@ -14,11 +14,11 @@ import torch
 
 from configs import Config, UserError
 from configs.deepspeed import load_ds_config
-from engine import out_of_memory, run
-from engine.health.rollback import Cursor, Rollbacks
-from engine.out_of_memory import Memory
-from engine.watch.place import Place
-from engine.world import RankError
+from engine import out_of_memory, trainer
+from engine.distributed import RankError
+from engine.out_of_memory import MemoryAdvisor
+from engine.resume import DataCursor
+from engine.watchdog.client import RankStatus
 from model.losses.comm import Solo
 from profiling.cost.peak_memory import Saving, predict_peak, savings
 from profiling.instruments.phases import PhaseTimer
@@ -37,8 +37,8 @@ def ds_config(stage: str) -> dict[str, Any]:
     return {**given, "zero_optimization": {**given["zero_optimization"], "reduce_bucket_size": 100_000}}
 
 
-def memory(run_dir: Path, config: Config = CONFIG) -> Memory:
-    return Memory(config, ds_config("zero3"), run_dir, rank=3, world_size=1, device=torch.device("cpu"))
+def memory(run_dir: Path, config: Config = CONFIG) -> MemoryAdvisor:
+    return MemoryAdvisor(config, ds_config("zero3"), run_dir, rank=3, world_size=1, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -110,12 +110,13 @@ def test_a_step_of_a_run_is_explained(tmp_path: Path) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     window = SimpleNamespace(before=lambda step: None)
-    instruments = SimpleNamespace(use=None, window=window, phases=lambda name: nullcontext())
+    instruments: Any = SimpleNamespace(utilisation=None, window=window, phases=lambda name: nullcontext())
     nobody: Any = SimpleNamespace()
     phases = PhaseTimer(clock=None)
     batches = lambda first, skipped, offset: iter([None])  # noqa: E731
-    training: Any = SimpleNamespace(config=CONFIG, comm=Solo(), step=no_memory, batches=batches, phases=phases)
-    parts: Any = (training, nobody, nobody, instruments, memory(tmp_path), nobody, Place(), Rollbacks(1), nobody)
-    looped = run.Loop(*parts, tmp_path)
+    setup = SimpleNamespace(config=CONFIG, comm=Solo(), phases=phases)
+    task: Any = SimpleNamespace(setup=setup, data=SimpleNamespace(batches=batches), step=no_memory)
+    unused: Any = dict.fromkeys(("anomalies", "alarms", "rollbacks", "reporter", "saver"), nobody)
+    looped = trainer.Trainer(task=task, instruments=instruments, memory=memory(tmp_path), status=RankStatus(), **unused)
     with pytest.raises(UserError, match="in step 4: CUDA out of memory"):
-        looped.go(Cursor(4))
+        looped.run(DataCursor(4))

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from configs import Config, DecoderGan, UserError, fingerprint, load_run
 from configs.load import science_changes
 from data.captions import train_bpe, with_tokenizer_digest
-from engine.initial import pinned as with_digests
+from engine.initial_weights import with_digests as with_digests
 from engine.launch import parse, preflight
 from evaluation.run import EvaluationOptions, EvaluationSetup, _perceptual
 from evaluation.tokenizer_source import open_tokenizer
 from tests.data.tar_shards import write_corpus
 from tests.engine.small_runs import write_checkpoint
-from tests.engine.trainings.decoder_gan_runs import stage_config
+from tests.engine.tasks.decoder_gan_runs import stage_config
 from tests.model.tiny_weights import write_run
 from tests.tiny import TINY, tiny_config
 

@@ -8,7 +8,7 @@ import pytest
 
 from configs import UserError
 from data.captions import train_bpe
-from engine import archive
+from engine import consolidate
 from engine.exits import MISTAKE
 from engine.launch import MAX_PATH_BYTES, parse, preflight
 from engine.launcher import SINGLE_RANK
@@ -89,19 +89,19 @@ def test_an_archive_is_written_from_a_run_directory_and_names_what_is_missing(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = write_small_checkpoint(here, step=3)
-    assert archive._checkpoints_of(here / "run") == archive._checkpoints_of(written.parent) == written.parent
+    assert consolidate._checkpoints_of(here / "run") == consolidate._checkpoints_of(written.parent) == written.parent
     for directory, error in (
         (here / "nowhere", f"error: {here}/nowhere is not a directory: give a run directory, runs/NAME"),
         (here, f"error: {here} has no complete checkpoint (a directory with SHA256SUMS)\n"),
     ):
-        assert archive.main([str(directory), "--out", str(here / "w.safetensors")]) == MISTAKE
+        assert consolidate.main([str(directory), "--out", str(here / "w.safetensors")]) == MISTAKE
         assert capsys.readouterr().err.startswith(error)
 
 
 def test_the_error_for_missing_weights_names_the_command_that_writes_them(here: Path) -> None:
     write_small_checkpoint(here, step=3)
     weights = here / "run" / "weights.safetensors"
-    with pytest.raises(UserError, match=f"`python -m engine.archive {here}/run --out {weights}` writes the weights of"):
+    with pytest.raises(UserError, match=f"engine.consolidate {here}/run --out {weights}` writes the weights of"):
         read_weights(weights)
     with pytest.raises(UserError, match="once training wrote them; check the path"):
         read_weights(here / "weights.safetensors")

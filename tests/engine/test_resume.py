@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from configs import Config
-from engine import archive
-from engine.checkpoint.contents import load
+from engine import consolidate
+from engine.checkpoint import reading
 from engine.checkpoint.saver import save
 from model.losses.comm import Comm
-from model.losses.total import TeacherCentres
 from model.weights import read_weights
 from tests.engine import ranks
 from tests.harness import run_ranks
@@ -25,7 +24,7 @@ def train_and_save(comm: Comm, config: Config, stage: str, plan: dict[str, int])
     for root, last in plan.items():
         parts = ranks.build(config, comm, stage)
         losses, centres = ranks.run_steps(parts, config, comm, 0, last)
-        save(Path(root), last, parts.kept(centres), config)
+        ranks.save_steps(Path(root), last, parts, centres, config)
         results.append(ranks.outcome(parts, losses))
     return results
 
@@ -35,9 +34,8 @@ def resume(comm: Comm, config: Config, stage: str, root: Path, last: int, times:
     results = []
     for _ in range(times):
         parts = ranks.build(config, comm, stage)
-        state, whole = load(archive.find(root), parts.kept(parts.centres))
-        centres = TeacherCentres(**whole) if whole else None
-        losses, _ = ranks.run_steps(parts, config, comm, state.step, last, centres)
+        step, centres = ranks.load_newest(root, parts)
+        losses, _ = ranks.run_steps(parts, config, comm, step, last, centres)
         results.append(ranks.outcome(parts, losses))
     return results
 
@@ -94,7 +92,7 @@ def test_a_checkpoint_is_whole_and_its_weights_come_together_without_ranks(tmp_p
     names = {path.name for path in (root / "step-00000002").iterdir()}
     assert names == {"SHA256SUMS", "config.yaml", "state.json", *(f"rank-0000{rank}.safetensors" for rank in range(3))}
 
-    archive.consolidate(archive.find(root), tmp_path / "weights.safetensors")
+    consolidate.write_weights_file(reading.latest_readable(root), tmp_path / "weights.safetensors")
     weights, model = read_weights(tmp_path / "weights.safetensors")
     assert model == config.model
     assert weights.keys() == trained.weights.keys()
@@ -111,13 +109,13 @@ def train_with_an_average(comm: Comm, config: Config, root: Path) -> tuple[dict[
             expected[name] = torch.lerp(expected.get(name, weight), weight, 1 - config.ema)
         if step < 3:
             ranks.run_steps(parts, config, comm, step, step + 1)
-    save(root, 3, parts.kept(None), config)
+    save(root, 3, parts.train_state(None), config)
     return expected, trained
 
 
 def test_with_ema_a_run_gives_the_average_of_its_weights(tmp_path: Path) -> None:
     expected, last = run_ranks(train_with_an_average, 2, tiny_config("ema=0.9"), tmp_path / "checkpoints")[0]
-    archive.consolidate(archive.find(tmp_path / "checkpoints"), tmp_path / "weights.safetensors")
+    consolidate.write_weights_file(reading.latest_readable(tmp_path / "checkpoints"), tmp_path / "weights.safetensors")
     weights, _ = read_weights(tmp_path / "weights.safetensors")
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():

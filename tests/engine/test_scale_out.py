@@ -13,12 +13,9 @@ from hypothesis import strategies as st
 
 from configs import UserError
 from configs.deepspeed import complete_ds_config
-from engine import archive
-from engine.assemble import Assembly, assemble
-from engine.checkpoint.contents import load
-from engine.checkpoint.saver import save
-from engine.report.traffic import counting
-from engine.zero.quantise import RUN, dequantise, num_scales, quantise
+from engine.build import PretrainParts, build_pretraining
+from engine.reporting.instruments import count_traffic
+from engine.zero.int8_weights import RUN, dequantise, num_scales, quantise
 from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
@@ -33,9 +30,9 @@ FREED = {"stage3_param_persistence_threshold": 600, "stage3_max_reuse_distance":
 HPZ, QWZ = {"zero_hpz_partition_size": 2}, {"zero_quantized_weights": True}
 
 
-def build(comm: Comm, keys: dict[str, Any]) -> Assembly:
+def build(comm: Comm, keys: dict[str, Any]) -> PretrainParts:
     ds_config = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 100_000, **FREED, **keys}}
-    return assemble(CONFIG, complete_ds_config(ds_config, CONFIG, comm.world_size), comm)
+    return build_pretraining(CONFIG, complete_ds_config(ds_config, CONFIG, comm.world_size), comm)
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,9 @@ def train(comm: Comm, layouts: list[dict[str, Any]], root: Path) -> list[Found]:
         parts = build(comm, keys)
         losses, centres = ranks.run_steps(parts, CONFIG, comm, 0, STEPS // 2)
         if keys is layouts[-1]:
-            save(root, STEPS // 2, parts.kept(centres), CONFIG)
+            ranks.save_steps(root, STEPS // 2, parts, centres, CONFIG)
         losses += ranks.run_steps(parts, CONFIG, comm, STEPS // 2, STEPS - 1, centres)[0]
-        with counting() as traffic:
+        with count_traffic() as traffic:
             losses += ranks.run_steps(parts, CONFIG, comm, STEPS - 1, STEPS, centres)[0]
             gathered = traffic.bytes["all_gather"]
         named = parts.engine.module.teacher.named_parameters()
@@ -95,9 +92,9 @@ def test_hierarchical_partition_takes_the_steps_of_plain_zero_3(runs: list[list[
 
 def restored(comm: Comm, keys: dict[str, Any], root: Path) -> ranks.Trained:
     parts = build(comm, keys)
-    state, whole = load(archive.find(root), parts.kept(parts.centres))
-    assert not whole, "Sinkhorn has no centres"
-    losses, _ = ranks.run_steps(parts, CONFIG, comm, state.step, STEPS)
+    step, centres = ranks.load_newest(root, parts)
+    assert centres is None, "Sinkhorn has no centres"
+    losses, _ = ranks.run_steps(parts, CONFIG, comm, step, STEPS)
     return ranks.outcome(parts, losses)
 
 
@@ -155,7 +152,7 @@ def asks_for_a_gpu(comm: Comm) -> list[str]:
         {"zero_optimization": {"stage": 2}, "compile": {"deepcompile": True}},
     ):
         with pytest.raises(UserError) as caught:
-            assemble(CONFIG, complete_ds_config(more, CONFIG, comm.world_size), comm)
+            build_pretraining(CONFIG, complete_ds_config(more, CONFIG, comm.world_size), comm)
         found.append(str(caught.value))
     return found
 
@@ -172,7 +169,9 @@ def steps_by_zero_2(comm: Comm, *extras: dict[str, Any]) -> list[tuple[bool, lis
     config = tiny_config("system.phases=false", "optim.precision=bf16", "system.compile=off")
     found = []
     for extra in extras:
-        parts = assemble(config, complete_ds_config({"zero_optimization": {"stage": 2}, **extra}, config, 1), comm)
+        parts = build_pretraining(
+            config, complete_ds_config({"zero_optimization": {"stage": 2}, **extra}, config, 1), comm
+        )
         losses, _ = ranks.run_steps(parts, config, comm, 0, 8)
         found.append((parts.engine.is_deepcompile_active(), losses))
     return found

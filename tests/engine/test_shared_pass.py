@@ -13,13 +13,13 @@ pytestmark = pytest.mark.L1
 
 
 def count_block_calls(comm: Comm, steps: int) -> Counter[str]:
-    from engine.assemble import LEAVES
+    from engine.build import BLOCK_CLASSES
 
     config = tiny_config()
     parts = ranks.build(config, comm, "zero3")
     calls: Counter[str] = Counter()
     for name, module in parts.engine.module.named_modules():
-        if isinstance(module, tuple(LEAVES)):
+        if isinstance(module, tuple(BLOCK_CLASSES)):
             module.register_forward_hook(lambda *_, name=name: calls.update([name]))
     ranks.run_steps(parts, config, comm, 0, steps)
     return calls

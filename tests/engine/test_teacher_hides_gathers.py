@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from configs.deepspeed import complete_ds_config
-from engine.assemble import assemble
+from engine.build import build_pretraining
 from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
@@ -25,7 +25,7 @@ def fate(block: nn.Module) -> str:
 def looked_at(comm: Comm, prefetch: int) -> list[str]:
     """In the third step, whose order ZeRO-3 knows: the student's first block as the teacher's last begins and ends."""
     zero = {"stage": 3, **FREED, "stage3_prefetch_bucket_size": prefetch}
-    parts = assemble(CONFIG, complete_ds_config({"zero_optimization": zero}, CONFIG, comm.world_size), comm)
+    parts = build_pretraining(CONFIG, complete_ds_config({"zero_optimization": zero}, CONFIG, comm.world_size), comm)
     model, seen = parts.engine.module, []
     last = model.teacher.trunk.blocks[-1]
     last.register_forward_pre_hook(lambda *_: seen.append(fate(model.trunk.blocks[0])))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from configs import UserError
 from configs.deepspeed import complete_ds_config
-from engine.assemble import assemble
+from engine.build import build_pretraining
 from engine.zero import streams
 from model.losses.comm import Comm
 from tests.engine import ranks
@@ -107,7 +107,7 @@ def with_and_without_overlap(comm: Comm, stage: str) -> list[ranks.Trained]:
     for is_on in (True, False):
         given = json.loads((ranks.DEEPSPEED / f"{stage}.json").read_text())
         given["zero_optimization"] |= {"overlap_comm": is_on, "reduce_bucket_size": 5000}
-        parts = assemble(config, complete_ds_config(given, config, comm.world_size), comm)
+        parts = build_pretraining(config, complete_ds_config(given, config, comm.world_size), comm)
         found.append(ranks.outcome(parts, ranks.run_steps(parts, config, comm, 0, 3)[0]))
     return found
 

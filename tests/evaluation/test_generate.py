@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from configs import UserError
 from configs.generator import DIT, Diffusion, Generator
 from data.latents.store import LatentStore
-from engine.checkpoint.directory import name_of
-from engine.world import Ranks
+from engine.checkpoint.directory import checkpoint_name
+from engine.distributed import Ranks
 from evaluation import generate, plots
 from evaluation import run as evaluation_run
 from evaluation.features import CorpusNetwork, write_corpus_network
@@ -106,9 +106,9 @@ def trained(store: LatentStore, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_outdated_weights_of_a_generators_run_are_refused(store: LatentStore, tmp_path: Path) -> None:
     folder = write_random_generator(tmp_path / "dit", store, steps=100)
     (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "latest").write_text(name_of(100))
+    (folder / "checkpoints" / "latest").write_text(checkpoint_name(100))
     assert weights_of_run(folder) == folder / "weights.safetensors"
-    (folder / "checkpoints" / "latest").write_text(name_of(200))
+    (folder / "checkpoints" / "latest").write_text(checkpoint_name(200))
     with pytest.raises(
         UserError, match="holds the weights of step 100, but the run's latest checkpoint is step-00000200"
     ):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from configs import UserError
 from data.latents.store import LatentStore
-from engine.world import Ranks
+from engine.distributed import Ranks
 from evaluation import latents
 from evaluation.latents import LatentOptions, write_latents
 from evaluation.tokenizer_source import open_tokenizer

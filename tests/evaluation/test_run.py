@@ -17,8 +17,8 @@ from PIL import Image
 
 from configs import UserError
 from data.captions import train_bpe
-from engine.checkpoint.directory import name_of
-from engine.world import Ranks
+from engine.checkpoint.directory import checkpoint_name
+from engine.distributed import Ranks
 from evaluation import results, run
 from evaluation.features import CorpusNetwork, write_corpus_network
 from evaluation.results import TaskResult
@@ -133,14 +133,14 @@ def test_outdated_weights_are_refused_by_run_directory_and_accepted_by_file(
     latest = copy / "checkpoints" / "latest"
     latest.parent.mkdir()
     for step in (150, 50):  # resumed, and resumed from an earlier one
-        latest.write_text(name_of(step))
+        latest.write_text(checkpoint_name(step))
         assert run.main([str(copy), "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err
         assert f"holds the weights of step 100, but the run's latest checkpoint is step-{step:08d}" in said
-        assert f"engine.archive {copy} --out {copy}/weights.safetensors`" in said
+        assert f"engine.consolidate {copy} --out {copy}/weights.safetensors`" in said
     given = ("--tasks", "reconstruction", "--data", corpus / "held_out", "--crop", 32)
     evaluated(tmp_path / "file", copy / "weights.safetensors", *given)
-    latest.write_text(f"{name_of(100)}\n")
+    latest.write_text(f"{checkpoint_name(100)}\n")
     evaluated(tmp_path / "out", copy, "--tasks", "reconstruction")
 
 

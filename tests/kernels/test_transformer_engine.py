@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config
-from engine import linears
-from engine.recompute import recompute_blocks
+from engine import block_transforms
+from engine.block_transforms import checkpoint_activations
 from engine.step import model_inputs
 from kernels import fp8
 from kernels.fp8 import MXFP8_MULTIPLE, LinearBackend, LinearParameters
@@ -48,8 +48,8 @@ def _pretrainer(config: Config) -> Pretrainer:
 
 def _convert(model: Pretrainer, config: Config, choice: LinearBackend, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(fp8, "resolve_linears", lambda *_: choice)
-    monkeypatch.setattr(linears.world, "group", lambda: "all ranks")
-    return linears.convert(model, config, torch.device("cpu"))
+    monkeypatch.setattr(block_transforms.distributed, "group", lambda: "all ranks")
+    return block_transforms.convert_to_fp8(model, config, torch.device("cpu"))
 
 
 def _loss(outputs: Outputs) -> Tensor:
@@ -101,7 +101,7 @@ def test_every_norm_is_fused_and_only_the_students_blocks_are(te: Library, monke
     assert {made["eps"] for made in te.made if "eps" in made} == {1e-5, 1e-6}
     assert all(made["device"] == "meta" and made["params_dtype"] == torch.float32 for made in te.made)
 
-    recompute_blocks(model, "full", (Block, TextBlock))
+    checkpoint_activations(model, "full", (Block, TextBlock))
     loss = _loss(model(**model_inputs(random_batch(config, 0), torch.device("cpu"))))
     assert te.calls_in_fp8 == len(te.made), "one call each: none of the teacher's, none twice"
     loss.backward()
@@ -125,10 +125,10 @@ def test_layers_that_do_not_fit_stay_as_they_are(te: Library, monkeypatch: pytes
 @pytest.mark.parametrize("tokens", [1, 15, 16, 33])
 def test_any_number_of_tokens_is_filled_up_to_the_multiple(te: Library, tokens: int) -> None:
     layer = nn.Linear(32, 64)
-    linears = LinearBackend("fp8_te", "", MXFP8_MULTIPLE, recipe="MXFP8BlockScaling")
-    product = fp8.te_linear(LinearParameters(layer.weight, layer.bias, n=64, k=32), linears)
+    block_transforms = LinearBackend("fp8_te", "", MXFP8_MULTIPLE, recipe="MXFP8BlockScaling")
+    product = fp8.te_linear(LinearParameters(layer.weight, layer.bias, n=64, k=32), block_transforms)
     x = torch.randn(tokens, 32)
-    torch.testing.assert_close(fp8.te_autocast(product, linears, None)(x), layer(x))
+    torch.testing.assert_close(fp8.te_autocast(product, block_transforms, None)(x), layer(x))
     assert type(te.regions[0]["recipe"]).__name__ == "MXFP8BlockScaling"
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs import Config, UserError, load_config, to_yaml
-from engine.corruption import corruptor
-from engine.initial import initial_weights
+from engine.initial_weights import initial_weights
+from engine.random_draws import rec_noise_draws
 from model.conv import ConvDecoder, ConvEncoder, PositionAttention
 from model.describe import count_parameters, describe
 from model.frozen import FrozenTrunk
@@ -156,7 +156,7 @@ class Trained:
 
     def __init__(self, step: int, *overrides: str) -> None:
         config = tiny_config(*CONV, *overrides)
-        draws = corruptor(config, 0, 1)
+        draws = rec_noise_draws(config, 0, 1)
         self.model = build(config)
         self.inputs = model_inputs(random_batch(config, 0))
         outputs = self.model(**self.inputs, rec_noise=draws and draws.draw(step)).rec

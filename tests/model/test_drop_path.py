@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs import UserError
 from configs.model import Vit
-from engine.drop_path import DropPath, drop_path
+from engine.random_draws import DropPathDraws, drop_path_draws
 from kernels.attention import Segments
 from model.block import Block
 from model.initialise import initialise
@@ -40,7 +40,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 def drawn_tokens(rate: float, step: int, segments: Segments = LAYOUT.segments) -> Tensor:
     """(2, K): what one block gets at `step`."""
-    draws = DropPath(segments, rate, depth=1, seed=0, rank=0)
+    draws = DropPathDraws(segments, rate, depth=1, seed=0, rank=0)
     return kept_segments(segments, rate).tokens(draws.draw(step), segments)[0]
 
 
@@ -70,11 +70,11 @@ def test_kept_counts_are_constant_and_tokens_are_whole_segments(
 
 
 def test_draws_are_a_function_of_seed_step_block_branch_and_rank_alone() -> None:
-    one = DropPath(((30, 5),), 0.5, depth=3, seed=4, rank=1)
-    assert torch.equal(one.draw(7), DropPath(((30, 5),), 0.5, depth=3, seed=4, rank=1).draw(7))
+    one = DropPathDraws(((30, 5),), 0.5, depth=3, seed=4, rank=1)
+    assert torch.equal(one.draw(7), DropPathDraws(((30, 5),), 0.5, depth=3, seed=4, rank=1).draw(7))
     others = [
-        DropPath(((30, 5),), 0.5, depth=3, seed=5, rank=1).draw(7),
-        DropPath(((30, 5),), 0.5, depth=3, seed=4, rank=0).draw(7),
+        DropPathDraws(((30, 5),), 0.5, depth=3, seed=5, rank=1).draw(7),
+        DropPathDraws(((30, 5),), 0.5, depth=3, seed=4, rank=0).draw(7),
         one.draw(8),
     ]
     assert not any(torch.equal(one.draw(7), other) for other in others)
@@ -83,7 +83,7 @@ def test_draws_are_a_function_of_seed_step_block_branch_and_rank_alone() -> None
 
 
 def test_every_segment_is_kept_equally_often() -> None:
-    draws = DropPath(((10, 5), (4, 3)), 0.3, depth=2, seed=0, rank=0)
+    draws = DropPathDraws(((10, 5), (4, 3)), 0.3, depth=2, seed=0, rank=0)
     kept = torch.cat([draws.draw(step).flatten(0, 1) for step in range(1000)])
     for share, idx, count in ((0.7, kept[:, :7], 10), (0.75, kept[:, 7:], 4)):
         shares = torch.bincount(idx.flatten(), minlength=count) / len(kept)
@@ -155,7 +155,7 @@ def test_the_student_drops_and_the_teacher_does_not() -> None:
     config = tiny_config("model.trunk.drop_path=0.5")
     model = Pretrainer(config, RankBatchSizes.per_rank(config, 1))
     initialise(model, config)
-    draws, batch = drop_path(config, rank=0, world_size=1), random_batch(config, step=0)
+    draws, batch = drop_path_draws(config, rank=0, world_size=1), random_batch(config, step=0)
     assert draws is not None
     tensors = model_inputs(batch)
     full, dropped = model(**tensors).ssl, model(**tensors, kept_idx=draws.draw(0)).ssl
@@ -164,10 +164,10 @@ def test_the_student_drops_and_the_teacher_does_not() -> None:
 
 
 def test_rate_zero_draws_nothing_and_a_rate_without_effect_is_refused() -> None:
-    assert drop_path(tiny_config(), rank=0, world_size=1) is None
-    draws = drop_path(tiny_config("model.trunk.drop_path=0.3"), rank=0, world_size=2)
+    assert drop_path_draws(tiny_config(), rank=0, world_size=1) is None
+    draws = drop_path_draws(tiny_config("model.trunk.drop_path=0.3"), rank=0, world_size=2)
     assert str(draws) == "8 of 12 segments of 17 tokens, 4 of 6 segments of 5 tokens"
     with pytest.raises(UserError, match=r"drop_path=0.01 drops none of a rank's 12, 6 segments: .* raise the rate"):
-        drop_path(tiny_config("model.trunk.drop_path=0.01"), rank=0, world_size=2)
+        drop_path_draws(tiny_config("model.trunk.drop_path=0.01"), rank=0, world_size=2)
     with pytest.raises(UserError, match=r"decoder.drop_path=0.1: stochastic depth is the trunk's alone"):
         tiny_config("model.decoder.drop_path=0.1")

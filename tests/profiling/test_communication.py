@@ -9,8 +9,8 @@ import pytest
 
 from configs import Config, UserError
 from configs.deepspeed import load_ds_config
-from engine.assemble import assemble
-from engine.report.traffic import counting
+from engine.build import build_pretraining
+from engine.reporting.instruments import count_traffic
 from engine.step import train_step
 from model.losses.comm import Comm
 from profiling.cost.communication import Collective, by_kind, collectives_table, predict_collectives
@@ -39,9 +39,9 @@ def counted(comm: Comm, cases: list[tuple[Config, dict[str, Any]]]) -> list[tupl
     """Message bytes and messages by kind of each case's last step."""
     found = []
     for config, ds_config in cases:
-        parts = assemble(config, ds_config, comm)
+        parts = build_pretraining(config, ds_config, comm)
         centres = parts.centres
-        with counting() as traffic:
+        with count_traffic() as traffic:
             for step in range(STEPS):
                 traffic.take(1)
                 batch = random_batch(config, step, comm.rank, comm.world_size)

@@ -16,7 +16,7 @@ from model.losses.gan import PatchGan, decoder_losses, discriminator_loss
 from model.losses.pixels import to_signed
 from profiling.cost.step_flops import decoder_gan_flops
 from profiling.cost.step_trace import perceptual_network
-from tests.engine.trainings.decoder_gan_runs import stage_config
+from tests.engine.tasks.decoder_gan_runs import stage_config
 from tests.model.tiny_weights import write_run
 from tests.tiny import tiny_config
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import engine.report.energy
-from engine.report.energy import Energy, metered
+import engine.reporting.instruments
+from engine.reporting.instruments import EnergyReport, measure_energy
 from model.losses.comm import Comm
 from profiling.instruments import energy as module
 from profiling.instruments.energy import EnergyMeter, EnergyUnavailable, RaplPackages, combine_ranks
@@ -263,7 +263,7 @@ def test_joules_of_ranks_add_up_and_the_worst_is_shown() -> None:
 def test_joules_per_sample_are_of_the_steps_since_the_last_report(nvml: FakeNvml) -> None:
     said: list[str] = []
     with still() as meter:
-        energy = Energy(meter, samples_per_step=8, say=said.append)
+        energy = EnergyReport(meter, samples_per_step=8, log=said.append)
         nvml.answers["nvmlDeviceGetTotalEnergyConsumption"] = 5_800_000
         assert energy.read(10)["energy/joules_per_sample"] == pytest.approx(800 / 80)
         nvml.answers["nvmlDeviceGetTotalEnergyConsumption"] = 6_000_000
@@ -275,9 +275,9 @@ def test_joules_per_sample_are_of_the_steps_since_the_last_report(nvml: FakeNvml
 
 
 def report_of(comm: Comm, powercap: Path) -> tuple[dict[str, float], list[str]]:
-    vars(engine.report.energy)["EnergyMeter"] = partial(EnergyMeter, interval=1000.0, powercap=powercap)
+    vars(engine.reporting.instruments)["EnergyMeter"] = partial(EnergyMeter, interval=1000.0, powercap=powercap)
     said: list[str] = []
-    with metered(torch.device("cpu"), samples_per_step=4, say=said.append) as energy:
+    with measure_energy(torch.device("cpu"), samples_per_step=4, log=said.append) as energy:
         if comm.rank == 0:
             (powercap / "intel-rapl:0" / "energy_uj").write_text("8000000")
         return energy.read(1), said

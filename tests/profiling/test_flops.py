@@ -16,11 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs import Config, load_config, load_run
 from data.batch import to_device
-from engine.assemble import CHILDREN
-from engine.corruption import corruptor
-from engine.drop_path import drop_path
+from engine.block_transforms import checkpoint_activations
+from engine.build import PHASE_OF_CHILD
 from engine.grad_cache import GradientCache
-from engine.recompute import recompute_blocks
+from engine.random_draws import drop_path_draws, rec_noise_draws
 from model.block import Block
 from model.conv import ResBlock
 from model.initialise import initialise
@@ -137,8 +136,11 @@ class Counted:
             self.frozen = frozen_encoder(config, "matmul")
         if device == "cpu":
             initialise(self.model, config)
-        recompute_blocks(self.model, config.system.activation_checkpointing, (Block, TextBlock, ResBlock))
-        self.draws, self.disturbs = drop_path(config, rank=0, world_size=1), corruptor(config, rank=0, world_size=1)
+        checkpoint_activations(self.model, config.system.activation_checkpointing, (Block, TextBlock, ResBlock))
+        self.draws, self.disturbs = (
+            drop_path_draws(config, rank=0, world_size=1),
+            rec_noise_draws(config, rank=0, world_size=1),
+        )
         self.unseen = self.disturbs.hidden(0) if self.disturbs else 0
         self.caption_tokens = 0
 
@@ -152,7 +154,7 @@ class Counted:
         network = perceptual(str(self.device)) if rec.weight and rec.perceptual else None
         with Counter() as counter:
             self._count_children(counter, phases)
-            cache = GradientCache(self.batch, self.rows, self._clip)
+            cache = GradientCache.forward(self.batch, self.rows, self._clip)
             kept = None if self.draws is None else self.draws.draw(0, self.unseen).to(self.device)
             disturbed = to_device(self.disturbs and self.disturbs.draw(0), self.device)
             outputs = cache.complete(self.model(**self._inputs(cache.shared), kept_idx=kept, rec_noise=disturbed))
@@ -168,7 +170,7 @@ class Counted:
         def end(phase: str) -> None:
             phases[phase] = phases.get(phase, 0) + counter.get_total_flops() - begins.pop()
 
-        for name, phase in CHILDREN.items():
+        for name, phase in PHASE_OF_CHILD.items():
             if (child := getattr(self.model, name)) is not None:
                 child.register_forward_pre_hook(lambda *_: begins.append(counter.get_total_flops()))
                 child.register_forward_hook(lambda *_, phase=phase: end(phase))

@@ -8,7 +8,7 @@ import pytest
 
 from configs import Config
 from configs.deepspeed import load_ds_config
-from engine.assemble import assemble
+from engine.build import build_pretraining
 from model.losses.comm import Comm
 from profiling.cost.peak_memory import predict_states
 from profiling.instruments.memory import tensor_bytes
@@ -33,7 +33,7 @@ def ds_of(config: Config, stage: str, world_size: int, **zero: Any) -> dict[str,
 def held(comm: Comm, config: Config, ds_config: dict[str, Any]) -> int:
     """Bytes of tensors that an engine holds after two steps."""
     before = tensor_bytes()
-    parts = assemble(config, ds_config, comm)
+    parts = build_pretraining(config, ds_config, comm)
     ranks.run_steps(parts, config, comm, 0, 2)
     return sum(size for address, size in tensor_bytes().items() if address not in before)
 

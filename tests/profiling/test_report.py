@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from configs import UserError, to_yaml
-from engine.report.pictures import png
-from engine.report.sinks import Log
+from engine.reporting.images import png
+from engine.reporting.sinks import LogFiles
 from model.packing import RankBatchSizes
 from profiling.cost.step_flops import step_flops
 from profiling.report.blocks import LinePlot, PlotLine, StackedBars, as_json, shown
@@ -48,7 +48,7 @@ def figures(step: int, **more: float) -> dict[str, float]:
 
 
 def make_run(directory: Path, reports: list[tuple[int, dict[str, float]]], *overrides: str) -> Path:
-    """A run directory as engine/run.py leaves it, in small; log.jsonl and log.txt by the engine's own sink."""
+    """A run directory as engine/trainer.py leaves it, in small; log.jsonl and log.txt by the engine's own sink."""
     directory.mkdir()
     config = tiny_config(f"optim.steps={reports[-1][0]}", *overrides)
     (directory / "config.yaml").write_text(to_yaml(config))
@@ -57,11 +57,11 @@ def make_run(directory: Path, reports: list[tuple[int, dict[str, float]]], *over
     (directory / "pictures").mkdir()
     for step, _ in reports:
         (directory / "pictures" / f"latents-{step:08d}.png").write_bytes(png(torch.rand(3, 4, 8)))
-    log = Log(directory, config.optim.steps)
-    log.say("attention: sdpa (auto: serves float32 best)")
+    log = LogFiles(directory, config.optim.steps)
+    log.message("attention: sdpa (auto: serves float32 best)")
     for step, values in reports:
         log.scalars(step, values)
-    log.say("peak memory of this rank: 1.25 GiB")
+    log.message("peak memory of this rank: 1.25 GiB")
     log.close()
     return directory
 

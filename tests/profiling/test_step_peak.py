@@ -10,7 +10,7 @@ import torch
 
 from configs import Config
 from configs.deepspeed import load_ds_config
-from engine.assemble import assemble
+from engine.build import build_pretraining
 from engine.step import train_step
 from model.losses.comm import Comm
 from profiling.cost.peak_memory import predict_peak
@@ -50,7 +50,7 @@ def measured(comm: Comm, names: list[str]) -> dict[str, int]:
 
 def _peak(comm: Comm, config: Config, ds_config: dict[str, Any]) -> int:
     before = tensor_bytes()
-    parts = assemble(config, ds_config, comm)
+    parts = build_pretraining(config, ds_config, comm)
     ranks.run_steps(parts, config, comm, 0, STEP)
     held = sum(size for address, size in tensor_bytes().items() if address not in before)
     batch = random_batch(config, STEP, comm.rank, comm.world_size)

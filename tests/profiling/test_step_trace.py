@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from engine.assemble import LEAVES
-from engine.recompute import recompute_blocks
+from engine.block_transforms import checkpoint_activations
+from engine.build import BLOCK_CLASSES
 from engine.zero import DTYPES
 from model.describe import longest_step
 from model.initialise import initialise
@@ -46,7 +46,7 @@ def real_peak(config: Config, attention: str) -> int:
         frozen = frozen_encoder(config, attention)
     finally:
         torch.set_default_dtype(torch.float32)
-    recompute_blocks(model, config.system.activation_checkpointing, tuple(LEAVES))
+    checkpoint_activations(model, config.system.activation_checkpointing, tuple(BLOCK_CLASSES))
     trace, network = OperatorTrace(), perceptual() if config.objectives.rec.perceptual else None
     centres = (
         TeacherCentres.zeros(config.model.prototypes.num) if config.objectives.ssl.targets == "centering" else None

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from engine.checkpoint.directory import complete
+from engine.checkpoint.directory import complete_checkpoints
 from engine.exits import STOPPED
 from tests.soak.gauges import Life, slope
 from tests.soak.run import REPORT_EVERY, Run
@@ -51,8 +51,8 @@ def checks(disturbed: Run, undisturbed: Run, story: Story, lives: Sequence[Life]
 
 def common(disturbed: Run, undisturbed: Run) -> list[tuple[Path, Path]]:
     """Checkpoints after the same step, by step."""
-    theirs = {path.name: path for path in complete(undisturbed.checkpoints)}
-    return [(path, theirs[path.name]) for path in complete(disturbed.checkpoints) if path.name in theirs]
+    theirs = {path.name: path for path in complete_checkpoints(undisturbed.checkpoints)}
+    return [(path, theirs[path.name]) for path in complete_checkpoints(disturbed.checkpoints) if path.name in theirs]
 
 
 def _weights(disturbed: Run, undisturbed: Run) -> Check:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from engine.checkpoint.directory import candidates
+from engine.checkpoint.directory import resume_candidates
 from tests.soak.processes import end_all, ranks
 from tests.soak.schedule import Fault
 
@@ -74,7 +74,7 @@ def _kill_in_save(fault: Fault, run: Target) -> str:
 
 def _spoil(fault: Fault, run: Target) -> str:
     until = time.monotonic() + SAVE_SECONDS
-    while len(there := candidates(run.checkpoints)) < 2 and time.monotonic() < until:
+    while len(there := resume_candidates(run.checkpoints)) < 2 and time.monotonic() < until:
         time.sleep(0.1)  # what is spoiled must not be all there is
     newest = there[0]
     rng = random.Random(fault.strength)

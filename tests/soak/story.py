@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from engine.checkpoint.directory import candidates, step_of
+from engine.checkpoint.directory import resume_candidates, step_of
 from engine.exits import STOPPED
 from tests.soak import faults
 from tests.soak.processes import end_all, marked, ranks
@@ -107,7 +107,7 @@ def _regular(run: Run) -> list[int]:
 
 def _saved(run: Run) -> list[int]:
     """Steps of the checkpoints that a run could go on from, newest first."""
-    return [step_of(path) for path in candidates(run.checkpoints)]
+    return [step_of(path) for path in resume_candidates(run.checkpoints)]
 
 
 def _outcome(event: Event) -> str:

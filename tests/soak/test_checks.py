@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.checkpoint.directory import SUMS, name_of
+from engine.checkpoint.directory import SUMS, checkpoint_name
 from tests.soak.checks import Check, checks
 from tests.soak.gauges import Life, Reading
 from tests.soak.run import REPORT_EVERY, Run
@@ -32,7 +32,7 @@ def runs(tmp_path: Path) -> tuple[Run, Run]:
 def _written(folder: Path) -> Run:
     run = Run(folder, folder / "shards", ranks=1, mark=f"{folder}", seed=0)
     for step in STEPS:
-        place = run.checkpoints / name_of(step)
+        place = run.checkpoints / checkpoint_name(step)
         place.mkdir(parents=True)
         save_file({"weight": torch.full((4,), float(step))}, place / "rank-00000.safetensors")
         (place / "state.json").write_text(json.dumps({"samples_digest": f"{step:x}"}))
@@ -69,23 +69,23 @@ def test_steps_that_were_done_again_alike_break_no_rule(runs: tuple[Run, Run]) -
 def test_one_bit_of_one_weight_is_found(runs: tuple[Run, Run]) -> None:
     weight = torch.full((4,), 50.0)
     weight[2] = torch.nextafter(weight[2], torch.tensor(99.0))
-    save_file({"weight": weight}, runs[0].checkpoints / name_of(50) / "rank-00000.safetensors")
+    save_file({"weight": weight}, runs[0].checkpoints / checkpoint_name(50) / "rank-00000.safetensors")
     assert _broken(runs) == "weights"
 
 
 def test_a_missing_tensor_is_found(runs: tuple[Run, Run]) -> None:
-    save_file({}, runs[0].checkpoints / name_of(50) / "rank-00000.safetensors")
+    save_file({}, runs[0].checkpoints / checkpoint_name(50) / "rank-00000.safetensors")
     assert _broken(runs) == "weights"
 
 
 def test_runs_without_a_common_checkpoint_show_nothing(runs: tuple[Run, Run]) -> None:
     for step in STEPS:
-        (runs[0].checkpoints / name_of(step) / SUMS).unlink()
+        (runs[0].checkpoints / checkpoint_name(step) / SUMS).unlink()
     assert _broken(runs) == "weights samples"
 
 
 def test_other_samples_are_found(runs: tuple[Run, Run]) -> None:
-    (runs[0].checkpoints / name_of(100) / "state.json").write_text('{"samples_digest": "0"}')
+    (runs[0].checkpoints / checkpoint_name(100) / "state.json").write_text('{"samples_digest": "0"}')
     assert _broken(runs) == "samples"
 
 

@@ -100,18 +100,18 @@ def test_a_shard_that_is_open_counts_from_its_second_handle_on(tmp_path: Path) -
 @pytest.mark.parametrize("strength", [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
 def test_a_spoiled_checkpoint_is_one_that_is_refused(tmp_path: Path, strength: float) -> None:
     for step in (10, 20):
-        draft = directory.draft_of(tmp_path, step)
+        draft = directory.draft_path(tmp_path, step)
         draft.mkdir()
         for name in ("rank-00000.safetensors", "state.json"):
             (draft / name).write_bytes(os.urandom(100))
-        directory.commit(draft, [directory.sum_of(path) for path in sorted(draft.iterdir())])
-    older, newer = directory.complete(tmp_path)
+        directory.commit_draft(draft, [directory.checksum_line(path) for path in sorted(draft.iterdir())])
+    older, newer = directory.complete_checkpoints(tmp_path)
     words = faults.do(Fault(0.0, "spoil", 0, strength), Target(tmp_path))
     assert words.startswith("step-00000020/")
-    directory.check(older)
-    if newer in directory.complete(tmp_path):  # without its list of sums it is none any more
+    directory.check_checksums(older)
+    if newer in directory.complete_checkpoints(tmp_path):  # without its list of sums it is none any more
         with pytest.raises(UserError, match="damaged"):
-            directory.check(newer)
+            directory.check_checksums(newer)
 
 
 def test_every_fault_has_its_way() -> None:

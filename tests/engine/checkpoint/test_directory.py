@@ -7,19 +7,19 @@ import pytest
 
 from configs import UserError
 from engine.checkpoint import directory
-from engine.checkpoint.verified import newest_good
+from engine.checkpoint.contents import newest_good
 
 pytestmark = pytest.mark.L0
 
 
 def put(root: Path, step: int) -> Path:
     """A checkpoint as a save commits it."""
-    draft = directory.draft_of(root, step)
+    draft = directory.draft_path(root, step)
     draft.mkdir(parents=True)
     files = {"rank-00000.safetensors": f"weights of {step} " * 100, "state.json": "{}", "config.yaml": "name: a\n"}
     for name, text in files.items():
         (draft / name).write_text(text)
-    return directory.commit(draft, [directory.sum_of(draft / name) for name in files])
+    return directory.commit_draft(draft, [directory.checksum_line(draft / name) for name in files])
 
 
 def steps(paths: list[Path]) -> list[int]:
@@ -30,22 +30,22 @@ def test_what_is_committed_is_found_and_sha256sum_agrees(tmp_path: Path) -> None
     path = put(tmp_path, 300)
     assert path == tmp_path / "step-00000300"
     assert (tmp_path / "latest").read_text() == path.name
-    directory.check(path)
+    directory.check_checksums(path)
     found = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True)
     assert (found.returncode, found.stdout.count(": OK")) == (0, 3), found
 
 
 def test_a_run_goes_on_from_latest_then_from_what_came_before_it(tmp_path: Path) -> None:
-    assert directory.candidates(tmp_path) == []
+    assert directory.resume_candidates(tmp_path) == []
     for step in (100, 200, 300):
         put(tmp_path, step)
-    assert steps(directory.candidates(tmp_path)) == [300, 200, 100]
+    assert steps(directory.resume_candidates(tmp_path)) == [300, 200, 100]
     (tmp_path / "latest").write_text("step-00000200")
-    assert steps(directory.candidates(tmp_path)) == [200, 100], "300 is of a way that somebody has left"
+    assert steps(directory.resume_candidates(tmp_path)) == [200, 100], "300 is of a way that somebody has left"
     (tmp_path / "latest").unlink()
-    assert steps(directory.candidates(tmp_path)) == [300, 200, 100]
+    assert steps(directory.resume_candidates(tmp_path)) == [300, 200, 100]
     (tmp_path / "step-00000300" / "SHA256SUMS").unlink()
-    assert steps(directory.candidates(tmp_path)) == [200, 100]
+    assert steps(directory.resume_candidates(tmp_path)) == [200, 100]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_latest_that_names_no_checkpoint_is_one_error_with_the_choices(tmp_pat
         put(tmp_path, step)
     (tmp_path / "latest").write_text(f"{text}\n")
     with pytest.raises(UserError) as caught:
-        directory.candidates(tmp_path)
+        directory.resume_candidates(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}/latest names {text!r}, which is no checkpoint there")
     assert "(step-00000004, step-00000200)" in str(caught.value)
 
@@ -66,9 +66,9 @@ def test_after_a_kill_while_a_step_is_saved_again_latest_is_not_an_error(tmp_pat
     for step in (100, 200):
         put(tmp_path, step)
     (tmp_path / "step-00000200").rename(tmp_path / ".step-00000200.old.tmp")
-    assert steps(directory.candidates(tmp_path)) == [100]
-    (tmp_path / ".step-00000200.old.tmp").rename(directory.draft_of(tmp_path, 200))
-    assert steps(directory.candidates(tmp_path)) == [100]
+    assert steps(directory.resume_candidates(tmp_path)) == [100]
+    (tmp_path / ".step-00000200.old.tmp").rename(directory.draft_path(tmp_path, 200))
+    assert steps(directory.resume_candidates(tmp_path)) == [100]
 
 
 def test_the_same_step_saved_again_replaces_itself(tmp_path: Path) -> None:
@@ -88,10 +88,10 @@ def test_after_every_save_the_last_k_and_every_nth_are_there(
     saved = [every * (i + 1) for i in range(20)]
     for done, step in enumerate(saved, 1):
         put(quick_path, step)
-        directory.retain(quick_path, keep_last, keep_every)
+        directory.remove_old_checkpoints(quick_path, keep_last, keep_every)
         multiples = range(keep_every, step + 1, keep_every) if keep_every else ()
         landmarks = {min(step for step in saved if step >= multiple) for multiple in multiples}
-        assert set(steps(directory.complete(quick_path))) == set(saved[:done][-keep_last:]) | landmarks
+        assert set(steps(directory.complete_checkpoints(quick_path))) == set(saved[:done][-keep_last:]) | landmarks
     assert [path for path in quick_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -99,8 +99,8 @@ def test_nothing_newer_than_latest_is_removed(tmp_path: Path) -> None:
     for step in (100, 200, 300, 400):
         put(tmp_path, step)
     (tmp_path / "latest").write_text("step-00000200")
-    assert steps(directory.retain(tmp_path, keep_last=1, keep_every=0)) == [100]
-    assert steps(directory.complete(tmp_path)) == [200, 300, 400]
+    assert steps(directory.remove_old_checkpoints(tmp_path, keep_last=1, keep_every=0)) == [100]
+    assert steps(directory.complete_checkpoints(tmp_path)) == [200, 300, 400]
 
 
 def flip_a_bit(path: Path) -> None:

@@ -15,9 +15,9 @@ import torch
 
 from configs.run import Checkpoint
 from engine.checkpoint import directory
-from engine.checkpoint.pieces import Piece, Pieces
-from engine.checkpoint.verified import newest_good
-from engine.checkpoint.writing import DONE, Writing
+from engine.checkpoint.contents import newest_good
+from engine.checkpoint.saver import DONE, BackgroundSave
+from engine.checkpoint.tensor_ranges import RangeReader, TensorRange
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.L1
@@ -29,12 +29,12 @@ SETTINGS = Checkpoint(keep_last=2)
 def save(root: Path, step: int) -> None:
     """What rank 0 of one does, without a thread: tensors full of the step's number."""
     directory.clear_drafts(root)
-    draft = directory.draft_of(root, step)
+    draft = directory.draft_path(root, step)
     draft.mkdir(parents=True)
-    pieces = [Piece("fp32", "w", 0, torch.full((5000,), float(step)))]
-    writing = Writing(draft, 0, 1, pieces, {"state.json": "{}", "config.yaml": "name: a\n"}, SETTINGS)
+    pieces = [TensorRange("fp32", "w", 0, torch.full((5000,), float(step)))]
+    writing = BackgroundSave(draft, 0, 1, pieces, {"state.json": "{}", "config.yaml": "name: a\n"}, SETTINGS)
     writing.run()
-    assert writing.told.outcome == DONE, writing.told
+    assert writing.status.checkpoint == DONE, writing.status
 
 
 def killed_at(event: int, root: Path, step: int) -> bool:
@@ -60,10 +60,10 @@ def killed_at(event: int, root: Path, step: int) -> bool:
 
 
 def assert_one_can_go_on(root: Path, before: int, after: int) -> int:
-    path = newest_good(root, say=pytest.fail)
+    path = newest_good(root, log=pytest.fail)
     step = directory.step_of(path)
     assert step in (before, after), path
-    assert Pieces(path).read("fp32", "w").eq(step).all()
+    assert RangeReader(path).read("fp32", "w").eq(step).all()
     return step
 
 
@@ -105,10 +105,10 @@ def kill_at_any_time(root: str) -> list[int]:
         time.sleep(0.002 + 0.0011 * number)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        path = newest_good(place, say=pytest.fail)
+        path = newest_good(place, log=pytest.fail)
         assert directory.step_of(path) >= step
         step = directory.step_of(path)
-        assert Pieces(path).read("fp32", "w").eq(step).all()
+        assert RangeReader(path).read("fp32", "w").eq(step).all()
         found.append(step)
     return found
 

@@ -21,16 +21,17 @@ from configs import Config, DecoderGan, RunConfig
 from configs.deepspeed import load_ds_config
 from data.batch import RestartablePrefetcher
 from data.order import Order
-from engine import archive, run
-from engine.assemble import assemble
-from engine.checkpoint.pieces import Pieces
-from engine.training import Training
-from engine.trainings import kinds
-from engine.trainings.generation import GeneratorTraining
-from engine.trainings.pretraining import Pretraining
+from engine import trainer
+from engine.build import build_pretraining
+from engine.checkpoint import reading
+from engine.checkpoint.tensor_ranges import RangeReader
+from engine.tasks.generator import GeneratorTask, build_generator_task
+from engine.tasks.pretrain import PretrainTask
+from engine.tasks.shards import ShardData
+from engine.tasks.task import TrainingTask
 from model.losses.comm import Comm
 from tests.engine.ranks import DEEPSPEED
-from tests.engine.trainings import decoder_gan_runs
+from tests.engine.tasks import decoder_gan_runs
 from tests.tiny import random_batch
 
 CORPUS = Order([64], 1, 1, 0)
@@ -89,18 +90,18 @@ def train(
     """The run to its end, or what it raises; what its last checkpoint holds."""
     ds_config = load_ds_config(DEEPSPEED / f"{stage}.json", config, comm.world_size)
 
-    def assembled(*_: object) -> Training:
+    def assembled(*_: object) -> TrainingTask:
         return _assembled(config, ds_config, comm, spoilt, stage, resume, corpus)
 
-    vars(kinds)["assemble"] = assembled
+    vars(trainer)["build_task"] = assembled
     config = config.model_copy(update={"system": config.system.model_copy(update={"run_dir": str(run_dir)})})
-    assert run.train(config, ds_config, comm, resume, allowed) == 0
+    assert trainer.train(config, ds_config, comm, resume, allowed) == 0
     return state_of(run_dir)
 
 
 def _assembled(
     config: RunConfig, ds_config: dict[str, Any], comm: Comm, spoilt: Spoilt, stage: str, resume: bool, corpus: Order
-) -> Training:
+) -> TrainingTask:
     def images(batch: Any, place: int) -> Any:
         moved = spoilt.moved(place)
         keys = tuple(f"{moved}/{key}" for key in batch.keys)
@@ -109,34 +110,34 @@ def _assembled(
     if isinstance(config, Config):
         draw = lambda place: random_batch(config, spoilt.moved(place), comm.rank, comm.world_size)  # noqa: E731
         loader: Any = Drawn(lambda place: images(draw(place), place), corpus)
-        return Pretraining(config, assemble(config, ds_config, comm, resume), loader)
+        return PretrainTask(config, build_pretraining(config, ds_config, comm, resume), loader)
     if isinstance(config, DecoderGan):
         training = decoder_gan_runs.build(config, comm, stage)
         loader = Drawn(
             lambda place: images(decoder_gan_runs.pictures(config, spoilt.moved(place), comm), place),
             corpus,
         )
-        training.loader = loader
+        training.data = ShardData(loader)
         return training
-    generator = kinds.generation(config, ds_config, comm)  # type: ignore[arg-type]
+    generator = build_generator_task(config, ds_config, comm)  # type: ignore[arg-type]
     return _with_spoilt_latents(generator, spoilt, comm)
 
 
-def _with_spoilt_latents(training: GeneratorTraining, spoilt: Spoilt, comm: Comm) -> GeneratorTraining:
-    make = vars(training._steps)["_make"]
+def _with_spoilt_latents(training: GeneratorTask, spoilt: Spoilt, comm: Comm) -> GeneratorTask:
+    make = vars(training.data._ahead)["_make"]
 
     def spoilt_step(place: int) -> Any:
         step = make(spoilt.moved(place))
-        latents = spoilt.spoil(step.batch.latents_BLhw, spoilt.moved(place), comm.rank)
-        return replace(step, batch=replace(step.batch, latents_BLhw=latents), step=place)
+        latents = spoilt.spoil(step.latents.latents_BLhw, spoilt.moved(place), comm.rank)
+        return replace(step, latents=replace(step.latents, latents_BLhw=latents), step=place)
 
-    vars(training._steps)["_make"] = spoilt_step
+    vars(training.data._ahead)["_make"] = spoilt_step
     return training
 
 
 def state_of(run_dir: Path) -> dict[str, Tensor]:
     """All vectors of the last checkpoint."""
-    pieces = Pieces(archive.find(run_dir / "checkpoints"))
+    pieces = RangeReader(reading.latest_readable(run_dir / "checkpoints"))
     return {f"{key}/{name}": pieces.read(key, name) for key, name in sorted(vars(pieces)["_where"])}
 
 

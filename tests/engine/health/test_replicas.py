@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine import zero
-from engine.health.failure import TrainingFailed
-from engine.health.replicas import check, digest
-from engine.training import Kept
+from engine.ema import CentreState
+from engine.health.anomalies import TrainingFailed
+from engine.health.replicas import check_replicas, digest
+from engine.tasks.task import TrainState
 from model.losses.comm import Comm
 from tests.engine import ranks
 from tests.harness import run_ranks
@@ -51,9 +52,9 @@ def test_the_last_of_several_chunks_counts(monkeypatch: pytest.MonkeyPatch) -> N
         flip(values, place, 31)
 
 
-def said(kept: Kept, comm: Comm) -> str:
+def said(kept: TrainState, comm: Comm) -> str:
     try:
-        check(kept, comm, 2)
+        check_replicas(kept, comm, 2)
     except TrainingFailed as error:
         return f"{error.kind}: {error}"
     return "nothing"
@@ -66,18 +67,18 @@ def told_of_flips(comm: Comm, stage: str) -> dict[str, str]:
     )
     parts = ranks.build(config, comm, stage)
     _, centres = ranks.run_steps(parts, config, comm, 0, 2)
-    kept = parts.kept(centres)
-    check(kept, comm, 2)
+    kept = parts.train_state(CentreState(centres))
+    check_replicas(kept, comm, 2)
     assert parts.teacher is not None
     assert centres is not None
-    assert parts.judge.recent is not None
-    pair = parts.teacher.pairs[3]
+    assert parts.grad_norm_guard.recent is not None
+    pair = parts.teacher.shards[3]
     places = {
-        "weight": dict(zero.replicas(parts.engine)).get("trunk.blocks.0.norm1.weight"),
+        "weight": dict(zero.replicated_tensors(parts.engine)).get("trunk.blocks.0.norm1.weight"),
         "shard": zero.shard(pair.student),
         "average": pair.average,
         "centre": centres.patch_K,
-        "window": parts.judge.recent,
+        "window": parts.grad_norm_guard.recent,
     }
     told = {}
     for name, tensor in places.items():
@@ -88,7 +89,7 @@ def told_of_flips(comm: Comm, stage: str) -> dict[str, str]:
         told[name] = said(kept, comm)
         if comm.rank == 1:
             flip(tensor, 0, bit)
-    check(kept, comm, 2)
+    check_replicas(kept, comm, 2)
     return told
 
 

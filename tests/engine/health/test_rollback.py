@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from configs import RunConfig
-from engine import archive
-from engine.health.failure import TrainingFailed
+from engine.checkpoint import reading
+from engine.health.anomalies import TrainingFailed
 from model.initialise import initialise
 from model.losses.comm import Comm
 from model.packing import RankBatchSizes
@@ -19,8 +19,8 @@ from model.weights import write_weights
 from tests.data.latents.stores import write_public_store
 from tests.engine.health import runs
 from tests.engine.health.runs import Spoilt, difference
-from tests.engine.trainings.decoder_gan_runs import stage_config
-from tests.engine.trainings.test_generation import SHAPE, tiny
+from tests.engine.tasks.decoder_gan_runs import stage_config
+from tests.engine.tasks.test_generator import SHAPE, tiny
 from tests.harness import run_ranks
 from tests.tiny import tiny_config
 
@@ -55,8 +55,8 @@ def of_kind(kind: str, place: Path) -> RunConfig:
     )
 
 
-def state(run_dir: Path) -> archive.State:
-    return archive.read_state(archive.find(run_dir / "checkpoints"))
+def state(run_dir: Path) -> reading.CheckpointState:
+    return reading.read_state(reading.latest_readable(run_dir / "checkpoints"))
 
 
 def _optim(steps: int) -> dict[str, Any]:

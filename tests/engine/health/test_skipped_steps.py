@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from engine import zero
-from engine.assemble import Assembly
-from engine.checkpoint.pieces import MASTER, MOMENTS
+from engine.build import PretrainParts
+from engine.checkpoint.tensor_ranges import MASTER, MOMENTS
 from engine.step import train_step
 from model.losses.comm import Comm
 from tests.engine import ranks
@@ -48,10 +48,10 @@ def after_bad_steps(comm: Comm, stage: str, precision: str, optimizer: str) -> d
         found["steps"].append(zero.steps_taken(parts.engine))
     assert centres is not None
     finite = torch.isfinite(torch.cat([*state(parts).values(), centres.cls_K, centres.patch_K]))
-    return found | {"counts": parts.judge.counts.tolist(), "is_finite": bool(finite.all())}
+    return found | {"counts": parts.grad_norm_guard.counts.tolist(), "is_finite": bool(finite.all())}
 
 
-def state(parts: Assembly) -> dict[str, Tensor]:
+def state(parts: PretrainParts) -> dict[str, Tensor]:
     """This rank's weights and moments."""
     return {
         f"{key}/{fragment.name}": fragment.read(key).flatten().clone()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs import UserError
-from engine.lock import file_lock, lock_holder
+from engine.run_directory import file_lock, lock_holder
 from evaluation.study import results, runner
 from evaluation.study.runner import WorkSession, error_lines, is_done, read_failure, read_record, run_cells
 from tests.evaluation.study.made_up import NAMES, MadeUp, four_cells, made_up
@@ -134,7 +134,7 @@ def test_a_cell_in_other_hands_is_passed_over(tmp_path: Path) -> None:
 HOLDS = """
     import subprocess, sys, time
     from pathlib import Path
-    from engine.lock import file_lock
+    from engine.run_directory import file_lock
     with file_lock(Path(sys.argv[1])) as lock:
         if sys.argv[2] == "child":
             child = subprocess.Popen(["/bin/sleep", "30"], pass_fds=[lock])

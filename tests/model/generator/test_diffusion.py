@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.generator import Diffusion
-from engine.recompute import recompute_blocks
+from engine.block_transforms import checkpoint_activations
 from model.generator.blocks import ModulatedBlock
 from model.generator.diffusion import DiffusionBackbone, grid_sinusoids
 from model.generator.draws import RandomDraws, draw
@@ -248,7 +248,7 @@ def test_computing_blocks_again_changes_no_gradient(mode: str) -> None:
     gradients = []
     for wanted in ("off", mode):
         generator = alive(section())
-        recompute_blocks(generator, wanted, (ModulatedBlock,))
+        checkpoint_activations(generator, wanted, (ModulatedBlock,))
         generator(latents, labels, rows(generator.draw_counts))["total"].backward()
         gradients.append([parameter.grad for parameter in generator.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))

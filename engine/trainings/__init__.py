@@ -1,1 +1,0 @@
-"""The kinds of training that the loop steps: pre-training, the decoder against a discriminator, generators."""
