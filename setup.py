@@ -14,8 +14,8 @@ setup(
         "engine", "engine.checkpoint", "engine.health", "engine.reporting", "engine.tasks",
         "engine.watchdog", "engine.zero",
         "evaluation", "evaluation.study",
-        "profiling", "profiling.benches", "profiling.checks", "profiling.gpu_check", "profiling.plan",
-        "profiling.report", "profiling.step",
+        "profiling", "profiling.benches", "profiling.cost", "profiling.doctor", "profiling.gpu_check",
+        "profiling.instruments", "profiling.plan", "profiling.report",
     ],
     package_data={"configs": ["*.yaml", "deepspeed/*.json"], "profiling.report": ["*.j2"]},
     install_requires=[

@@ -51,7 +51,7 @@ class GeneratorBatch:
     step: int
 
 
-class LatentData:
+class LatentBatches:
     """DataSource over a latent store: a thread reads latents and draws random numbers ahead."""
 
     def __init__(self, config: GeneratorConfig, comm: Comm, store: LatentStore, needs: DrawCounts) -> None:
@@ -148,7 +148,7 @@ class GeneratorTask:
         phases = time_phases(config, device, self._engine, children, {"ema": (self._average, "update")})
         attention = built.choices["attention"].split()[0]
         self.setup = TaskSetup(config, comm, device, phases, built.choices, attention, (built.guard,))
-        self.data = LatentData(config, comm, store, self._engine.module.draw_counts)
+        self.data = LatentBatches(config, comm, store, self._engine.module.draw_counts)
         self._latents_record = LatentsRecord(store)
 
     def describe(self) -> str:

@@ -12,7 +12,7 @@
 
 A budget is a number of training FLOPs of the tokenizer (profiling/cost/step_flops.py: forward and backward, each
 product once), not a number of steps: a step of the joint objective costs nearly twice one of reconstruction alone, and
-an equal number of steps would credit the joint objective with compute that the others never had. Each objective takes as many
+an equal number of steps would credit the joint objective with compute that the others never had. Each takes as many
 steps as the budget buys. Cells are ordered by budget, so that a study cut short is a smaller study rather than a third
 of one.
 
