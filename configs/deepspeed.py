@@ -15,8 +15,8 @@ Scale-out keys, for runs on many hosts (docs/scaling.md says when each pays):
     zero_quantized_gradients  gradients travel as int4, between ranks of a host, then between hosts
     compile.deepcompile       DeepSpeed compiles the whole model and puts its collectives into the graph
 
-Rules are those of deepspeed 0.19.8; docs/decisions.md has where each was found. What needs the device is checked by
-engine/zero/scale_out.py.
+Rules are those of deepspeed 0.19.8; docs/decisions/zero.md has the source of each. What needs the device is checked by
+engine/zero/build.py.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class DiffusionHeadConfig(Section):
 
     width: Width = 1024  # [P]
     depth: SmallPositive = 6  # residual blocks [P]; 3 in the study of tokenizers, arXiv 2507.15856
-    # "noise" is the published one [P]; "velocity" needs fewer steps to draw a token (docs/decisions.md).
+    # "noise" is the published one [P]; "velocity" needs fewer steps to draw a token (docs/decisions/generators.md).
     objective: Literal["noise", "velocity"] = "noise"
     repeats: SmallPositive = 4  # noise levels drawn for a token in one step, on average [P]
 

@@ -112,7 +112,7 @@ class Checkpoint(Section):
 
 
 class WatchdogTimeouts(Section):
-    """When a rank counts as lost (engine/watch/): every rank then reports which one and where it was, and exits."""
+    """When a rank counts as lost (engine/watchdog/): every rank then reports which one and where it was, and exits."""
 
     silent_seconds: Seconds = 60  # without a heartbeat: stopped, or cut off. A process that died is noticed at once
     # No rank has finished a step or a phase. Must exceed the longest phase: assembling (the model, the corpus's index

@@ -51,7 +51,7 @@ def keep_freed_blocks(device: torch.device) -> str:
 
     By itself it hands every block above 32 MiB back to the kernel as soon as it is freed, and the kernel clears every
     page of the next one anew. Activations of a packed pass are of that size, so that a step waits for pages it had a
-    moment before: a fifth of a step of vtp_s on two cores. The price is 5 to 8 % more memory (docs/decisions.md).
+    moment before: a fifth of a step of vtp_s on two cores. The price is 5 to 8 % more memory (docs/decisions/step.md).
     """
     if device.type != "cpu":
         return "as found (steps run on the GPU)"

@@ -21,7 +21,7 @@ The Pretrainer's table, first match wins. w is the width, n the depth of the tex
     text.*.c_fc                                  normal (2w)^-1/2                           [D] CLIP
     text.text_projection                         normal w^-1/2                              [D] CLIP
     clip.visual_proj                             normal of its input width^-1/2             [D] CLIP
-    bottleneck, align, decoder.proj_in, .proj_out  normal of its input width^-1/2             [D] docs/decisions.md
+    bottleneck, align, decoder.proj_in, .proj_out  normal of its input width^-1/2            [D] docs/decisions/model.md
     trunk.*, decoder.* with model.conv           normal (3 x fan-in)^-1/2                   [C] LDM: torch's
     *.w12                                        its halves as *.w1 and *.w2, however products are fused
     every other                                  normal 0.02, cut at 2 standard deviations  [D] DINOv2

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PRESETS = {"vtp_l": 128, "vtp_1b": 512, "vtp_7b": 1024}
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 WITHOUT_FILES = "objectives.rec.lpips_weights=none"  # planning reads no weights
-LOADER = 2_000  # images a second that one rank's Python makes (docs/decisions.md)
+LOADER = 2_000  # images a second that one rank's Python makes (docs/decisions/order_and_data.md)
 LARGEST_BATCH = 32_768  # of image-text pairs that a published VTP run has shown to learn [A]
 LIMIT = 0.1  # fraction of the step, from which a cost is called a limit
 

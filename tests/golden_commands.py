@@ -169,11 +169,11 @@ def of_corpus(work: Path) -> tuple[str, ...]:
 
 
 def pretraining(work: Path) -> Tree:
-    """Six steps on two ranks: log, checkpoint, weights (an average), `engine.archive`."""
+    """Six steps on two ranks: log, checkpoint, weights (an average), `engine.consolidate`."""
     run = work / "run"
     short = ("ema=0.9", "system.report_every=2", "system.images_every=4", "system.checkpoint.every=3")
     launch(2, ROOT / "tests/tiny.yaml", run, *of_corpus(work), *short, "system.compile=off")
-    command("engine.archive", run, "--out", work / "archived.safetensors")
+    command("engine.consolidate", run, "--out", work / "archived.safetensors")
     first = tensors(run / "checkpoints" / latest_of(run) / "rank-00000.safetensors")["tensors"]
     archived = brief(work / "archived.safetensors")
     return run_of(run, work) | {"archived.safetensors": archived, "first rank's file": first}

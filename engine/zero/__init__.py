@@ -12,7 +12,7 @@ any world size.
     engine = zero.initialize(model, optimizer, ds_config)
     [f] = [f for f in zero.fragments(engine) if f.name == "trunk.norm.weight"]
 
-All measurements in these files are of deepspeed 0.19.8 (docs/decisions.md).
+All measurements in these files are of deepspeed 0.19.8 (docs/decisions/zero.md).
 """
 
 from engine.zero.build import DTYPES, construction, gathered, initialize, mark_leaves, reduce_once

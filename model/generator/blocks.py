@@ -7,7 +7,7 @@
 ModulatedBlock is the trunk's block with shift, scale and gate from the condition (AdaLN-zero, DiT). The modulation
 starts at zero, so a fresh block is the identity. The time is not rescaled: 0 to 1 on the straight path, as in SiT and
 LightningDiT, 0 to 999 with DDPM's steps [C]. With generator.time_scale=1000 it is 0 to 1000 on both, which short runs
-learn from faster (docs/decisions.md).
+learn from faster (docs/decisions/generators.md).
 
 TokenBlock, of the autoregressive generators, has pre-norm attention and MLP as in the original ViT (MAR [C]). Positions
 are in the tokens already; arguments select which tokens see which:

@@ -286,7 +286,7 @@ class FakeComm:
 
 
 class _FakeGather(torch.autograd.Function):
-    """engine.world's gather, with nothing to wait for."""
+    """engine.distributed's gather, with nothing to wait for."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: FakeComm) -> Tensor:

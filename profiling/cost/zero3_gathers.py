@@ -90,7 +90,7 @@ class GatherSimulator:
     """One rank's gathered parameters over any number of passes.
 
     `max_live` is the most elements whole at once, without the buffers in which several are gathered: counted whole,
-    they are too much (docs/decisions.md).
+    they are too much (docs/decisions/planner.md).
     """
 
     def __init__(self, sizes: Mapping[str, int], settings: GatherSettings) -> None:

@@ -32,7 +32,7 @@ from profiling.report.metrics import labelled, labels, metric_plots, metric_tabl
 from profiling.report.run_record import RunRecord, number
 
 MAX_BAD_SAMPLES = 20
-# Title and explanation of pictures, by the name of their files in a run's directory (engine/trainings/).
+# Title and explanation of pictures, by the name of their files in a run's directory (engine/tasks/).
 PICTURE_KINDS = {
     "latents": (
         "Latents",
