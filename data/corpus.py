@@ -37,7 +37,7 @@ from data.corpora.image_files import (
 )
 from data.corpora.samples import CorpusPlan, CorpusSample
 from data.corpora.synthetic_images import synthetic_plan
-from data.durable_files import is_published, staged_directory, write_json, write_manifest
+from data.corpus_directory import is_published, staged_directory, write_json, write_manifest
 from data.image_headers import IMAGE_EXTS
 from data.processes import NUM_CORES
 

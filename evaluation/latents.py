@@ -23,7 +23,7 @@ import torch
 
 from configs import UserError
 from configs.command_line import CommandParser
-from data.durable_files import PARTIAL, is_published, staged_directory, write_manifest
+from data.corpus_directory import PARTIAL, is_published, staged_directory, write_manifest
 from data.held_out import HeldOutImages, check_number_of_classes
 from data.latents.channel_statistics import ChannelSums, check_channel_statistics, write_channel_statistics
 from data.latents.store import LatentStore, LatentWriter
@@ -68,7 +68,7 @@ def write_latents(path: str | Path, out: Path, options: LatentOptions) -> Latent
 
 @contextmanager
 def staged_by_first(out: Path) -> Iterator[Path]:
-    """Stage a directory for all ranks: the first creates it, and publishes it at the end (data.durable_files)."""
+    """Stage a directory for all ranks: the first creates it, and publishes it at the end (data.corpus_directory)."""
     with ExitStack() as stack:
         on_first_rank(lambda: bool(stack.enter_context(staged_directory(out))))
         yield out / PARTIAL

@@ -33,7 +33,7 @@ from torch import Tensor
 from configs import UserError
 from configs.command_line import apply_umask
 from data.bad_samples import StorageError
-from data.durable_files import MANIFEST
+from data.corpus_directory import MANIFEST
 from data.latents.channel_statistics import ChannelSums, read_channel_statistics
 from data.latents.files import (
     FLIPPED,
@@ -165,7 +165,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 class LatentWriter:
     """Writes one rank's latents, `shard_size` a file. All batches have one shape and dtype, those of the files.
 
-    Write into a data.durable_files.staged_directory: a store appears whole or not at all. A file that cannot be written
+    Write into a data.corpus_directory.staged_directory: a store appears whole or not at all. A file that cannot be written
     is a UserError.
     """
 

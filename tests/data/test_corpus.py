@@ -25,7 +25,7 @@ from data.corpora.image_files import list_files, sidecar_captions
 from data.corpora.synthetic_images import render_synthetic_sample, synthetic_samples
 from data.corpora.synthetic_scenes import class_names
 from data.corpus import main
-from data.durable_files import staged_directory
+from data.corpus_directory import staged_directory
 
 pytestmark = pytest.mark.L0
 

@@ -326,7 +326,7 @@ def _records(config: RunConfig, variant: Variant, comm: Comm, run_dir: Path) -> 
             yield training.step(decoder_gan_runs.pictures(config, step, comm))
     else:
         assert isinstance(config, GeneratorConfig)
-        training = trainer.assemble(config, ds_config, comm, run_dir, False)
+        training = trainer.build_task(config, ds_config, comm, run_dir, False)
         batches = training.data.batches(0)
         for _ in range(STEPS):
             yield training.step(next(batches))

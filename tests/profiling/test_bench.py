@@ -51,7 +51,7 @@ def test_the_attention_bench_tells_every_backend(
 def test_the_attention_bench_times_each_kernel_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "training_dtype", lambda: torch.float32)
     monkeypatch.setattr(blocks, "SEGMENTS", ((2, 5), (3, 2)))
-    monkeypatch.setattr(blocks, "missing", lambda name, device, dtype: None)
+    monkeypatch.setattr(blocks, "why_unavailable", lambda name, device, dtype: None)
     out = tmp_path / "attention.json"
     with flash_stand_ins(monkeypatch) as calls:
         assert bench.main(["attention", "--rounds", "2", "--json", str(out)]) == 0

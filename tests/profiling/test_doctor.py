@@ -120,7 +120,7 @@ def test_a_needed_package_that_is_missing_is_needed_and_has_a_remedy() -> None:
 
 
 def test_every_page_names_the_same_command_for_a_package() -> None:
-    """The doctor's list of packages, the doors of the libraries, the README and the extras of setup.py."""
+    """The doctor's list of packages, the doors of the libraries, docs/performance.md and the extras of setup.py."""
     remedies = {package.module: package.remedy for package in PACKAGES}
     assert remedies["flash_attn_interface"] == REQUIREMENTS["flash3"].remedy
     assert remedies["flash_attn"] == REQUIREMENTS["flash2"].remedy
@@ -128,10 +128,10 @@ def test_every_page_names_the_same_command_for_a_package() -> None:
     assert remedies["torchao"] == fp8.INSTALL_COMMANDS["fp8_torchao"]
     assert remedies["transformer_engine"] == fp8.INSTALL_COMMANDS["fp8_te"]
     assert remedies["apex.optimizers"] == optim.APEX_INSTALL
-    readme, setup = (ROOT / "README.md").read_text().replace('"', "'"), (ROOT / "setup.py").read_text()
+    page, setup = (ROOT / "docs/performance.md").read_text().replace('"', "'"), (ROOT / "setup.py").read_text()
     for command in fp8.INSTALL_COMMANDS.values():
         command = command.split(" (")[0]
-        assert command in readme
+        assert command in page
         assert f'"{command.split("[")[1].split("]")[0]}": [' in setup
 
 

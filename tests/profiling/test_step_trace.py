@@ -59,7 +59,7 @@ def real_peak(config: Config, attention: str) -> int:
     trace.ignore([] if frozen is None else [*frozen.parameters(), *frozen.buffers()])
     inputs = model_inputs(random_batch(config, 0))
     longest = longest_step(config, RankBatchSizes.per_rank(config, 1))
-    inputs["corruption"] = corruption(config, step_that_hides(config, longest))
+    inputs["rec_noise"] = corruption(config, step_that_hides(config, longest))
     with trace.phase("step"):
         outputs = model(**inputs)
         losses = compute_losses(outputs, config.objectives, 0.05, Solo(), centres, network, frozen)

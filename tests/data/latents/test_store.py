@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from configs import UserError
 from data import storage
 from data.bad_samples import StorageError
-from data.durable_files import write_manifest
+from data.corpus_directory import write_manifest
 from data.latents import channel_statistics
 from data.latents import store as latent_store
 from data.latents.channel_statistics import ChannelSums, write_channel_statistics

@@ -67,14 +67,14 @@ GUARD_PROCESS = """
 import signal, sys, torch
 from pathlib import Path
 from types import SimpleNamespace
-from configs.run import Health
+from configs.run import AnomalyPolicy
 from engine.health import anomalies
 from model.losses.comm import Solo
 
 now = 0.0
 anomalies.time = SimpleNamespace(monotonic=lambda: now)
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
-watch = anomalies.AnomalyMonitor(Solo(), torch.device("cpu"), Health(), [])
+watch = anomalies.AnomalyMonitor(Solo(), torch.device("cpu"), AnomalyPolicy(), [])
 watch.listen(Path(sys.argv[1]))
 while True:
     print(watch.should_stop(), flush=True)
