@@ -165,8 +165,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 class LatentWriter:
     """Writes one rank's latents, `shard_size` a file. All batches have one shape and dtype, those of the files.
 
-    Write into a data.corpus_directory.staged_directory: a store appears whole or not at all. A file that cannot be written
-    is a UserError.
+    Write into a data.corpus_directory.staged_directory: a store appears whole or not at all. A file that cannot be
+    written is a UserError.
     """
 
     def __init__(self, directory: Path, rank: int = 0, shard_size: int = SHARD_SIZE) -> None:
