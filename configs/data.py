@@ -154,7 +154,7 @@ class ImageView(Section):
 
 
 class Views(ImageView):
-    """All crops and colour augmentation. [D] of DINOv2."""
+    """Crops and colour augmentation of every view; defaults are DINOv2's [D]."""
 
     global_size: Width = 256
     global_scale: AreaRange = (0.32, 1.0)

@@ -39,7 +39,7 @@ FAILURES_FILE = "failures.jsonl"
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailureRecord:
     """One line of failures.jsonl: `rank` failed after `step` finished steps, in `phase`."""
 
     rank: int
@@ -51,15 +51,15 @@ class Failure:
     time: float = field(default_factory=time.time)
 
 
-def record_failure(run_dir: Path, failure: Failure) -> None:
+def record_failure(run_dir: Path, failure: FailureRecord) -> None:
     """Append one line. Where the run directory cannot be written nothing is raised: the failure itself matters more."""
     AppendOnlyFile(run_dir / FAILURES_FILE).append(json.dumps(asdict(failure)))
 
 
-def last_failure(run_dir: Path) -> Failure | None:
+def last_failure(run_dir: Path) -> FailureRecord | None:
     """Return the newest failure; None where there is none, or the file cannot be read."""
     try:
         lines = (run_dir / FAILURES_FILE).read_text().splitlines()
-        return Failure(**json.loads(lines[-1])) if lines else None
+        return FailureRecord(**json.loads(lines[-1])) if lines else None
     except (OSError, ValueError, TypeError):
         return None

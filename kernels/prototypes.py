@@ -96,7 +96,9 @@ class TeacherColumnSums:
 
 
 @torch.no_grad()
-def target_statistics(teacher_RE: Tensor, prototypes_KE: Tensor, temp: float, bias_K: Tensor) -> tuple[Tensor, Tensor]:
+def target_entropy_and_mean(
+    teacher_RE: Tensor, prototypes_KE: Tensor, temp: float, bias_K: Tensor
+) -> tuple[Tensor, Tensor]:
     """Entropy of each row's target in nats, (R,) float32, and each prototype's mean probability over the rows, (K,)."""
     chunk = LogitChunks(prototypes_KE, len(teacher_RE))
     entropies, sum_K = [bias_K.new_zeros(0)], torch.zeros_like(bias_K)

@@ -1,4 +1,4 @@
-"""The house's rules, read off the source: who may import whom, one door per heavy library, plain packages.
+"""The house's rules, read off the source: who may import whom, one door per heavy library, one class per name.
 
     broken_rules(ROOT)         # [] or ["data/loader.py:24 imports model: data may import configs only", ...]
 
@@ -144,6 +144,15 @@ def _code_in_init(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def test_the_tree_keeps_its_rules() -> None:
     assert broken_rules(ROOT) == []
+
+
+def test_a_class_name_means_one_thing_in_the_whole_tree() -> None:
+    defined: dict[str, list[str]] = {}
+    for path in (path for package in ALL for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                defined.setdefault(node.name.lstrip("_"), []).append(f"{path.relative_to(ROOT)}")
+    assert {name: files for name, files in defined.items() if len(files) > 1} == {}
 
 
 def test_every_package_is_there_and_was_walked() -> None:

@@ -39,7 +39,7 @@ POLL_SECONDS = 0.02  # between two looks for the checksums of the other ranks
 
 
 class CheckpointError(TrainingFailed):
-    """A checkpoint that was asked for is not on disk. The one before it is."""
+    """A checkpoint could not be written; the one before it is still on disk."""
 
     def __init__(self, message: str) -> None:
         super().__init__("checkpoint", message)

@@ -29,7 +29,7 @@ from typing import Any
 from configs import RunConfig, UserError
 from configs.run import WatchdogTimeouts as Settings
 from engine import distributed
-from engine.exits import FAILED, LOST_RANK, MISTAKE, Failure, record_failure
+from engine.exits import FAILED, LOST_RANK, MISTAKE, FailureRecord, record_failure
 from engine.health.anomalies import TrainingFailed
 from engine.stderr import print_error
 from engine.watchdog.server import Heartbeat, LostRanks, RankMonitor, WatchdogServer
@@ -196,7 +196,7 @@ def watchdog(config: RunConfig, run_dir: Path) -> Iterator[RankStatus]:
         if distributed.is_caused_by_other_rank(error):
             client.wait_for_lost_ranks()
         kind = error.kind if isinstance(error, TrainingFailed) else type(error).__name__
-        record_failure(run_dir, Failure(distributed.rank(), status.step, status.phase, kind, str(error)))
+        record_failure(run_dir, FailureRecord(distributed.rank(), status.step, status.phase, kind, str(error)))
         client.close(failed=f"{type(error).__name__}: {error}", code=exit_code_of(error))
         raise
     else:
@@ -226,5 +226,7 @@ def end_over_lost_ranks(lost: LostRanks, run_dir: Path) -> None:
             faulthandler.dump_traceback()
     if distributed.rank() == min(set(range(distributed.world_size())) - set(lost.ranks), default=0):
         last = lost.last
-        record_failure(run_dir, Failure(lost.ranks[0], last.step, last.phase, lost.kind, lost.message, host=last.host))
+        record_failure(
+            run_dir, FailureRecord(lost.ranks[0], last.step, last.phase, lost.kind, lost.message, host=last.host)
+        )
     os._exit(lost.code)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import AlignmentConfig, Clip, Objectives, Rec, Ssl
-from kernels.prototypes import target_statistics
+from kernels.prototypes import target_entropy_and_mean
 from model.frozen import FrozenNetwork
 from model.losses.alignment import alignment_cosine_loss, alignment_distance_loss
 from model.losses.clip import sigmoid_clip_loss, softmax_clip_loss
@@ -161,7 +161,7 @@ def _ssl(ssl: SslOutputs, config: Ssl, cls: Targets, patch: Targets, comm: Comm)
     if config.koleo:
         terms.append(LossTerm("koleo", koleo_loss(ssl.student_cls_GD, comm), config.koleo))
     # ln K: a uniform teacher; 0: it has collapsed to one prototype or is very sure.
-    entropy_R, share_K = target_statistics(cls.teacher_RE, cls.teacher_KE, cls.temp, cls.bias_K)
+    entropy_R, share_K = target_entropy_and_mean(cls.teacher_RE, cls.teacher_KE, cls.temp, cls.bias_K)
     diagnostics = {"teacher_entropy": entropy_R.mean(), "prototype_share": share_K.max()}
     return ObjectiveLoss("ssl", config.weight, tuple(terms), diagnostics)
 

@@ -168,7 +168,7 @@ def _logits_source() -> str | None:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Set torch's default dtype, inside."""
+    """Set torch's default dtype within a with statement."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -118,7 +118,7 @@ def as_json(title: str, sections: list[ReportSection]) -> str:
     return json.dumps(_strict(tree), indent=1, allow_nan=False) + "\n"
 
 
-def shown(cell: Cell) -> str:
+def format_cell(cell: Cell) -> str:
     """Format a cell for the page: four digits, thousands separated, a missing value as a dash."""
     if cell is None:
         return "–"

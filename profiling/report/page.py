@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from configs import UserError
 from configs.command_line import CommandParser, output_file
-from profiling.report.blocks import LinePlot, PlotLine, ReportSection, as_json, shown
+from profiling.report.blocks import LinePlot, PlotLine, ReportSection, as_json, format_cell
 from profiling.report.metrics import labels
 from profiling.report.plots import line_plot, part_colour, part_marker, roofline_plot, stacked_bars
 from profiling.report.run_record import read_run
@@ -55,7 +55,7 @@ def render(title: str, content: list[ReportSection]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "shown": shown,
+        "shown": format_cell,
         "line_plot": lambda plot: Markup(line_plot(plot)),
         "stacked_bars": lambda bars: Markup(stacked_bars(bars)),
         "roofline_plot": lambda roofline: Markup(roofline_plot(roofline)),
@@ -90,7 +90,7 @@ def _ends(line: PlotLine) -> str:
     if not seen:
         return f"{line.label}: no figures"
     (first_step, first), (last_step, last) = seen[0], seen[-1]
-    return f"{line.label}: {shown(first)} at step {first_step:,}, {shown(last)} at step {last_step:,}"
+    return f"{line.label}: {format_cell(first)} at step {first_step:,}, {format_cell(last)} at step {last_step:,}"
 
 
 def main(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ from kernels.prototypes import (
     TeacherColumnSums,
     prototype_cross_entropy,
     prototype_cross_entropy_reference,
-    target_statistics,
+    target_entropy_and_mean,
 )
 
 pytestmark = pytest.mark.L0
@@ -164,7 +164,7 @@ def test_passes_over_the_teacher_equal_their_formulas(keep_bytes: int, rows: int
         patch.setitem(prototypes.KEEP_BYTES, "cpu", keep_bytes)
         columns = TeacherColumnSums(teacher_RE, case.teacher_KE, temp)
     found = {"logsumexp": columns.logsumexp(), "mass": columns.mass(bias_K), "mass again": columns.mass(bias_K)}
-    found["entropy"], found["share"] = target_statistics(teacher_RE, case.teacher_KE, temp, bias_K)
+    found["entropy"], found["share"] = target_entropy_and_mean(teacher_RE, case.teacher_KE, temp, bias_K)
     mass_K, entropy_R = target_RK.sum(dim=0), torch.special.entr(target_RK).sum(dim=1)
     lowest_K = torch.full((num,), torch.finfo(torch.float32).min)
     log_mass_K = score_RK.logsumexp(dim=0) if rows else lowest_K

@@ -17,7 +17,7 @@ from engine.reporting.images import png
 from engine.reporting.sinks import LogFiles
 from model.packing import RankBatchSizes
 from profiling.cost.step_flops import step_flops
-from profiling.report.blocks import LinePlot, PlotLine, StackedBars, as_json, shown
+from profiling.report.blocks import LinePlot, PlotLine, StackedBars, as_json, format_cell
 from profiling.report.metrics import MAX_POINTS, labels, thinned
 from profiling.report.page import breakable, main, write_report
 from profiling.report.plots import line_plot, stacked_bars
@@ -178,7 +178,7 @@ def test_every_section_is_there_and_the_page_shows_what_the_json_has(run: Path) 
     tables = blocks(facts, "table")
     assert len(page.tables) == len(tables)
     for drawn, table in zip(page.tables, tables, strict=True):
-        assert drawn == [table["header"], *([shown(cell) for cell in row] for row in table["rows"])]
+        assert drawn == [table["header"], *([format_cell(cell) for cell in row] for row in table["rows"])]
     drawings = len(plots(facts)) + len(blocks(facts, "stack")) + len(blocks(facts, "roofline"))
     assert page.tags.count("svg") == drawings
     for section in SECTIONS:

@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import consolidate, trainer
-from engine.exits import FAILED, MISTAKE, Failure, last_failure, record_failure
+from engine.exits import FAILED, MISTAKE, FailureRecord, last_failure, record_failure
 from engine.reporting.images import png
 from engine.reporting.reporter import open_reporter
 from engine.reporting.sinks import EventFile
@@ -149,9 +149,9 @@ def test_files_beside_the_log_are_whole_or_a_line_in_it(tmp_path: Path, capsys: 
 @pytest.mark.L0
 def test_a_failure_is_recorded_after_half_a_line_and_hidden_by_no_full_disk(tmp_path: Path) -> None:
     (tmp_path / "failures.jsonl").write_text('{"rank": 1, "st')
-    record_failure(tmp_path, Failure(3, 120, "backward", "silent", "not heard of"))
+    record_failure(tmp_path, FailureRecord(3, 120, "backward", "silent", "not heard of"))
     with full(tmp_path):
-        record_failure(tmp_path, Failure(4, 120, "backward", "silent", "not heard of"))
+        record_failure(tmp_path, FailureRecord(4, 120, "backward", "silent", "not heard of"))
     found = last_failure(tmp_path)
     assert found is not None
     assert found.rank == 3
