@@ -196,7 +196,7 @@ def _in_proj(attention: TextAttention) -> LinearParameters:
 
 
 def checkpoint_activations(model: nn.Module, mode: Mode, kinds: tuple[type[nn.Module], ...]) -> None:
-    """Replace the forward of every module of these classes by one that keeps what `mode` says."""
+    """Checkpoint the activations of every module of these classes: `mode` is full or selective recomputation."""
     if mode == "off":
         return
     for module in model.modules():

@@ -155,7 +155,7 @@ class RestartPolicy:
 
 
 class Supervisor:
-    """Run `command` until it is done, given up or asked to stop."""
+    """Run `command`, restarting it after failures, until it is done, hopeless or stopped."""
 
     def __init__(self, command: Sequence[str], run_dir: Path, max_restarts: int, log: Callable[[str], None]) -> None:
         self._command, self._run_dir, self._log = list(command), run_dir, log

@@ -43,7 +43,7 @@ _DROP_PATH_HASH = hash_text("drop_path")  # what a hash is for: no other draw of
 
 @dataclass(frozen=True)
 class RecNoiseDraws:
-    """Noise and masks for the rec images of one rank (model/latent.py says what they do).
+    """Noise and masks for the rec images of one rank (used by model/latent.py).
 
     An image's numbers depend on (seed, step, position in the step's batch), so ranks of another number draw the same
     for it. How many patches are hidden depends on (seed, step) alone: the same for every image, hence the same shapes

@@ -172,7 +172,7 @@ class ConvEncoder(nn.Module):
         read_tokens: TokenSubset | None = None,
         visible: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """(T, D), laid out as `layout(crops)` says. `read_tokens` is ignored; other arguments are never given."""
+        """Return (T, D) features in the order of `layout(crops)`. `read_tokens` is ignored, the other options are refused."""
         assert not masks, "the schema refuses objectives.ssl"
         assert kept_idx is None, "the schema refuses model.trunk"
         assert not visible, "the schema refuses objectives.rec.mask"

@@ -84,7 +84,7 @@ class Trunk(nn.Module):
         read_tokens: TokenSubset | None = None,
         visible: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The final-normed packed sequence (T, D) of `crops`, laid out as `layout(crops)` says.
+        """Return the packed sequence (T, D) of `crops` after the final norm, in the order of `layout(crops)`.
 
         `masks` may name some of the crops: (S, P) bool, True where the mask token replaces the patch. `kept_idx`
         (depth, 2, kept segments) names the segments that each block's attention and MLP see. Without it they see all,

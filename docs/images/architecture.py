@@ -34,7 +34,7 @@ PALETTES = {
 
 
 class Drawing:
-    """An SVG picture in one palette."""
+    """An SVG drawing in one palette."""
 
     def __init__(self, palette: dict[str, tuple[str, str]]) -> None:
         self.palette = palette

@@ -173,7 +173,7 @@ def newest_good(root: Path, log: Callable[[str], None]) -> Path:
 
 
 def _damage(path: Path) -> str:
-    """Return why a checkpoint cannot be used, as one rank found; "" where it can. A collective."""
+    """Return the first rank's reason why a checkpoint cannot be used; "" where it can. A collective."""
     try:
         raise_on_all_ranks(lambda: _check_rank_part(path))
     except UserError as error:

@@ -39,7 +39,7 @@ VALUES_WITHOUT_WEIGHTS = {
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """Content of a checkpoint's state.json: what it knows besides tensors."""
+    """Content of a checkpoint's state.json: everything in it but tensors."""
 
     step: int  # steps finished
     optimizer_steps: dict[str, int]  # by engine: steps taken; fewer where non-finite gradients were skipped

@@ -141,7 +141,7 @@ class RollbackRequested(Exception):
 
 
 class AnomalyMonitor:
-    """Count anomalies on the device, raise what config.health asks for, and remember a stop signal."""
+    """Count anomalies on the device, raise the exceptions of config.health, and remember a stop signal."""
 
     def __init__(
         self, comm: Comm, device: torch.device, health: AnomalyPolicy, guards: Sequence[GradNormGuard]
@@ -193,7 +193,7 @@ class AnomalyMonitor:
             raise RollbackRequested("spike", counts)
 
     def should_stop(self) -> bool:
-        """Whether a signal or the stop file asked any rank to stop. A collective: call it at the same step."""
+        """Whether any rank received a stop signal or sees the stop file. A collective: call it at the same step."""
         sees_file = (
             distributed.is_first() and self._run_dir is not None and run_directory.is_stop_requested(self._run_dir)
         )

@@ -141,7 +141,7 @@ def count_traffic() -> Iterator[CollectiveTraffic]:
 
 @dataclass(frozen=True)
 class Instruments:
-    """The instruments of one rank; `utilisation` is read by the StepMeter, which knows how long the steps took."""
+    """The instruments of one rank; the StepMeter, which times the steps, reads `utilisation`."""
 
     comm: Comm
     phases: PhaseTimer

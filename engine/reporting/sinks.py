@@ -77,7 +77,7 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Write whatever can be written."""
+        """Write the lines still waiting, as far as the disk takes them."""
         ...
 
 

@@ -125,7 +125,7 @@ class DecoderGanTask:
         return decoder_gan_flops(self.config, self.model, world_size, *took_part, backend=self.setup.attention)
 
     def metrics(self) -> dict[str, float]:
-        """Empty: the losses say it all."""
+        """Return no metrics beside the losses."""
         return {}
 
     def images(self) -> dict[str, Tensor]:

@@ -192,7 +192,7 @@ class GeneratorTask:
         return StepFlops.of([FlopsComponent("generator", "shared", forward, 2 * forward, again)], savings={})
 
     def metrics(self) -> dict[str, float]:
-        """Empty: the losses say it all."""
+        """Return no metrics beside the losses."""
         return {}
 
     def images(self) -> dict[str, Tensor]:

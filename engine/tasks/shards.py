@@ -18,7 +18,7 @@ from engine.tasks.task import number_by_step
 
 
 class KeyedBatch(Protocol):
-    """A batch that knows which samples it is of."""
+    """A batch with the keys of its samples."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ LoadedT = TypeVar("LoadedT", bound=KeyedBatch, covariant=True)
 
 
 class ShardLoader(Protocol[LoadedT]):
-    """data.loader.BatchLoader and data.loader.ImageLoader."""
+    """Interface of data.loader.BatchLoader and ImageLoader."""
 
     reader: SampleReader
     bad_samples: BadSampleTracker

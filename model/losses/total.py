@@ -98,7 +98,7 @@ def compute_losses(
     perceptual: LpipsDistance | None = None,
     frozen: FrozenNetwork | None = None,
 ) -> StepLosses:
-    """Compute every objective that has a weight, in float32 whatever autocast says.
+    """Compute every objective that has a weight, in float32, also under autocast.
 
     `centres` is needed with targets=centering, `perceptual` with rec.perceptual > 0, `frozen` with rec.align. An
     objective without weight is left out; one with a weight must be in `outputs`.

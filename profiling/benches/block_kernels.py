@@ -40,7 +40,7 @@ from model.block import Block
 from model.describe import step_layout
 from model.packing import PackedLayout, RankBatchSizes
 from profiling.benches.recorder import BenchRecorder
-from profiling.benches.workload import configured
+from profiling.benches.workload import preset_config
 
 Target = Literal["cpu", "sm_90"]
 Make = Callable[[], tuple[Callable[[Tensor], Tensor], Tensor]]
@@ -326,7 +326,7 @@ class BlockKernels:
 
 def bench_block_kernels(recorder: BenchRecorder) -> None:
     """Kernels of a block of VTP-L, one table for each target."""
-    config = configured(PRESET, IMAGES, "optim.precision=bf16")
+    config = preset_config(PRESET, IMAGES, "optim.precision=bf16")
     layout = step_layout(config, RankBatchSizes.per_rank(config, 1))
     for target in TARGETS:
         recorder.add(block_kernels(config.model.trunk, layout, target))

@@ -41,7 +41,7 @@ from model.losses.comm import Comm
 from model.packing import CropGroup, PackedLayout
 from model.rope import Rope
 from profiling.benches.recorder import BenchRecorder, print_now
-from profiling.benches.workload import assembled, configured, one_rank, random_batch
+from profiling.benches.workload import build_on_one_rank, one_rank, preset_config, random_batch
 from profiling.instruments.machine import by_device, describe, device, matmul_peak, require_bf16
 
 SHAPES = {  # M, K, N
@@ -255,7 +255,7 @@ def _curves(comm: Comm, recorder: BenchRecorder) -> None:
     workload = f"{PRESET}, {CLIP} clip images a step, {STEPS} steps over {NUM_BATCHES} batches of random pixels"
     for kind in KINDS:
         compiles = "off" if kind == "fp8_te" else "on"
-        config = configured(PRESET, CLIP, *SHORT, f"system.linear={kind}", f"system.compile={compiles}")
+        config = preset_config(PRESET, CLIP, *SHORT, f"system.linear={kind}", f"system.compile={compiles}")
         try:
             losses[kind] = _losses(config, comm)
             print_now(
@@ -270,7 +270,7 @@ def _curves(comm: Comm, recorder: BenchRecorder) -> None:
 
 
 def _losses(config: Config, comm: Comm) -> list[float]:
-    parts = assembled(config, comm)
+    parts = build_on_one_rank(config, comm)
     batches = [random_batch(config, seed) for seed in range(NUM_BATCHES)]
     centres, found = parts.centres, []
     for step in range(STEPS):

@@ -104,7 +104,7 @@ class _PilCollate:
 
 
 def _samples(shards: Sequence[str]) -> Iterator[tuple[bytes, str]]:
-    """(encoded picture, caption) of neighbouring members with one key, as webdataset groups them."""
+    """(encoded image, caption) of neighbouring members with one key, as webdataset groups them."""
     for shard in shards:
         with tarfile.open(shard) as tar:
             for _, members in itertools.groupby(tar, key=lambda member: member.name.partition(".")[0]):

@@ -46,7 +46,7 @@ from model.text import one_caption_per_row, pack_captions
 from model.trunk import Trunk
 from profiling.benches.blocks import trunk_step, trunk_value
 from profiling.benches.recorder import BenchRecorder, print_now
-from profiling.benches.workload import configured, random_batch, small_step
+from profiling.benches.workload import preset_config, random_batch, small_step
 from profiling.cost.step_flops import step_flops
 from profiling.instruments.machine import by_device, device, matmul_peak, precision_label, training_dtype
 from profiling.instruments.profiler import new_profiler
@@ -168,8 +168,8 @@ def bench_step(recorder: BenchRecorder) -> None:
 
 def _config(is_dry: bool) -> Config:
     if device().type == "cuda":
-        return configured("vtp_l", 64)
-    return configured(*DRY) if is_dry else small_step()
+        return preset_config("vtp_l", 64)
+    return preset_config(*DRY) if is_dry else small_step()
 
 
 class LazyStep:
@@ -244,7 +244,7 @@ PRESET, IMAGES = by_device(cuda=("vtp_b", 128), cpu=("vtp_s", 8))
 
 def bench_packed(recorder: BenchRecorder) -> None:
     """The packed trunk against a pass for each kind of crop, eager and compiled."""
-    config = configured(*(PACKED_DRY if recorder.is_dry else (PRESET, IMAGES)))
+    config = preset_config(*(PACKED_DRY if recorder.is_dry else (PRESET, IMAGES)))
     crops = _crops(config)
     backend = resolve_attention("auto", device(), training_dtype()).name
     towers = {}

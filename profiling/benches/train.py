@@ -27,7 +27,14 @@ from model.losses.comm import Comm
 from model.packing import RankBatchSizes
 from model.text import pack_captions
 from profiling.benches.recorder import BenchRecorder, BenchResult, print_now
-from profiling.benches.workload import assembled, configured, layout_of, one_rank, random_batch, stepper
+from profiling.benches.workload import (
+    build_on_one_rank,
+    one_rank,
+    preset_config,
+    random_batch,
+    repeated_step,
+    zero1_ds_config,
+)
 from profiling.cost.peak_memory import predict_peak
 from profiling.cost.roofline import PhaseWork, Roof, phase_work, update_work
 from profiling.cost.step_flops import step_flops
@@ -75,14 +82,14 @@ def bench_train_smaller(recorder: BenchRecorder) -> None:
 
 def bench_overlap(recorder: BenchRecorder) -> None:
     """Two engines that differ in overlap_comm only, on the batch of `train`."""
-    config = configured(MAIN, images(MAIN))
+    config = preset_config(MAIN, images(MAIN))
     with one_rank() as comm:
         engines = {
-            f"overlap_comm {'on' if is_on else 'off'}": assembled(config, comm, overlap_comm=is_on)
+            f"overlap_comm {'on' if is_on else 'off'}": build_on_one_rank(config, comm, overlap_comm=is_on)
             for is_on in (False, True)
         }
         batch = random_batch(config)
-        variants = {name: stepper(parts, batch, config) for name, parts in engines.items()}
+        variants = {name: repeated_step(parts, batch, config) for name, parts in engines.items()}
         workload = f"{_sizes(config)}, {precision_label()}, ZeRO-1"
         recorder.add(recorder.measure("overlap", workload, variants, "overlap_comm off", warmups=WARM_UP))
 
@@ -98,8 +105,8 @@ def images(name: str) -> int:
 
 def predicted_images(name: str, gib: int) -> int:
     """Clip images that are predicted to fit: memory grows linearly with them, as two predictions show."""
-    configs = [configured(name, clip) for clip in (GRAIN, 2 * GRAIN)]
-    one, two = (predict_peak(config, layout_of(config), 1, "sdpa", "cuda").device_bytes for config in configs)
+    configs = [preset_config(name, clip) for clip in (GRAIN, 2 * GRAIN)]
+    one, two = (predict_peak(config, zero1_ds_config(config), 1, "sdpa", "cuda").device_bytes for config in configs)
     left = FITS * gib * 2**30 - (2 * one - two)
     return max(1, int(left / (two - one))) * GRAIN
 
@@ -109,7 +116,7 @@ def _measure(name: str, comm: Comm, recorder: BenchRecorder) -> None:
     clip, halved = images(name), ""
     while True:
         try:
-            return _timed(configured(name, clip), comm, recorder, halved)
+            return _timed(preset_config(name, clip), comm, recorder, halved)
         except torch.OutOfMemoryError:
             if clip <= GRAIN:
                 raise
@@ -122,9 +129,9 @@ def _measure(name: str, comm: Comm, recorder: BenchRecorder) -> None:
 def _timed(config: Config, comm: Comm, recorder: BenchRecorder, halved: str) -> None:
     """Measure speed, then kernels, then phases; each is saved before the next is measured."""
     begin = time.perf_counter()
-    parts = assembled(config, comm)
+    parts = build_on_one_rank(config, comm)
     batch = random_batch(config)
-    step = stepper(parts, batch, config)
+    step = repeated_step(parts, batch, config)
     built = time.perf_counter() - begin
     print_now(f"train: {config.name}: {built:.1f} s to build the engine and its batch")
     slots = float(pack_captions(batch.captions).tokens_RC.numel())
@@ -183,7 +190,7 @@ def _phase_ms(parts: PretrainParts, step: Callable[[], object], rounds: int) -> 
 
 def _work(config: Config, rows: RankBatchSizes, backend: str, slots: float) -> dict[str, PhaseWork]:
     counted = "matmul" if backend == "matmul" else "sdpa"
-    return phase_work(config, 1, counted, slots) | update_work(config, layout_of(config), 1)
+    return phase_work(config, 1, counted, slots) | update_work(config, zero1_ds_config(config), 1)
 
 
 def _gaps(ms: dict[str, float], work: dict[str, PhaseWork], roof: Roof) -> Iterator[str]:
@@ -220,10 +227,10 @@ def bench_grad_cache(recorder: BenchRecorder) -> None:
 
 def _measure_grad_cache(comm: Comm, pairs: int, part: int, recorder: BenchRecorder) -> BenchResult:
     # ssl and rec as large as they are with one part, whatever the number of pairs.
-    config = configured(
+    config = preset_config(
         CACHE_PRESET, part, *SMALL_VIEWS, f"batch.clip={pairs}", f"system.clip.micro_batches={pairs // part}"
     )
-    step = stepper(assembled(config, comm), random_batch(config), config)
+    step = repeated_step(build_on_one_rank(config, comm), random_batch(config), config)
     workload = f"{CACHE_PRESET}, {pairs} pairs in {pairs // part} parts, {precision_label()}, a whole step"
     return recorder.measure("grad_cache", workload, {"engine": step}, "engine", warmups=1)
 

@@ -8,9 +8,9 @@ Trunk S (384 wide, 12 blocks, 6 heads), 32 image-text pairs, 8 of them with 2 gl
 preset vtp_s with 256 pairs, 64 and 32.
 
     with one_rank() as comm:
-        config = configured("vtp_l", 64)
-        parts = assembled(config, comm)
-        step = stepper(parts, random_batch(config), config)     # every call runs the next step
+        config = preset_config("vtp_l", 64)
+        parts = build_on_one_rank(config, comm)
+        step = repeated_step(parts, random_batch(config), config)     # every call runs the next step
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ OVERRIDES = ("data.streams=1", "objectives.rec.perceptual=0", "system.compile=on
 
 @contextmanager
 def one_rank(timeout_minutes: float = 10) -> Iterator[Comm]:
-    """Make this process a world of one, inside."""
+    """Make this process a world of one rank within a with statement."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, also without a launcher
     try:
         yield distributed.start(timeout_minutes)
@@ -91,29 +91,29 @@ def one_rank(timeout_minutes: float = 10) -> Iterator[Comm]:
         distributed.stop()
 
 
-def configured(name: str, clip: int, *overrides: str) -> Config:
-    """A preset with so many clip images a step, a quarter of them for ssl and an eighth for rec."""
+def preset_config(name: str, clip: int, *overrides: str) -> Config:
+    """Load a preset with `clip` images a step, a quarter of them for ssl and an eighth for rec."""
     rows = (f"batch.clip={clip}", f"batch.ssl={clip // 4}", f"batch.rec={clip // 8}")
     return load_config(CONFIGS / f"{name}.yaml", (*OVERRIDES, *precision_overrides(), *rows, *overrides))
 
 
-def layout_of(config: Config) -> dict[str, Any]:
-    """ZeRO-1's DeepSpeed config."""
+def zero1_ds_config(config: Config) -> dict[str, Any]:
+    """Load ZeRO-1's DeepSpeed JSON for this config."""
     return load_ds_config(CONFIGS / "deepspeed" / "zero1.json", config, world_size=1)
 
 
-def assembled(config: Config, comm: Comm, overlap_comm: bool | None = None) -> PretrainParts:
-    """The engine under ZeRO-1, its weights drawn on the device: on a GPU in a second, for other numbers than a run's.
+def build_on_one_rank(config: Config, comm: Comm, overlap_comm: bool | None = None) -> PretrainParts:
+    """Build the engine under ZeRO-1, its weights drawn on the device: on a GPU in a second, for other numbers than a run's.
 
     `overlap_comm` takes the place of that of the DeepSpeed config.
     """
-    layout = layout_of(config)
+    layout = zero1_ds_config(config)
     if overlap_comm is not None:
         layout["zero_optimization"] = layout["zero_optimization"] | {"overlap_comm": overlap_comm}
     return build_pretraining(config, layout, comm, draw_device=device())
 
 
-def stepper(parts: PretrainParts, batch: Batch, config: Config) -> Callable[[], object]:
+def repeated_step(parts: PretrainParts, batch: Batch, config: Config) -> Callable[[], object]:
     """Return a call that runs the next training step, on one batch in memory: page-locked where it goes to a GPU."""
     numbers = count()
     if device().type == "cuda":

@@ -249,7 +249,10 @@ class StepGathers:
 def steady_gathers(
     config: Config, ds_config: dict[str, Any], model: Pretrainer, is_separate: bool = False
 ) -> StepGathers:
-    """What a step gathers once ZeRO-3 knows its order. `is_separate`: with a trunk pass for each purpose."""
+    """Simulate the gathers of a step once ZeRO-3 knows the order of modules.
+
+    `is_separate`: with a trunk pass for each kind of crop.
+    """
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     gathers = GatherSimulator(sizes, GatherSettings.of(ds_config))
     teacher = {name for name in gathers.persistent if name.startswith("teacher.")}

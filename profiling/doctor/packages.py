@@ -39,7 +39,7 @@ APEX = (
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One thing the doctor checked. `is_needed`: no run is possible without it; a remedy is given for all but "ok"."""
+    """Result of one check. `is_needed`: no run is possible without it; a remedy is given for all but "ok"."""
 
     name: str
     state: State

@@ -54,7 +54,7 @@ class ExecutionMode:
 
 @dataclass(frozen=True)
 class ComponentWork:
-    """What one component of one rank's step asks of the device."""
+    """FLOPs, bytes and operations of one component of one rank's step."""
 
     name: str
     products: Mapping[str, float] = field(default_factory=dict)  # FLOPs by "bf16", "fp8", "tf32", "fp32"

@@ -67,7 +67,7 @@ def render(title: str, content: list[ReportSection]) -> str:
 
 
 def inlined(picture: Path) -> str | None:
-    """A PNG file as a data URI; None for what is no PNG, or gone."""
+    """Return a PNG file as a data URI; None where it is missing or not a PNG."""
     try:
         content = picture.read_bytes()
     except OSError:

@@ -119,7 +119,7 @@ class RunRecord:
 
     @property
     def stops(self) -> list[int]:
-        """Steps at which the run was asked to stop, saved and left."""
+        """Steps at which the run was stopped by request, after a checkpoint."""
         return [int(match[1]) for line in self.messages if (match := _STOPPED.match(line))]
 
 

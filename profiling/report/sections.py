@@ -151,7 +151,7 @@ def _pictures(runs: list[RunRecord]) -> list[ReportBlock]:
 
 
 def _step_suffix(path: Path) -> str:
-    """The step in a picture's file name, in words: reconstructions-00000300.png -> " after 300 steps"."""
+    """The step in an image's file name, in words: reconstructions-00000300.png -> " after 300 steps"."""
     digits = path.stem.rpartition("-")[2]
     return f" after {int(digits):,} step{'s' * (int(digits) != 1)}" if digits.isdecimal() else ""
 

@@ -21,7 +21,7 @@ from model.packing import CropGroup
 from profiling import bench
 from profiling.benches import blocks, fp8, loader, losses, step
 from profiling.benches.recorder import BenchRecorder, BenchResult
-from profiling.benches.workload import configured, random_batch, random_captions, small_step
+from profiling.benches.workload import preset_config, random_batch, random_captions, small_step
 from profiling.instruments import machine
 from profiling.instruments.machine import describe, device, matmul_peak
 from tests.harness import run_ranks
@@ -72,7 +72,7 @@ def test_where_bf16_is_emulated_benches_use_float32_and_name_it(
     [measurement] = json.loads(out.read_text())
     assert "torch.float32" in measurement["workload"]
     assert machine.precision_label() == "float32 (this machine has no fast bf16 matrix products)"
-    assert small_step().optim.precision == configured("study_mini", 8).optim.precision == "fp32"
+    assert small_step().optim.precision == preset_config("study_mini", 8).optim.precision == "fp32"
     capsys.readouterr()
     assert bench.main(["fp8", "--rounds", "1"]) == 2
     assert capsys.readouterr().err.startswith("error: this machine has no fast bf16 matrix products, and this bench")

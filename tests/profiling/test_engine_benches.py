@@ -13,7 +13,7 @@ from configs import Config
 from profiling import bench
 from profiling.benches import fp8, step, train
 from profiling.benches.recorder import BenchRecorder
-from profiling.benches.workload import configured, layout_of
+from profiling.benches.workload import preset_config, zero1_ds_config
 from profiling.cost.peak_memory import predict_peak
 from profiling.instruments.machine import MemoryBandwidth, PeakFlops
 from tests.harness import run_ranks
@@ -76,8 +76,8 @@ def test_overlap_is_held_against_none() -> None:
 
 def test_the_batch_of_vtp_l_is_predicted_to_fit() -> None:
     for gib, clip in train.IMAGES["vtp_l"].items():
-        config = configured("vtp_l", clip, "optim.precision=bf16")
-        predicted = predict_peak(config, layout_of(config), 1, "sdpa", "cuda").device_bytes
+        config = preset_config("vtp_l", clip, "optim.precision=bf16")
+        predicted = predict_peak(config, zero1_ds_config(config), 1, "sdpa", "cuda").device_bytes
         assert 0.5 * gib * 2**30 < predicted < train.FITS * gib * 2**30
 
 
