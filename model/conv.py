@@ -172,7 +172,7 @@ class ConvEncoder(nn.Module):
         read_tokens: TokenSubset | None = None,
         visible: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Return (T, D) features in the order of `layout(crops)`. `read_tokens` is ignored, the other options are refused."""
+        """Return (T, D) features in the order of `layout(crops)`. `read_tokens` is ignored, the others refused."""
         assert not masks, "the schema refuses objectives.ssl"
         assert kept_idx is None, "the schema refuses model.trunk"
         assert not visible, "the schema refuses objectives.rec.mask"

@@ -103,9 +103,10 @@ def zero1_ds_config(config: Config) -> dict[str, Any]:
 
 
 def build_on_one_rank(config: Config, comm: Comm, overlap_comm: bool | None = None) -> PretrainParts:
-    """Build the engine under ZeRO-1, its weights drawn on the device: on a GPU in a second, for other numbers than a run's.
+    """Build the engine under ZeRO-1, its weights drawn on the device.
 
-    `overlap_comm` takes the place of that of the DeepSpeed config.
+    On a GPU that takes a second, and gives other numbers than a run's. `overlap_comm` takes the place of that of the
+    DeepSpeed config.
     """
     layout = zero1_ds_config(config)
     if overlap_comm is not None:

@@ -31,7 +31,7 @@ def run_small(name: str) -> list[Any]:
     """In a process of its own, which may change torch: traced, and no code generated, which takes a minute."""
     torch.compile = partial(torch.compile, backend="aot_eager")
     for module in (train, step, fp8):
-        vars(module)["configured"] = tiny
+        vars(module)["preset_config"] = tiny
     train.MAIN, train.SMALLER, train.GRAIN = "tiny", ("tiny",), 8
     train.measured_peak = lambda precision: PeakFlops(1e12, "made up")
     train.measured_bandwidth = lambda: MemoryBandwidth(1e10, "made up")
