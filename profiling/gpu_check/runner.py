@@ -170,13 +170,19 @@ def remove_old_files(step: CheckStep, out: Path) -> None:
 
 
 def unpack_caches(archive: Path) -> Path:
-    """Unpack `archive`, if it exists, into a folder for the compilers' caches; return the folder."""
+    """Unpack the regular files of `archive`, if it exists, into the compilers' cache folder; return the folder."""
     folder = Path(tempfile.gettempdir()) / "vtp_engine_compiler_caches"
     folder.mkdir(exist_ok=True)
     archive.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is an error now, not at the end
     if archive.is_file():
+        # By hand: TarFile.extractall has its filter from Python 3.10.12 and 3.11.4 on.
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                file, path = tar.extractfile(member), (folder / member.name).resolve()
+                if file is not None and path.is_relative_to(folder.resolve()):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(file.read())
+                    path.chmod(member.mode & 0o755)
     return folder
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from importlib.metadata import version
@@ -17,7 +19,7 @@ import pytest
 from profiling.bench import BENCHES
 from profiling.gpu_check import __main__ as gpu_check
 from profiling.gpu_check.page import page
-from profiling.gpu_check.runner import read_outcomes, run_step
+from profiling.gpu_check.runner import read_outcomes, run_step, unpack_caches
 from profiling.gpu_check.steps import OUT, PYTEST, RUN_SECONDS, STEPS, CheckStep, steps_of
 
 pytestmark = pytest.mark.L0
@@ -308,6 +310,22 @@ def test_without_dali_and_others_all_modules_import_and_tests_of_a_gpu_are_colle
     for collected in ("test_varlen.py::", "test_transparency.py::", "test_gpu.py::", "test_doctor.py::"):
         assert collected in done.stdout
     assert "SKIPPED [1] tests/kernels/test_contrastive_kernel.py:1: not installed: hypothesis" in done.stdout
+
+
+def test_packed_caches_are_written_below_their_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with tarfile.open(tmp_path / "caches.tar.gz", "w:gz") as tar:
+        for name in ("./inductor/kernel.so", "../outside", f"{tmp_path}/absolute"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"made"))
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    folder = unpack_caches(tmp_path / "caches.tar.gz")
+    written = [path for path in tmp_path.rglob("*") if path.is_file() or path.is_symlink()]
+    assert set(written) == {tmp_path / "caches.tar.gz", folder / "inductor/kernel.so"}
+    assert (folder / "inductor/kernel.so").read_bytes() == b"made"
 
 
 def test_it_imports_nothing_but_the_standard_library() -> None:
