@@ -31,6 +31,9 @@ FINE = {"loss": 5e-5, "disc": 5e-5, "grad_norm": 5e-3}
 # Of variants in which rounding grows (bf16, FP8, gradients near 0 that AdamW divides by their size): worst seen 1.8e-2.
 # Norms differ by up to 0.2 there and are not compared. What moves the loss by less than a few per cent passes.
 COARSE = {"loss": 5e-2}
+# Compared coarsely on every machine: two values, 8e-5 apart, by what its process did before (eager FP8 or none); steady
+# for each, and why torch compiles two is not known.
+UNSTEADY = ("compiled_fp8_torchao",)
 
 
 def machine(kind: str) -> str:
@@ -86,7 +89,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_ten_steps_reproduce_the_golden_run(found: dict[str, Steps], name: str) -> None:
     kind = VARIANTS[name].kind
     writer, of_kind = golden(kind)
-    if writer == machine(kind):
+    if writer == machine(kind) and name not in UNSTEADY:
         assert found[name] == of_kind[name]
     else:
         for key, tolerance in (COARSE if VARIANTS[name].is_coarse else FINE).items():

@@ -172,7 +172,7 @@ def train(shards: Path, run_dir: Path, full_at: tuple[int, ...], *more: str) -> 
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 if done in full_at else most, most))
         return report(self, done, *rest)
 
-    vars(trainer)["Loop"]._report = limited
+    vars(trainer)["Trainer"]._report = limited
     more = ("optim.steps=12", "system.checkpoint.every=2", "system.checkpoint.background=false", *more)
     return launch_here([*arguments(shards, run_dir), *more])
 
@@ -190,13 +190,13 @@ def test_a_run_through_a_full_disk_is_the_run_without_and_its_log_is_whole(shard
     assert found.series("checkpoint/failed") == [None, 0.0, 1.0, 1.0, 1.0, 0.0]  # as the report after the save knows
     assert found.notes == []
     assert [event.step for event in board(disturbed).Scalars("loss/total")] == [2, 4, 6, 8, 10, 12]
-    begun = [line for line in found.said if line.endswith(f"File too large{WAITS}")]
-    ended = [line for line in found.said if line.endswith(WELL)]
-    assert (len(begun), len(ended)) == (3, 3), found.said  # log.jsonl, log.txt and TensorBoard's
-    assert sum(line.startswith("could not save step-") for line in found.said) == 3
-    unseen = [line for line in found.said if line.startswith(f"could not write {disturbed}/pictures/")]
+    begun = [line for line in found.messages if line.endswith(f"File too large{WAITS}")]
+    ended = [line for line in found.messages if line.endswith(WELL)]
+    assert (len(begun), len(ended)) == (3, 3), found.messages  # log.jsonl, log.txt and TensorBoard's
+    assert sum(line.startswith("could not save step-") for line in found.messages) == 3
+    unseen = [line for line in found.messages if line.startswith(f"could not write {disturbed}/pictures/")]
     assert len(unseen) == 6
-    assert any(line.startswith(f"could not write {disturbed}/profile/rank0-steps5-7") for line in found.said)
+    assert any(line.startswith(f"could not write {disturbed}/profile/rank0-steps5-7") for line in found.messages)
     assert list((disturbed / "profile").iterdir()) == []
     pictures = sorted(path.name for path in (disturbed / "pictures").iterdir())
     assert pictures == sorted(f"{kind}-{n:08d}.png" for kind in ("latents", "reconstructions") for n in (2, 10, 12))
