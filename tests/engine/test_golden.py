@@ -5,7 +5,7 @@
 
 The variants are those of tests/engine/golden_variants.py; a file has a section for each, and a line for each step:
 its number, then (name, bits, decimal) of the loss and the norm of the gradient, of stage 2 also the discriminator's
-loss. Variants of one number of ranks share their processes, which changes no bit of any.
+loss. Variants of one number of ranks share their processes, which changes no bit of any but one (UNSTEADY).
 """
 
 from __future__ import annotations
